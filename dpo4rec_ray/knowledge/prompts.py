@@ -1,0 +1,181 @@
+"""What the LLM is asked about a user, what is encoded for an item, and how a prompt becomes token ids.
+
+Follows KAR's factor prompts (arXiv 2306.10933), which the paper takes over, in fewer words: small LLMs read
+every token on a CPU. Beyond the paper, catalogue text is data: `clean_text` takes away whatever could end or
+open a chat turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dpo4rec_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
+FACTORS = {
+    "movies": [
+        "genre",
+        "director/actors",
+        "time period/country",
+        "character",
+        "plot/theme",
+        "mood/tone",
+        "critical acclaim/award",
+        "production quality",
+        "soundtrack",
+    ],
+    "books": [
+        "genre",
+        "author",
+        "writing style",
+        "theme",
+        "setting",
+        "length and complexity",
+        "time period",
+        "literary quality",
+        "critical acclaim",
+    ],
+    "generic": [
+        "category",
+        "brand or maker",
+        "style",
+        "purpose",
+        "features",
+        "quality",
+        "price",
+        "popularity",
+    ],
+}
+# Marks that chat formats put between turns, whether or not this tokenizer has them as tokens: <|x|>, <s>,
+# <x_of_turn>, [INST], [SEP], <<SYS>>, <think>. The name inside stays: a title made of one does not vanish.
+_MARKS = re.compile(
+    r"<\|(?P<bar>[^<>|]*)\|>"
+    r"|</?(?P<tag>s|bos|eos|pad|unk|mask|think|tool_call|tool_response|(?:start|end)_of_\w+)>"
+    r"|<</?(?P<sys>SYS)>>"
+    r"|\[/?(?P<bracket>INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|CLS|SEP|PAD|UNK|MASK|BOS|EOS)\]",
+    re.IGNORECASE,
+)
+# "Assistant: ..." opens a turn for a model that was taught plain-text dialogue; so does a heading of ###.
+_ROLES = re.compile(r"\b(system|user|human|assistant|instruction|response)\s*:", re.IGNORECASE)
+_HEADINGS = re.compile(r"#{2,}")
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, lone surrogate, line, paragraph
+
+
+def user_prompt(
+    profile: str,
+    titles: Sequence[str],
+    ratings: Sequence[float],
+    attributes: Sequence[Sequence[str]] | None,
+    factors: Sequence[str],
+) -> str:
+    """The question about one user. Texts must be clean (`clean_text`); the history is in time order.
+
+    attributes: "facet: value" strings per title, of which the values are shown; None shows titles only.
+    """
+    shown = attributes if attributes is not None else [()] * len(titles)
+    history = " ".join(_event(*event) for event in zip(titles, ratings, shown, strict=True))
+    about = f"Profile: {profile}.\n" if profile else ""
+    question = f"Analyse this user's preferences, with reasons, by {', '.join(factors)}."
+    return f"{about}History: {history}\n{question}"
+
+
+def item_text(title: str, attributes: Sequence[str]) -> str:
+    """What is encoded for an item: 'Toy Story (1995). genre: Animation, Comedy. era: 1990s.'"""
+    facets: dict[str, list[str]] = {}
+    for attribute in attributes:
+        facet, _, value = attribute.partition(": ")
+        facets.setdefault(facet, []).append(value)
+    return " ".join([f"{title}.", *(f"{facet}: {', '.join(values)}." for facet, values in facets.items())])
+
+
+def clean_text(text: str, special_tokens: Sequence[str]) -> str:
+    """Catalogue text on one line, in which nothing can open or end a chat turn or a quoted title.
+
+    Compatibility characters are folded (NFKC), so that look-alikes of a mark are treated as the mark. Control
+    and format characters and line breaks become a space, `"` becomes `'`, special tokens and marks of known
+    chat formats lose their delimiters, and role labels lose their colon.
+
+    special_tokens: `control_tokens(tokenizer)`, or the whole list where there is no tokenizer yet.
+    """
+    tokens = sorted({token for token in special_tokens if token.strip()}, key=len, reverse=True)
+    while True:  # taking one mark away may join two halves of another
+        cleaned = _clean_once(text, tokens)
+        if cleaned == text:
+            return cleaned
+        text = cleaned
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Every token a template may use to shape a chat: the special ones, and added ones that look like marks.
+
+    `all_special_tokens` alone is not enough: Llama 3's turn tokens, for one, are only among the added tokens.
+    Added tokens without a mark's delimiter stay out, as some tokenizers add plain words and runs of spaces.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    marks = [token.content for token in added if token.special or re.search(r"[<>\[\]|]", token.content)]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *marks]))
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of the prompt as one user turn, ready for the answer: by the chat template when there is one.
+
+    A tokenizer with a BOS gets exactly one: it is put in front when the template writes none.
+
+    Raises:
+        UserError: more than one BOS, unless the template marks every turn with it (as SmolLM2's does).
+    """
+    text = prompt
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    # The template writes the special tokens; letting the tokenizer add its own would double the BOS.
+    token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return token_ids
+    count = token_ids.count(bos)
+    if count > 1 and not _bos_marks_turns(tokenizer):
+        raise UserError(
+            f"the prompt holds {count} BOS tokens {tokenizer.bos_token!r} where there must be one; mend the "
+            f"chat template of {tokenizer.name_or_path or 'the tokenizer'}, or clean the text it is given"
+        )
+    return token_ids if count else [bos, *token_ids]
+
+
+def _event(title: str, rating: float, attributes: Sequence[str]) -> str:
+    values = "; ".join(attribute.partition(": ")[2] for attribute in attributes)
+    return f'"{title}"{f" ({values})" if values else ""}, {rating:g} stars;'
+
+
+def _clean_once(text: str, tokens: Sequence[str]) -> str:
+    text = unicodedata.normalize("NFKC", _without_tokens(text, tokens))
+    text = "".join(" " if unicodedata.category(char) in _UNSEEN else char for char in text)
+    text = _MARKS.sub(lambda match: match[match.lastgroup or 0], text)
+    text = _ROLES.sub(r"\1 -", _HEADINGS.sub("#", text))
+    return " ".join(_without_tokens(text, tokens).replace('"', "'").split())
+
+
+def _without_tokens(text: str, tokens: Sequence[str]) -> str:
+    """Special tokens lose their delimiters; one that is a bare word is taken out: nothing else disarms it."""
+    for token in tokens:
+        if token.lower() in text.lower():
+            inner = " ".join(re.findall(r"\w+", token)).strip("_ ")
+            text = re.sub(re.escape(token), "" if inner == token else f" {inner} ", text, flags=re.IGNORECASE)
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def _bos_marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a longer conversation holds more BOS tokens: then the template opens every turn with one."""
+    if not tokenizer.chat_template:
+        return False
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    one, three = (tokenizer.apply_chat_template(part, tokenize=False) for part in (turns[:1], turns))
+    return three.count(tokenizer.bos_token) > one.count(tokenizer.bos_token)

@@ -1,0 +1,154 @@
+"""Template teacher: writes the knowledge text that the small LLM learns from, out of a knowledge history.
+
+Not in the paper, which has a large LLM. The teacher never sees the truth, only item attributes and stars.
+Like a real LLM it is sometimes attentive and sometimes not, and its wording tells which: that is the choice
+DPO later learns to make. `attentive` weighs every event by its stars, `hasty` repeats a random event or
+two, `generic` names what is frequent in the catalogue whatever the history says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+OPENINGS = {
+    "attentive": "Judging by the ratings:",
+    "hasty": "At first glance:",
+    "generic": "Like most viewers:",
+}
+# The share of each kind among the teacher's texts: less than half are worth having, so there is something
+# to choose.
+DEFAULT_MIX = {"attentive": 0.4, "hasty": 0.35, "generic": 0.25}
+# How a facet's values are worded, in this order; a facet the history lacks is left out.
+PHRASES = {"genre": "enjoys {}", "era": "films of the {}", "creator": "by {}"}
+# How many values of a facet a text names at most.
+MAX_NAMED = {"genre": 2, "era": 1, "creator": 2}
+
+
+@dataclass(frozen=True)
+class TeacherText:
+    """One knowledge text and which kind of reading it came from."""
+
+    kind: str
+    text: str
+
+
+def popular_values(attributes: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Facet -> values (without the facet), most frequent in the catalogue first, ties by name."""
+    counts: dict[str, dict[str, int]] = {}
+    for item in attributes:
+        for facet, value in _split(item):
+            counts.setdefault(facet, {})[value] = counts.setdefault(facet, {}).get(value, 0) + 1
+    return {f: sorted(values, key=lambda v, c=values: (-c[v], v)) for f, values in counts.items()}
+
+
+def teacher_text(
+    attributes: Sequence[Sequence[str]],
+    ratings: Sequence[float],
+    popular: Mapping[str, Sequence[str]],
+    rng: np.random.Generator,
+    mix: Mapping[str, float] | None = None,
+) -> TeacherText:
+    """A text about one user from the knowledge history: attributes and stars per event, in time order.
+
+    popular: from `popular_values` of the catalogue; mix: kind -> weight, default DEFAULT_MIX.
+
+    Raises:
+        ValueError: an empty history.
+    """
+    if not attributes:
+        raise ValueError("teacher_text needs at least one event in the knowledge history")
+    weights = DEFAULT_MIX if mix is None else mix
+    kinds = list(weights)
+    chances = np.array([weights[k] for k in kinds], dtype=np.float64)
+    kind = kinds[int(rng.choice(len(kinds), p=chances / chances.sum()))]
+    if kind == "attentive":
+        named = _attentive(attributes, ratings)
+    elif kind == "hasty":
+        picked = rng.permutation(len(attributes))[: int(rng.integers(1, 3))]
+        named = _attentive([attributes[i] for i in picked], [5.0] * len(picked))
+    else:
+        # Neighbouring ranks take turns, so that generic texts differ a little from each other.
+        named = {
+            f: [values[i] for i in rng.permutation(min(4, len(values)))] for f, values in popular.items()
+        }
+    return TeacherText(kind, _word(kind, named))
+
+
+def _attentive(attributes: Sequence[Sequence[str]], ratings: Sequence[float]) -> dict[str, list[str]]:
+    """Facet -> values by the sum of (stars - 2.5) over the events that have them; ties: the later seen."""
+    totals: dict[str, dict[str, float]] = {}
+    last_seen: dict[tuple[str, str], int] = {}
+    for place, (item, stars) in enumerate(zip(attributes, ratings, strict=True)):
+        for facet, value in _split(item):
+            facet_totals = totals.setdefault(facet, {})
+            facet_totals[value] = facet_totals.get(value, 0.0) + float(stars) - 2.5
+            last_seen[facet, value] = place
+    return {
+        facet: sorted(values, key=lambda v, f=facet, t=values: (-t[v], -last_seen[f, v], v))
+        for facet, values in totals.items()
+    }
+
+
+def _word(kind: str, named: Mapping[str, Sequence[str]]) -> str:
+    phrases = [
+        phrase.format(" and ".join(named[facet][: MAX_NAMED[facet]]))
+        for facet, phrase in PHRASES.items()
+        if named.get(facet)
+    ]
+    return f"{OPENINGS[kind]} {', '.join(phrases)}."
+
+
+def _split(item: Sequence[str]) -> list[tuple[str, str]]:
+    """("facet", "value") of each "facet: value" string."""
+    return [(facet, value) for facet, _, value in (attribute.partition(": ") for attribute in item)]
+
+
+def kind_of(text: str) -> str | None:
+    """The teacher kind whose opening the text begins with, or None."""
+    return next((kind for kind, opening in OPENINGS.items() if text.startswith(opening)), None)
+
+
+def named_values(text: str, vocabulary: Sequence[str]) -> set[str]:
+    """The "facet: value" strings of `vocabulary` whose value is in the text as a whole word, in any case."""
+    lowered = text.lower()
+    return {
+        name
+        for name in vocabulary
+        if re.search(rf"(?<![\w-]){re.escape(name.partition(': ')[2].lower())}(?![\w-])", lowered)
+    }
+
+
+def text_accuracy(texts: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Share of named values that are true for their user, and that share against all other users' truths.
+
+    texts: the texts of each user, [U][any number]; truth: the "facet: value" strings each user loves, [U].
+    The second figure is chance: what texts that fit some other user would score. A value named by a text
+    counts once per text; the vocabulary is every value that someone loves. Both figures are 0.0 when no
+    text names anything.
+
+    Raises:
+        ValueError: fewer than two users, or lengths that differ.
+    """
+    if len(texts) != len(truth) or len(truth) < 2:
+        raise ValueError(
+            f"text_accuracy needs two or more users: {len(texts)} with texts, {len(truth)} with a truth"
+        )
+    vocabulary = sorted({name for loved in truth for name in loved})
+    column = {name: i for i, name in enumerate(vocabulary)}
+    loved = np.zeros((len(truth), len(vocabulary)))
+    named = np.zeros((len(truth), len(vocabulary)))
+    for user, names in enumerate(truth):
+        loved[user, [column[name] for name in names]] = 1.0
+    for user, user_texts in enumerate(texts):
+        for text in user_texts:
+            named[user, [column[name] for name in named_values(text, vocabulary)]] += 1.0
+    total = named.sum()
+    if total == 0:
+        return 0.0, 0.0
+    hits = float((named * loved).sum())
+    other_hits = float((named * (loved.sum(axis=0) - loved)).sum()) / (len(truth) - 1)
+    return hits / total, other_hits / total

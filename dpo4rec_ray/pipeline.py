@@ -1,0 +1,237 @@
+"""The whole method on one page: which stage reads and writes what, and when it must run again.
+
+    histories -> prepare -> encode(0) -> train_reward
+    round r:  generate -> score -> pair -> dpo -> encode(r) -> validate
+    then:     evaluate -> report
+
+Round r samples from policy r-1 (policy 0 is the base LLM) and trains policy r. A stage whose manifests carry the
+fingerprint of its present inputs and config sections is skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dpo4rec_ray import checks, report
+from dpo4rec_ray.artifacts import RunDir, Timer, fingerprint, write_json
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.stages import (
+    bootstrap,
+    dpo,
+    encode,
+    evaluate,
+    generate,
+    pair,
+    prepare,
+    score,
+    train_reward,
+    validate,
+)
+from dpo4rec_ray.stages.common import Outcome, say
+
+logger = logging.getLogger(__name__)
+
+Artifact = tuple[str, int]  # name, round
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: `run(config, store, round_id)` reads `reads`, writes `writes`; `sections` are the config it uses."""
+
+    name: str
+    run: Callable[[Config, RunDir, int], Outcome]
+    reads: Callable[[int], list[Artifact]]
+    writes: Callable[[int], list[Artifact]]
+    sections: tuple[str, ...]
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in [
+        Stage(
+            "prepare",
+            prepare.run,
+            reads=lambda r: [],
+            writes=lambda r: [("users", 0), ("items", 0), ("truth", 0), ("lists", 0)],
+            sections=("data", "sample", "reward"),
+        ),
+        Stage(
+            "bootstrap",
+            bootstrap.run,
+            reads=lambda r: [("items", 0)],
+            writes=lambda r: [("base_llm", 0)],
+            sections=("llm", "bootstrap", "prompt", "data"),
+        ),
+        Stage(
+            "encode",
+            encode.run,
+            reads=lambda r: [("users", 0), ("items", 0), ("policy", r)],
+            writes=lambda r: [("knowledge", r)],
+            sections=("llm", "prompt", "generate", "encoder"),
+        ),
+        Stage(
+            "train_reward",
+            train_reward.run,
+            reads=lambda r: [("lists", 0), ("knowledge", 0)],
+            writes=lambda r: [("reward", 0)],
+            sections=("reranker", "reward", "data"),
+        ),
+        Stage(
+            "generate",
+            generate.run,
+            reads=lambda r: [("users", 0), ("items", 0), ("policy", r - 1)],
+            writes=lambda r: [("generations", r)],
+            sections=("llm", "prompt", "generate"),
+        ),
+        Stage(
+            "score",
+            score.run,
+            reads=lambda r: [("generations", r), ("lists", 0), ("knowledge", 0), ("reward", 0)],
+            writes=lambda r: [("scores", r)],
+            sections=("reward", "encoder", "data"),
+        ),
+        Stage(
+            "pair",
+            pair.run,
+            reads=lambda r: [("generations", r), ("scores", r)],
+            writes=lambda r: [("pairs", r)],
+            sections=("pair",),
+        ),
+        Stage(
+            "dpo",
+            dpo.run,
+            reads=lambda r: [("pairs", r), ("policy", r - 1)],
+            writes=lambda r: [("policy", r)],
+            sections=("llm", "dpo"),
+        ),
+        Stage(
+            "validate",
+            validate.run,
+            reads=lambda r: [("scores", r), ("knowledge", r), ("knowledge", 0), ("lists", 0), ("reward", 0)],
+            writes=lambda r: [("heldout", r)],
+            sections=("reward", "data"),
+        ),
+        Stage(
+            "evaluate",
+            evaluate.run,
+            reads=lambda r: [("lists", 0), *(("knowledge", i) for i in range(r + 1))],
+            writes=lambda r: [("per_list", 0)],
+            sections=("reranker", "evaluate", "data"),
+        ),
+    ]
+}
+BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "train_reward")
+EACH_ROUND = ("generate", "score", "pair", "dpo", "encode", "validate")
+AFTER_ROUNDS = ("evaluate", "report")
+STAGE_NAMES = (*STAGES, "report")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which steps to run: `only` one stage, or everything `since` one; `round_id` narrows both to a round."""
+
+    only: str = ""
+    since: str = ""
+    round_id: int | None = None
+
+
+def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection()) -> dict[str, object]:
+    """Run the method, skipping what is complete, and return the summary.
+
+    Raises:
+        UserError: something in the recipe, the input or the machine that the user can mend.
+    """
+    checks.check_all(config)
+    total = Timer()
+    store.root.mkdir(parents=True, exist_ok=True)
+    write_json(store.root / "config.json", config.model_dump(mode="json"))
+    runner = _Runner(config, store, selection)
+    for name in BEFORE_ROUNDS:
+        if name != "bootstrap" or config.llm.path == "bootstrap":
+            runner.step(name, 0)
+    last_round = 0
+    for round_id in range(1, config.run.num_rounds + 1):
+        for name in EACH_ROUND:
+            runner.step(name, round_id)
+        last_round = round_id
+        if validate.rounds_have_peaked(store, round_id, config.run.patience):
+            say(f"round {round_id}: the held-out reward no longer improves; no further round")
+            break
+    runner.step("evaluate", last_round)
+    summary: dict[str, object] = {}
+    if runner.selected("report", last_round):
+        summary = report.run(config, store, last_round, runner.log, total.seconds)
+    return summary
+
+
+class _Runner:
+    """Decides per step: not selected, kept, or run; keeps the log that summary.json shows."""
+
+    def __init__(self, config: Config, store: RunDir, selection: Selection):
+        self.config, self.store, self.selection = config, store, selection
+        self.log: list[dict[str, object]] = []
+        self._since_reached = not selection.since
+
+    def selected(self, name: str, round_id: int) -> bool:
+        """Whether --only, --from and --round let this step run."""
+        wanted = self.selection
+        in_round = wanted.round_id is None or wanted.round_id == round_id
+        if wanted.only:
+            return name == wanted.only and in_round
+        if wanted.since and name == wanted.since and in_round:
+            self._since_reached = True
+        return self._since_reached
+
+    def step(self, name: str, round_id: int) -> None:
+        if not self.selected(name, round_id):
+            return
+        stage = STAGES[name]
+        mark, inputs = self._fingerprint(stage, round_id)
+        forced = name == (self.selection.only or self.selection.since)  # asked for by name: do it, do not skip it
+        if not forced and self._complete(stage, round_id, mark):
+            manifest = self.store.require(*stage.writes(round_id)[-1])
+            self._note(name, round_id, manifest.seconds, manifest.rows_in, manifest.rows, skipped=True)
+            say(f"{name}({round_id}): kept, {manifest.rows} rows, {self.store.path(*stage.writes(round_id)[-1])}")
+            return
+        timer = Timer()
+        say(f"{name}({round_id}): started")
+        outcome = stage.run(self.config, self.store, round_id)
+        for artifact, artifact_round in stage.writes(round_id):
+            manifest = outcome.manifest(artifact, mark, timer.seconds, inputs, self.config.run.seed)
+            self.store.finish(manifest, artifact_round)
+        self._note(name, round_id, timer.seconds, outcome.rows_in, outcome.rows_out, skipped=False)
+        target = self.store.path(*stage.writes(round_id)[-1])
+        say(f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {timer.seconds:.1f} s, {target}")
+
+    def _fingerprint(self, stage: Stage, round_id: int) -> tuple[str, dict[str, str]]:
+        inputs: dict[str, str] = {}
+        for name, input_round in stage.reads(round_id):
+            if (name, input_round) == ("policy", 0):  # the base LLM is no artifact of a round
+                inputs["policy/0"] = checks.base_llm_fingerprint(self.config, self.store)
+                continue
+            try:
+                inputs[f"{name}/{input_round}"] = self.store.require(name, input_round).fingerprint
+            except UserError as error:
+                raise UserError(f"stage {stage.name}: {error}") from None
+        own = self.config.section_hash(*stage.sections)
+        source = checks.source_fingerprint(self.config) if stage.name == "prepare" else ""
+        return fingerprint(stage.name, str(round_id), own, source, *(f"{k}={v}" for k, v in inputs.items())), inputs
+
+    def _complete(self, stage: Stage, round_id: int, mark: str) -> bool:
+        manifests = [self.store.manifest(name, r) for name, r in stage.writes(round_id)]
+        return all(manifest is not None and manifest.fingerprint == mark for manifest in manifests)
+
+    def _note(self, name: str, round_id: int, seconds: float, rows_in: int, rows_out: int, *, skipped: bool) -> None:
+        self.log.append(
+            {
+                "stage": name,
+                "round": round_id,
+                "seconds": seconds,
+                "rows_in": rows_in,
+                "rows_out": rows_out,
+                "skipped": skipped,
+            }
+        )

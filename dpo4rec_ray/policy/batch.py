@@ -1,0 +1,75 @@
+"""Token ids to padded tensors. The stored ids are used as they are: text is never tokenised again.
+
+Sequences are padded on the LEFT: completions then end in the same column, so a causal LM needs to compute logits for
+the last few columns only (`logits_to_keep`), which is most of the work when prompts are long and texts are short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dpo4rec_ray.core.losses import sequence_logps
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B sequences of T tokens; the completion of each lies within its last `num_completion` columns."""
+
+    token_ids: torch.Tensor  # [B, T] long
+    attention_mask: torch.Tensor  # [B, T] long, 0 = padding
+    completion_mask: torch.Tensor  # [B, T] bool
+    num_completion: int
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        return TokenBatch(
+            self.token_ids.to(device),
+            self.attention_mask.to(device),
+            self.completion_mask.to(device),
+            self.num_completion,
+        )
+
+
+def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
+    """Pad B (prompt, completion) pairs on the left into one batch."""
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    width = max(lengths)
+    token_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    completion_mask = torch.zeros((len(prompts), width), dtype=torch.bool)
+    for row, (prompt, completion, length) in enumerate(zip(prompts, completions, lengths, strict=True)):
+        token_ids[row, width - length :] = torch.tensor([*prompt, *completion], dtype=torch.long)
+        attention_mask[row, width - length :] = 1
+        completion_mask[row, width - len(completion) :] = True
+    return TokenBatch(token_ids, attention_mask, completion_mask, max(len(c) for c in completions))
+
+
+def collate_pairs(
+    prompts: Sequence[Sequence[int]],
+    chosen: Sequence[Sequence[int]],
+    rejected: Sequence[Sequence[int]],
+    pad_id: int,
+) -> TokenBatch:
+    """B preference pairs as 2B sequences: rows 0..B-1 chosen, rows B..2B-1 rejected."""
+    return collate([*prompts, *prompts], [*chosen, *rejected], pad_id)
+
+
+def completion_logits(model: torch.nn.Module, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of the columns that predict or hold completion tokens: [B, C+1, V], with their ids and mask [B, C+1]."""
+    keep = batch.num_completion + 1
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(
+        input_ids=batch.token_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=positions,
+        logits_to_keep=keep,
+        use_cache=False,
+    )
+    return output.logits, batch.token_ids[:, -keep:], batch.completion_mask[:, -keep:]
+
+
+def completion_logps(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """log pi(completion | prompt) per sequence, EOS included: [B]."""
+    return sequence_logps(*completion_logits(model, batch))

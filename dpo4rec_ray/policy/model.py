@@ -1,0 +1,130 @@
+"""Loading, adapting and saving the policy. Weights travel as safetensors; `trust_remote_code` stays off.
+
+With LoRA the reference of DPO is the same model with its LoRA switched off, so round r's base is policy r-1's merged
+weights (reference "previous") or the base LLM itself (reference "base").
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo4rec_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+POLICY_FILE = "policy.json"
+
+
+@dataclass(frozen=True)
+class PolicyWeights:
+    """Where a policy's weights are. `merged` is base and LoRA folded into one model folder."""
+
+    base: str
+    adapter: str | None = None
+    merged: str | None = None
+
+    @property
+    def whole(self) -> str:
+        """The folder or hub name that holds this policy without any LoRA beside it."""
+        return self.merged or self.base
+
+
+def write_policy(folder: Path, weights: PolicyWeights, record: dict[str, Any]) -> None:
+    """Write policy.json beside the weights; paths inside the folder are stored relative to it."""
+    stored = {k: _relative(v, folder) for k, v in asdict(weights).items()}
+    (folder / POLICY_FILE).write_text(json.dumps({**record, **stored}, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def read_policy(folder: Path) -> PolicyWeights:
+    """Read policy.json.
+
+    Raises:
+        UserError: the file is missing or incomplete.
+    """
+    try:
+        stored = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
+        return PolicyWeights(**{key: _absolute(stored[key], folder) for key in ("base", "adapter", "merged")})
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / POLICY_FILE}: not a saved policy ({error}); run the dpo stage again") from None
+
+
+def _relative(path: str | None, folder: Path) -> str | None:
+    if path and Path(path).is_relative_to(folder):
+        return f"./{Path(path).relative_to(folder)}"
+    return path
+
+
+def _absolute(path: str | None, folder: Path) -> str | None:
+    return str(folder / path) if path and path.startswith("./") else path
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to an LLM.
+
+    Raises:
+        UserError: the folder or hub name has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f"llm.path {path}: no tokenizer could be loaded ({reason}); the folder needs tokenizer.json beside config.json"
+        ) from None
+
+
+def load_model(path: str, dtype: str) -> PreTrainedModel:
+    """A causal LM in the given dtype ("float32", "bfloat16", "float16"), on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False)
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> Any:
+    """Put LoRA on every linear layer but the output head; only its weights train."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=TaskType.CAUSAL_LM
+    )
+    return get_peft_model(model, config)
+
+
+def load_lora(model: PreTrainedModel, adapter: str) -> Any:
+    """Continue training an existing LoRA (reference "base", rounds after the first)."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def save_merged(base: str, adapter: str, target: Path, dtype: str) -> None:
+    """Fold the LoRA into its base and save a complete model folder, tokenizer included."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_model(base, dtype), adapter)
+    save_complete(model.merge_and_unload(), base, target)
+
+
+def save_complete(model: PreTrainedModel, tokenizer_path: str, target: Path) -> None:
+    """Save a model and its tokenizer so that a killed save leaves no folder that looks complete."""
+    from transformers import GenerationConfig
+
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    # save_pretrained refuses an inconsistent generation config; sampling settings come from the recipe anyway
+    config = model.config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.save_pretrained(temporary)
+    load_tokenizer(tokenizer_path).save_pretrained(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)

@@ -1,0 +1,222 @@
+"""summary.json, report.html and the table on the terminal, from a finished run's manifests and metrics."""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+from typing import Any
+
+from jinja2 import Environment
+
+from dpo4rec_ray.artifacts import RunDir, write_json
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.memory import peak_rss_mb
+from dpo4rec_ray.stages.common import say, versions
+from dpo4rec_ray.stages.evaluate import METRIC_NAMES, comparisons, evaluation_rows
+from dpo4rec_ray.stages.training import read_metrics
+from dpo4rec_ray.stages.validate import best_round
+
+SYSTEM_ORDER = ("random", "popularity", "backbone", "base-llm", "dpo4rec", "upper-bound")
+
+
+def run(
+    config: Config, store: RunDir, last_round: int, log: list[dict[str, object]], seconds: float
+) -> dict[str, Any]:
+    """Write summary.json and report.html; print the table; return the summary."""
+    per_list = store.read("per_list")
+    rows = sorted(evaluation_rows(per_list), key=lambda row: (_place(row["system"]), row["system"], row["seed"]))
+    rounds = [_round(store, round_id) for round_id in range(1, last_round + 1)]
+    reward = store.require("reward").figures
+    summary: dict[str, Any] = {
+        "generator": "vllm",
+        "trainer": f"deepspeed-zero{config.dpo.zero_stage}",
+        "run": config.run.name,
+        "seed": config.run.seed,
+        "stages": log,
+        "prepare": store.require("lists").figures,
+        "reward": reward,
+        "rounds": rounds,
+        "best_round": best_round(store, last_round),
+        "evaluation": rows,
+        "comparisons": comparisons(per_list, config.evaluate.num_resamples),
+        "versions": versions(),
+        "peak_rss_mb": round(peak_rss_mb()),
+        "total_seconds": round(seconds, 1),
+    }
+    if config.llm.path == "bootstrap":
+        summary["bootstrap"] = store.require("base_llm").figures
+    write_json(store.root / "summary.json", summary)
+    (store.root / "report.html").write_text(_html(store, summary), encoding="utf-8")
+    _print(summary)
+    say(f"report: {store.root / 'summary.json'}, {store.root / 'report.html'}")
+    return summary
+
+
+def _place(system: str) -> int:
+    return next(i for i, name in enumerate(SYSTEM_ORDER) if system.startswith(name))
+
+
+def _round(store: RunDir, round_id: int) -> dict[str, Any]:
+    """One round's figures: counts, held-out reward, DPO, and the diagnosis ladder."""
+    generated = store.require("generations", round_id)
+    scores = store.require("scores", round_id).figures
+    pairs = store.require("pairs", round_id).figures
+    heldout = store.require("heldout", round_id).figures
+    diagnosis = {"shuffle_drop": store.require("reward").figures["shuffle_drop"], **scores}
+    if "text_accuracy_before" in heldout:
+        diagnosis["text_accuracy"] = heldout["text_accuracy_before"]
+        diagnosis["text_accuracy_after"] = heldout["text_accuracy_after"]
+        diagnosis["text_chance"] = heldout["text_chance_before"]
+    return {
+        "round": round_id,
+        "users": generated.figures["users"],
+        "samples": generated.rows,
+        "failed": generated.figures["failed_by_reason"],
+        "pairs": pairs["pairs"],
+        "dropped": pairs["dropped"],
+        "heldout_reward_before": heldout["heldout_reward_before"],
+        "heldout_reward_after": heldout["heldout_reward_after"],
+        "heldout_reward_delta": heldout["heldout_reward_delta"],
+        "heldout_reward_delta_ci95": heldout["heldout_reward_delta_ci95"],
+        "heldout_users": store.require("heldout", round_id).rows,
+        "dpo": store.require("policy", round_id).figures,
+        "diagnosis": diagnosis,
+    }
+
+
+def systems_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds per system."""
+    table: list[dict[str, Any]] = []
+    for system in dict.fromkeys(row["system"] for row in rows):
+        own = [row for row in rows if row["system"] == system]
+        entry: dict[str, Any] = {"system": system, "seeds": len(own), "lists": own[0]["num_lists"]}
+        for name in METRIC_NAMES:
+            values = [row[name] for row in own]
+            entry[name] = statistics.fmean(values)
+            entry[f"{name} sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        table.append(entry)
+    return table
+
+
+def _print(summary: dict[str, Any]) -> None:
+    print()
+    print(f"{'system':<18}" + "".join(f"{name:>19}" for name in METRIC_NAMES) + f"{'seeds':>7}")
+    for row in systems_table(summary["evaluation"]):
+        cells = "".join(f"{row[name]:>11.4f} ±{row[f'{name} sd']:.4f}" for name in METRIC_NAMES)
+        print(f"{row['system']:<18}{cells}{row['seeds']:>7}")
+    print()
+    for row in summary["comparisons"]:
+        if row["metric"] == METRIC_NAMES[0]:
+            low, high = row["ci95"]
+            print(f"{row['system']} minus {row['against']}: NDCG@5 {row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]")
+    for row in summary["rounds"]:
+        low, high = row["heldout_reward_delta_ci95"]
+        print(
+            f"round {row['round']}: held-out reward {row['heldout_reward_before']:.4f} -> "
+            f"{row['heldout_reward_after']:.4f} ({row['heldout_reward_delta']:+.4f} [{low:+.4f}, {high:+.4f}]), "
+            f"{row['pairs']} pairs of {row['users']} users"
+        )
+    print(f"{summary['total_seconds']:.0f} s, peak memory of the process tree {summary['peak_rss_mb']} MB")
+
+
+def _html(store: RunDir, summary: dict[str, Any]) -> str:
+    template = Environment(autoescape=True).from_string(_TEMPLATE)
+    table = systems_table(summary["evaluation"])
+    plots = [
+        ("Held-out reward before and after each round", _plot_rewards(store, summary)),
+        ("DPO loss, accuracy and margin per step", _plot_dpo(store, summary)),
+        ("NDCG@5 on the test users per system (mean and standard deviation over seeds)", _plot_systems(table)),
+    ]
+    return template.render(summary=summary, table=table, metrics=METRIC_NAMES, plots=plots)
+
+
+def _figure(width: float = 7.0, height: float = 3.0, columns: int = 1) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def _embed(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _plot_rewards(store: RunDir, summary: dict[str, Any]) -> str:
+    figure, axes = _figure(columns=max(1, len(summary["rounds"])))
+    axes = [axes] if len(summary["rounds"]) == 1 else list(axes)
+    for axis, row in zip(axes, summary["rounds"], strict=True):
+        table = store.read("heldout", row["round"])
+        before, after = table["reward_before"].to_numpy(), table["reward_after"].to_numpy()
+        low, high = float(min(before.min(), after.min())), float(max(before.max(), after.max()))
+        axis.plot([low, high], [low, high], color="grey", linewidth=0.8)
+        axis.scatter(before, after, s=9, alpha=0.6)
+        axis.set_xlabel("reward before, one dot per user")
+        axis.set_ylabel("after")
+        axis.set_title(f"round {row['round']}: mean difference {row['heldout_reward_delta']:+.4f}", fontsize=10)
+    return _embed(figure)
+
+
+def _plot_dpo(store: RunDir, summary: dict[str, Any]) -> str:
+    figure, axes = _figure(columns=3)
+    for row in summary["rounds"]:
+        steps = read_metrics(store.path("policy", row["round"]))
+        for axis, name in zip(axes, ("loss", "accuracy", "margin"), strict=True):
+            axis.plot([step["step"] for step in steps], [step[name] for step in steps], label=f"round {row['round']}")
+            axis.set_title(name, fontsize=10)
+            axis.set_xlabel("step")
+    axes[0].legend(fontsize=8)
+    return _embed(figure)
+
+
+def _plot_systems(table: list[dict[str, Any]]) -> str:
+    figure, axis = _figure(height=0.4 * len(table) + 1)
+    name = METRIC_NAMES[0]
+    axis.barh(
+        [row["system"] for row in table], [row[name] for row in table], xerr=[row[f"{name} sd"] for row in table], height=0.6
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel(name)
+    return _embed(figure)
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ summary.run }}: DPO4Rec run report</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left } img { max-width: 100% }
+</style></head><body>
+<h1>{{ summary.run }}, seed {{ summary.seed }}</h1>
+<p>Texts by {{ summary.generator }}, trained with {{ summary.trainer }}; {{ "%.0f"|format(summary.total_seconds) }} s,
+peak memory {{ summary.peak_rss_mb }} MB. Best round on validation users: {{ summary.best_round }}.</p>
+<h2>Test users</h2>
+<table><tr><th>system</th>{% for m in metrics %}<th>{{ m }}</th>{% endfor %}<th>seeds</th><th>lists</th></tr>
+{% for row in table %}<tr><td>{{ row.system }}</td>
+{% for m in metrics %}<td>{{ "%.4f"|format(row[m]) }} ± {{ "%.4f"|format(row[m + " sd"]) }}</td>{% endfor %}
+<td>{{ row.seeds }}</td><td>{{ row.lists }}</td></tr>{% endfor %}</table>
+<table><tr><th>difference on identical lists</th><th>metric</th><th>delta</th><th>95 % interval, by user</th></tr>
+{% for row in summary.comparisons %}<tr><td>{{ row.system }} minus {{ row.against }}</td><td>{{ row.metric }}</td>
+<td>{{ "%+.4f"|format(row.delta) }}</td><td>[{{ "%+.4f"|format(row.ci95[0]) }}, {{ "%+.4f"|format(row.ci95[1]) }}]</td></tr>{% endfor %}
+</table>
+{% for title, image in plots %}<h2>{{ title }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ image }}">{% endfor %}
+<h2>Rounds and diagnosis</h2>
+{% for row in summary.rounds %}<h3>Round {{ row.round }}</h3><table>
+{% for key, value in row.items() if value is not mapping %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}
+{% for group in ("dpo", "diagnosis", "dropped") %}{% for key, value in row[group].items() %}
+<tr><td>{{ group }}: {{ key }}</td><td>{{ value }}</td></tr>{% endfor %}{% endfor %}</table>{% endfor %}
+<h2>Stages</h2>
+<table><tr><th>stage</th><th>round</th><th>seconds</th><th>rows in</th><th>rows out</th><th>skipped</th></tr>
+{% for row in summary.stages %}<tr><td>{{ row.stage }}</td><td>{{ row.round }}</td><td>{{ row.seconds }}</td>
+<td>{{ row.rows_in }}</td><td>{{ row.rows_out }}</td><td>{{ row.skipped }}</td></tr>{% endfor %}</table>
+<p>{% for name, version in summary.versions.items() %}{{ name }} {{ version }}{{ "" if loop.last else ", " }}{% endfor %}</p>
+</body></html>
+"""

@@ -1,0 +1,144 @@
+"""What every backbone shares: its settings, the input layer and the Reranker contract.
+
+Departs from KAR in the input layer: there it is the concatenation [item id, facets, adapter(item),
+adapter(user)], here a linear map of that and the similarity. It is computed as the sum of an item part, a
+user part and a similarity part: the first runs once per distinct item, the second once per distinct user,
+and a scorer can keep both in tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.rerankers.adapter import ADAPTERS
+from dpo4rec_ray.rerankers.catalogue import CatalogueShape, RerankBatch
+
+
+@dataclass(frozen=True)
+class RerankerSettings:
+    """Architecture of a reranker; training is `fit.FitSettings`."""
+
+    backbone: str = "prm"
+    adapter: str = "hea"
+    similarity: bool = True  # the standardised cosine as one more input; off is the paper's way
+    embed_dim: int = 32  # width of the item id and of each facet
+    adapter_dim: int = 32  # the adapter's output per side
+    num_shared_experts: int = 2
+    num_dedicated_experts: int = 5
+    expert_hidden_dim: int = 128
+    hidden_dim: int = 64  # width of the list representation
+    num_heads: int = 2
+    num_layers: int = 1
+
+
+class ListEmbedding(nn.Module):
+    """Input layer of a backbone: a linear map of id, facets, knowledge and similarity to `hidden_dim`."""
+
+    def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
+        """Raises UserError for an unknown adapter, or knowledge without item vectors."""
+        super().__init__()
+        self.knowledge = knowledge
+        width = settings.embed_dim * (1 + len(shape.facet_sizes))
+        self.item_embedding = nn.Embedding(shape.num_items, settings.embed_dim)
+        # One table for all facets: row 0 of each facet's block is its missing value.
+        self.facet_embedding = nn.Embedding(max(sum(shape.facet_sizes), 1), settings.embed_dim)
+        starts = torch.tensor([0, *shape.facet_sizes], dtype=torch.long).cumsum(0)[:-1]
+        self.register_buffer("facet_starts", starts, persistent=False)
+        self.adapter = self.user_projection = self.similarity_projection = None
+        if knowledge:
+            if settings.adapter not in ADAPTERS:
+                raise UserError(
+                    f"reranker.adapter = {settings.adapter!r} is unknown; known: {', '.join(ADAPTERS)}"
+                )
+            if not shape.vector_dim:
+                raise UserError(
+                    "a reranker with knowledge needs item vectors and the catalogue has none; encode them"
+                )
+            self.adapter = ADAPTERS[settings.adapter](
+                shape.vector_dim,
+                settings.adapter_dim,
+                num_shared=settings.num_shared_experts,
+                num_dedicated=settings.num_dedicated_experts,
+                hidden_dim=settings.expert_hidden_dim,
+            )
+            width += settings.adapter_dim
+            self.user_projection = nn.Linear(settings.adapter_dim, settings.hidden_dim, bias=False)
+            if settings.similarity:
+                self.similarity_projection = nn.Linear(1, settings.hidden_dim, bias=False)
+        self.item_projection = nn.Linear(width, settings.hidden_dim)
+
+    def item_side(self, item_ids: Tensor, attribute_ids: Tensor, item_vectors: Tensor | None) -> Tensor:
+        """item_ids [M], attribute_ids [M, F], item_vectors [M, D] -> [M, hidden]."""
+        facets = self.facet_embedding(attribute_ids + self.facet_starts).flatten(1)
+        parts = [self.item_embedding(item_ids), facets]
+        if self.adapter is not None:
+            parts.append(self.adapter.item_side(item_vectors))
+        return self.item_projection(torch.cat(parts, dim=1))
+
+    def user_side(self, user_vectors: Tensor) -> Tensor:
+        """user_vectors [S, D] -> [S, hidden]. Only with knowledge."""
+        return self.user_projection(self.adapter.user_side(user_vectors))
+
+    def combine(
+        self,
+        items: Tensor,
+        index: Tensor,
+        users: Tensor | None,
+        user_rows: Tensor | None,
+        similarity: Tensor | None,
+    ) -> Tensor:
+        """Sum of the parts: items [M, hidden], users [S, hidden], similarity [B, L] -> [B, L, hidden]."""
+        # F.embedding rather than indexing: its backward is a dense scatter-add, several times faster on CPU.
+        inputs = F.embedding(index, items)
+        if users is not None:
+            inputs = inputs + F.embedding(user_rows, users).unsqueeze(1)
+        if self.similarity_projection is not None:
+            inputs = inputs + similarity.unsqueeze(-1) * self.similarity_projection.weight.view(-1)
+        return inputs
+
+    def forward(self, batch: RerankBatch) -> Tensor:
+        """-> [B, L, hidden]."""
+        if self.knowledge and batch.user_vectors is None:
+            raise UserError(
+                "this reranker uses knowledge: pass user_vectors (zeros for a user without a text)"
+            )
+        items = self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors)
+        users = self.user_side(batch.user_vectors) if self.knowledge else None
+        return self.combine(items, batch.index, users, batch.user_rows, batch.similarity)
+
+
+class Reranker(nn.Module):
+    """A backbone. A subclass writes `rank`; `loss` names its training loss in core.losses.RANKING_LOSSES."""
+
+    loss = "pointwise_bce"
+
+    def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
+        super().__init__()
+        self.shape, self.knowledge, self.settings = shape, knowledge, settings
+        self.embedding = ListEmbedding(shape, knowledge, settings)
+
+    def init_weights(self) -> None:
+        """Xavier-normal for linear and embedding weights, zero biases (KAR); `build_reranker` calls it."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.xavier_normal_(module.weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """inputs [B, L, hidden], mask [B, L] or None -> finite logits [B, L]; padding changes no score."""
+        raise NotImplementedError
+
+    def forward(self, batch: RerankBatch) -> Tensor:
+        """Logits [B, L], finite everywhere (meaningless at padding)."""
+        return self.rank(self.embedding(batch), batch.mask)
+
+    def score(self, batch: RerankBatch) -> Tensor:
+        """Logits [B, L] with -inf at padding, so that padding never wins a place."""
+        logits = self(batch)
+        return logits if batch.mask is None else logits.masked_fill(~batch.mask, float("-inf"))

@@ -1,0 +1,117 @@
+"""Every Parquet artifact's columns. A stage reads and writes these and nothing else."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from dpo4rec_ray.errors import UserError
+
+SCHEMA_VERSION = 1  # raise it when a column changes meaning: manifests carry it, so old artifacts are redone
+
+_IDS = pa.list_(pa.int64())
+_TOKENS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+_LABEL = [("round", pa.int32()), ("user_id", pa.int64()), ("sample_id", pa.int32())]
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "users": pa.schema(
+        [
+            ("user_id", pa.int64()),
+            ("raw_id", pa.string()),
+            ("profile", pa.string()),
+            ("split", pa.string()),
+            ("fold", pa.int32()),
+            ("history_item_ids", _IDS),
+            ("history_ratings", _FLOATS),
+        ]
+    ),
+    "items": pa.schema(
+        [
+            ("item_id", pa.int64()),
+            ("raw_id", pa.string()),
+            ("title", pa.string()),
+            ("attributes", pa.list_(pa.string())),
+        ]
+    ),
+    "lists": pa.schema(
+        [
+            ("list_id", pa.int64()),
+            ("user_id", pa.int64()),
+            ("split", pa.string()),
+            ("timestamp_s", pa.int64()),
+            ("history_item_ids", _IDS),
+            ("history_ratings", _FLOATS),
+            ("candidate_item_ids", _IDS),
+            ("labels", _FLOATS),
+        ]
+    ),
+    # Only the sample world knows the truth; nothing but the text-accuracy figure reads it.
+    "truth": pa.schema([("user_id", pa.int64()), ("tastes", pa.list_(pa.string()))]),
+    "knowledge": pa.schema(
+        [
+            ("round", pa.int32()),
+            ("subject", pa.string()),
+            ("subject_id", pa.int64()),
+            ("sample_id", pa.int32()),
+            ("text", pa.string()),
+            ("vector", _FLOATS),
+        ]
+    ),
+    "generations": pa.schema(
+        [
+            *_LABEL,
+            ("prompt_token_ids", _TOKENS),
+            ("token_ids", _TOKENS),
+            ("text", pa.string()),
+            ("finish_reason", pa.string()),
+        ]
+    ),
+    # half_a, half_b: the same reward over a random half of the user's lists each, for the carry-over figure.
+    "scores": pa.schema(
+        [*_LABEL, ("reward", pa.float32()), ("num_lists", pa.int32()), ("half_a", pa.float32()), ("half_b", pa.float32())]
+    ),
+    "pairs": pa.schema(
+        [
+            ("round", pa.int32()),
+            ("user_id", pa.int64()),
+            ("split", pa.string()),
+            ("prompt_token_ids", _TOKENS),
+            ("chosen_token_ids", _TOKENS),
+            ("rejected_token_ids", _TOKENS),
+            ("chosen_reward", pa.float32()),
+            ("rejected_reward", pa.float32()),
+        ]
+    ),
+    # Reward of fresh samples of the validation users under the policies before and after a round.
+    "heldout": pa.schema(
+        [("round", pa.int32()), ("user_id", pa.int64()), ("reward_before", pa.float32()), ("reward_after", pa.float32())]
+    ),
+    "per_list": pa.schema(
+        [
+            ("list_id", pa.int64()),
+            ("user_id", pa.int64()),
+            ("system", pa.string()),
+            ("backbone", pa.string()),
+            ("seed", pa.int32()),
+            ("ndcg@5", pa.float32()),
+            ("map_paper@5", pa.float32()),
+            ("map@5", pa.float32()),
+        ]
+    ),
+}
+
+
+def validate_table(name: str, table: pa.Table) -> pa.Table:
+    """Put a table's columns in the schema's order and types.
+
+    Raises:
+        UserError: a column is missing or cannot take the declared type.
+    """
+    schema = SCHEMAS[name]
+    missing = [column for column in schema.names if column not in table.column_names]
+    if missing:
+        raise UserError(f"{name} has no column {', '.join(missing)} (found: {', '.join(table.column_names)})")
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{name}: a column has another type than declared: {error}") from None

@@ -1,0 +1,126 @@
+"""A small LLM for machines that have none, trained from scratch over the run's catalogue (llm.path = "bootstrap").
+
+Users are simulated over the catalogue, a template teacher reads their histories, and the trainer that runs DPO learns
+prompt -> text. The teacher sees only the history, and its attention varies: that is what DPO has to work with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.candidates import knowledge_cut
+from dpo4rec_ray.datasets.sample import simulate_users
+from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenerator
+from dpo4rec_ray.knowledge.prompts import encode_chat
+from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
+from dpo4rec_ray.policy.bootstrap import SPECIAL_TOKENS, build_tokenizer, supervised_rows
+from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.stages.common import Outcome, engine_env, on_gpu, say, seed_of
+from dpo4rec_ray.stages.sampling import CataloguePrompts
+from dpo4rec_ray.stages.train_policy import supervised_loop, train_settings
+from dpo4rec_ray.stages.training import launch, read_metrics
+
+NUM_CHECK_USERS = 300  # simulated users, none of them trained on, whose texts are held against their true tastes
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the LLM learns from: one prompt and one teacher's text per simulated user, and the users' true tastes."""
+
+    prompts: list[str]
+    texts: list[str]
+    tastes: list[list[str]]
+
+
+def run(config: Config, store: RunDir, round_id: int) -> Outcome:
+    """Write `base_llm`: a model folder with its tokenizer."""
+    section, folder = config.bootstrap, store.start("base_llm")
+    work = folder / "work"
+    work.mkdir()
+    say(f"  bootstrap: writing {section.num_users} lessons over {store.require('items').rows} items")
+    lesson = _lesson(config, store, section.num_users, seed_of(config.run.seed, "lessons"))
+    tokenizer = build_tokenizer(lesson.prompts + lesson.texts, work / "tokenizer")
+    prompt_ids, text_ids = supervised_rows(tokenizer, lesson.prompts, lesson.texts)
+    pq.write_table(
+        pa.table({"prompt_token_ids": prompt_ids, "completion_token_ids": text_ids}), work / "rows.parquet"
+    )
+    launch(
+        supervised_loop,
+        {
+            "settings": train_settings(section, "float32", seed_of(config.run.seed, "bootstrap")),
+            "tokenizer": str(work / "tokenizer"),
+            "rows": str(work / "rows.parquet"),
+            "hidden_size": section.hidden_size,
+            "num_layers": section.num_layers,
+            "folder": str(folder),
+            "target": str(work / "model"),
+        },
+        folder=folder,
+        num_workers=section.num_workers,
+        gpus_per_worker=section.gpus_per_worker,
+        label="bootstrap",
+        unit="steps",
+    )
+    for file in (work / "model").iterdir():
+        file.rename(folder / file.name)
+    shutil.rmtree(work)
+    steps = read_metrics(folder)
+    figures: dict[str, Any] = {"first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"], "steps": len(steps)}
+    figures |= check_texts(config, store, folder)
+    say(
+        f"  bootstrap: {figures['text_accuracy']:.3f} of the named tastes are true, chance {figures['text_chance']:.3f}, "
+        f"ratio {figures['text_accuracy'] / figures['text_chance']:.2f}"
+    )
+    return Outcome(rows_in=section.num_users, rows_out=len(steps), figures=figures)
+
+
+def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
+    """Sample one text per new simulated user with vLLM: share of named tastes that are true, and chance."""
+    import ray
+
+    lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
+    section = config.generate
+    gpu = section.gpus_per_engine if on_gpu() else 0
+    engine = EngineSettings(str(model), max_model_len=config.llm.max_model_len, on_gpu=gpu > 0)
+    sampling = Sampling(section.temperature, section.top_p, section.max_new_tokens)
+    remote = ray.remote(num_cpus=1, num_gpus=gpu, max_calls=1, runtime_env={"env_vars": engine_env(section.kv_cache_gib)})
+    texts = ray.get(remote(_sample_texts).remote(engine, sampling, lesson.prompts))
+    accuracy, chance = text_accuracy([[text] for text in texts], lesson.tastes)
+    return {"text_accuracy": accuracy, "text_chance": chance}
+
+
+def _sample_texts(engine: EngineSettings, sampling: Sampling, prompts: list[str]) -> list[str]:
+    tokenizer = load_tokenizer(engine.model)
+    generator = VLLMGenerator(engine, sampling)
+    token_ids = [encode_chat(tokenizer, prompt) for prompt in prompts]
+    answers = generator.generate(token_ids, list(range(len(prompts))), [1] * len(prompts))
+    return [answer[0].text if answer else "" for answer in answers]
+
+
+def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
+    """Simulated users over the run's catalogue; items that real training users met often are met often."""
+    items = store.read("items", columns=["title", "attributes"])
+    attributes = items["attributes"].to_pylist()
+    met = store.read("users", split="train", columns=["history_item_ids"])["history_item_ids"].combine_chunks().flatten()
+    popularity = np.bincount(met.to_numpy(), minlength=len(attributes)) + 1.0
+    users = simulate_users(attributes, popularity / popularity.sum(), num_users, seed, stream="bootstrap")
+    prompts = CataloguePrompts(items, SPECIAL_TOKENS, config.prompt.factors, config.prompt.item_attributes)
+    popular = popular_values(attributes)
+    rng = np.random.default_rng([seed, 1])
+    bounds = np.searchsorted(users.user_index, np.arange(num_users + 1))
+    lesson = Lesson([], [], users.tastes)
+    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        seen = slice(low, low + knowledge_cut(high - low, config.data.max_history))
+        history, ratings = users.item_index[seen].tolist(), users.rating[seen].tolist()
+        lesson.prompts.append(prompts.text("", history, ratings))
+        lesson.texts.append(teacher_text([attributes[item] for item in history], ratings, popular, rng).text)
+    return lesson

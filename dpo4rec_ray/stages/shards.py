@@ -1,0 +1,109 @@
+"""Streaming users through actor pools, shard by shard, so that a crash loses at most the shards in flight.
+
+A shard is a fixed range of user ids. Ray Data sees one row per shard: the first actor reads its users, the last one
+writes one Parquet part named after the shard and returns only counts. Blocks are never merged or split on the way,
+because every actor takes exactly one shard per call. (Ray 2.60 merges small blocks, and its own checkpoint reads all
+finished ids into memory; see CONTRIBUTING.md.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dpo4rec_ray.artifacts import MANIFEST
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.stages.common import Progress
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """An actor pool: an ordinary class, how it is built, and what each actor occupies."""
+
+    worker: type[Callable[[Row], Row]]
+    arguments: dict[str, Any]
+    size: int
+    num_cpus: float
+    num_gpus: float = 0.0
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
+    """User id ranges [low, high), one per shard."""
+    return [(low, min(low + users_per_shard, num_users)) for low in range(0, num_users, users_per_shard)]
+
+
+def part_number(file: str | Path) -> int:
+    """The shard that wrote a Parquet part."""
+    return int(Path(file).stem.removeprefix("part-"))
+
+
+def finished_shards(folder: Path, mark: str) -> set[int]:
+    """Shards that an interrupted run of the same work has committed; another mark empties the folder."""
+    note = folder / "shards.mark"
+    if (folder / MANIFEST).exists() or not note.exists() or note.read_text() != mark:
+        return set()
+    return {part_number(file) for file in folder.glob("part-*.parquet")}
+
+
+def begin_shards(folder: Path, mark: str) -> None:
+    """Name the work the folder's parts belong to, before the first is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shards.mark").write_text(mark)
+
+
+def run_shards(
+    shards: Sequence[tuple[int, int, int]], pools: Sequence[Pool], progress: Progress, *, unit: str, already: int = 0
+) -> list[Row]:
+    """Send (shard, low, high) through the pools in turn and return what the last one answers, one row per shard.
+
+    Raises:
+        UserError: the pools need more CPUs or GPUs than the cluster has; Ray would wait for ever.
+    """
+    import ray
+    import ray.data
+
+    rows = [{"shard": shard, "low": low, "high": high} for shard, low, high in shards]
+    if not rows:
+        return []
+    _check_room(pools)
+    # One table is one block, hence one task. (from_items merges them; a repartition would want a CPU of its own.)
+    dataset = ray.data.from_arrow([pa.table({key: [value] for key, value in row.items()}) for row in rows])
+    for pool in pools:
+        dataset = dataset.map(
+            pool.worker,
+            fn_constructor_kwargs=pool.arguments,
+            compute=ray.data.ActorPoolStrategy(size=pool.size, max_tasks_in_flight_per_actor=2),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            runtime_env={"env_vars": pool.env},
+        )
+    answers: list[Row] = []
+    done = already
+    for row in dataset.iter_rows():
+        answers.append(row)
+        done += row[unit]
+        progress.at(done, already=already)
+    return answers
+
+
+def _check_room(pools: Sequence[Pool]) -> None:
+    import ray
+
+    have = ray.cluster_resources()
+    for kind, need in (
+        ("CPU", sum(pool.size * pool.num_cpus for pool in pools)),
+        ("GPU", sum(pool.size * pool.num_gpus for pool in pools)),
+    ):
+        if need > have.get(kind, 0):
+            names = ", ".join(f"{pool.size} x {pool.worker.__name__}" for pool in pools)
+            raise UserError(
+                f"{names} need {need:g} {kind}s, the cluster has {have.get(kind, 0):g}; lower the number of workers or "
+                f"their share (generate.num_engines, generate.cpus_per_engine, encoder.cpus_per_worker, ...)"
+            )

@@ -1,0 +1,109 @@
+"""Launching a Ray Train job and showing its progress. Used by train_reward, dpo and bootstrap.
+
+Rank 0 appends one JSON line per step to metrics.jsonl in the stage's folder, on storage that the driver sees too; the
+driver follows that file, because a worker's own output stays in Ray's logs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpo4rec_ray.stages.common import WORKER_ENV, Progress, on_gpu
+
+METRICS = "metrics.jsonl"
+# Two data-parallel CPU processes; DeepSpeed reads LOCAL_SIZE and must not look for a GPU.
+CPU_TRAIN_ENV = {**WORKER_ENV, "DS_ACCELERATOR": "cpu"}
+
+
+def launch(
+    loop: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    *,
+    folder: Path,
+    num_workers: int,
+    gpus_per_worker: float,
+    label: str,
+    unit: str,
+    env: dict[str, str] | None = None,
+) -> None:
+    """Run `loop(arguments)` on every worker of a TorchTrainer and print a line every few seconds until it ends.
+
+    Raises:
+        ray.train.TrainingFailedError: a worker failed; its own exception is inside.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    gpu = gpus_per_worker > 0 and on_gpu()
+    worker_env = dict(env or {}) if gpu else {**CPU_TRAIN_ENV, "LOCAL_SIZE": str(num_workers), **(env or {})}
+    if not gpu:
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        worker_env["OMP_NUM_THREADS"] = str(max(1, cpus // num_workers) if num_workers < cpus else 1)
+    storage = folder / "ray_train"
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": gpus_per_worker} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=label,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": worker_env},
+        ),
+    )
+    stop = threading.Event()
+    follower = threading.Thread(target=_follow, args=(folder / METRICS, label, unit, stop), daemon=True)
+    follower.start()
+    try:
+        trainer.fit()
+    finally:
+        stop.set()
+        follower.join(timeout=5)
+        shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own bookkeeping; our results are beside it
+
+
+class MetricsFile:
+    """Appends figures to metrics.jsonl; ranks other than 0 write nothing."""
+
+    def __init__(self, folder: str | Path, rank: int):
+        self._file = open(Path(folder) / METRICS, "a", encoding="utf-8") if rank == 0 else None
+
+    def write(self, figures: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(figures) + "\n")
+            self._file.flush()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a stage's metrics.jsonl."""
+    file = folder / METRICS
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _follow(file: Path, label: str, unit: str, stop: threading.Event) -> None:
+    """Print the newest line's step every few seconds."""
+    progress: Progress | None = None
+    while not stop.wait(1.0):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            newest = json.loads(lines[-1]) if lines else None
+        except (OSError, json.JSONDecodeError):
+            continue  # not there yet, or a line is half written
+        if newest is None or "num_steps" not in newest:
+            continue
+        if progress is None:
+            progress = Progress(label, newest["num_steps"], unit)
+        extra = ", ".join(f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy", "valid") if key in newest)
+        progress.at(newest["step"], extra)

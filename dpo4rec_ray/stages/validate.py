@@ -1,0 +1,133 @@
+"""Did the round help? Reward of fresh samples of the validation users, before (policy r-1) and after (policy r).
+
+Both are means over N samples per user that nothing selected. Test users are not touched. Rounds stop when this figure
+stops improving, and the best round is the one that serves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.metrics import paired_bootstrap
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.knowledge.teacher import text_accuracy
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, on_gpu, say
+from dpo4rec_ray.stages.reading import sample_scorer, vectors_of
+
+
+def run(config: Config, store: RunDir, round_id: int) -> Outcome:
+    """Write `heldout` of the round."""
+    import ray
+
+    store.start("heldout", round_id)
+    remote = ray.remote(
+        num_cpus=1,
+        num_gpus=config.reward.gpus_per_worker if on_gpu() else 0,
+        max_calls=1,
+        runtime_env={"env_vars": WORKER_ENV},
+    )
+    table, figures = ray.get(remote(_measure).remote(config, store, round_id))
+    store.write("heldout", table, round_id)
+    low, high = figures["heldout_reward_delta_ci95"]
+    say(
+        f"  held-out reward: {figures['heldout_reward_before']:.4f} -> {figures['heldout_reward_after']:.4f}, "
+        f"difference {figures['heldout_reward_delta']:+.4f} [{low:+.4f}, {high:+.4f}] over {len(table)} users"
+    )
+    return Outcome(rows_in=figures["samples"], rows_out=len(table), figures=figures)
+
+
+def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
+    valid = pa.array(store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy())
+    before = store.read("scores", round_id, columns=["user_id", "reward"])
+    before = before.filter(pc.is_in(before["user_id"], valid))
+    texts = store.read("knowledge", round_id)
+    texts = texts.filter(pc.and_(pc.equal(texts["subject"], "user"), pc.is_in(texts["subject_id"], valid)))
+    user_ids = texts["subject_id"].to_numpy()
+    found = sample_scorer(config, store).rewards(user_ids, vectors_of(texts["vector"]))
+    means = [
+        _mean_per_user(before["user_id"].to_numpy(), before["reward"].to_numpy().astype(np.float64)),
+        _mean_per_user(user_ids, found.reward),
+    ]
+    users = sorted(means[0].keys() & means[1].keys())
+    if not users:
+        raise UserError(
+            "no validation user has a reward both before and after; raise data.valid_frac or look at the failed users of generate"
+        )
+    reward_before, reward_after = (np.array([mean[user] for user in users]) for mean in means)
+    delta = paired_bootstrap(reward_after - reward_before, np.array(users))
+    table = pa.table(
+        {
+            "round": np.full(len(users), round_id, np.int32),
+            "user_id": np.array(users),
+            "reward_before": reward_before.astype(np.float32),
+            "reward_after": reward_after.astype(np.float32),
+        }
+    )
+    figures = {
+        "heldout_reward_before": float(reward_before.mean()),
+        "heldout_reward_after": float(reward_after.mean()),
+        "heldout_reward_delta": delta.mean,
+        "heldout_reward_delta_ci95": [delta.low, delta.high],
+        "samples": len(before) + len(texts),
+        **_text_accuracy(store, round_id, valid, texts),
+    }
+    return table, figures
+
+
+def _mean_per_user(user_ids: np.ndarray, rewards: np.ndarray) -> dict[int, float]:
+    """Users whose lists hold no positive have no reward and are left out."""
+    return {
+        int(user): float(rewards[user_ids == user].mean())
+        for user in np.unique(user_ids)
+        if np.isfinite(rewards[user_ids == user]).all()
+    }
+
+
+def _text_accuracy(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) -> dict[str, float]:
+    """Where the truth is known (sample world): share of named tastes that are true, before and after, and chance."""
+    if not store.require("truth").rows:
+        return {}
+    truth = store.read("truth")
+    tastes = dict(zip(truth["user_id"].to_pylist(), truth["tastes"].to_pylist(), strict=True))
+    before = store.read("generations", round_id, columns=["user_id", "text"])
+    before = before.filter(pc.is_in(before["user_id"], valid))
+    figures: dict[str, float] = {}
+    for name, ids, texts in (
+        ("before", before["user_id"], before["text"]),
+        ("after", after["subject_id"], after["text"]),
+    ):
+        per_user: dict[int, list[str]] = {}
+        for user, text in zip(ids.to_pylist(), texts.to_pylist(), strict=True):
+            per_user.setdefault(user, []).append(text)
+        accuracy, chance = text_accuracy(list(per_user.values()), [tastes[user] for user in per_user])
+        figures |= {f"text_accuracy_{name}": accuracy, f"text_chance_{name}": chance}
+    return figures
+
+
+def rounds_have_peaked(store: RunDir, round_id: int, patience: int) -> bool:
+    """Whether the last `patience` rounds brought no better held-out reward than the best one before them."""
+    manifests = [store.manifest("heldout", r) for r in range(1, round_id + 1)]
+    rewards = [manifest.figures["heldout_reward_after"] for manifest in manifests if manifest is not None]
+    first = store.manifest("heldout", 1)
+    if first is None or len(rewards) < patience:
+        return False
+    rewards = [first.figures["heldout_reward_before"], *rewards]
+    return max(rewards[-patience:]) <= max(rewards[:-patience])
+
+
+def best_round(store: RunDir, last_round: int) -> int:
+    """The round with the highest held-out reward; 0 when no round improved on the base LLM."""
+    best, best_reward = 0, -np.inf
+    for round_id in range(1, last_round + 1):
+        figures = store.require("heldout", round_id).figures
+        if round_id == 1:
+            best_reward = figures["heldout_reward_before"]
+        if figures["heldout_reward_after"] > best_reward:
+            best, best_reward = round_id, figures["heldout_reward_after"]
+    return best

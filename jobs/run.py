@@ -1,0 +1,131 @@
+"""Run a recipe: python jobs/run.py RECIPE.toml [section.key=value ...] [--only STAGE] [--from STAGE] [--round R].
+
+Reads the recipe, starts or joins Ray, and runs the stages of dpo4rec_ray/pipeline.py. Ends with code 0, or with code 2
+and one line when the recipe, the input or the machine is at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpo4rec_ray.errors import UserError
+
+QUIET_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, and turn the user's mistakes into one line and exit code 2."""
+    options = parse(arguments)
+    try:
+        return run(options)
+    except BaseException as error:
+        cause = user_mistake(error)
+        if cause is None or options.verbose:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="jobs/run.py", description="Run a DPO4Rec recipe; finished stages are skipped.")
+    parser.add_argument("recipe", help="a TOML file, see jobs/recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the recipe")
+    parser.add_argument("--only", default="", metavar="STAGE", help="run this stage alone, even if it is complete")
+    parser.add_argument("--from", dest="since", default="", metavar="STAGE", help="run from this stage on")
+    parser.add_argument("--round", type=int, default=None, metavar="R", help="with --only or --from: in this round")
+    parser.add_argument("--verbose", action="store_true", help="show the logs of Ray, vLLM and DeepSpeed, and tracebacks")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check what costs nothing first; torch, Ray and the engines are imported after the recipe is known to be sound."""
+    from dpo4rec_ray.config import load_config
+
+    config = load_config(options.recipe, options.overrides)
+    if not options.verbose:
+        for key, value in QUIET_ENV.items():
+            os.environ.setdefault(key, value)
+        warnings.filterwarnings("ignore")
+        logging.basicConfig(level=logging.ERROR)
+    from dpo4rec_ray import checks, memory
+    from dpo4rec_ray.artifacts import RunDir
+    from dpo4rec_ray.pipeline import STAGE_NAMES, Selection, run_pipeline
+
+    for flag, stage in (("--only", options.only), ("--from", options.since)):
+        if stage and stage not in STAGE_NAMES:
+            raise UserError(f"{flag} {stage}: no such stage; known: {', '.join(STAGE_NAMES)}")
+    if options.only and options.since:
+        raise UserError("--only and --from exclude each other")
+    if options.round is not None and not (options.only or options.since):
+        raise UserError("--round needs --only or --from")
+    checks.check_all(config)
+    memory.watch_memory()
+    start_ray(options.verbose)
+    store = RunDir(Path(config.run.root) / config.run.name)
+    run_pipeline(config, store, Selection(options.only, options.since, options.round))
+    return 0
+
+
+def start_ray(verbose: bool) -> None:
+    """Join the cluster this job was submitted to, or start Ray on this machine alone."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
+    else:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            object_store_memory=512 * 2**20,
+        )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def user_mistake(error: BaseException) -> str | None:
+    """The user's mistake inside an exception from the driver or a worker, or None when it is ours."""
+    for inner in chain(error):
+        if isinstance(inner, UserError):
+            return str(inner)
+        if isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({inner.filename})" if inner.filename else ""
+            return f"no space left on the disk of the run folder{where}; free some, or set run.root to another disk, and run again"
+        if isinstance(inner, PermissionError):
+            return f"{inner.filename}: not allowed to write here; set run.root to a folder of yours"
+    return None
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what caused it, through Ray's own wrappers."""
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        inner = todo.pop(0)
+        if inner is None or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        yield inner
+        failures = getattr(inner, "worker_failures", None)
+        todo += list(failures.values()) if isinstance(failures, dict) else []
+        todo += [getattr(inner, name, None) for name in ("cause", "_base_exc", "__cause__", "__context__")]
+        todo = [item for item in todo if item is None or isinstance(item, BaseException)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

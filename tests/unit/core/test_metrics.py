@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo4rec_ray.core.metrics import METRICS, metric_by_name, paired_bootstrap
+from dpo4rec_ray.errors import UserError
+
+DESCENDING = np.array([[5.0, 4.0, 3.0, 2.0, 1.0]])  # candidate order is rank order
+
+
+def one(name: str, scores: object, labels: object, mask: object = None) -> float:
+    """The metric of a single list."""
+    real = None if mask is None else np.array([mask])
+    return float(metric_by_name(name)(np.array([scores]), np.array([labels]), real)[0])
+
+
+def test_ndcg_by_hand() -> None:
+    """Ranked labels 0 1 0 1 0: gains 2^1 - 1 = 1 at ranks 2 and 4.
+
+    DCG@5 = 1/log2(3) + 1/log2(5) = .63093 + .43068 = 1.06161. Ideal 1 1 0 0 0: 1/log2(2) + 1/log2(3) =
+    1.63093. NDCG@5 = .650921. At k = 3 only rank 2 counts: .63093 / 1.63093 = .386853.
+    """
+    labels = [0, 1, 0, 1, 0]
+    assert one("ndcg@5", DESCENDING[0], labels) == pytest.approx(0.650921, abs=1e-6)
+    assert one("ndcg@3", DESCENDING[0], labels) == pytest.approx(0.386853, abs=1e-6)
+
+
+def test_ndcg_graded_gain_is_exponential() -> None:
+    """Ranked labels 1 2, gains 1 and 3: (1 + 3 * .63093) / (3 + .63093) = 2.892789 / 3.630930 = .796708."""
+    assert one("ndcg@2", [2.0, 1.0], [1, 2]) == pytest.approx(0.796708, abs=1e-6)
+
+
+# Method, section 7: the precision sum over the hits in the top k; map_paper divides it by those hits, map by
+# min(k, number of relevant).
+MAP_TABLE = [
+    # k, ranked labels, map_paper, map
+    (5, [0, 1, 0, 1, 0], (1 / 2 + 2 / 4) / 2, (1 / 2 + 2 / 4) / 2),  # both positives found: .5 and .5
+    (3, [0, 1, 0, 1, 0], (1 / 2) / 1, (1 / 2) / 2),  # one of two found: .5 but .25
+    (3, [1, 0, 0, 1, 1], 1 / 1, 1 / 3),  # one of three found: 1 but 1/3
+    (2, [1, 1, 1, 1, 0], (1 + 1) / 2, (1 + 1) / 2),  # more relevant than k: 1 and 1
+    (2, [1, 0, 1, 1, 0], 1 / 1, 1 / 2),  # min(k, R) = min(2, 3) = 2
+    (5, [1, 0, 1, 0, 1], (1 + 2 / 3 + 3 / 5) / 3, (1 + 2 / 3 + 3 / 5) / 3),  # .755556
+    (2, [0, 0, 1, 0, 0], 0.0, 0.0),  # no hit in the top k
+    (5, [0, 0, 0, 0, 0], 0.0, 0.0),  # no positive
+    (9, [0, 0, 1, 0, 0], 1 / 3, 1 / 3),  # k beyond the list
+]
+
+
+@pytest.mark.parametrize(("k", "labels", "map_paper", "map_plain"), MAP_TABLE)
+def test_both_maps_by_hand(k: int, labels: list[int], map_paper: float, map_plain: float) -> None:
+    """Values of `MAP_TABLE`, worked in its comments."""
+    assert one(f"map_paper@{k}", DESCENDING[0], labels) == pytest.approx(map_paper, abs=1e-12)
+    assert one(f"map@{k}", DESCENDING[0], labels) == pytest.approx(map_plain, abs=1e-12)
+
+
+def test_maps_treat_any_positive_label_as_relevant() -> None:
+    """Ranked labels 0 .5 3: precisions 1/2 and 2/3 at the two hits, mean 7/12."""
+    assert one("map@3", [3.0, 2.0, 1.0], [0, 0.5, 3]) == pytest.approx(7 / 12)
+
+
+@pytest.mark.parametrize("name", ["ndcg@2", "map@2", "map_paper@2"])
+def test_ties_keep_candidate_order(name: str) -> None:
+    """All scores equal: rank = place. A positive in place 1 is perfect, in place 3 it is out of the top 2."""
+    assert one(name, [1.0, 1.0, 1.0], [1, 0, 0]) == 1.0
+    assert one(name, [1.0, 1.0, 1.0], [0, 0, 1]) == 0.0
+
+
+@pytest.mark.parametrize("name", ["ndcg@5", "map@5", "map_paper@5"])
+def test_padding_is_never_ranked_or_counted(name: str) -> None:
+    """The padded place scores highest and holds a label, a real one scores -inf: still as without padding."""
+    padded = one(name, [9.0, -np.inf, 1.0, 2.0], [1, 1, 1, 0], [False, True, True, True])
+    assert padded == one(name, [-np.inf, 1.0, 2.0], [1, 1, 0])
+
+
+def test_padding_below_a_real_minus_infinity() -> None:
+    """Padding comes first and the only real candidate scores -inf: it still takes rank 1, the figure is 1."""
+    assert one("ndcg@1", [0.0, -np.inf], [0, 1], [False, True]) == 1.0
+
+
+@pytest.mark.parametrize("name", ["ndcg@5", "map@5", "map_paper@5"])
+def test_wholly_padded_list_and_empty_batch(name: str) -> None:
+    """Nothing real to rank counts 0.0; no list gives no figure."""
+    assert one(name, [1.0, 2.0], [1, 1], [False, False]) == 0.0
+    assert metric_by_name(name)(np.empty((0, 3)), np.empty((0, 3))).shape == (0,)
+
+
+def test_float32_and_integer_inputs_give_float64() -> None:
+    """Labels arrive as float32 or int; the figure is float64 and the same."""
+    scores = DESCENDING.astype(np.float32)
+    for labels in (np.array([[0, 1, 0, 1, 0]]), np.array([[0, 1, 0, 1, 0]], dtype=np.float32)):
+        value = METRICS["ndcg"](scores, labels, 5)
+        assert value.dtype == np.float64
+        assert value[0] == pytest.approx(0.650921, abs=1e-6)
+
+
+def test_bad_arrays_raise() -> None:
+    """A NaN score would silently rank last; shapes must agree; k counts from 1."""
+    with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
+        one("ndcg@5", [np.nan, 1.0], [1, 0])
+    assert one("ndcg@5", [np.nan, 1.0], [1, 1], [False, True]) == 1.0
+    with pytest.raises(ValueError, match="one shape"):
+        METRICS["map"](np.zeros((1, 2)), np.zeros((1, 3)), 5)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        METRICS["map"](np.zeros((1, 2)), np.zeros((1, 2)), 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["mrr@5", "ndcg", "ndcg@", "ndcg@0", "ndcg@-1", "ndcg@5.0", "ndcg@²", "@5", ""]
+)
+def test_unknown_metric_names_the_known_ones(name: str) -> None:
+    with pytest.raises(UserError, match="ndcg@k, map@k, map_paper@k"):
+        metric_by_name(name)
+
+
+@st.composite
+def lists(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores with many ties, graded labels and a mask, [B, L]."""
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 7)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return (
+        rng.integers(0, 4, shape).astype(float),
+        rng.integers(0, 4, shape).astype(float),
+        rng.random(shape) < 0.7,
+    )
+
+
+@given(lists(), st.integers(1, 9))
+@settings(max_examples=150, deadline=None)
+def test_metrics_against_a_loop(data: tuple[np.ndarray, np.ndarray, np.ndarray], k: int) -> None:
+    """The definitions again as plain loops over ranks, one list at a time."""
+    scores, labels, mask = data
+    got = {name: metric(scores, labels, k, mask) for name, metric in METRICS.items()}
+    for row in range(len(scores)):
+        real = [place for place in range(scores.shape[1]) if mask[row, place]]
+        ranked = [labels[row, place] for place in sorted(real, key=lambda place: -scores[row, place])]
+        dcg, ideal = (
+            sum((2**label - 1) / np.log2(rank + 1) for rank, label in enumerate(order[:k], 1))
+            for order in (ranked, sorted(ranked, reverse=True))
+        )
+        hits, precision_sum = 0, 0.0
+        for rank, label in enumerate(ranked[:k], 1):
+            if label > 0:
+                hits += 1
+                precision_sum += hits / rank
+        relevant = sum(label > 0 for label in ranked)
+        assert got["ndcg"][row] == pytest.approx(dcg / ideal if ideal else 0.0, abs=1e-12)
+        assert got["map_paper"][row] == pytest.approx(precision_sum / hits if hits else 0.0, abs=1e-12)
+        assert got["map"][row] == pytest.approx(
+            precision_sum / min(k, relevant) if relevant else 0.0, abs=1e-12
+        )
+
+
+def test_hundred_thousand_lists_take_well_under_a_second() -> None:
+    """CPU seconds of this process, so that a busy machine does not fail it."""
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random((100_000, 10)), (rng.random((100_000, 10)) < 0.2).astype(np.float32)
+    for metric in METRICS.values():
+        start = time.process_time()
+        metric(scores, labels, 5)
+        assert time.process_time() - start < 0.8
+
+
+def test_bootstrap_of_equal_values_has_no_width() -> None:
+    """Every resample of a constant has the same mean."""
+    interval = paired_bootstrap(np.full(12, 0.25), np.arange(12) % 4, num_resamples=200)
+    assert interval == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_bootstrap_weighs_users_by_their_lists() -> None:
+    """User 7 has values 0 0 0, user 9 has 1.
+
+    Resamples: {7,7} -> 0, {7,9} -> 1/4, {9,9} -> 1 with chances 1/4, 1/2, 1/4. So the 2.5 % and 97.5 %
+    percentiles are 0 and 1 and the mean over all four values is .25.
+    """
+    interval = paired_bootstrap(np.array([0.0, 1.0, 0.0, 0.0]), np.array([7, 9, 7, 7]))
+    assert interval == (0.25, 0.0, 1.0)
+
+
+def test_bootstrap_interval_matches_theory_when_groups_are_single() -> None:
+    """400 independent normal values: the half width is near 1.96 / sqrt(400) = .098."""
+    values = np.random.default_rng(1).normal(size=400)
+    interval = paired_bootstrap(values, np.arange(400), num_resamples=4000)
+    assert interval.mean == pytest.approx(values.mean())
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.08)
+
+
+def test_bootstrap_clusters() -> None:
+    """Each user's value repeated 25 times adds no information: the interval is that of the users alone."""
+    values = np.random.default_rng(2).normal(size=40)
+    alone = paired_bootstrap(values, np.arange(40))
+    repeated = paired_bootstrap(np.repeat(values, 25), np.repeat(np.arange(40), 25))
+    assert repeated == pytest.approx(alone)
+
+
+def test_bootstrap_seed_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seed gives the same interval, also when the resamples do not fit in memory at once."""
+    rng = np.random.default_rng(3)
+    values, groups = rng.normal(size=90), rng.integers(0, 30, 90)
+    whole = paired_bootstrap(values, groups, seed=5)
+    assert paired_bootstrap(values, groups, seed=5) == whole
+    assert paired_bootstrap(values, groups, seed=6) != whole
+    monkeypatch.setattr("dpo4rec_ray.core.metrics._MAX_COUNTS_IN_MEMORY", 100)
+    assert paired_bootstrap(values, groups, seed=5) == pytest.approx(whole)
+
+
+def test_bootstrap_edges() -> None:
+    """One user cannot be resampled: NaN bounds. NaN values and missing values are errors."""
+    mean, low, high = paired_bootstrap(np.array([0.0, 1.0]), np.array([4, 4]))
+    assert mean == 0.5
+    assert np.isnan([low, high]).all()
+    with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+        paired_bootstrap(np.array([0.0, np.nan]), np.array([1, 2]))
+    with pytest.raises(ValueError, match="n >= 1"):
+        paired_bootstrap(np.array([]), np.array([]))
+    with pytest.raises(ValueError, match="n >= 1"):
+        paired_bootstrap(np.zeros(2), np.zeros(3))

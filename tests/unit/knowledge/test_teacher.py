@@ -1,0 +1,98 @@
+"""The template teacher: reads the history only, its wording tells the kind, truth measures it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dpo4rec_ray.knowledge.teacher import (
+    DEFAULT_MIX,
+    OPENINGS,
+    kind_of,
+    named_values,
+    popular_values,
+    teacher_text,
+    text_accuracy,
+)
+
+HISTORY = [
+    ["genre: drama", "era: 1980s", "creator: Okafor"],
+    ["genre: drama", "era: 1980s", "creator: Novak"],
+    ["genre: horror", "era: 1990s", "creator: Tanaka"],
+    ["genre: comedy", "era: 1980s", "creator: Okafor"],
+]
+RATINGS = [5.0, 4.0, 1.0, 5.0]
+POPULAR = popular_values(HISTORY)
+
+
+def _text(
+    kind: str, seed: int = 0, history: list[list[str]] = HISTORY, ratings: list[float] = RATINGS
+) -> str:
+    return teacher_text(
+        history, ratings, popular_values(history), np.random.default_rng(seed), {kind: 1.0}
+    ).text
+
+
+def test_attentive_text_worked_by_hand():
+    """drama (5 - 2.5) + (4 - 2.5) = 4, comedy 2.5, horror -1.5; 1980s 6.5; Okafor 5, Novak 1.5."""
+    assert _text("attentive") == (
+        "Judging by the ratings: enjoys drama and comedy, films of the 1980s, by Okafor and Novak."
+    )
+
+
+def test_a_hasty_text_names_only_what_is_in_the_history_and_a_generic_one_ignores_it():
+    vocabulary = sorted({a for item in HISTORY for a in item})
+    for seed in range(20):
+        picked = named_values(_text("hasty", seed), vocabulary)
+        assert any(picked <= {*one, *two} for one in HISTORY for two in HISTORY)
+    rng = lambda: np.random.default_rng(5)  # noqa: E731
+    popular = {"genre": ["western", "mystery"], "era": ["1970s"], "creator": ["Varga"]}
+    one = teacher_text(HISTORY, RATINGS, popular, rng(), {"generic": 1.0}).text
+    two = teacher_text(HISTORY[:1], [1.0], popular, rng(), {"generic": 1.0}).text
+    assert one == two and one.startswith(OPENINGS["generic"])
+
+
+def test_the_wording_tells_the_kind_and_the_mix_is_kept():
+    rng = np.random.default_rng(0)
+    texts = [teacher_text(HISTORY, RATINGS, POPULAR, rng) for _ in range(2000)]
+    assert all(kind_of(t.text) == t.kind for t in texts)
+    for kind, share in DEFAULT_MIX.items():
+        assert abs(np.mean([t.kind == kind for t in texts]) - share / sum(DEFAULT_MIX.values())) < 0.04
+    assert kind_of("something else") is None
+
+
+def test_texts_work_with_facets_missing_and_are_deterministic():
+    history = [["genre: Sci-Fi", "genre: Children's", "era: 1990s"], ["genre: Drama"]]
+    for kind in OPENINGS:
+        text = _text(kind, 1, history, [5.0, 2.0])
+        assert text == _text(kind, 1, history, [5.0, 2.0]) and "by " not in text.removeprefix(OPENINGS[kind])
+    with pytest.raises(ValueError, match="at least one event"):
+        teacher_text([], [], POPULAR, np.random.default_rng(0))
+
+
+def test_named_values_takes_whole_words():
+    vocabulary = [
+        "genre: Sci-Fi",
+        "genre: Fi",
+        "genre: Drama",
+        "era: 1980s",
+        "creator: Nova",
+        "creator: Novak",
+    ]
+    text = "Judging by the ratings: enjoys Sci-Fi and drama, by Novak."
+    assert named_values(text, vocabulary) == {"genre: Sci-Fi", "genre: Drama", "creator: Novak"}
+
+
+def test_text_accuracy_worked_by_hand():
+    """User 0 loves drama, users 1 and 2 love comedy and horror.
+
+    Texts name: user 0 drama and comedy (1 of 2 true; the others' truths hold 1 of 2 mentions twice: drama
+    in 0 of 2, comedy in 1 of 2); user 1 comedy (true; 0 of 2 others); user 2 drama (false; 1 of 2 others).
+    Accuracy 2 / 4; chance (0 + 0.5 + 0 + 0.5) / 4.
+    """
+    truth = [["genre: drama"], ["genre: comedy"], ["genre: horror"]]
+    texts = [["enjoys drama and comedy"], ["enjoys comedy"], ["enjoys drama"]]
+    assert text_accuracy(texts, truth) == pytest.approx((0.5, 0.25))
+    assert text_accuracy([[""], [], ["nothing"]], truth) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="two or more"):
+        text_accuracy([["a"]], [["genre: drama"]])
