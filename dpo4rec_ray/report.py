@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import statistics
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment
@@ -17,6 +18,7 @@ from dpo4rec_ray.stages.evaluate import METRIC_NAMES, comparisons, evaluation_ro
 from dpo4rec_ray.stages.training import read_metrics
 from dpo4rec_ray.stages.validate import best_round
 
+TEMPLATE = resources.files("dpo4rec_ray") / "report.html.jinja"
 SYSTEM_ORDER = ("random", "popularity", "backbone", "base-llm", "dpo4rec", "upper-bound")
 
 
@@ -25,7 +27,9 @@ def run(
 ) -> dict[str, Any]:
     """Write summary.json and report.html; print the table; return the summary."""
     per_list = store.read("per_list")
-    rows = sorted(evaluation_rows(per_list), key=lambda row: (_place(row["system"]), row["system"], row["seed"]))
+    rows = sorted(
+        evaluation_rows(per_list), key=lambda row: (_place(row["system"]), row["system"], row["seed"])
+    )
     rounds = [_round(store, round_id) for round_id in range(1, last_round + 1)]
     reward = store.require("reward").figures
     summary: dict[str, Any] = {
@@ -109,7 +113,9 @@ def _print(summary: dict[str, Any]) -> None:
     for row in summary["comparisons"]:
         if row["metric"] == METRIC_NAMES[0]:
             low, high = row["ci95"]
-            print(f"{row['system']} minus {row['against']}: NDCG@5 {row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]")
+            print(
+                f"{row['system']} minus {row['against']}: NDCG@5 {row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            )
     for row in summary["rounds"]:
         low, high = row["heldout_reward_delta_ci95"]
         print(
@@ -121,12 +127,15 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 def _html(store: RunDir, summary: dict[str, Any]) -> str:
-    template = Environment(autoescape=True).from_string(_TEMPLATE)
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     table = systems_table(summary["evaluation"])
     plots = [
         ("Held-out reward before and after each round", _plot_rewards(store, summary)),
         ("DPO loss, accuracy and margin per step", _plot_dpo(store, summary)),
-        ("NDCG@5 on the test users per system (mean and standard deviation over seeds)", _plot_systems(table)),
+        (
+            "NDCG@5 on the test users per system (mean and standard deviation over seeds)",
+            _plot_systems(table),
+        ),
     ]
     return template.render(summary=summary, table=table, metrics=METRIC_NAMES, plots=plots)
 
@@ -160,7 +169,9 @@ def _plot_rewards(store: RunDir, summary: dict[str, Any]) -> str:
         axis.scatter(before, after, s=9, alpha=0.6)
         axis.set_xlabel("reward before, one dot per user")
         axis.set_ylabel("after")
-        axis.set_title(f"round {row['round']}: mean difference {row['heldout_reward_delta']:+.4f}", fontsize=10)
+        axis.set_title(
+            f"round {row['round']}: mean difference {row['heldout_reward_delta']:+.4f}", fontsize=10
+        )
     return _embed(figure)
 
 
@@ -169,7 +180,11 @@ def _plot_dpo(store: RunDir, summary: dict[str, Any]) -> str:
     for row in summary["rounds"]:
         steps = read_metrics(store.path("policy", row["round"]))
         for axis, name in zip(axes, ("loss", "accuracy", "margin"), strict=True):
-            axis.plot([step["step"] for step in steps], [step[name] for step in steps], label=f"round {row['round']}")
+            axis.plot(
+                [step["step"] for step in steps],
+                [step[name] for step in steps],
+                label=f"round {row['round']}",
+            )
             axis.set_title(name, fontsize=10)
             axis.set_xlabel("step")
     axes[0].legend(fontsize=8)
@@ -180,43 +195,11 @@ def _plot_systems(table: list[dict[str, Any]]) -> str:
     figure, axis = _figure(height=0.4 * len(table) + 1)
     name = METRIC_NAMES[0]
     axis.barh(
-        [row["system"] for row in table], [row[name] for row in table], xerr=[row[f"{name} sd"] for row in table], height=0.6
+        [row["system"] for row in table],
+        [row[name] for row in table],
+        xerr=[row[f"{name} sd"] for row in table],
+        height=0.6,
     )
     axis.invert_yaxis()
     axis.set_xlabel(name)
     return _embed(figure)
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ summary.run }}: DPO4Rec run report</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left } img { max-width: 100% }
-</style></head><body>
-<h1>{{ summary.run }}, seed {{ summary.seed }}</h1>
-<p>Texts by {{ summary.generator }}, trained with {{ summary.trainer }}; {{ "%.0f"|format(summary.total_seconds) }} s,
-peak memory {{ summary.peak_rss_mb }} MB. Best round on validation users: {{ summary.best_round }}.</p>
-<h2>Test users</h2>
-<table><tr><th>system</th>{% for m in metrics %}<th>{{ m }}</th>{% endfor %}<th>seeds</th><th>lists</th></tr>
-{% for row in table %}<tr><td>{{ row.system }}</td>
-{% for m in metrics %}<td>{{ "%.4f"|format(row[m]) }} ± {{ "%.4f"|format(row[m + " sd"]) }}</td>{% endfor %}
-<td>{{ row.seeds }}</td><td>{{ row.lists }}</td></tr>{% endfor %}</table>
-<table><tr><th>difference on identical lists</th><th>metric</th><th>delta</th><th>95 % interval, by user</th></tr>
-{% for row in summary.comparisons %}<tr><td>{{ row.system }} minus {{ row.against }}</td><td>{{ row.metric }}</td>
-<td>{{ "%+.4f"|format(row.delta) }}</td><td>[{{ "%+.4f"|format(row.ci95[0]) }}, {{ "%+.4f"|format(row.ci95[1]) }}]</td></tr>{% endfor %}
-</table>
-{% for title, image in plots %}<h2>{{ title }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ image }}">{% endfor %}
-<h2>Rounds and diagnosis</h2>
-{% for row in summary.rounds %}<h3>Round {{ row.round }}</h3><table>
-{% for key, value in row.items() if value is not mapping %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}
-{% for group in ("dpo", "diagnosis", "dropped") %}{% for key, value in row[group].items() %}
-<tr><td>{{ group }}: {{ key }}</td><td>{{ value }}</td></tr>{% endfor %}{% endfor %}</table>{% endfor %}
-<h2>Stages</h2>
-<table><tr><th>stage</th><th>round</th><th>seconds</th><th>rows in</th><th>rows out</th><th>skipped</th></tr>
-{% for row in summary.stages %}<tr><td>{{ row.stage }}</td><td>{{ row.round }}</td><td>{{ row.seconds }}</td>
-<td>{{ row.rows_in }}</td><td>{{ row.rows_out }}</td><td>{{ row.skipped }}</td></tr>{% endfor %}</table>
-<p>{% for name, version in summary.versions.items() %}{{ name }} {{ version }}{{ "" if loop.last else ", " }}{% endfor %}</p>
-</body></html>
-"""

@@ -68,7 +68,13 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     # half_a, half_b: the same reward over a random half of the user's lists each, for the carry-over figure.
     "scores": pa.schema(
-        [*_LABEL, ("reward", pa.float32()), ("num_lists", pa.int32()), ("half_a", pa.float32()), ("half_b", pa.float32())]
+        [
+            *_LABEL,
+            ("reward", pa.float32()),
+            ("num_lists", pa.int32()),
+            ("half_a", pa.float32()),
+            ("half_b", pa.float32()),
+        ]
     ),
     "pairs": pa.schema(
         [
@@ -84,7 +90,12 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     # Reward of fresh samples of the validation users under the policies before and after a round.
     "heldout": pa.schema(
-        [("round", pa.int32()), ("user_id", pa.int64()), ("reward_before", pa.float32()), ("reward_after", pa.float32())]
+        [
+            ("round", pa.int32()),
+            ("user_id", pa.int64()),
+            ("reward_before", pa.float32()),
+            ("reward_after", pa.float32()),
+        ]
     ),
     "per_list": pa.schema(
         [

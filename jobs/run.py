@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dpo4rec_ray.errors import UserError
@@ -20,7 +20,6 @@ from dpo4rec_ray.errors import UserError
 QUIET_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -31,25 +30,40 @@ QUIET_ENV = {
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn the user's mistakes into one line and exit code 2."""
     options = parse(arguments)
+    return guarded(lambda: run(options), options.verbose)
+
+
+def guarded(call: Callable[[], int], verbose: bool) -> int:
+    """The exit code of `call`; a user's mistake becomes one line and code 2."""
     try:
-        return run(options)
+        return call()
     except BaseException as error:
         cause = user_mistake(error)
-        if cause is None or options.verbose:
+        if cause is None or verbose:
             raise
         print(f"error: {cause}", file=sys.stderr)
         return 2
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="jobs/run.py", description="Run a DPO4Rec recipe; finished stages are skipped.")
+    parser = argparse.ArgumentParser(
+        prog="jobs/run.py", description="Run a DPO4Rec recipe; finished stages are skipped."
+    )
     parser.add_argument("recipe", help="a TOML file, see jobs/recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the recipe")
-    parser.add_argument("--only", default="", metavar="STAGE", help="run this stage alone, even if it is complete")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replace values of the recipe"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="STAGE", help="run this stage alone, even if it is complete"
+    )
     parser.add_argument("--from", dest="since", default="", metavar="STAGE", help="run from this stage on")
-    parser.add_argument("--round", type=int, default=None, metavar="R", help="with --only or --from: in this round")
-    parser.add_argument("--verbose", action="store_true", help="show the logs of Ray, vLLM and DeepSpeed, and tracebacks")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--round", type=int, default=None, metavar="R", help="with --only or --from: in this round"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="show the logs of Ray, vLLM and DeepSpeed, and tracebacks"
+    )
+    return parser.parse_intermixed_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,11 +71,9 @@ def run(options: argparse.Namespace) -> int:
     from dpo4rec_ray.config import load_config
 
     config = load_config(options.recipe, options.overrides)
+    folder = Path(config.run.root) / config.run.name
     if not options.verbose:
-        for key, value in QUIET_ENV.items():
-            os.environ.setdefault(key, value)
-        warnings.filterwarnings("ignore")
-        logging.basicConfig(level=logging.ERROR)
+        be_quiet(folder / "driver.log")
     from dpo4rec_ray import checks, memory
     from dpo4rec_ray.artifacts import RunDir
     from dpo4rec_ray.pipeline import STAGE_NAMES, Selection, run_pipeline
@@ -76,15 +88,32 @@ def run(options: argparse.Namespace) -> int:
     checks.check_all(config)
     memory.watch_memory()
     start_ray(options.verbose)
-    store = RunDir(Path(config.run.root) / config.run.name)
-    run_pipeline(config, store, Selection(options.only, options.since, options.round))
+    run_pipeline(config, RunDir(folder), Selection(options.only, options.since, options.round))
     return 0
+
+
+def be_quiet(log: Path) -> None:
+    """Turn down third-party logs; before their libraries are imported, as most read this once.
+
+    What native code still writes to standard error goes to `log`; Python's own sys.stderr stays the terminal.
+    """
+    for key, value in QUIET_ENV.items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.ERROR)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as target:
+        terminal = os.dup(2)
+        os.dup2(target.fileno(), 2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
 
 
 def start_ray(verbose: bool) -> None:
     """Join the cluster this job was submitted to, or start Ray on this machine alone."""
     import ray
 
+    if ray.is_initialized():
+        return
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
         ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
     else:
@@ -96,6 +125,9 @@ def start_ray(verbose: bool) -> None:
             object_store_memory=512 * 2**20,
         )
     ray.data.DataContext.get_current().enable_progress_bars = False
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def user_mistake(error: BaseException) -> str | None:
@@ -105,7 +137,7 @@ def user_mistake(error: BaseException) -> str | None:
             return str(inner)
         if isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({inner.filename})" if inner.filename else ""
-            return f"no space left on the disk of the run folder{where}; free some, or set run.root to another disk, and run again"
+            return f"no space left on the disk of the run folder{where}; free some or change run.root, then run again"
         if isinstance(inner, PermissionError):
             return f"{inner.filename}: not allowed to write here; set run.root to a folder of yours"
     return None

@@ -26,7 +26,9 @@ def resolve_encoder(path: str) -> str:
 class TextEncoder:
     """Texts -> float32 [B, D]. Identical texts are encoded once: small catalogues of phrases repeat a lot."""
 
-    def __init__(self, path: str = MINILM, batch_size: int = 64, max_tokens: int = 256, device: str | None = None):
+    def __init__(
+        self, path: str = MINILM, batch_size: int = 64, max_tokens: int = 256, device: str | None = None
+    ):
         import torch
         from transformers import AutoModel, AutoTokenizer
 
@@ -36,7 +38,9 @@ class TextEncoder:
             model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:160]
-            raise UserError(f"encoder.path {path}: no text encoder could be loaded from {folder} ({reason})") from None
+            raise UserError(
+                f"encoder.path {path}: no text encoder could be loaded from {folder} ({reason})"
+            ) from None
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._batch_size, self._max_tokens = batch_size, max_tokens
@@ -51,7 +55,9 @@ class TextEncoder:
         import torch
 
         distinct, back = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
-        order = np.argsort([len(text) for text in distinct], kind="stable")  # like lengths together: little padding
+        order = np.argsort(
+            [len(text) for text in distinct], kind="stable"
+        )  # like lengths together: little padding
         vectors = np.empty((len(distinct), self.width), dtype=np.float32)
         with torch.inference_mode():
             for start in range(0, len(order), self._batch_size):

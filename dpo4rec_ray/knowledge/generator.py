@@ -106,7 +106,8 @@ class VLLMGenerator:
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
         for i, output in zip(fits, outputs, strict=True):
             answers[i] = [
-                Completion(list(sample.token_ids), sample.text, str(sample.finish_reason)) for sample in output.outputs
+                Completion(list(sample.token_ids), sample.text, str(sample.finish_reason))
+                for sample in output.outputs
             ]
         return answers
 
@@ -122,7 +123,9 @@ class TemplateGenerator:
     ) -> list[list[Completion]]:
         """Prompts whose first token is in `fail_on` get no sample."""
         return [
-            [] if prompt[0] in self._fail_on else [self._one(prompt, seed + sample) for sample in range(count)]
+            []
+            if prompt[0] in self._fail_on
+            else [self._one(prompt, seed + sample) for sample in range(count)]
             for prompt, seed, count in zip(prompts, seeds, num_samples, strict=True)
         ]
 
@@ -130,4 +133,3 @@ class TemplateGenerator:
         start = seed % max(1, len(prompt))
         tokens = (prompt[start:] + prompt[:start])[: self._length]
         return Completion(tokens, " ".join(map(str, tokens)), "stop")
-

@@ -42,6 +42,7 @@ FACTORS = {
         "literary quality",
         "critical acclaim",
     ],
+    "short": ["genre", "era", "creator"],  # few words, for small LLMs
     "generic": [
         "category",
         "brand or maker",

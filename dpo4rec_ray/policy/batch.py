@@ -32,7 +32,9 @@ class TokenBatch:
         )
 
 
-def collate(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
+def collate(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
+) -> TokenBatch:
     """Pad B (prompt, completion) pairs on the left into one batch."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     width = max(lengths)
@@ -56,7 +58,9 @@ def collate_pairs(
     return collate([*prompts, *prompts], [*chosen, *rejected], pad_id)
 
 
-def completion_logits(model: torch.nn.Module, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def completion_logits(
+    model: torch.nn.Module, batch: TokenBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of the columns that predict or hold completion tokens: [B, C+1, V], with their ids and mask [B, C+1]."""
     keep = batch.num_completion + 1
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)

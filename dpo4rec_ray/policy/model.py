@@ -37,7 +37,9 @@ class PolicyWeights:
 def write_policy(folder: Path, weights: PolicyWeights, record: dict[str, Any]) -> None:
     """Write policy.json beside the weights; paths inside the folder are stored relative to it."""
     stored = {k: _relative(v, folder) for k, v in asdict(weights).items()}
-    (folder / POLICY_FILE).write_text(json.dumps({**record, **stored}, indent=1, sort_keys=True), encoding="utf-8")
+    (folder / POLICY_FILE).write_text(
+        json.dumps({**record, **stored}, indent=1, sort_keys=True), encoding="utf-8"
+    )
 
 
 def read_policy(folder: Path) -> PolicyWeights:
@@ -50,7 +52,9 @@ def read_policy(folder: Path) -> PolicyWeights:
         stored = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
         return PolicyWeights(**{key: _absolute(stored[key], folder) for key in ("base", "adapter", "merged")})
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder / POLICY_FILE}: not a saved policy ({error}); run the dpo stage again") from None
+        raise UserError(
+            f"{folder / POLICY_FILE}: not a saved policy ({error}); run the dpo stage again"
+        ) from None
 
 
 def _relative(path: str | None, folder: Path) -> str | None:

@@ -70,7 +70,9 @@ class DPOObjective:
         with torch.no_grad(), _peft(model).disable_adapter():
             reference = completion_logps(model, batch)
         half = len(policy) // 2
-        losses, chosen, rejected = dpo_loss(policy[:half], policy[half:], reference[:half], reference[half:], self._beta)
+        losses, chosen, rejected = dpo_loss(
+            policy[:half], policy[half:], reference[:half], reference[half:], self._beta
+        )
         lengths = batch.completion_mask.sum(-1)
         ratio = (policy - reference).detach()
         figures = {
@@ -136,7 +138,9 @@ def train(
         if index == 0 and expect_first_loss is not None:
             _check_first_loss(figures["loss"], expect_first_loss)
         if not math.isfinite(figures["loss"]):
-            raise RuntimeError(f"step {step}: the loss is {figures['loss']}; lower the learning rate or use float32")
+            raise RuntimeError(
+                f"step {step}: the loss is {figures['loss']}; lower the learning rate or use float32"
+            )
         engine.backward(loss)
         engine.step()
         sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
@@ -155,7 +159,9 @@ def train(
 
 
 @torch.no_grad()
-def evaluate_pairs(model: torch.nn.Module, rows: list[Row], objective: DPOObjective, batch_size: int) -> Figures:
+def evaluate_pairs(
+    model: torch.nn.Module, rows: list[Row], objective: DPOObjective, batch_size: int
+) -> Figures:
     """Mean DPO figures over held-out pairs, spread over the ranks; empty when there are no rows."""
     rank, world = dist.get_rank(), dist.get_world_size()
     device = next(model.parameters()).device
@@ -180,7 +186,9 @@ def _shares(num_rows: int, settings: TrainSettings, rank: int, world: int) -> It
         order = np.random.default_rng([settings.seed, epoch]).permutation(num_rows)
         order = np.resize(order, math.ceil(num_rows / size) * size)
         for start in range(0, len(order), size):
-            yield order[start + rank * settings.batch_size : start + (rank + 1) * settings.batch_size].tolist()
+            yield order[
+                start + rank * settings.batch_size : start + (rank + 1) * settings.batch_size
+            ].tolist()
 
 
 def _check_first_loss(loss: float, expected: float) -> None:

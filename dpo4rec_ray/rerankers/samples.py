@@ -29,7 +29,10 @@ class UserLists:
 
     @classmethod
     def from_columns(
-        cls, user_ids: np.ndarray, candidate_item_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[float]]
+        cls,
+        user_ids: np.ndarray,
+        candidate_item_ids: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[float]],
     ) -> UserLists:
         width = max(len(row) for row in candidate_item_ids)
         item_ids = np.zeros((len(user_ids), width), np.int64)
@@ -78,7 +81,9 @@ class SampleScorer:
         self._reward = REWARDS[reward]
         rng = np.random.default_rng([seed, 1])
         if num_redraws and lists.mask.all():
-            self._item_ids, self._labels = redraw_negatives(lists.item_ids, lists.labels, num_items, num_redraws, rng)
+            self._item_ids, self._labels = redraw_negatives(
+                lists.item_ids, lists.labels, num_items, num_redraws, rng
+            )
         else:
             self._item_ids, self._labels = lists.item_ids[None], lists.labels[None]  # [R, n, L]
         self._half = _random_halves(lists.user_ids, np.random.default_rng([seed, 2]))
@@ -94,7 +99,9 @@ class SampleScorer:
             for start in range(0, len(mine), step):
                 part = mine[start : start + step]
                 sample = np.repeat(np.arange(len(part)), num_lists[part])
-                offset = np.arange(len(sample)) - np.repeat(np.cumsum(num_lists[part]) - num_lists[part], num_lists[part])
+                offset = np.arange(len(sample)) - np.repeat(
+                    np.cumsum(num_lists[part]) - num_lists[part], num_lists[part]
+                )
                 rows = low[part][sample] + offset
                 per_list = self._per_list(scorer, rows, vectors[part], sample)
                 in_a = self._half[rows]
@@ -103,10 +110,14 @@ class SampleScorer:
                 half_b[part] = _mean_by(sample[~in_a], per_list[~in_a], len(part))
         return SampleRewards(reward, half_a, half_b, num_lists)
 
-    def _per_list(self, scorer: ListScorer, rows: np.ndarray, vectors: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    def _per_list(
+        self, scorer: ListScorer, rows: np.ndarray, vectors: np.ndarray, sample: np.ndarray
+    ) -> np.ndarray:
         """Reward of each (sample, list) pair [P], averaged over the redraws."""
         redraws, length = len(self._item_ids), self._item_ids.shape[2]
-        items = self._item_ids[:, rows].transpose(1, 0, 2).reshape(-1, length)  # lists of one sample stay neighbours
+        items = (
+            self._item_ids[:, rows].transpose(1, 0, 2).reshape(-1, length)
+        )  # lists of one sample stay neighbours
         labels = self._labels[:, rows].transpose(1, 0, 2).reshape(-1, length)
         mask = np.repeat(self._lists.mask[rows], redraws, axis=0)
         scores = scorer.score(items, mask, vectors, np.repeat(sample, redraws))

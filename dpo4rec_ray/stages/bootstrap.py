@@ -6,6 +6,7 @@ prompt -> text. The teacher sees only the history, and its attention varies: tha
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,11 @@ from dpo4rec_ray.stages.sampling import CataloguePrompts
 from dpo4rec_ray.stages.train_policy import supervised_loop, train_settings
 from dpo4rec_ray.stages.training import launch, read_metrics
 
-NUM_CHECK_USERS = 300  # simulated users, none of them trained on, whose texts are held against their true tastes
+RECIPE_OF = {"sample": "jobs/recipes/demo.toml", "movielens": "jobs/recipes/ml1m_small.toml"}
+TOKENIZER_LESSONS = 5000  # enough for every word of a catalogue's frequent items
+NUM_CHECK_USERS = (
+    300  # simulated users, none of them trained on, whose texts are held against their true tastes
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     work.mkdir()
     say(f"  bootstrap: writing {section.num_users} lessons over {store.require('items').rows} items")
     lesson = _lesson(config, store, section.num_users, seed_of(config.run.seed, "lessons"))
-    tokenizer = build_tokenizer(lesson.prompts + lesson.texts, work / "tokenizer")
+    tokenizer = build_tokenizer(
+        lesson.prompts[:TOKENIZER_LESSONS] + lesson.texts[:TOKENIZER_LESSONS], work / "tokenizer"
+    )
     prompt_ids, text_ids = supervised_rows(tokenizer, lesson.prompts, lesson.texts)
     pq.write_table(
         pa.table({"prompt_token_ids": prompt_ids, "completion_token_ids": text_ids}), work / "rows.parquet"
@@ -74,13 +81,48 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         file.rename(folder / file.name)
     shutil.rmtree(work)
     steps = read_metrics(folder)
-    figures: dict[str, Any] = {"first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"], "steps": len(steps)}
+    figures: dict[str, Any] = {
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "steps": len(steps),
+    }
     figures |= check_texts(config, store, folder)
     say(
         f"  bootstrap: {figures['text_accuracy']:.3f} of the named tastes are true, chance {figures['text_chance']:.3f}, "
         f"ratio {figures['text_accuracy'] / figures['text_chance']:.2f}"
     )
+    (folder / "README.md").write_text(_model_card(config, figures), encoding="utf-8")
     return Outcome(rows_in=section.num_users, rows_out=len(steps), figures=figures)
+
+
+def _model_card(config: Config, figures: dict[str, Any]) -> str:
+    section, dataset = config.bootstrap, config.data.dataset
+    recipe = RECIPE_OF.get(dataset, "RECIPE.toml")
+    return CARD.format(
+        layers=section.num_layers,
+        width=section.hidden_size,
+        dataset=dataset,
+        command=f"python jobs/train_llm.py {recipe} --out FOLDER run.seed={config.run.seed}",
+        lessons=section.num_users,
+        batch=f"{section.batch_size * section.accumulation} x {section.num_workers} workers",
+        lr=section.lr,
+        users=NUM_CHECK_USERS,
+        **figures,
+    )
+
+
+CARD = """# A small LLM of dpo4rec_ray's own
+
+Llama architecture, {layers} layers, {width} wide, float32; every word of its training texts is one token. Trained from
+scratch on simulated users over the catalogue of `data.dataset = "{dataset}"`: prompt -> template knowledge text. It can do
+nothing else and knows no other catalogue.
+
+- Made by `{command}`; the seed is the last number.
+- {lessons} lessons, {steps} steps of {batch}, AdamW, lr {lr:g}; loss {first_loss:.3f} -> {last_loss:.3f}.
+- Of the tastes that its sampled texts name for {users} new simulated users, {text_accuracy:.3f} are true;
+  by chance {text_chance:.3f}.
+- Users and texts are made by this project's own code. Licence of the weights: Apache-2.0, like the project.
+"""
 
 
 def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
@@ -92,7 +134,9 @@ def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
     gpu = section.gpus_per_engine if on_gpu() else 0
     engine = EngineSettings(str(model), max_model_len=config.llm.max_model_len, on_gpu=gpu > 0)
     sampling = Sampling(section.temperature, section.top_p, section.max_new_tokens)
-    remote = ray.remote(num_cpus=1, num_gpus=gpu, max_calls=1, runtime_env={"env_vars": engine_env(section.kv_cache_gib)})
+    remote = ray.remote(
+        num_cpus=1, num_gpus=gpu, max_calls=1, runtime_env={"env_vars": engine_env(section.kv_cache_gib)}
+    )
     texts = ray.get(remote(_sample_texts).remote(engine, sampling, lesson.prompts))
     accuracy, chance = text_accuracy([[text] for text in texts], lesson.tastes)
     return {"text_accuracy": accuracy, "text_chance": chance}
@@ -110,7 +154,11 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
     """Simulated users over the run's catalogue; items that real training users met often are met often."""
     items = store.read("items", columns=["title", "attributes"])
     attributes = items["attributes"].to_pylist()
-    met = store.read("users", split="train", columns=["history_item_ids"])["history_item_ids"].combine_chunks().flatten()
+    met = (
+        store.read("users", split="train", columns=["history_item_ids"])["history_item_ids"]
+        .combine_chunks()
+        .flatten()
+    )
     popularity = np.bincount(met.to_numpy(), minlength=len(attributes)) + 1.0
     users = simulate_users(attributes, popularity / popularity.sum(), num_users, seed, stream="bootstrap")
     prompts = CataloguePrompts(items, SPECIAL_TOKENS, config.prompt.factors, config.prompt.item_attributes)
@@ -118,7 +166,7 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
     rng = np.random.default_rng([seed, 1])
     bounds = np.searchsorted(users.user_index, np.arange(num_users + 1))
     lesson = Lesson([], [], users.tastes)
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in itertools.pairwise(bounds):
         seen = slice(low, low + knowledge_cut(high - low, config.data.max_history))
         history, ratings = users.item_index[seen].tolist(), users.rating[seen].tolist()
         lesson.prompts.append(prompts.text("", history, ratings))

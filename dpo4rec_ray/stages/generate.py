@@ -39,11 +39,20 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if done:
         say(f"  generate: {already} users kept from an interrupted run")
     todo = [(shard, low, high) for shard, (low, high) in enumerate(ranges) if shard not in done]
-    num_samples = {split: config.generate.num_samples for split in SPLITS}
+    num_samples = dict.fromkeys(SPLITS, config.generate.num_samples)
     pool = engine_pool(
-        config, store, ShardGenerator, round_id - 1, num_samples, "generate", folder=str(folder), round_id=round_id
+        config,
+        store,
+        ShardGenerator,
+        round_id - 1,
+        num_samples,
+        "generate",
+        folder=str(folder),
+        round_id=round_id,
     )
-    answers = run_shards(todo, [pool], Progress("generate", len(users), "users"), unit="users", already=already)
+    answers = run_shards(
+        todo, [pool], Progress("generate", len(users), "users"), unit="users", already=already
+    )
     rows, failed = _account(folder)
     _check_complete(users, rows, failed, config.generate.num_samples)
     reasons = dict(Counter(failed.values()))

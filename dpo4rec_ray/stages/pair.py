@@ -30,13 +30,19 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     rows_in = 0
     generations, scores = store.files("generations", round_id), store.files("scores", round_id)
     for part, (generation_file, score_file) in enumerate(zip(generations, scores, strict=True)):
-        samples = pq.read_table(generation_file).sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
+        samples = pq.read_table(generation_file).sort_by(
+            [("user_id", "ascending"), ("sample_id", "ascending")]
+        )
         rewards = pq.read_table(score_file).sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
-        assert samples["user_id"].equals(rewards["user_id"]), f"{score_file} does not belong to {generation_file}"
+        assert samples["user_id"].equals(rewards["user_id"]), (
+            f"{score_file} does not belong to {generation_file}"
+        )
         rows_in += len(samples)
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         reward = rewards["reward"].to_numpy()
-        users, starts, counts = np.unique(samples["user_id"].to_numpy(), return_index=True, return_counts=True)
+        users, starts, counts = np.unique(
+            samples["user_id"].to_numpy(), return_index=True, return_counts=True
+        )
         for user, start, count in zip(users.tolist(), starts.tolist(), counts.tolist(), strict=True):
             own = samples.slice(start, count)
             completions = own["token_ids"].to_pylist()
@@ -49,7 +55,16 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             kept[split] += 1
             best, worst = found
             prompt = own["prompt_token_ids"][0].as_py()
-            values = (round_id, user, split, prompt, completions[best], completions[worst], own_reward[best], own_reward[worst])
+            values = (
+                round_id,
+                user,
+                split,
+                prompt,
+                completions[best],
+                completions[worst],
+                own_reward[best],
+                own_reward[worst],
+            )
             for name, value in zip(_COLUMNS, values, strict=True):
                 columns[name].append(value)
         store.write("pairs", pa.table(columns), round_id, part)
@@ -57,7 +72,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if not kept["train"]:
         raise UserError(
             f"round {round_id}: no training user gave a pair ({reasons['train']}); "
-            "use reward.metric = \"log_likelihood\", more reward.num_redraws, or a lower pair.min_margin"
+            'use reward.metric = "log_likelihood", more reward.num_redraws, or a lower pair.min_margin'
         )
     say(f"  pairs: {kept['train']} training, {kept['valid']} held out; dropped {reasons['train'] or 'none'}")
     failed = Counter(store.require("generations", round_id).figures["failed"].values())

@@ -51,7 +51,9 @@ def _tables(config: Config, raw: RawTables) -> dict[str, pa.Table]:
     data, seed = config.data, config.run.seed
     num_users, num_items = len(raw.user_raw_ids), len(raw.titles)
     if num_items <= data.num_candidates:
-        raise UserError(f"data.num_candidates = {data.num_candidates}, but the catalogue has only {num_items} items")
+        raise UserError(
+            f"data.num_candidates = {data.num_candidates}, but the catalogue has only {num_items} items"
+        )
     split, fold = split_users(
         np.arange(num_users), data.test_frac, data.valid_frac, config.reward.num_folds, seed_of(seed, "split")
     )
@@ -85,7 +87,9 @@ def _tables(config: Config, raw: RawTables) -> dict[str, pa.Table]:
                 rows[name].append(getattr(one, name))
         progress.at(user + 1)
     if not rows["user_id"]:
-        raise UserError("no candidate list could be built: every user has too few events; check data.raw_dir and max_history")
+        raise UserError(
+            "no candidate list could be built: every user has too few events; check data.raw_dir and max_history"
+        )
     users = pa.table(
         {
             "user_id": np.arange(num_users),

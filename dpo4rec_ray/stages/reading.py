@@ -28,7 +28,11 @@ def read_vectors(
     chosen = pc.equal(table["subject"], subject)
     if sample_id is not None:
         chosen = pc.and_(chosen, pc.equal(table["sample_id"], sample_id))
-    table = table.filter(chosen).sort_by([("subject_id", "ascending"), ("sample_id", "ascending")]).combine_chunks()
+    table = (
+        table.filter(chosen)
+        .sort_by([("subject_id", "ascending"), ("sample_id", "ascending")])
+        .combine_chunks()
+    )
     return table["subject_id"].to_numpy(), vectors_of(table["vector"])
 
 
@@ -49,7 +53,9 @@ def read_list_data(store: RunDir, split: str) -> ListData:
     columns = ["list_id", "user_id", "candidate_item_ids", "labels"]
     table = store.read("lists", split=split, columns=columns)
     users = table["user_id"].to_numpy()
-    return ListData.from_columns(table["candidate_item_ids"].to_pylist(), table["labels"].to_pylist(), users, users)
+    return ListData.from_columns(
+        table["candidate_item_ids"].to_pylist(), table["labels"].to_pylist(), users, users
+    )
 
 
 def sample_scorer(config: Config, store: RunDir) -> SampleScorer:

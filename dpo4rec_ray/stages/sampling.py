@@ -62,10 +62,15 @@ class UserSampler:
         self._prompts = CataloguePrompts(items, control_tokens(self._tokenizer), factors, item_attributes)
         self._generator = VLLMGenerator(engine, sampling)
 
-    def sample(self, low: int, high: int) -> tuple[list[int], list[list[int]], list[list[Completion]], list[int]]:
+    def sample(
+        self, low: int, high: int
+    ) -> tuple[list[int], list[list[int]], list[list[Completion]], list[int]]:
         """User ids, prompts, completions of the users in [low, high), and how many samples each should have."""
         users = self._store.read("users", split=tuple(self._num_samples), user_range=(low, high)).to_pylist()
-        texts = [self._prompts.text(user["profile"], user["history_item_ids"], user["history_ratings"]) for user in users]
+        texts = [
+            self._prompts.text(user["profile"], user["history_item_ids"], user["history_ratings"])
+            for user in users
+        ]
         prompts = [encode_chat(self._tokenizer, text) for text in texts]
         counts = [self._num_samples[user["split"]] for user in users]
         ids = [user["user_id"] for user in users]
@@ -74,7 +79,9 @@ class UserSampler:
             return ids, prompts, self._generator.generate(prompts, seeds, counts), counts
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
-                os._exit(1)  # Ray starts a new actor with a new engine and retries; an exception would end the job
+                os._exit(
+                    1
+                )  # Ray starts a new actor with a new engine and retries; an exception would end the job
             raise
 
 
@@ -96,7 +103,15 @@ class ShardGenerator(UserSampler):
                 failed[str(user_id)] = reason
                 continue
             for sample_id, sample in enumerate(samples):
-                values = (self._round, user_id, sample_id, prompt, sample.token_ids, sample.text, sample.finish_reason)
+                values = (
+                    self._round,
+                    user_id,
+                    sample_id,
+                    prompt,
+                    sample.token_ids,
+                    sample.text,
+                    sample.finish_reason,
+                )
                 for name, value in zip(_GENERATION_COLUMNS, values, strict=True):
                     columns[name].append(value)
                 num_tokens += len(sample.token_ids)
@@ -124,7 +139,14 @@ class TextSampler(UserSampler):
             texts += [sample.text for sample in samples] if not reason else [""] * count
             user_ids += [user_id] * count
             sample_ids += range(count)
-        return {**row, "users": len(ids), "user_ids": user_ids, "sample_ids": sample_ids, "texts": texts, "failed": failed}
+        return {
+            **row,
+            "users": len(ids),
+            "user_ids": user_ids,
+            "sample_ids": sample_ids,
+            "texts": texts,
+            "failed": failed,
+        }
 
 
 _GENERATION_COLUMNS = (
@@ -148,7 +170,13 @@ def failure(samples: list[Completion], count: int) -> str:
 
 
 def engine_pool(
-    config: Config, store: RunDir, worker: type, policy_round: int, num_samples: dict[str, int], stage: str, **more: Any
+    config: Config,
+    store: RunDir,
+    worker: type,
+    policy_round: int,
+    num_samples: dict[str, int],
+    stage: str,
+    **more: Any,
 ) -> Pool:
     """The pool of engines of policy `policy_round`; `num_samples` says how many texts the users of each split get."""
     weights = policy_weights(config, store, policy_round)

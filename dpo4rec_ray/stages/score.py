@@ -39,7 +39,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
     answers = run_shards(shards, pools, Progress("score", num_users, "users"), unit="users")
     rows = sum(answer["rows"] for answer in answers)
-    figures = carry_over_figures(pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))]))
+    figures = carry_over_figures(
+        pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
+    )
     say(
         f"  carry-over: best-worst gap {figures['gap_in_sample']:.4f} where it was chosen, "
         f"{figures['gap_held_out']:.4f} {_interval(figures['gap_held_out_ci95'])} on the user's other lists"

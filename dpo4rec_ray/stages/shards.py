@@ -59,7 +59,12 @@ def begin_shards(folder: Path, mark: str) -> None:
 
 
 def run_shards(
-    shards: Sequence[tuple[int, int, int]], pools: Sequence[Pool], progress: Progress, *, unit: str, already: int = 0
+    shards: Sequence[tuple[int, int, int]],
+    pools: Sequence[Pool],
+    progress: Progress,
+    *,
+    unit: str,
+    already: int = 0,
 ) -> list[Row]:
     """Send (shard, low, high) through the pools in turn and return what the last one answers, one row per shard.
 

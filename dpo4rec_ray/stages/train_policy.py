@@ -51,7 +51,8 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
         model, expected = add_lora(base, arguments["lora_rank"], arguments["lora_alpha"]), math.log(2)
     objective = DPOObjective(tokenizer.pad_token_id or 0, arguments["beta"])
     pairs = {
-        split: store.read("pairs", arguments["round_id"], split=split).to_pylist() for split in ("train", "valid")
+        split: store.read("pairs", arguments["round_id"], split=split).to_pylist()
+        for split in ("train", "valid")
     }
     metrics = MetricsFile(folder, rank)
 

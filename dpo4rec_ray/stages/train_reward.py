@@ -50,7 +50,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         unit="epochs",
     )
     figures = _shuffle_drop(config, store)
-    say(f"  shuffle drop: NDCG@5 {figures['valid_ndcg@5']:.4f} with own texts, {figures['shuffle_drop']:.4f} lost with others'")
+    say(
+        f"  shuffle drop: NDCG@5 {figures['valid_ndcg@5']:.4f} with own texts, {figures['shuffle_drop']:.4f} lost with others'"
+    )
     num_lists = store.require("lists").rows
     return Outcome(rows_in=num_lists, rows_out=config.reward.num_folds, figures=figures)
 
@@ -85,11 +87,21 @@ def train_loop(arguments: dict[str, Any]) -> None:
             vectors,
             settings,
             on_epoch=lambda record, fold=fold: metrics.write(
-                {"step": fold * config.reranker.epochs + record["epoch"], "num_steps": total, "fold": fold, **record}
+                {
+                    "step": fold * config.reranker.epochs + record["epoch"],
+                    "num_steps": total,
+                    "fold": fold,
+                    **record,
+                }
             ),
         )
         if rank == 0:
-            info = {"fold": fold, "best_epoch": result.best_epoch, "valid": result.best_value, "fit": asdict(settings)}
+            info = {
+                "fold": fold,
+                "best_epoch": result.best_epoch,
+                "valid": result.best_value,
+                "fit": asdict(settings),
+            }
             save_reranker(f"{folder}/fold-{fold}", model, info)
 
 
@@ -106,11 +118,16 @@ def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
     labels, mask = valid.labels.numpy(), valid.mask.numpy()
     values = {}
     scorer = ListScorer(
-        [load_reranker(store.path("reward") / f"fold-{fold}", catalogue) for fold in range(config.reward.num_folds)],
+        [
+            load_reranker(store.path("reward") / f"fold-{fold}", catalogue)
+            for fold in range(config.reward.num_folds)
+        ],
         catalogue,
     )
     for name, source in (("own", vectors), ("other", vectors[other])):
-        values[name] = float(metric(scorer.score(valid.item_ids, mask, source, valid.user_rows), labels, mask).mean())
+        values[name] = float(
+            metric(scorer.score(valid.item_ids, mask, source, valid.user_rows), labels, mask).mean()
+        )
     figures = {"valid_ndcg@5": values["own"], "shuffle_drop": values["own"] - values["other"]}
     write_json(store.path("reward") / "diagnosis.json", figures)
     return figures

@@ -76,12 +76,12 @@ class MetricsFile:
     """Appends figures to metrics.jsonl; ranks other than 0 write nothing."""
 
     def __init__(self, folder: str | Path, rank: int):
-        self._file = open(Path(folder) / METRICS, "a", encoding="utf-8") if rank == 0 else None
+        self._file = Path(folder) / METRICS if rank == 0 else None
 
     def write(self, figures: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(figures) + "\n")
-            self._file.flush()
+            with open(self._file, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(figures) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -105,5 +105,7 @@ def _follow(file: Path, label: str, unit: str, stop: threading.Event) -> None:
             continue
         if progress is None:
             progress = Progress(label, newest["num_steps"], unit)
-        extra = ", ".join(f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy", "valid") if key in newest)
+        extra = ", ".join(
+            f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy", "valid") if key in newest
+        )
         progress.at(newest["step"], extra)

@@ -57,7 +57,8 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     users = sorted(means[0].keys() & means[1].keys())
     if not users:
         raise UserError(
-            "no validation user has a reward both before and after; raise data.valid_frac or look at the failed users of generate"
+            "no validation user has a reward both before and after; raise data.valid_frac, or look at the users "
+            "that generate could not sample"
         )
     reward_before, reward_after = (np.array([mean[user] for user in users]) for mean in means)
     delta = paired_bootstrap(reward_after - reward_before, np.array(users))

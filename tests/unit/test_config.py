@@ -23,7 +23,9 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
 
 def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
     path = write(tmp_path, "[generate]\nnum_samples = 4\n")
-    config = load_config(path, ["generate.num_samples=6", "data.raw_dir=some/where", "reranker.similarity=false"])
+    config = load_config(
+        path, ["generate.num_samples=6", "data.raw_dir=some/where", "reranker.similarity=false"]
+    )
     assert config.generate.num_samples == 6
     assert config.data.raw_dir == "some/where"
     assert config.reranker.similarity is False

@@ -12,7 +12,12 @@ COMPLETIONS = [[10, 11, 2], [12, 13, 14, 15, 2]]
 def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, dtype="float32"
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        dtype="float32",
     )
     return LlamaForCausalLM(config).eval()
 

@@ -17,7 +17,9 @@ class FixedScorer:
         self, item_ids: np.ndarray, mask: np.ndarray, user_vectors: np.ndarray, user_rows: np.ndarray
     ) -> np.ndarray:
         self.calls.append((item_ids, user_rows))
-        return np.where(mask, self.sign * np.take_along_axis(user_vectors[user_rows], item_ids, axis=1), -np.inf)
+        return np.where(
+            mask, self.sign * np.take_along_axis(user_vectors[user_rows], item_ids, axis=1), -np.inf
+        )
 
 
 def lists() -> UserLists:
@@ -68,7 +70,9 @@ def test_each_fold_scores_only_its_own_users() -> None:
 
 def test_redraws_keep_positives_and_are_the_same_for_every_call() -> None:
     fixed = FixedScorer()
-    scorer = SampleScorer([fixed], lists(), np.zeros(8, int), num_items=6, reward="log_likelihood", num_redraws=4, seed=3)
+    scorer = SampleScorer(
+        [fixed], lists(), np.zeros(8, int), num_items=6, reward="log_likelihood", num_redraws=4, seed=3
+    )
     vectors = np.stack([np.arange(6.0)])
     first = scorer.rewards(np.array([5]), vectors)
     second = scorer.rewards(np.array([5]), vectors)

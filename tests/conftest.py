@@ -1,0 +1,78 @@
+"""Shared fixtures. Real engines throughout; a run is made once per session and looked at by many tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = "jobs/recipes/demo.toml"
+# The demo, small enough for a test: every stage, every engine, one epoch of everything.
+TINY = [
+    "sample.num_users=60",
+    "generate.num_samples=3",
+    "generate.users_per_shard=8",
+    "reranker.epochs=2",
+    "reward.num_redraws=2",
+    "dpo.epochs=1",
+    "evaluate.num_seeds=2",
+    "evaluate.num_resamples=200",
+]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished command: its folder, exit code and output."""
+
+    folder: Path
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "jobs/run.py", *arguments]
+
+
+def run_job(folder: Path, *arguments: str, timeout: int = 500) -> Finished:
+    """Run jobs/run.py with its run folder at folder/run."""
+    done = subprocess.run(
+        command(*arguments, f"run.root={folder}", "run.name=run"),
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return Finished(folder / "run", done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The whole method once: vLLM, Ray Data, Ray Train with DeepSpeed, at a size that takes about two minutes."""
+    done = run_job(tmp_path_factory.mktemp("tiny"), DEMO, *TINY)
+    assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests say why they do not run, instead of failing somewhere inside an engine."""
+    if not any("gpu" in item.keywords for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))

@@ -1,0 +1,168 @@
+"""One real run of every stage, and what a second run of the same or of a changed recipe does."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.policy.batch import collate, completion_logps
+from dpo4rec_ray.policy.model import load_model, read_policy
+from tests.conftest import DEMO, TINY, Finished, run_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+STAGES = ["prepare", "encode", "train_reward", "generate", "score", "pair", "dpo", "encode", "validate", "evaluate"]
+
+
+def rows(run: Finished, name: str, round_id: int = 0) -> list[dict]:
+    return RunDir(run.folder).read(name, round_id).to_pylist()
+
+
+def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
+    summary = tiny_run.summary
+    assert summary["generator"] == "vllm"
+    assert summary["trainer"] == "deepspeed-zero2"
+    assert [stage["stage"] for stage in summary["stages"]] == STAGES
+    assert all({"round", "seconds", "rows_in", "rows_out", "skipped"} <= stage.keys() for stage in summary["stages"])
+    assert not any(stage["skipped"] for stage in summary["stages"])
+    (one,) = summary["rounds"]
+    assert {"round", "users", "samples", "pairs", "dropped", "heldout_reward_before"} <= one.keys()
+    assert {"heldout_reward_after", "heldout_reward_delta_ci95", "dpo", "diagnosis"} <= one.keys()
+    assert {"first_loss", "last_loss", "accuracy"} <= one["dpo"].keys()
+    assert {"text_accuracy", "shuffle_drop", "gap_in_sample", "gap_held_out", "gap_held_out_ci95"} <= one["diagnosis"].keys()
+    assert summary["peak_rss_mb"] > 500
+    assert summary["total_seconds"] > 0
+    assert {"ray", "torch", "deepspeed", "transformers", "peft"} <= summary["versions"].keys()
+    systems = Counter(row["system"] for row in summary["evaluation"])
+    assert systems == {
+        "random": 1, "popularity": 1, "upper-bound": 1, "backbone": 2, "base-llm": 2, "dpo4rec-round1": 2,
+    }  # fmt: skip
+    assert len({row["num_lists"] for row in summary["evaluation"]}) == 1, "every system on identical lists"
+    best = next(row for row in summary["evaluation"] if row["system"] == "upper-bound")
+    for row in summary["evaluation"]:
+        assert 0 < row["ndcg@5"] <= best["ndcg@5"]
+        assert {"map_paper@5", "map@5"} <= row.keys()
+
+
+def test_the_first_dpo_loss_is_ln2(tiny_run: Finished) -> None:
+    assert tiny_run.summary["rounds"][0]["dpo"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_every_user_has_exactly_n_samples_or_a_reason(tiny_run: Finished) -> None:
+    users = {row["user_id"]: row["split"] for row in rows(tiny_run, "users")}
+    counts = Counter((row["user_id"], row["sample_id"]) for row in rows(tiny_run, "generations", 1))
+    assert set(counts.values()) == {1}
+    failed = RunDir(tiny_run.folder).require("generations", 1).figures["failed"]
+    sampled = {user for user, _ in counts}
+    assert sampled | {int(user) for user in failed} == {user for user, split in users.items() if split != "test"}
+    assert Counter(user for user, _ in counts) == dict.fromkeys(sampled, 3)
+
+
+def test_samples_differ_and_their_token_ids_are_the_text(tiny_run: Finished) -> None:
+    from dpo4rec_ray.policy.model import load_tokenizer
+
+    samples = rows(tiny_run, "generations", 1)
+    assert len({row["text"] for row in samples}) > len(samples) / 4
+    tokenizer = load_tokenizer(json.loads((tiny_run.folder / "rounds/01/policy/policy.json").read_text())["base"])
+    for row in samples[:20]:
+        assert tokenizer.decode(row["token_ids"], skip_special_tokens=True) == row["text"]
+        assert row["prompt_token_ids"].count(tokenizer.bos_token_id) == 1
+        assert (row["token_ids"][-1] == tokenizer.eos_token_id) == (row["finish_reason"] == "stop")
+
+
+def test_test_users_are_read_by_evaluate_alone(tiny_run: Finished) -> None:
+    test_users = {row["user_id"] for row in rows(tiny_run, "users") if row["split"] == "test"}
+    assert test_users
+    for name in ("generations", "scores", "pairs", "heldout"):
+        assert not test_users & {row["user_id"] for row in rows(tiny_run, name, 1)}, name
+    assert {row["user_id"] for row in rows(tiny_run, "per_list")} <= test_users
+
+
+def test_no_prompt_history_reaches_into_a_list(tiny_run: Finished) -> None:
+    """In the sample world a user meets an item once, so a prompt item in a list would be an event used twice."""
+    history = {row["user_id"]: set(row["history_item_ids"]) for row in rows(tiny_run, "users")}
+    for row in rows(tiny_run, "lists"):
+        positives = {i for i, label in zip(row["candidate_item_ids"], row["labels"], strict=True) if label > 0}
+        assert not positives & history[row["user_id"]]
+
+
+def test_pairs_are_the_best_and_the_worst(tiny_run: Finished) -> None:
+    rewards: dict[int, list[float]] = {}
+    for row in rows(tiny_run, "scores", 1):
+        rewards.setdefault(row["user_id"], []).append(row["reward"])
+    pairs = rows(tiny_run, "pairs", 1)
+    summary = tiny_run.summary["rounds"][0]
+    assert sum(pair["split"] == "train" for pair in pairs) == summary["pairs"]
+    train_users = sum(row["split"] == "train" for row in rows(tiny_run, "users"))
+    assert summary["pairs"] + sum(summary["dropped"].values()) >= train_users
+    for pair in pairs:
+        assert pair["chosen_reward"] == max(rewards[pair["user_id"]])
+        assert pair["rejected_reward"] == min(rewards[pair["user_id"]])
+        assert pair["chosen_token_ids"] != pair["rejected_token_ids"]
+
+
+def test_the_saved_adapter_and_the_merged_folder_are_the_same_policy(tiny_run: Finished) -> None:
+    """What peft loads and what the next generator loads give equal log-probabilities, and both differ from the base."""
+    from peft import PeftModel
+
+    weights = read_policy(tiny_run.folder / "rounds/01/policy")
+    pairs = rows(tiny_run, "pairs", 1)[:4]
+    batch = collate([p["prompt_token_ids"] for p in pairs], [p["chosen_token_ids"] for p in pairs], 0)
+    base = load_model(weights.base, "float32").eval()
+    with torch.no_grad():
+        before = completion_logps(base, batch)
+        merged = completion_logps(load_model(weights.merged, "float32").eval(), batch)
+        adapted = completion_logps(PeftModel.from_pretrained(base, weights.adapter).eval(), batch)
+    torch.testing.assert_close(adapted, merged, atol=1e-4, rtol=0)
+    assert (adapted - before).abs().max() > 1e-4
+
+
+def test_report_is_one_file_with_plots(tiny_run: Finished) -> None:
+    page = (tiny_run.folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http://" not in page and "https://" not in page
+    for system in ("popularity", "upper-bound", "dpo4rec-round1"):
+        assert system in page
+
+
+def test_the_terminal_is_quiet_and_shows_every_stage(tiny_run: Finished) -> None:
+    for stage in STAGES:
+        assert f"{stage}(" in tiny_run.stdout
+    assert "dpo4rec-round1" in tiny_run.stdout
+    own = [line for line in tiny_run.stderr.splitlines() if line.strip()]
+    assert len(own) <= 2, own[:10]
+
+
+def test_a_second_run_skips_everything_and_a_changed_key_only_what_follows(tiny_run: Finished) -> None:
+    again = run_job(tiny_run.folder.parent, DEMO, *TINY)
+    assert again.code == 0, again.stderr
+    assert all(stage["skipped"] for stage in again.summary["stages"])
+    stamp = (tiny_run.folder / "rounds/01/generations/manifest.json").read_text()
+    changed = run_job(tiny_run.folder.parent, DEMO, *TINY, "evaluate.num_seeds=1")
+    assert changed.code == 0, changed.stderr
+    assert [stage["stage"] for stage in changed.summary["stages"] if not stage["skipped"]] == ["evaluate"]
+    assert (tiny_run.folder / "rounds/01/generations/manifest.json").read_text() == stamp
+
+
+def test_only_and_from_select_stages(tiny_run: Finished) -> None:
+    only = run_job(tiny_run.folder.parent, DEMO, *TINY, "--only", "pair", "--round", "1")
+    assert only.code == 0, only.stderr
+    assert "pair(1): started" in only.stdout
+    assert "generate(1)" not in only.stdout
+    unknown = run_job(tiny_run.folder.parent, DEMO, *TINY, "--only", "pairs")
+    assert unknown.code == 2
+    assert "no such stage" in unknown.stderr
+
+
+def test_parts_are_complete_parquet_files(tiny_run: Finished) -> None:
+    leftovers = [str(file) for file in tiny_run.folder.rglob("*.tmp*")]
+    assert leftovers == []
+    for file in Path(tiny_run.folder).rglob("part-*.parquet"):
+        assert pq.ParquetFile(file).metadata.num_rows >= 0

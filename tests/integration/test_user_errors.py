@@ -1,0 +1,144 @@
+"""What users get wrong: one clear line, exit code 2, and nothing half-written that counts as complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DEMO, ROOT, TINY, Finished, run_job
+
+ML = "jobs/recipes/ml1m_small.toml"
+BUNDLED = ROOT / "dpo4rec_ray" / "policy" / "bundled"
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A tiny MovieLens-1M folder: 30 users, 40 movies."""
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    movies = [f"{i}::Movie number {i} ({1960 + i})::{'Drama' if i % 2 else 'Comedy|Action'}" for i in range(1, 41)]
+    users = [f"{u}::{'M' if u % 2 else 'F'}::25::4::12345" for u in range(1, 31)]
+    ratings = [
+        f"{u}::{(u * 7 + i * 3) % 40 + 1}::{(u + i) % 5 + 1}::{978300000 + 60 * i}" for u in range(1, 31) for i in range(20)
+    ]
+    (folder / "movies.dat").write_text("\n".join(movies) + "\n", encoding="latin-1")
+    (folder / "users.dat").write_text("\n".join(users) + "\n")
+    (folder / "ratings.dat").write_text("\n".join(ratings) + "\n")
+    return folder
+
+
+def one_line(done: Finished, *words: str) -> None:
+    """Exit code 2, one line on standard error that names everything in `words`, no complete artifact."""
+    assert done.code == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not list(done.folder.rglob("manifest.json"))
+    assert not (done.folder / "summary.json").exists()
+
+
+def movielens(tmp_path: Path, raw: Path, *more: str) -> Finished:
+    return run_job(tmp_path, ML, f"data.raw_dir={raw}", *more, timeout=200)
+
+
+@pytest.mark.ray
+def test_missing_ratings(tmp_path: Path, raw: Path) -> None:
+    (raw / "ratings.dat").unlink()
+    one_line(movielens(tmp_path, raw), "ratings.dat")
+
+
+@pytest.mark.ray
+def test_truncated_ratings(tmp_path: Path, raw: Path) -> None:
+    text = (raw / "ratings.dat").read_text()
+    (raw / "ratings.dat").write_text(text[:-9])
+    one_line(movielens(tmp_path, raw), "ratings.dat", "600")
+
+
+@pytest.mark.ray
+def test_wrong_field_count(tmp_path: Path, raw: Path) -> None:
+    lines = (raw / "ratings.dat").read_text().splitlines()
+    lines[16] = "1::5::3"
+    (raw / "ratings.dat").write_text("\n".join(lines) + "\n")
+    one_line(movielens(tmp_path, raw), "ratings.dat", "17", "1::5::3")
+
+
+@pytest.mark.ray
+def test_movie_without_title(tmp_path: Path, raw: Path) -> None:
+    lines = (raw / "ratings.dat").read_text().splitlines()
+    lines[3] = "1::999::3::978300000"
+    (raw / "ratings.dat").write_text("\n".join(lines) + "\n")
+    one_line(movielens(tmp_path, raw), "999")
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    one_line(movielens(tmp_path, tmp_path / "nowhere"), "data.raw_dir", "nowhere")
+
+
+def test_unknown_key(tmp_path: Path) -> None:
+    one_line(run_job(tmp_path, DEMO, "generate.num_sampels=3"), "generate.num_sampels", "'num_samples'")
+
+
+def test_zero_samples(tmp_path: Path) -> None:
+    one_line(run_job(tmp_path, DEMO, "generate.num_samples=0"), "generate.num_samples", "0")
+
+
+def test_llm_without_tokenizer(tmp_path: Path) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(BUNDLED, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    one_line(run_job(tmp_path, DEMO, f"llm.path={folder}"), "llm.path", "tokenizer")
+
+
+def test_llm_folder_with_pickled_weights_only(tmp_path: Path) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(BUNDLED, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    one_line(run_job(tmp_path, DEMO, f"llm.path={folder}"), "safetensors")
+
+
+def test_bundled_llm_on_another_catalogue(tmp_path: Path, raw: Path) -> None:
+    one_line(movielens(tmp_path, raw, "llm.path=bundled"), "bundled", "bootstrap")
+
+
+@pytest.mark.ray
+def test_too_many_engines_for_the_machine(tmp_path: Path) -> None:
+    done = run_job(tmp_path, DEMO, *TINY, "generate.num_engines=99", "generate.cpus_per_engine=1")
+    assert done.code == 2
+    assert "99 x TextSampler" in done.stderr
+    assert not (done.folder / "rounds/00/knowledge/manifest.json").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("size", ["64k", "600k"], ids=["in the driver", "in a worker"])
+def test_full_disk(tmp_path: Path, size: str) -> None:
+    """A real small tmpfs, in a mount namespace of its own. 64 kB end while preparing, 600 kB while encoding the items."""
+    inner = f"mount -t tmpfs -o size={size} none {tmp_path} && exec {sys.executable} jobs/run.py {DEMO}"
+    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True)
+    if probe.returncode:
+        pytest.skip("mount namespaces are not allowed here")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{inner} run.root={tmp_path} run.name=run"],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(lines) == 1 and "no space left" in lines[0], done.stderr
+
+
+def test_help_names_every_option() -> None:
+    done = subprocess.run([sys.executable, "jobs/run.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for word in ("--only", "--from", "--round", "--verbose", "section.key=value"):
+        assert word in done.stdout
