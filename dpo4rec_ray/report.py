@@ -67,11 +67,10 @@ def _round(store: RunDir, round_id: int) -> dict[str, Any]:
     scores = store.require("scores", round_id).figures
     pairs = store.require("pairs", round_id).figures
     heldout = store.require("heldout", round_id).figures
-    diagnosis = {"shuffle_drop": store.require("reward").figures["shuffle_drop"], **scores}
-    if "text_accuracy_before" in heldout:
+    texts = {key: value for key, value in heldout.items() if key.startswith(("text_", "distinct_"))}
+    diagnosis = {"shuffle_drop": store.require("reward").figures["shuffle_drop"], **scores, **texts}
+    if "text_accuracy_before" in heldout:  # absent where the truth is not known
         diagnosis["text_accuracy"] = heldout["text_accuracy_before"]
-        diagnosis["text_accuracy_after"] = heldout["text_accuracy_after"]
-        diagnosis["text_chance"] = heldout["text_chance_before"]
     return {
         "round": round_id,
         "users": generated.figures["users"],

@@ -1,14 +1,10 @@
-"""Prompt token ids in, N completions with their token ids out.
-
-VLLMGenerator is the real one, the same class on CPU and GPU. TemplateGenerator answers without a model: for unit tests
-and for simulating scale; a run that used it says so in its summary.
-"""
+"""Prompt token ids in, N completions with their token ids out: vLLM in this process, the same class on CPU and GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 # What is measured to be fastest and repeatable on vLLM's CPU engine: no compilation, and no chunked prefill, because
 # a request's own seed does not survive it there. One prefill serves a user's N samples.
@@ -45,14 +41,6 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.9
     max_lora_rank: int = 16
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-class Generator(Protocol):
-    """N completions per prompt; row i of the answer belongs to prompt i and has its `num_samples[i]` entries."""
-
-    def generate(
-        self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
-    ) -> list[list[Completion]]: ...
 
 
 class VLLMGenerator:
@@ -110,26 +98,3 @@ class VLLMGenerator:
                 for sample in output.outputs
             ]
         return answers
-
-
-class TemplateGenerator:
-    """Deterministic completions without a model: the prompt's own last tokens, rotated by seed and sample number."""
-
-    def __init__(self, length: int = 8, fail_on: frozenset[int] = frozenset()):
-        self._length, self._fail_on = length, fail_on
-
-    def generate(
-        self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
-    ) -> list[list[Completion]]:
-        """Prompts whose first token is in `fail_on` get no sample."""
-        return [
-            []
-            if prompt[0] in self._fail_on
-            else [self._one(prompt, seed + sample) for sample in range(count)]
-            for prompt, seed, count in zip(prompts, seeds, num_samples, strict=True)
-        ]
-
-    def _one(self, prompt: list[int], seed: int) -> Completion:
-        start = seed % max(1, len(prompt))
-        tokens = (prompt[start:] + prompt[:start])[: self._length]
-        return Completion(tokens, " ".join(map(str, tokens)), "stop")

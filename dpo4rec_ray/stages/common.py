@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,25 +90,47 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A line every few seconds: done of total, rate, time left."""
+    """A line every few seconds while it is open: done of total, rate, time left; before that, for how long it starts."""
 
-    def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0):
+    def __init__(self, label: str, total: int, unit: str, *, already: int = 0, every_s: float = 5.0):
+        """`already` units were done by an earlier run: they count as done, but not in the rate."""
         self._label, self._total, self._unit, self._every_s = label, total, unit, every_s
-        self._start = self._shown = time.monotonic()
-        self._first = 0  # what was there before this run: not part of the rate
-        self._done = 0
+        self._done, self._extra = already, ""
+        self._opened = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first result came: workers start up before it
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
 
-    def at(self, done: int, extra: str = "", *, already: int = 0) -> None:
-        """Report that `done` units are complete, `already` of them by an earlier run."""
-        self._done, self._first = done, already
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def at(self, done: int, extra: str = "", *, total: int | None = None) -> None:
+        """`done` units are complete; `total` where it was not known before."""
+        self._total = self._total if total is None else total
+        if self._first is None and done > self._done:
+            self._first = (time.monotonic(), done)
+        self._done, self._extra = done, extra
+
+    def _tick(self) -> None:
+        while not self._stop.wait(self._every_s):
+            if self._first is None or self._done < self._total:
+                say(f"  {self._label}: {self._line()}")
+
+    def _line(self) -> str:
         now = time.monotonic()
-        if now - self._shown < self._every_s or done <= already:
-            return
-        self._shown = now
-        rate = (done - self._first) / max(now - self._start, 1e-6)
-        left = (self._total - done) / rate if rate > 0 else float("inf")
-        tail = f", {extra}" if extra else ""
-        say(f"  {self._label}: {done}/{self._total} {self._unit}, {rate:.1f}/s, {left:.0f} s left{tail}")
+        if self._first is None:
+            return f"workers are starting, {now - self._opened:.0f} s"
+        since, base = self._first
+        line = f"{self._done}/{self._total} {self._unit}"
+        if self._done > base:
+            rate = (self._done - base) / (now - since)
+            line += f", {rate:.1f}/s, {(self._total - self._done) / rate:.0f} s left"
+        return f"{line}, {self._extra}" if self._extra else line
 
 
 def seed_of(*parts: object) -> int:

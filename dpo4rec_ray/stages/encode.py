@@ -41,7 +41,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0
         ),
     ]
-    answers = run_shards(shards, pools, Progress("encode", num_users, "users"), unit="users")
+    answers = run_shards(shards, pools, Progress("encode", num_users, "users"))
     failed = sorted(user for answer in answers for user in answer["failed"])
     if failed:
         say(f"  encode: {len(failed)} users got no text and carry the empty text's vector: {failed[:5]}")
@@ -123,5 +123,5 @@ def _encode_items(config: Config, store: RunDir, folder: str) -> int:
         encoder_pool(config, VectorWriter, folder=folder, round_id=0, subject="item", first_part=first_part),
     ]
     shards = [(shard, low, high) for shard, (low, high) in enumerate(ranges)]
-    answers = run_shards(shards, pools, Progress("encode items", num_items, "items"), unit="users")
+    answers = run_shards(shards, pools, Progress("encode items", num_items, "items"))
     return sum(answer["rows"] for answer in answers)

@@ -49,11 +49,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     waiting = [task.remote(config, store, str(folder), knowledge, seed) for knowledge, seed in jobs]
     waiting.append(remote(_simple_systems).remote(config, store))
     tables: list[pa.Table] = []
-    progress = Progress("evaluate", len(waiting), "fits")
-    while waiting:
-        done, waiting = ray.wait(waiting)
-        tables += ray.get(done)
-        progress.at(len(tables))
+    with Progress("evaluate", len(waiting), "fits") as progress:
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            tables += ray.get(done)
+            progress.at(len(tables))
     table = pa.concat_tables(tables).sort_by(
         [("system", "ascending"), ("seed", "ascending"), ("list_id", "ascending")]
     )

@@ -50,9 +50,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         folder=str(folder),
         round_id=round_id,
     )
-    answers = run_shards(
-        todo, [pool], Progress("generate", len(users), "users"), unit="users", already=already
-    )
+    progress = Progress("generate", len(users), "users", already=already)
+    answers = run_shards(todo, [pool], progress, already=already)
     rows, failed = _account(folder)
     _check_complete(users, rows, failed, config.generate.num_samples)
     reasons = dict(Counter(failed.values()))

@@ -17,7 +17,7 @@ from dpo4rec_ray.core.candidates import build_lists, knowledge_cut, split_users
 from dpo4rec_ray.datasets import RawTables, load_raw
 from dpo4rec_ray.datasets.sample import SampleSettings
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.stages.common import Outcome, Progress, seed_of
+from dpo4rec_ray.stages.common import Outcome, seed_of
 
 ROW_GROUP = 1024  # users per Parquet row group: what reading one shard of users costs
 
@@ -61,7 +61,6 @@ def _tables(config: Config, raw: RawTables) -> dict[str, pa.Table]:
     order = np.lexsort((raw.timestamp_s, raw.user_index))
     items, ratings, times = raw.item_index[order], raw.rating[order], raw.timestamp_s[order]
     bounds = np.searchsorted(raw.user_index[order], np.arange(num_users + 1))
-    progress = Progress("prepare", num_users, "users")
     histories: list[tuple[np.ndarray, np.ndarray]] = []
     rows: dict[str, list[object]] = {name: [] for name in _LIST_COLUMNS}
     for user in range(num_users):
@@ -85,7 +84,6 @@ def _tables(config: Config, raw: RawTables) -> dict[str, pa.Table]:
             rows["split"].append(split[user])
             for name in _LIST_COLUMNS[2:]:
                 rows[name].append(getattr(one, name))
-        progress.at(user + 1)
     if not rows["user_id"]:
         raise UserError(
             "no candidate list could be built: every user has too few events; check data.raw_dir and max_history"

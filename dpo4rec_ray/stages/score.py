@@ -37,7 +37,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         env=WORKER_ENV,
     )
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
-    answers = run_shards(shards, pools, Progress("score", num_users, "users"), unit="users")
+    answers = run_shards(shards, pools, Progress("score", num_users, "users"))
     rows = sum(answer["rows"] for answer in answers)
     figures = carry_over_figures(
         pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])

@@ -3,7 +3,7 @@
 A shard is a fixed range of user ids. Ray Data sees one row per shard: the first actor reads its users, the last one
 writes one Parquet part named after the shard and returns only counts. Blocks are never merged or split on the way,
 because every actor takes exactly one shard per call. (Ray 2.60 merges small blocks, and its own checkpoint reads all
-finished ids into memory; see CONTRIBUTING.md.)
+finished ids into memory.)
 """
 
 from __future__ import annotations
@@ -59,14 +59,11 @@ def begin_shards(folder: Path, mark: str) -> None:
 
 
 def run_shards(
-    shards: Sequence[tuple[int, int, int]],
-    pools: Sequence[Pool],
-    progress: Progress,
-    *,
-    unit: str,
-    already: int = 0,
+    shards: Sequence[tuple[int, int, int]], pools: Sequence[Pool], progress: Progress, *, already: int = 0
 ) -> list[Row]:
     """Send (shard, low, high) through the pools in turn and return what the last one answers, one row per shard.
+
+    Each answer counts its users (or items) under "users"; `already` were done by an earlier run.
 
     Raises:
         UserError: the pools need more CPUs or GPUs than the cluster has; Ray would wait for ever.
@@ -91,10 +88,11 @@ def run_shards(
         )
     answers: list[Row] = []
     done = already
-    for row in dataset.iter_rows():
-        answers.append(row)
-        done += row[unit]
-        progress.at(done, already=already)
+    with progress:
+        for row in dataset.iter_rows():
+            answers.append(row)
+            done += row["users"]
+            progress.at(done)
     return answers
 
 

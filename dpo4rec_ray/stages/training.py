@@ -94,18 +94,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _follow(file: Path, label: str, unit: str, stop: threading.Event) -> None:
     """Print the newest line's step every few seconds."""
-    progress: Progress | None = None
-    while not stop.wait(1.0):
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            newest = json.loads(lines[-1]) if lines else None
-        except (OSError, json.JSONDecodeError):
-            continue  # not there yet, or a line is half written
-        if newest is None or "num_steps" not in newest:
-            continue
-        if progress is None:
-            progress = Progress(label, newest["num_steps"], unit)
-        extra = ", ".join(
-            f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy", "valid") if key in newest
-        )
-        progress.at(newest["step"], extra)
+    with Progress(label, 0, unit) as progress:
+        while not stop.wait(1.0):
+            try:
+                newest = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+            except (OSError, IndexError, json.JSONDecodeError):
+                continue  # not there yet, or a line is half written
+            extra = ", ".join(
+                f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy", "valid") if key in newest
+            )
+            progress.at(newest["step"], extra, total=newest["num_steps"])

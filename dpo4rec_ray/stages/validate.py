@@ -76,7 +76,7 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
         "heldout_reward_delta": delta.mean,
         "heldout_reward_delta_ci95": [delta.low, delta.high],
         "samples": len(before) + len(texts),
-        **_text_accuracy(store, round_id, valid, texts),
+        **_text_figures(store, round_id, valid, texts),
     }
     return table, figures
 
@@ -90,14 +90,13 @@ def _mean_per_user(user_ids: np.ndarray, rewards: np.ndarray) -> dict[int, float
     }
 
 
-def _text_accuracy(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) -> dict[str, float]:
-    """Where the truth is known (sample world): share of named tastes that are true, before and after, and chance."""
-    if not store.require("truth").rows:
-        return {}
-    truth = store.read("truth")
-    tastes = dict(zip(truth["user_id"].to_pylist(), truth["tastes"].to_pylist(), strict=True))
+def _text_figures(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) -> dict[str, float]:
+    """Before and after: distinct texts per sample (a collapse shows here first), and where the truth is known (sample
+    world) the share of named tastes that are true, beside chance."""
     before = store.read("generations", round_id, columns=["user_id", "text"])
     before = before.filter(pc.is_in(before["user_id"], valid))
+    truth = store.read("truth")
+    tastes = dict(zip(truth["user_id"].to_pylist(), truth["tastes"].to_pylist(), strict=True))
     figures: dict[str, float] = {}
     for name, ids, texts in (
         ("before", before["user_id"], before["text"]),
@@ -106,8 +105,12 @@ def _text_accuracy(store: RunDir, round_id: int, valid: pa.Array, after: pa.Tabl
         per_user: dict[int, list[str]] = {}
         for user, text in zip(ids.to_pylist(), texts.to_pylist(), strict=True):
             per_user.setdefault(user, []).append(text)
-        accuracy, chance = text_accuracy(list(per_user.values()), [tastes[user] for user in per_user])
-        figures |= {f"text_accuracy_{name}": accuracy, f"text_chance_{name}": chance}
+        figures[f"distinct_texts_{name}"] = float(
+            np.mean([len(set(own)) / len(own) for own in per_user.values()])
+        )
+        if tastes:
+            accuracy, chance = text_accuracy(list(per_user.values()), [tastes[user] for user in per_user])
+            figures |= {f"text_accuracy_{name}": accuracy, f"text_chance_{name}": chance}
     return figures
 
 

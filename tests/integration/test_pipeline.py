@@ -18,7 +18,18 @@ from tests.conftest import DEMO, TINY, Finished, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
-STAGES = ["prepare", "encode", "train_reward", "generate", "score", "pair", "dpo", "encode", "validate", "evaluate"]
+STAGES = [
+    "prepare",
+    "encode",
+    "train_reward",
+    "generate",
+    "score",
+    "pair",
+    "dpo",
+    "encode",
+    "validate",
+    "evaluate",
+]
 
 
 def rows(run: Finished, name: str, round_id: int = 0) -> list[dict]:
@@ -30,13 +41,17 @@ def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
     assert summary["generator"] == "vllm"
     assert summary["trainer"] == "deepspeed-zero2"
     assert [stage["stage"] for stage in summary["stages"]] == STAGES
-    assert all({"round", "seconds", "rows_in", "rows_out", "skipped"} <= stage.keys() for stage in summary["stages"])
+    assert all(
+        {"round", "seconds", "rows_in", "rows_out", "skipped"} <= stage.keys() for stage in summary["stages"]
+    )
     assert not any(stage["skipped"] for stage in summary["stages"])
     (one,) = summary["rounds"]
     assert {"round", "users", "samples", "pairs", "dropped", "heldout_reward_before"} <= one.keys()
     assert {"heldout_reward_after", "heldout_reward_delta_ci95", "dpo", "diagnosis"} <= one.keys()
     assert {"first_loss", "last_loss", "accuracy"} <= one["dpo"].keys()
-    assert {"text_accuracy", "shuffle_drop", "gap_in_sample", "gap_held_out", "gap_held_out_ci95"} <= one["diagnosis"].keys()
+    assert {"text_accuracy", "shuffle_drop", "gap_in_sample", "gap_held_out", "gap_held_out_ci95"} <= one[
+        "diagnosis"
+    ].keys()
     assert summary["peak_rss_mb"] > 500
     assert summary["total_seconds"] > 0
     assert {"ray", "torch", "deepspeed", "transformers", "peft"} <= summary["versions"].keys()
@@ -61,7 +76,9 @@ def test_every_user_has_exactly_n_samples_or_a_reason(tiny_run: Finished) -> Non
     assert set(counts.values()) == {1}
     failed = RunDir(tiny_run.folder).require("generations", 1).figures["failed"]
     sampled = {user for user, _ in counts}
-    assert sampled | {int(user) for user in failed} == {user for user, split in users.items() if split != "test"}
+    assert sampled | {int(user) for user in failed} == {
+        user for user, split in users.items() if split != "test"
+    }
     assert Counter(user for user, _ in counts) == dict.fromkeys(sampled, 3)
 
 
@@ -70,7 +87,9 @@ def test_samples_differ_and_their_token_ids_are_the_text(tiny_run: Finished) -> 
 
     samples = rows(tiny_run, "generations", 1)
     assert len({row["text"] for row in samples}) > len(samples) / 4
-    tokenizer = load_tokenizer(json.loads((tiny_run.folder / "rounds/01/policy/policy.json").read_text())["base"])
+    tokenizer = load_tokenizer(
+        json.loads((tiny_run.folder / "rounds/01/policy/policy.json").read_text())["base"]
+    )
     for row in samples[:20]:
         assert tokenizer.decode(row["token_ids"], skip_special_tokens=True) == row["text"]
         assert row["prompt_token_ids"].count(tokenizer.bos_token_id) == 1
@@ -89,7 +108,9 @@ def test_no_prompt_history_reaches_into_a_list(tiny_run: Finished) -> None:
     """In the sample world a user meets an item once, so a prompt item in a list would be an event used twice."""
     history = {row["user_id"]: set(row["history_item_ids"]) for row in rows(tiny_run, "users")}
     for row in rows(tiny_run, "lists"):
-        positives = {i for i, label in zip(row["candidate_item_ids"], row["labels"], strict=True) if label > 0}
+        positives = {
+            i for i, label in zip(row["candidate_item_ids"], row["labels"], strict=True) if label > 0
+        }
         assert not positives & history[row["user_id"]]
 
 

@@ -32,7 +32,9 @@ def kill_when(folder: Path, arguments: list[str], ready: Path, pattern: str) -> 
     )
     deadline = time.monotonic() + 400
     while not list(ready.glob(pattern)):
-        assert process.poll() is None, f"the job ended with code {process.returncode} before it could be killed"
+        assert process.poll() is None, (
+            f"the job ended with code {process.returncode} before it could be killed"
+        )
         assert time.monotonic() < deadline, f"no {pattern} in {ready}"
         time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)

@@ -21,10 +21,14 @@ def raw(tmp_path: Path) -> Path:
     """A tiny MovieLens-1M folder: 30 users, 40 movies."""
     folder = tmp_path / "ml-1m"
     folder.mkdir()
-    movies = [f"{i}::Movie number {i} ({1960 + i})::{'Drama' if i % 2 else 'Comedy|Action'}" for i in range(1, 41)]
+    movies = [
+        f"{i}::Movie number {i} ({1960 + i})::{'Drama' if i % 2 else 'Comedy|Action'}" for i in range(1, 41)
+    ]
     users = [f"{u}::{'M' if u % 2 else 'F'}::25::4::12345" for u in range(1, 31)]
     ratings = [
-        f"{u}::{(u * 7 + i * 3) % 40 + 1}::{(u + i) % 5 + 1}::{978300000 + 60 * i}" for u in range(1, 31) for i in range(20)
+        f"{u}::{(u * 7 + i * 3) % 40 + 1}::{(u + i) % 5 + 1}::{978300000 + 60 * i}"
+        for u in range(1, 31)
+        for i in range(20)
     ]
     (folder / "movies.dat").write_text("\n".join(movies) + "\n", encoding="latin-1")
     (folder / "users.dat").write_text("\n".join(users) + "\n")
@@ -121,7 +125,9 @@ def test_too_many_engines_for_the_machine(tmp_path: Path) -> None:
 def test_full_disk(tmp_path: Path, size: str) -> None:
     """A real small tmpfs, in a mount namespace of its own. 64 kB end while preparing, 600 kB while encoding the items."""
     inner = f"mount -t tmpfs -o size={size} none {tmp_path} && exec {sys.executable} jobs/run.py {DEMO}"
-    probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True)
+    probe = subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True
+    )
     if probe.returncode:
         pytest.skip("mount namespaces are not allowed here")
     done = subprocess.run(
