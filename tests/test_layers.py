@@ -198,3 +198,17 @@ def test_the_tree_reader() -> None:
         "dpo4rec_ray/core/metrics.py", "dpo4rec_ray/core/losses.py", "dpo4rec_ray/policy/model.py",
         "dpo4rec_ray/policy/batch.py", "tests/unit/",
     }  # fmt: skip
+
+
+def test_only_evaluate_reads_the_test_lists() -> None:
+    """`"test"` stands where users are split, where every user gets a text from the prompt history, and in evaluate."""
+    named = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if '"test"' in path.read_text(encoding="utf-8")
+    }
+    assert named == {"core/candidates.py", "stages/encode.py", "stages/evaluate.py"}
+    unsplit = [
+        path for path in (PACKAGE / "stages").glob("*.py") if 'store.read("lists")' in path.read_text()
+    ]
+    assert unsplit == []

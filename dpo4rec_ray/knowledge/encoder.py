@@ -35,7 +35,9 @@ class TextEncoder:
         folder = resolve_encoder(path)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+            model = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:160]
             raise UserError(

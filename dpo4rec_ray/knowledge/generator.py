@@ -54,6 +54,7 @@ class VLLMGenerator:
             "model": engine.model,
             "dtype": engine.dtype,
             "max_model_len": engine.max_model_len,
+            "load_format": "safetensors",  # other weight formats can run code
             "disable_log_stats": True,
             "enable_prefix_caching": True,
         }
@@ -66,12 +67,12 @@ class VLLMGenerator:
         self._llm = LLM(**(arguments | engine.extra))
         self._lora = LoRARequest("policy", 1, engine.adapter) if engine.adapter else None
         self._sampling = sampling
-        self._max_prompt = engine.max_model_len - 1
+        self._max_prompt = engine.max_model_len - sampling.max_new_tokens
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
     ) -> list[list[Completion]]:
-        """Sample; a prompt that leaves no room for one new token gets an empty list."""
+        """Sample; a prompt that leaves no room for max_new_tokens gets an empty list."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo4rec_ray.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 BOS, USER, ASSISTANT, END, PAD = "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+MAX_VOCAB_SIZE = 8192
 SPECIAL_TOKENS = (PAD, BOS, END, USER, ASSISTANT)
 # The template writes BOS itself and the tokenizer adds none, so a templated prompt holds exactly one.
 CHAT_TEMPLATE = (
@@ -31,7 +34,7 @@ WORD_PATTERN = r" ?[\p{L}\p{N}](?:[\p{L}\p{N}'\-]*[\p{L}\p{N}])?| ?[^\s\p{L}\p{N
 
 
 def build_tokenizer(
-    texts: Sequence[str], folder: str | Path, max_vocab_size: int = 8192
+    texts: Sequence[str], folder: str | Path, max_vocab_size: int = MAX_VOCAB_SIZE
 ) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer in which every word of `texts` is one token, saved in `folder`.
 
@@ -89,18 +92,18 @@ def small_llama_config(
     it the history was still unread after 300 steps, with 0.06 it was read by step 200.
 
     Raises:
-        ValueError: a head width other than 32 or 64 (what vLLM's CPU attention takes), or over 3 million
+        UserError: a head width other than 32 or 64 (what vLLM's CPU attention takes), or over 3 million
         parameters.
     """
     from transformers import LlamaConfig
 
     if hidden_size // num_heads not in (32, 64) or hidden_size % num_heads:
-        raise ValueError(
+        raise UserError(
             f"hidden_size / num_heads = {hidden_size} / {num_heads}: vLLM on CPU needs heads of 32 or 64"
         )
     size = vocab_size * hidden_size + num_layers * hidden_size * (4 * hidden_size + 3 * intermediate_size)
     if size > 3_000_000:
-        raise ValueError(
+        raise UserError(
             f"{size} parameters: the small LLM has at most 3 million; lower max_vocab_size or hidden_size"
         )
     return LlamaConfig(

@@ -31,6 +31,7 @@ class PolicyWeights:
     @property
     def whole(self) -> str:
         """The folder or hub name that holds this policy without any LoRA beside it."""
+        assert self.merged or not self.adapter, "this policy is a LoRA on its base and was not merged"
         return self.merged or self.base
 
 
@@ -89,7 +90,9 @@ def load_model(path: str, dtype: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+    )
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> Any:
@@ -123,10 +126,10 @@ def save_complete(model: PreTrainedModel, tokenizer_path: str, target: Path) -> 
 
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    # save_pretrained refuses an inconsistent generation config; sampling settings come from the recipe anyway
-    config = model.config
+    # save_pretrained refuses inconsistent sampling settings, and the recipe has its own; the stop tokens must stay
+    stops = model.generation_config or model.config
     model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        bos_token_id=stops.bos_token_id, eos_token_id=stops.eos_token_id, pad_token_id=stops.pad_token_id
     )
     model.save_pretrained(temporary)
     load_tokenizer(tokenizer_path).save_pretrained(temporary)

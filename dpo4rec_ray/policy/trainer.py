@@ -6,7 +6,6 @@ the same seeded order and takes its share of each micro-batch, so that 1 and 2 w
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dpo4rec_ray.core.losses import dpo_loss, nll_loss
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.batch import TokenBatch, collate, collate_pairs, completion_logits, completion_logps
 
 Row = dict[str, Any]
@@ -43,6 +43,8 @@ class TrainSettings:
 class SupervisedObjective:
     """Mean negative log-likelihood of the completion tokens. Rows: prompt_token_ids, completion_token_ids."""
 
+    dropout = True
+
     def __init__(self, pad_id: int):
         self._pad_id = pad_id
 
@@ -57,6 +59,8 @@ class SupervisedObjective:
 
 class DPOObjective:
     """DPO with the LoRA switched off as reference (paper eq. 1). Rows: prompt, chosen and rejected token ids."""
+
+    dropout = False  # policy and reference must see the same network, or the first loss is not ln 2
 
     def __init__(self, pad_id: int, beta: float):
         self._pad_id, self._beta = pad_id, beta
@@ -108,7 +112,7 @@ def train(
     """Train `model` in place. `on_step(step, num_steps, figures)` is called on every rank after each optimiser step.
 
     Raises:
-        RuntimeError: the first loss is not `expect_first_loss` to 1e-3 (policy and reference differ at the start),
+        UserError: the first loss is not `expect_first_loss` to 1e-3 (policy and reference differ at the start),
             or a loss is not finite.
     """
     import deepspeed
@@ -117,7 +121,9 @@ def train(
     micro_per_epoch = math.ceil(len(rows) / (settings.batch_size * world))
     num_micro = micro_per_epoch * settings.epochs
     accumulation = min(settings.accumulation, num_micro)
-    num_steps = num_micro // accumulation
+    num_steps = math.ceil(
+        num_micro / accumulation
+    )  # the last step is filled up from one more pass over the rows
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(num_steps, settings.warmup_frac))
@@ -129,9 +135,10 @@ def train(
         dist_init_required=False,
     )
     engine.train()
+    engine.module.train(objective.dropout)
     step, sums, parts, tokens, started = 0, {}, 0, 0, time.monotonic()
     for index, share in enumerate(_shares(len(rows), settings, rank, world)):
-        if index == num_steps * accumulation:  # the last, incomplete accumulation never steps
+        if index == num_steps * accumulation:
             break
         batch = objective.collate([rows[i] for i in share]).to(engine.device)
         loss, figures = objective(engine, batch)
@@ -182,7 +189,7 @@ def evaluate_pairs(
 def _shares(num_rows: int, settings: TrainSettings, rank: int, world: int) -> Iterator[list[int]]:
     """This rank's rows of every micro-batch, epoch after epoch; the last micro-batch is filled up from the front."""
     size = settings.batch_size * world
-    for epoch in range(settings.epochs):
+    for epoch in range(settings.epochs + 1):
         order = np.random.default_rng([settings.seed, epoch]).permutation(num_rows)
         order = np.resize(order, math.ceil(num_rows / size) * size)
         for start in range(0, len(order), size):
@@ -193,9 +200,9 @@ def _shares(num_rows: int, settings: TrainSettings, rank: int, world: int) -> It
 
 def _check_first_loss(loss: float, expected: float) -> None:
     if abs(loss - expected) > 1e-3:
-        raise RuntimeError(
+        raise UserError(
             f"the first DPO loss is {loss:.6f}, not ln 2 = {expected:.6f}: policy and reference differ before training; "
-            "a dropout, a wrong base folder or a LoRA that does not start at zero would do that"
+            "a wrong base folder, or a LoRA that does not start at zero, would do that"
         )
 
 
@@ -230,18 +237,3 @@ def _deepspeed_config(settings: TrainSettings, accumulation: int) -> dict[str, A
     if settings.dtype != "float32":
         config["bf16" if settings.dtype == "bfloat16" else "fp16"] = {"enabled": True}
     return config
-
-
-@contextlib.contextmanager
-def quiet_deepspeed() -> Iterator[None]:
-    """DeepSpeed logs at INFO through its own logger; only errors matter to the person at the terminal."""
-    import logging
-
-    from deepspeed.utils import logger
-
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -75,17 +75,17 @@ class SampleScorer:
         Args:
             scorers: one per fold; a user of fold k is scored by scorers[k].
             folds: [num_users] fold of each user id.
-            num_redraws: 0 keeps the lists as they were drawn. Lists shorter than the widest one are never redrawn.
+            num_redraws: 0 keeps the lists as they were drawn. Lists shorter than the widest keep theirs.
         """
         self._scorers, self._lists, self._folds = list(scorers), lists, folds
         self._reward = REWARDS[reward]
         rng = np.random.default_rng([seed, 1])
-        if num_redraws and lists.mask.all():
-            self._item_ids, self._labels = redraw_negatives(
-                lists.item_ids, lists.labels, num_items, num_redraws, rng
-            )
-        else:
-            self._item_ids, self._labels = lists.item_ids[None], lists.labels[None]  # [R, n, L]
+        self._item_ids = np.repeat(lists.item_ids[None], max(1, num_redraws), axis=0)  # [R, n, L]
+        self._labels = np.repeat(lists.labels[None], max(1, num_redraws), axis=0)
+        full = lists.mask.all(axis=1)
+        if num_redraws and full.any():
+            redrawn = redraw_negatives(lists.item_ids[full], lists.labels[full], num_items, num_redraws, rng)
+            self._item_ids[:, full], self._labels[:, full] = redrawn
         self._half = _random_halves(lists.user_ids, np.random.default_rng([seed, 2]))
 
     def rewards(self, user_ids: np.ndarray, vectors: np.ndarray) -> SampleRewards:

@@ -25,7 +25,7 @@ from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
 from dpo4rec_ray.policy.bootstrap import SPECIAL_TOKENS, build_tokenizer, supervised_rows
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.stages.common import Outcome, engine_env, on_gpu, say, seed_of
+from dpo4rec_ray.stages.common import Outcome, Progress, engine_env, say, seed_of
 from dpo4rec_ray.stages.sampling import CataloguePrompts
 from dpo4rec_ray.stages.train_policy import supervised_loop, train_settings
 from dpo4rec_ray.stages.training import launch, read_metrics
@@ -131,12 +131,10 @@ def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
 
     lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
     section = config.generate
-    gpu = section.gpus_per_engine if on_gpu() else 0
+    gpu = section.gpus_per_engine
     engine = EngineSettings(str(model), max_model_len=config.llm.max_model_len, on_gpu=gpu > 0)
     sampling = Sampling(section.temperature, section.top_p, section.max_new_tokens)
-    remote = ray.remote(
-        num_cpus=1, num_gpus=gpu, max_calls=1, runtime_env={"env_vars": engine_env(section.kv_cache_gib)}
-    )
+    remote = ray.remote(num_cpus=1, num_gpus=gpu, max_calls=1, runtime_env={"env_vars": engine_env(config)})
     texts = ray.get(remote(_sample_texts).remote(engine, sampling, lesson.prompts))
     accuracy, chance = text_accuracy([[text] for text in texts], lesson.tastes)
     return {"text_accuracy": accuracy, "text_chance": chance}
@@ -166,9 +164,13 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
     rng = np.random.default_rng([seed, 1])
     bounds = np.searchsorted(users.user_index, np.arange(num_users + 1))
     lesson = Lesson([], [], users.tastes)
-    for low, high in itertools.pairwise(bounds):
-        seen = slice(low, low + knowledge_cut(high - low, config.data.max_history))
-        history, ratings = users.item_index[seen].tolist(), users.rating[seen].tolist()
-        lesson.prompts.append(prompts.text("", history, ratings))
-        lesson.texts.append(teacher_text([attributes[item] for item in history], ratings, popular, rng).text)
+    with Progress("lessons", num_users, "users") as progress:
+        for low, high in itertools.pairwise(bounds):
+            seen = slice(low, low + knowledge_cut(high - low, config.data.max_history))
+            history, ratings = users.item_index[seen].tolist(), users.rating[seen].tolist()
+            lesson.prompts.append(prompts.text("", history, ratings))
+            lesson.texts.append(
+                teacher_text([attributes[item] for item in history], ratings, popular, rng).text
+            )
+            progress.at(len(lesson.texts))
     return lesson

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.artifacts import Manifest, RunDir
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.memory import peak_rss_mb
 from dpo4rec_ray.policy.model import PolicyWeights, read_policy
 
 # Worker processes must not each start a thread per core, talk to a hub, or report usage.
@@ -50,6 +53,8 @@ class Outcome:
             versions=versions(),
             seed=seed,
             commit=_commit(),
+            produced=uuid.uuid4().hex[:12],
+            peak_rss_mb=round(peak_rss_mb()),
         )
 
 
@@ -140,12 +145,13 @@ def seed_of(*parts: object) -> int:
 
 
 def base_llm_path(config: Config, store: RunDir) -> str:
-    """Folder or hub name of policy 0."""
+    """Folder (absolute: workers have a working directory of their own) or hub name of policy 0."""
     if config.llm.path == "bundled":
         return str(Path(__file__).resolve().parents[1] / "policy" / "bundled")
     if config.llm.path == "bootstrap":
         return str(store.path("base_llm"))
-    return config.llm.path
+    folder = Path(config.llm.path).expanduser()
+    return str(folder.resolve()) if folder.exists() else config.llm.path
 
 
 def policy_weights(config: Config, store: RunDir, round_id: int) -> PolicyWeights:
@@ -156,20 +162,37 @@ def policy_weights(config: Config, store: RunDir, round_id: int) -> PolicyWeight
     return read_policy(store.path("policy", round_id))
 
 
-def on_gpu() -> bool:
-    """Whether this Ray cluster has a GPU."""
+def joined_cluster() -> bool:
+    """Whether this job runs on a cluster that was there before it, and that may still grow."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+def check_room(what: str, num_cpus: float, num_gpus: float) -> None:
+    """Refuse work that this machine can never start; Ray would wait for ever. A cluster may grow, so it is not asked.
+
+    Raises:
+        UserError: more CPUs or GPUs are wanted than there are.
+    """
     import ray
 
-    return ray.cluster_resources().get("GPU", 0) > 0
+    if joined_cluster():
+        return
+    have = ray.cluster_resources()
+    for kind, need in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if need > have.get(kind, 0):
+            raise UserError(
+                f"{what} need {need:g} {kind}s, this machine has {have.get(kind, 0):g}; lower the number of workers or "
+                f"their share in the recipe (num_engines, num_workers, cpus_per_engine, gpus_per_worker, ...)"
+            )
 
 
-def engine_env(kv_cache_gib: int) -> dict[str, str]:
+def engine_env(config: Config) -> dict[str, str]:
     """Environment of a vLLM worker; the CPU settings are the fast ones measured for in-process engines."""
     env = dict(WORKER_ENV)
-    if not on_gpu():
+    if not config.generate.gpus_per_engine:
         env |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            "VLLM_CPU_KVCACHE_SPACE": str(config.generate.kv_cache_gib),
         }
     return env | {key: os.environ[key] for key in ("HF_HOME", "HF_HUB_OFFLINE") if key in os.environ}

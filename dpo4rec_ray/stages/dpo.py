@@ -1,7 +1,7 @@
 """DPO of round r: policy r-1 plus LoRA on the round's pairs, under Ray Train and DeepSpeed ZeRO.
 
-The result is a peft adapter folder, and where the generator is faster or better with whole weights (vLLM's CPU engine;
-and always when another round builds on this one) also the merged model.
+The result is a peft adapter folder, and for an engine that is faster with whole weights (vLLM on CPU) also the merged
+model. A round that builds on a policy that was not merged merges it first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, on_gpu, policy_weights, say, seed_of
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, policy_weights, say, seed_of
 from dpo4rec_ray.stages.train_policy import HELDOUT, dpo_loop, train_settings
 from dpo4rec_ray.stages.training import launch, read_metrics
 
@@ -22,9 +22,17 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
     section = config.dpo
     folder = store.start("policy", round_id)
+    # in a worker: the driver may be a small machine
+    merge = ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": WORKER_ENV})(save_merged)
     before = policy_weights(config, store, round_id - 1)
     from_base = section.reference == "base" and round_id > 1
-    base = policy_weights(config, store, 0).base if from_base else before.whole
+    if from_base:
+        base = before.base
+    elif before.adapter and not before.merged:
+        ray.get(merge.remote(before.base, before.adapter, folder / "start", config.llm.dtype))
+        base = str(folder / "start")
+    else:
+        base = before.whole
     launch(
         dpo_loop,
         {
@@ -45,12 +53,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         unit="steps",
     )
     weights = PolicyWeights(base=base, adapter=str(folder / "adapter"))
-    merged_for_engine = config.llm.lora_mode == "merged" or (config.llm.lora_mode == "auto" and not on_gpu())
-    more_rounds = round_id < config.run.num_rounds and section.reference == "previous"
-    if merged_for_engine or more_rounds:
-        # in a worker: the driver may be a small machine
-        merge = ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": WORKER_ENV})(save_merged)
-        ray.get(merge.remote(base, str(folder / "adapter"), folder / "merged", config.llm.dtype))
+    on_gpu = config.generate.gpus_per_engine > 0
+    if config.llm.lora_mode == "merged" or (config.llm.lora_mode == "auto" and not on_gpu):
+        ray.get(merge.remote(base, weights.adapter, folder / "merged", config.llm.dtype))
         weights = PolicyWeights(base=base, adapter=weights.adapter, merged=str(folder / "merged"))
     steps = read_metrics(folder)
     heldout = json.loads((folder / HELDOUT).read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from dpo4rec_ray.artifacts import RunDir, write_part
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.knowledge.prompts import item_text
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, on_gpu, say
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, say
 from dpo4rec_ray.stages.sampling import TextSampler, engine_pool
 from dpo4rec_ray.stages.shards import Pool, Row, run_shards, shard_ranges
 
@@ -102,14 +102,13 @@ class ItemTexts:
 def encoder_pool(config: Config, worker: type, **arguments: Any) -> Pool:
     """The pool of text encoders that ends in `worker`."""
     section = config.encoder
-    gpu = section.gpus_per_worker if on_gpu() else 0
     settings = {"path": section.path, "batch_size": section.batch_size, "max_tokens": section.max_tokens}
     return Pool(
         worker,
         {**settings, **arguments},
         section.num_workers,
         section.cpus_per_worker,
-        num_gpus=gpu,
+        num_gpus=section.gpus_per_worker,
         env=WORKER_ENV,
     )
 

@@ -17,7 +17,7 @@ from dpo4rec_ray.core.metrics import METRICS, metric_by_name, paired_bootstrap
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, on_gpu, seed_of
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, seed_of
 from dpo4rec_ray.stages.reading import read_catalogue, read_list_data, read_vectors, reranker_settings
 from dpo4rec_ray.stages.train_reward import fit_settings
 
@@ -37,7 +37,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     folder = store.start("per_list")
     remote = ray.remote(
         num_cpus=1,
-        num_gpus=config.evaluate.gpus_per_task if on_gpu() else 0,
+        num_gpus=config.evaluate.gpus_per_task,
         runtime_env={"env_vars": WORKER_ENV},
     )
     task = remote(_fit_and_measure)
@@ -119,6 +119,8 @@ def _measured(
 def evaluation_rows(per_list: pa.Table) -> list[dict[str, Any]]:
     """One row per system, backbone and seed: means over lists, over users, and over lists with a positive (ceiling)."""
     frame = per_list.to_pandas()
+    best = frame[frame["system"] == "upper-bound"]
+    with_positive = set(best[best["ndcg@5"] > 0]["list_id"])
     rows: list[dict[str, Any]] = []
     for (system, backbone, seed), group in frame.groupby(["system", "backbone", "seed"], sort=False):
         row: dict[str, Any] = {
@@ -130,6 +132,8 @@ def evaluation_rows(per_list: pa.Table) -> list[dict[str, Any]]:
         row |= {name: float(group[name].mean()) for name in METRIC_NAMES}
         per_user = group.groupby("user_id")[list(METRIC_NAMES)].mean()
         row |= {f"{name} by user": float(per_user[name].mean()) for name in METRIC_NAMES}
+        reachable = group[group["list_id"].isin(with_positive)]
+        row |= {f"{name} on lists with a positive": float(reachable[name].mean()) for name in METRIC_NAMES}
         rows.append(row)
     return rows
 

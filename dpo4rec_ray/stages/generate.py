@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.artifacts import RunDir, fingerprint
+from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.common import Outcome, Progress, say
@@ -27,14 +27,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     users = store.read("users", split=SPLITS, columns=["user_id"])["user_id"].to_pylist()
     ranges = shard_ranges(store.require("users").rows, config.generate.users_per_shard)
     folder = store.path("generations", round_id)
-    mark = fingerprint(
-        config.section_hash("llm", "prompt", "generate"),
-        store.require("users").fingerprint,
-        store.require("policy", round_id - 1).fingerprint if round_id > 1 else "base",
-    )
-    done = finished_shards(folder, mark)
+    done = finished_shards(folder, store.mark)
     store.start("generations", round_id, keep=bool(done))
-    begin_shards(folder, mark)
+    begin_shards(folder, store.mark)
     already = sum(user // config.generate.users_per_shard in done for user in users)
     if done:
         say(f"  generate: {already} users kept from an interrupted run")
@@ -65,6 +60,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     figures = {
         "users": len(rows),
         "tokens_this_run": sum(answer["tokens"] for answer in answers),
+        "clipped_this_run": sum(answer["clipped"] for answer in answers),
         "failed": failed,
         "failed_by_reason": reasons,
     }

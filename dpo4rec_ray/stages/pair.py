@@ -75,11 +75,13 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             'use reward.metric = "log_likelihood", more reward.num_redraws, or a lower pair.min_margin'
         )
     say(f"  pairs: {kept['train']} training, {kept['valid']} held out; dropped {reasons['train'] or 'none'}")
-    failed = Counter(store.require("generations", round_id).figures["failed"].values())
+    for user, reason in store.require("generations", round_id).figures["failed"].items():
+        dropped[split_of[int(user)]][reason] += 1
+    reasons = {split: dict(counter) for split, counter in dropped.items()}
     figures = {
         "pairs": kept["train"],
         "heldout_pairs": kept["valid"],
-        "dropped": reasons["train"] | dict(failed),
+        "dropped": reasons["train"],
         "dropped_heldout": reasons["valid"],
     }
     return Outcome(rows_in=rows_in, rows_out=kept.total(), figures=figures)

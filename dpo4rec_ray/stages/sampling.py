@@ -1,7 +1,7 @@
 """Actors that turn a shard of users into texts: prompts, then an engine. Shared by generate and encode.
 
 The engine is an ordinary object made in the actor's constructor; on a fatal engine error the process ends, so that Ray
-starts a new actor and retries the shard there.
+starts a new actor and retries the shard there, a few times at most.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.generator import Completion, EngineSettings, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import FACTORS, clean_text, control_tokens, encode_chat, user_prompt
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.stages.common import engine_env, on_gpu, policy_weights, seed_of
+from dpo4rec_ray.stages.common import engine_env, policy_weights, seed_of
 from dpo4rec_ray.stages.shards import Pool, Row
 
 
@@ -96,7 +96,7 @@ class ShardGenerator(UserSampler):
         ids, prompts, answers, counts = self.sample(int(row["low"]), int(row["high"]))
         columns: dict[str, list[Any]] = {name: [] for name in _GENERATION_COLUMNS}
         failed: dict[str, str] = {}
-        num_tokens = 0
+        num_tokens = num_clipped = 0
         for user_id, prompt, samples, count in zip(ids, prompts, answers, counts, strict=True):
             reason = failure(samples, count)
             if reason:
@@ -115,11 +115,12 @@ class ShardGenerator(UserSampler):
                 for name, value in zip(_GENERATION_COLUMNS, values, strict=True):
                     columns[name].append(value)
                 num_tokens += len(sample.token_ids)
+                num_clipped += sample.finish_reason == "length"
         shard = int(row["shard"])
         if failed:  # before the part: a part on disk means that the whole shard is accounted for
             write_json(Path(self._folder) / f"failed-{shard:05d}.json", failed)
         write_part(self._folder, "generations", pa.table(columns), shard)
-        return {"shard": shard, "users": len(ids), "tokens": num_tokens}
+        return {"shard": shard, "users": len(ids), "tokens": num_tokens, "clipped": num_clipped}
 
 
 class TextSampler(UserSampler):
@@ -134,9 +135,10 @@ class TextSampler(UserSampler):
         for user_id, samples, count in zip(ids, answers, counts, strict=True):
             reason = failure(samples, count)
             if reason:
-                # every user needs a vector: a user without a text gets the empty text's, and is named
+                # every user needs a vector: what is missing gets the empty text's, and the user is named
                 failed.append(user_id)
-            texts += [sample.text for sample in samples] if not reason else [""] * count
+            own = [sample.text for sample in samples]
+            texts += own + [""] * (count - len(own))
             user_ids += [user_id] * count
             sample_ids += range(count)
         return {
@@ -149,6 +151,7 @@ class TextSampler(UserSampler):
         }
 
 
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
 _GENERATION_COLUMNS = (
     "round",
     "user_id",
@@ -180,15 +183,15 @@ def engine_pool(
 ) -> Pool:
     """The pool of engines of policy `policy_round`; `num_samples` says how many texts the users of each split get."""
     weights = policy_weights(config, store, policy_round)
-    gpu = on_gpu() and config.generate.gpus_per_engine > 0
+    gpus = config.generate.gpus_per_engine
     engine = EngineSettings(
-        model=weights.base if weights.merged is None else weights.merged,
+        model=weights.merged or weights.base,
         adapter=weights.adapter if weights.merged is None else None,
         dtype=config.llm.dtype,
         max_model_len=config.llm.max_model_len,
-        on_gpu=gpu,
+        on_gpu=gpus > 0,
         gpu_memory_utilization=config.generate.gpu_memory_utilization,
-        max_lora_rank=config.dpo.lora_rank,
+        max_lora_rank=next(rank for rank in VLLM_LORA_RANKS if rank >= config.dpo.lora_rank),
     )
     section = config.generate
     arguments = {
@@ -207,6 +210,6 @@ def engine_pool(
         arguments,
         size=section.num_engines,
         num_cpus=section.cpus_per_engine,
-        num_gpus=section.gpus_per_engine if gpu else 0,
-        env=engine_env(section.kv_cache_gib),
+        num_gpus=gpus,
+        env=engine_env(config),
     )

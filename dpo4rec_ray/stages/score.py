@@ -17,7 +17,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.metrics import paired_bootstrap
 from dpo4rec_ray.core.rewards import carry_over
 from dpo4rec_ray.knowledge.encoder import TextEncoder
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, on_gpu, say
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, say
 from dpo4rec_ray.stages.encode import encoder_pool
 from dpo4rec_ray.stages.reading import sample_scorer
 from dpo4rec_ray.stages.shards import Pool, Row, part_number, run_shards
@@ -33,7 +33,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         {"config": config, "store": store, "folder": str(folder), "round_id": round_id},
         config.reward.num_scorers,
         config.reward.cpus_per_scorer,
-        num_gpus=config.reward.gpus_per_worker if on_gpu() else 0,
+        num_gpus=config.reward.gpus_per_worker,
         env=WORKER_ENV,
     )
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
@@ -42,10 +42,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     figures = carry_over_figures(
         pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
     )
-    say(
-        f"  carry-over: best-worst gap {figures['gap_in_sample']:.4f} where it was chosen, "
-        f"{figures['gap_held_out']:.4f} {_interval(figures['gap_held_out_ci95'])} on the user's other lists"
-    )
+    if figures["users_in_carry_over"]:
+        low, high = figures["gap_held_out_ci95"]
+        say(
+            f"  carry-over: best-worst gap {figures['gap_in_sample']:.4f} where it was chosen, "
+            f"{figures['gap_held_out']:.4f} [{low:.4f}, {high:.4f}] on the user's other lists"
+        )
+    else:
+        say("  carry-over: unknown, no user has two lists with a positive")
     return Outcome(rows_in=store.require("generations", round_id).rows, rows_out=rows, figures=figures)
 
 
@@ -103,18 +107,20 @@ def carry_over_figures(scores: pa.Table) -> dict[str, Any]:
     }
     found = carry_over(matrix["half_a"], matrix["half_b"])
     numbers = np.arange(len(found.gap_held_out))
-    in_sample = paired_bootstrap(found.gap_in_sample, numbers)
-    held_out = paired_bootstrap(found.gap_held_out, numbers)
-    return {
+    figures: dict[str, Any] = {
         "mean_reward": float(np.nanmean(matrix["reward"])),
         "spread": float(np.nanmean(np.nanstd(matrix["reward"], axis=1))),
+        "users_in_carry_over": len(numbers),
+    }
+    if not len(numbers):  # no user has two lists with a positive
+        return figures | dict.fromkeys(
+            ("gap_in_sample", "gap_held_out", "gap_held_out_ci95", "rank_correlation")
+        )
+    in_sample = paired_bootstrap(found.gap_in_sample, numbers)
+    held_out = paired_bootstrap(found.gap_held_out, numbers)
+    return figures | {
         "gap_in_sample": in_sample.mean,
         "gap_held_out": held_out.mean,
         "gap_held_out_ci95": [held_out.low, held_out.high],
         "rank_correlation": float(np.nanmean(found.rank_correlation)),
-        "users_in_carry_over": len(numbers),
     }
-
-
-def _interval(bounds: list[float]) -> str:
-    return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"

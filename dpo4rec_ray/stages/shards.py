@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from dpo4rec_ray.artifacts import MANIFEST
-from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.stages.common import Progress
+from dpo4rec_ray.stages.common import Progress, check_room
 
 Row = dict[str, Any]
+MAX_RESTARTS = 3  # of an actor whose process died, and of the shard it had in hand
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run_shards(
     Each answer counts its users (or items) under "users"; `already` were done by an earlier run.
 
     Raises:
-        UserError: the pools need more CPUs or GPUs than the cluster has; Ray would wait for ever.
+        UserError: the pools need more CPUs or GPUs than this machine has.
     """
     import ray
     import ray.data
@@ -74,7 +74,11 @@ def run_shards(
     rows = [{"shard": shard, "low": low, "high": high} for shard, low, high in shards]
     if not rows:
         return []
-    _check_room(pools)
+    check_room(
+        ", ".join(f"{pool.size} x {pool.worker.__name__}" for pool in pools),
+        sum(pool.size * pool.num_cpus for pool in pools),
+        sum(pool.size * pool.num_gpus for pool in pools),
+    )
     # One table is one block, hence one task. (from_items merges them; a repartition would want a CPU of its own.)
     dataset = ray.data.from_arrow([pa.table({key: [value] for key, value in row.items()}) for row in rows])
     for pool in pools:
@@ -85,6 +89,8 @@ def run_shards(
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
             runtime_env={"env_vars": pool.env},
+            max_restarts=MAX_RESTARTS,  # Ray Data's own default is for ever
+            max_task_retries=MAX_RESTARTS,
         )
     answers: list[Row] = []
     done = already
@@ -94,19 +100,3 @@ def run_shards(
             done += row["users"]
             progress.at(done)
     return answers
-
-
-def _check_room(pools: Sequence[Pool]) -> None:
-    import ray
-
-    have = ray.cluster_resources()
-    for kind, need in (
-        ("CPU", sum(pool.size * pool.num_cpus for pool in pools)),
-        ("GPU", sum(pool.size * pool.num_gpus for pool in pools)),
-    ):
-        if need > have.get(kind, 0):
-            names = ", ".join(f"{pool.size} x {pool.worker.__name__}" for pool in pools)
-            raise UserError(
-                f"{names} need {need:g} {kind}s, the cluster has {have.get(kind, 0):g}; lower the number of workers or "
-                f"their share (generate.num_engines, generate.cpus_per_engine, encoder.cpus_per_worker, ...)"
-            )

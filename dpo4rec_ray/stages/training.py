@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_ray.stages.common import WORKER_ENV, Progress, on_gpu
+from dpo4rec_ray.stages.common import WORKER_ENV, Progress, check_room, joined_cluster
 
 METRICS = "metrics.jsonl"
 # Two data-parallel CPU processes; DeepSpeed reads LOCAL_SIZE and must not look for a GPU.
@@ -29,24 +29,20 @@ def launch(
     gpus_per_worker: float,
     label: str,
     unit: str,
-    env: dict[str, str] | None = None,
 ) -> None:
     """Run `loop(arguments)` on every worker of a TorchTrainer and print a line every few seconds until it ends.
 
     Raises:
         ray.train.TrainingFailedError: a worker failed; its own exception is inside.
+        UserError: more workers than this machine can hold.
     """
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    gpu = gpus_per_worker > 0 and on_gpu()
-    worker_env = dict(env or {}) if gpu else {**CPU_TRAIN_ENV, "LOCAL_SIZE": str(num_workers), **(env or {})}
-    if not gpu:
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        worker_env["OMP_NUM_THREADS"] = str(max(1, cpus // num_workers) if num_workers < cpus else 1)
+    gpu = gpus_per_worker > 0
+    check_room(f"{num_workers} workers of {label}", num_workers, num_workers * gpus_per_worker)
+    worker_env = dict(WORKER_ENV) if gpu else {**CPU_TRAIN_ENV, "LOCAL_SIZE": str(num_workers)}
     storage = folder / "ray_train"
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         loop,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
@@ -57,7 +53,7 @@ def launch(
         run_config=RunConfig(
             name=label,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
             worker_runtime_env={"env_vars": worker_env},
         ),
     )
@@ -70,6 +66,27 @@ def launch(
         stop.set()
         follower.join(timeout=5)
         shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own bookkeeping; our results are beside it
+
+
+def _trainer_class() -> type:
+    """TorchTrainer, less one callback on a machine of its own.
+
+    Ray 2.60's placement-group cleaner asks "the" Ray on the machine whether its controller lives. When a second Ray
+    starts there, it may ask the wrong one, takes the controller for dead and ends the training (seen). On a single
+    machine nothing outlives the driver, so there is nothing to clean.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    if joined_cluster():
+        return TorchTrainer
+
+    class LocalTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            found = super()._create_default_callbacks()
+            return [callback for callback in found if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    return LocalTrainer
 
 
 class MetricsFile:

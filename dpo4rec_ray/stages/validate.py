@@ -17,7 +17,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.metrics import paired_bootstrap
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.teacher import text_accuracy
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, on_gpu, say
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, say
 from dpo4rec_ray.stages.reading import sample_scorer, vectors_of
 
 
@@ -28,7 +28,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     store.start("heldout", round_id)
     remote = ray.remote(
         num_cpus=1,
-        num_gpus=config.reward.gpus_per_worker if on_gpu() else 0,
+        num_gpus=config.reward.gpus_per_worker,
         max_calls=1,
         runtime_env={"env_vars": WORKER_ENV},
     )
@@ -43,7 +43,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
 
 def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
-    valid = pa.array(store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy())
+    valid_users = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
+    # users without all their texts have no reward before (generate leaves them out), so none after either
+    valid = pa.array(np.setdiff1d(valid_users, store.require("knowledge", round_id).figures["failed"]))
     before = store.read("scores", round_id, columns=["user_id", "reward"])
     before = before.filter(pc.is_in(before["user_id"], valid))
     texts = store.read("knowledge", round_id)

@@ -122,7 +122,7 @@ def test_pairs_are_the_best_and_the_worst(tiny_run: Finished) -> None:
     summary = tiny_run.summary["rounds"][0]
     assert sum(pair["split"] == "train" for pair in pairs) == summary["pairs"]
     train_users = sum(row["split"] == "train" for row in rows(tiny_run, "users"))
-    assert summary["pairs"] + sum(summary["dropped"].values()) >= train_users
+    assert summary["pairs"] + sum(summary["dropped"].values()) == train_users
     for pair in pairs:
         assert pair["chosen_reward"] == max(rewards[pair["user_id"]])
         assert pair["rejected_reward"] == min(rewards[pair["user_id"]])
@@ -161,25 +161,42 @@ def test_the_terminal_is_quiet_and_shows_every_stage(tiny_run: Finished) -> None
     assert len(own) <= 2, own[:10]
 
 
-def test_a_second_run_skips_everything_and_a_changed_key_only_what_follows(tiny_run: Finished) -> None:
-    again = run_job(tiny_run.folder.parent, DEMO, *TINY)
+def test_a_second_run_skips_everything_and_a_changed_key_redoes_only_what_follows(tiny_run: Finished) -> None:
+    """Also: where the work is placed changes nothing, and a stage asked for by name makes what follows stale."""
+    again = run_job(tiny_run.folder.parent, DEMO, *TINY, "generate.num_engines=1", "reward.num_scorers=2")
     assert again.code == 0, again.stderr
     assert all(stage["skipped"] for stage in again.summary["stages"])
-    stamp = (tiny_run.folder / "rounds/01/generations/manifest.json").read_text()
+    assert again.summary["stage_seconds"] > 10
     changed = run_job(tiny_run.folder.parent, DEMO, *TINY, "evaluate.num_seeds=1")
     assert changed.code == 0, changed.stderr
-    assert [stage["stage"] for stage in changed.summary["stages"] if not stage["skipped"]] == ["evaluate"]
-    assert (tiny_run.folder / "rounds/01/generations/manifest.json").read_text() == stamp
-
-
-def test_only_and_from_select_stages(tiny_run: Finished) -> None:
+    assert done_again(changed) == ["evaluate"]
     only = run_job(tiny_run.folder.parent, DEMO, *TINY, "--only", "pair", "--round", "1")
     assert only.code == 0, only.stderr
     assert "pair(1): started" in only.stdout
     assert "generate(1)" not in only.stdout
-    unknown = run_job(tiny_run.folder.parent, DEMO, *TINY, "--only", "pairs")
-    assert unknown.code == 2
-    assert "no such stage" in unknown.stderr
+    after = run_job(tiny_run.folder.parent, DEMO, *TINY)
+    assert done_again(after) == ["dpo", "encode", "validate", "evaluate"]
+
+
+def done_again(run: Finished) -> list[str]:
+    return [stage["stage"] for stage in run.summary["stages"] if not stage["skipped"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "pairs"], "no such stage"),
+        (["--only", "bootstrap"], "no such step in this recipe: --only bootstrap"),
+        (["--from", "dpo", "--round", "7"], "no such step in this recipe: --from dpo --round 7"),
+        (["--round", "1"], "--round needs"),
+    ],
+)
+def test_a_selection_that_matches_nothing_is_refused(
+    tiny_run: Finished, arguments: list[str], words: str
+) -> None:
+    done = run_job(tiny_run.folder.parent, DEMO, *TINY, *arguments)
+    assert done.code == 2
+    assert words in done.stderr
 
 
 def test_parts_are_complete_parquet_files(tiny_run: Finished) -> None:

@@ -121,10 +121,13 @@ def test_too_many_engines_for_the_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("size", ["64k", "600k"], ids=["in the driver", "in a worker"])
+@pytest.mark.parametrize("size", ["64k", "600k", "1200k"], ids=["prepare", "encode", "saving a model"])
 def test_full_disk(tmp_path: Path, size: str) -> None:
-    """A real small tmpfs, in a mount namespace of its own. 64 kB end while preparing, 600 kB while encoding the items."""
-    inner = f"mount -t tmpfs -o size={size} none {tmp_path} && exec {sys.executable} jobs/run.py {DEMO}"
+    """A real small tmpfs, in a mount namespace of its own: full in the driver, in an actor, in a Ray Train worker."""
+    tiny = " ".join(TINY)
+    inner = (
+        f"mount -t tmpfs -o size={size} none {tmp_path} && exec {sys.executable} jobs/run.py {DEMO} {tiny}"
+    )
     probe = subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True
     )
@@ -141,6 +144,8 @@ def test_full_disk(tmp_path: Path, size: str) -> None:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(lines) == 1 and "no space left" in lines[0], done.stderr
+    stage = {"64k": "prepare(0)", "600k": "encode(0)", "1200k": "train_reward(0)"}[size]
+    assert f"{stage}: started" in done.stdout and f"{stage}: kept" not in done.stdout
 
 
 def test_help_names_every_option() -> None:
@@ -148,3 +153,20 @@ def test_help_names_every_option() -> None:
     assert done.returncode == 0
     for word in ("--only", "--from", "--round", "--verbose", "section.key=value"):
         assert word in done.stdout
+
+
+def test_two_jobs_in_one_folder(tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run/.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        one_line(run_job(tmp_path, DEMO), "another job is at work")
+
+
+def test_a_model_too_short_for_the_prompts(tmp_path: Path) -> None:
+    one_line(run_job(tmp_path, DEMO, "llm.max_model_len=4096"), "llm.max_model_len", "1024")
+
+
+def test_a_bootstrap_that_cannot_be_built(tmp_path: Path, raw: Path) -> None:
+    one_line(movielens(tmp_path, raw, "bootstrap.hidden_size=100"), "100")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo4rec_ray.core.losses import dpo_loss
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.batch import collate_pairs, completion_logps
 from dpo4rec_ray.policy.model import add_lora
 from dpo4rec_ray.policy.trainer import DPOObjective, SupervisedObjective, TrainSettings, evaluate_pairs, train
@@ -115,7 +116,7 @@ def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(RuntimeError, match="not ln 2"):
+    with pytest.raises(UserError, match="not ln 2"):
         train(
             model,
             pairs(8),
