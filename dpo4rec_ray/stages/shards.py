@@ -8,6 +8,7 @@ finished ids into memory.)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,7 @@ def run_shards(
     """
     import ray
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
 
     rows = [{"shard": shard, "low": low, "high": high} for shard, low, high in shards]
     if not rows:
@@ -82,16 +84,20 @@ def run_shards(
     # One table is one block, hence one task. (from_items merges them; a repartition would want a CPU of its own.)
     dataset = ray.data.from_arrow([pa.table({key: [value] for key, value in row.items()}) for row in rows])
     for pool in pools:
-        dataset = dataset.map(
-            pool.worker,
-            fn_constructor_kwargs=pool.arguments,
-            compute=ray.data.ActorPoolStrategy(size=pool.size, max_tasks_in_flight_per_actor=2),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-            runtime_env={"env_vars": pool.env},
-            max_restarts=MAX_RESTARTS,  # Ray Data's own default is for ever
-            max_task_retries=MAX_RESTARTS,
-        )
+        with (
+            warnings.catch_warnings()
+        ):  # Ray 2.60 has no other way to bound restarts; its own default is for ever
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            dataset = dataset.map(
+                pool.worker,
+                fn_constructor_kwargs=pool.arguments,
+                compute=ray.data.ActorPoolStrategy(size=pool.size, max_tasks_in_flight_per_actor=2),
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus,
+                runtime_env={"env_vars": pool.env},
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_RESTARTS,
+            )
     answers: list[Row] = []
     done = already
     with progress:
