@@ -163,16 +163,18 @@ def user_mistake(error: BaseException) -> str | None:
     for inner in chain(error):
         if isinstance(inner, UserError):
             return str(inner)
-        if isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" ({inner.filename})" if inner.filename else ""
-            return f"no space left on the disk of the run folder{where}; free some or change run.root, then run again"
-        if type(inner).__name__ == "SafetensorError" and "os error 28" in str(
-            inner
-        ):  # no OSError, and no file name
+        if _disk_is_full(inner):
             return "no space left on the disk of the run folder; free some or change run.root, then run again"
         if isinstance(inner, PermissionError):
             return f"{inner.filename}: not allowed to write here; set run.root to a folder of yours"
     return None
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """By number, or by text: errors from workers and from safetensors reach us without the number."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("[Errno 28]", "os error 28", "No space left on device"))
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

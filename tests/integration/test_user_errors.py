@@ -121,7 +121,7 @@ def test_too_many_engines_for_the_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("size", ["64k", "600k", "1200k"], ids=["prepare", "encode", "saving a model"])
+@pytest.mark.parametrize("size", ["16k", "600k", "1200k"], ids=["prepare", "encode", "saving a model"])
 def test_full_disk(tmp_path: Path, size: str) -> None:
     """A real small tmpfs, in a mount namespace of its own: full in the driver, in an actor, in a Ray Train worker."""
     tiny = " ".join(TINY)
@@ -144,7 +144,7 @@ def test_full_disk(tmp_path: Path, size: str) -> None:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(lines) == 1 and "no space left" in lines[0], done.stderr
-    stage = {"64k": "prepare(0)", "600k": "encode(0)", "1200k": "train_reward(0)"}[size]
+    stage = {"16k": "prepare(0)", "600k": "encode(0)", "1200k": "train_reward(0)"}[size]
     assert f"{stage}: started" in done.stdout and f"{stage}: kept" not in done.stdout
 
 
