@@ -204,3 +204,25 @@ def test_parts_are_complete_parquet_files(tiny_run: Finished) -> None:
     assert leftovers == []
     for file in Path(tiny_run.folder).rglob("part-*.parquet"):
         assert pq.ParquetFile(file).metadata.num_rows >= 0
+
+
+@pytest.mark.slow
+def test_two_rounds_with_lora_requests(tmp_path: Path) -> None:
+    """vLLM loads each round's peft folder as a LoRA; round 2 starts from policy 1, not from the base LLM."""
+    done = run_job(
+        tmp_path, DEMO, *TINY, "llm.lora_mode=adapter", "run.num_rounds=2", "run.patience=2", timeout=900
+    )
+    assert done.code == 0, done.stderr
+    first, second = (read_policy(done.folder / f"rounds/{number:02d}/policy") for number in (1, 2))
+    assert first.merged is None and second.merged is None
+    assert second.base == str(done.folder / "rounds/02/policy/start")
+    for one in done.summary["rounds"]:
+        assert one["dpo"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    pairs = rows(done, "pairs", 2)[:4]
+    batch = collate([p["prompt_token_ids"] for p in pairs], [p["chosen_token_ids"] for p in pairs], 0)
+    with torch.no_grad():
+        base, start = (
+            completion_logps(load_model(path, "float32").eval(), batch) for path in (first.base, second.base)
+        )
+    assert (start - base).abs().max() > 1e-4
+    assert {row["system"] for row in done.summary["evaluation"]} >= {"dpo4rec-round1", "dpo4rec-round2"}

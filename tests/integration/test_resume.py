@@ -18,7 +18,7 @@ from tests.conftest import DEMO, ROOT, TINY, command, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
-AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")  # names as the kernel cuts them
+AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")  # beginnings: the kernel cuts names short, psutil may not
 RECIPE = [DEMO, *TINY, "generate.num_samples=10", "generate.users_per_shard=3", "generate.num_engines=1"]
 
 
@@ -42,7 +42,7 @@ def kill_when(folder: Path, arguments: list[str], ready: Path, pattern: str) -> 
     process.send_signal(signal.SIGKILL)
     process.wait()
     # The workers notice by themselves. Ray's two agents may outlive their raylet; they hold nothing of ours.
-    agents = [child for child in children if still_runs(child) and child.name() in AGENTS]
+    agents = [child for child in children if still_runs(child) and child.name().startswith(AGENTS)]
     workers = [child for child in children if child not in agents]
     deadline = time.monotonic() + 60
     while (alive := [child for child in workers if still_runs(child)]) and time.monotonic() < deadline:
