@@ -29,12 +29,14 @@ export SSL_CERT_FILE := $(PIP_CERT)
 endif
 endif
 
-.PHONY: help install demo test slow chaos lint types format lock clean
+.PHONY: help install demo test slow chaos fuzz bench lint types format lock clean
 
 help:
 	@echo "make demo    the whole method on the sample world, two CPU cores"
 	@echo "make test    the tests that need neither a GPU nor many minutes"
 	@echo "make slow    tests that take minutes     make chaos   tests that kill processes"
+	@echo "make fuzz    the property tests with examples that were never drawn before"
+	@echo "make bench   every stage that has a bench against its peer; takes half an hour"
 	@echo "make lint    ruff                        make types   pyright, strict on core, config and schemas"
 	@echo "make format  let ruff rewrite            make lock    resolve requirements/*.txt again"
 	@echo "make install the environment alone       make clean   remove caches and build leftovers, not .venv or runs"
@@ -64,6 +66,13 @@ slow: $(STAMP)
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -m "chaos and not gpu"
+
+# Files with property tests; the profile is in tests/conftest.py.
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz $$(grep -rl "^from hypothesis import" tests --include="test_*.py")
+
+bench: $(STAMP)
+	$(BIN)/python jobs/bench.py prepare
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.rewards import REWARDS
 from dpo4rec_ray.datasets import DATASETS
+from dpo4rec_ray.datasets.files import file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.prompts import FACTORS, PROMPT_VERSION
@@ -21,10 +22,13 @@ from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
 from dpo4rec_ray.stages.common import base_llm_path
+from dpo4rec_ray.stages.prepare import source_of
 
 
-def check_all(config: Config) -> None:
+def check_all(config: Config, only: str = "") -> None:
     """Names against registries, folders on disk, and settings that contradict each other.
+
+    only: the one stage that will run; `prepare` needs no model, so none is looked for.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -41,10 +45,16 @@ def check_all(config: Config) -> None:
             f"generate.max_new_tokens = {config.generate.max_new_tokens} leaves no room for a prompt in "
             f"llm.max_model_len = {config.llm.max_model_len}"
         )
-    if config.data.dataset != "sample":
-        folder = Path(config.data.raw_dir)
-        if not config.data.raw_dir or not folder.is_dir():
-            raise UserError(f"data.raw_dir {config.data.raw_dir!r} is not a folder; set data.raw_dir=FOLDER")
+    if config.data.dataset == "table" and not config.table.rating and config.prompt.ratings:
+        raise UserError(
+            'table.rating = "" is implicit feedback: set prompt.ratings = false, or prompts show one star each'
+        )
+    if config.logged.file or config.data.protocol == "time":
+        _check_no_redraws(config)
+    if only in ("", "prepare"):
+        source_of(config)
+    if only == "prepare":
+        return
     encoder = resolve_encoder(config.encoder.path)
     if Path(encoder).exists() or "/" not in encoder:
         _check_model_folder("encoder.path", encoder)
@@ -64,6 +74,15 @@ def check_all(config: Config) -> None:
         _check_model_folder("llm.path", path)
         _check_length(config, Path(path))
     load_tokenizer(path)  # of a hub name too: the download is small, and a wrong name shows now
+
+
+def _check_no_redraws(config: Config) -> None:
+    """Redrawn negatives come from the whole catalogue: neither from the log, nor from what a user has not met."""
+    if config.reranker.resample_negatives or config.reward.num_redraws:
+        why = "logged.file is set" if config.logged.file else 'data.protocol = "time"'
+        raise UserError(
+            f"{why}: the lists are to stay as they are; set reranker.resample_negatives = false and reward.num_redraws = 0"
+        )
 
 
 def _check_engine(config: Config) -> None:
@@ -134,11 +153,7 @@ def _folder_or_name(path: str) -> str:
 
 def _source_identity(config: Config) -> str:
     """Names, sizes and times of the raw files, so that a changed download is prepared again."""
-    if config.data.dataset == "sample":
-        return "sample"
-    digest = hashlib.sha256()
-    for file in sorted(Path(config.data.raw_dir).glob("*")):
-        if file.is_file():
-            stat = file.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+    source = source_of(config)
+    files = (*source.events, *source.items, *source.users, *source.lists)
+    described = [file_identity(file.path) for file in files if file.kind != "memory"]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]

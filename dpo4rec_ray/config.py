@@ -39,22 +39,68 @@ class RunSection(Section):
 class DataSection(Section):
     """Source, splits and candidate lists (method.md section 1)."""
 
+    placement = frozenset({"partition_mib"})
     dataset: str = "sample"
-    raw_dir: str = ""
-    max_users: int = Field(default=0, ge=0)  # 0: all; else the first that many users with ratings
+    raw_dir: str = ""  # local folder or URI: s3://, gs://, hf://, http://, ...
+    file: str = ""  # of the interactions, where the folder holds several that could be meant
+    # "user": users are split at random, events ordered to the second; "paper": the same, ordered by calendar day (UTC)
+    # as KAR does; "time": one cut in time for valid and one for test.
+    protocol: Literal["user", "paper", "time"] = "user"
+    user_core: int = Field(default=0, ge=0)  # k-core: least events per user, and
+    item_core: int = Field(default=0, ge=0)  # per item, to a fixed point
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)  # of damaged rows; more stops the run
+    max_users: int = Field(default=0, ge=0)  # 0: all; else a random sample of users, the same for every seed
     positive_rating: float = 4.0
     max_history: int = Field(default=30, ge=1)  # cap of the knowledge history
-    num_candidates: int = Field(default=10, ge=2)
+    num_candidates: int = Field(default=10, ge=2, le=200)
     block_size: int = Field(default=4, ge=1)  # consecutive events per candidate list
     reranker_history: int = Field(default=5, ge=0)
-    test_frac: float = Field(default=0.1, gt=0, lt=1)
-    valid_frac: float = Field(default=0.1, gt=0, lt=1)  # of the users that are not test users
+    test_frac: float = Field(default=0.1, gt=0, lt=1)  # of the users; with "time" of the events
+    valid_frac: float = Field(default=0.1, gt=0, lt=1)  # of those that are not for testing
+    partition_mib: int = Field(default=256, ge=1)  # of raw text, unpacked: what one worker sorts at a time
 
     @model_validator(mode="after")
     def _block_fits(self) -> DataSection:
         if self.block_size > self.num_candidates:
             raise ValueError(f"block_size {self.block_size} exceeds num_candidates {self.num_candidates}")
         return self
+
+
+class TableSection(Section):
+    """Your own interactions, items and users; used when data.dataset = "table". Files and patterns below data.raw_dir."""
+
+    interactions: str = (
+        ""  # Parquet, CSV, TSV or JSONL; a pattern such as "events/*.parquet" takes several files
+    )
+    user: str = "user_id"
+    item: str = "item_id"
+    rating: str = "rating"  # column; "": implicit feedback, every event counts as rated 1
+    timestamp: str = "timestamp"
+    timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
+    min_rating: float = 0.0
+    max_rating: float = 5.0
+    items: str = ""
+    item_id: str = "item_id"
+    title: str = "title"
+    attributes: dict[str, str] = {}  # facet -> column
+    attribute_separator: str = "|"  # between several values in one cell
+    users: str = ""
+    user_id: str = "user_id"
+    profile: tuple[str, ...] = ()  # columns that the prompt shows
+
+
+class LoggedSection(Section):
+    """Your own candidate lists with labels, on top of any dataset; then no list is drawn."""
+
+    file: str = ""  # Parquet or JSONL with list columns: path or URI; "": lists are drawn from the events
+    user: str = "user_id"
+    candidates: str = "candidate_item_ids"
+    labels: str = "labels"
+    timestamp: str = ""  # columns; "": the log has none
+    timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
+    split: str = ""
+    history: str = ""
+    history_ratings: str = ""
 
 
 class SampleSection(Section):
@@ -83,6 +129,7 @@ class PromptSection(Section):
 
     factors: str = "movies"
     item_attributes: bool = False  # print each title's attributes behind it; small LLMs know no titles
+    ratings: bool = True  # print the stars; off for implicit feedback
 
 
 class GenerateSection(Section):
@@ -204,6 +251,8 @@ class Config(Section):
 
     run: RunSection = RunSection()
     data: DataSection = DataSection()
+    table: TableSection = TableSection()
+    logged: LoggedSection = LoggedSection()
     sample: SampleSection = SampleSection()
     llm: LLMSection = LLMSection()
     bootstrap: BootstrapSection = BootstrapSection()

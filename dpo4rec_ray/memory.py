@@ -15,7 +15,7 @@ _peak_mb = 0.0
 
 def peak_rss_mb() -> float:
     """The highest sum seen so far, in MB (2^20 bytes)."""
-    return max(_peak_mb, _tree_mb())
+    return max(_peak_mb, tree_mb())
 
 
 def watch_memory(every_s: float = 1.0) -> None:
@@ -27,11 +27,12 @@ def _watch(every_s: float) -> None:
     global _peak_mb
     pause = threading.Event()
     while not pause.wait(every_s):
-        _peak_mb = max(_peak_mb, _tree_mb())
+        _peak_mb = max(_peak_mb, tree_mb())
 
 
-def _tree_mb() -> float:
-    me = psutil.Process()
+def tree_mb(pid: int | None = None) -> float:
+    """MB resident now in a process (this one) and all its descendants."""
+    me = psutil.Process(pid)
     total = 0
     for process in [me, *me.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):  # it may have ended meanwhile

@@ -59,7 +59,7 @@ STAGES: dict[str, Stage] = {
             prepare.run,
             reads=lambda r: [],
             writes=lambda r: [("users", 0), ("items", 0), ("truth", 0), ("lists", 0)],
-            sections=("data", "sample", "reward.num_folds"),
+            sections=("data", "table", "logged", "sample", "reward.num_folds"),
         ),
         Stage(
             "bootstrap",

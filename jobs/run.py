@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--only and --from exclude each other")
     if options.round is not None and not (options.only or options.since):
         raise UserError("--round needs --only or --from")
-    checks.check_all(config)
+    checks.check_all(config, options.only)
     with locked(folder):
         memory.watch_memory()
         start_ray(options.verbose)
@@ -161,8 +161,8 @@ def start_ray(verbose: bool) -> None:
 def user_mistake(error: BaseException) -> str | None:
     """The user's mistake inside an exception from the driver or a worker, or None when it is ours."""
     for inner in chain(error):
-        if isinstance(inner, UserError):
-            return str(inner)
+        if type(inner) is UserError:  # Ray's wrappers of one are instances too; their text is the traceback
+            return str(inner).split("\n", 1)[0]  # Ray Data adds advice of its own below
         if _disk_is_full(inner):
             return "no space left on the disk of the run folder; free some or change run.root, then run again"
         if isinstance(inner, PermissionError):

@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The gate draws the same examples every time; `make fuzz` draws new ones.
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.register_profile("fuzz", print_blob=True)
+settings.load_profile("fixed")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = "jobs/recipes/demo.toml"

@@ -198,13 +198,17 @@ def test_the_tree_reader() -> None:
 
 
 def test_only_evaluate_reads_the_test_lists() -> None:
-    """`"test"` stands where users are split, where every user gets a text from the prompt history, and in evaluate."""
+    """`"test"` stands where users and lists are split, where every user gets a text from the prompt history, in evaluate.
+
+    `core/candidates` and `stages/partitions` say who is tested, `datasets/logged` which splits a log may name.
+    """
     named = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if '"test"' in path.read_text(encoding="utf-8")
     }
-    assert named == {"core/candidates.py", "stages/encode.py", "stages/evaluate.py"}
+    splitting = {"core/candidates.py", "stages/partitions.py", "datasets/logged.py"}
+    assert named == {*splitting, "stages/encode.py", "stages/evaluate.py"}
     unsplit = [
         path for path in (PACKAGE / "stages").glob("*.py") if 'store.read("lists")' in path.read_text()
     ]

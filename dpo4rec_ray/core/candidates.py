@@ -1,106 +1,178 @@
-"""Candidate lists after the knowledge history, redrawn negatives, and the split of users.
+"""Candidate lists after the knowledge history, redrawn negatives, and the splits.
 
 The lists follow KAR (arXiv 2306.10933), whose data processing the paper uses. Departs from it: a validation
-share of the training users, cross-fit folds, and redraws of the negatives for the same positives. Item ids
-are 0..num_items-1.
+share of the training users, cross-fit folds, a split by time, and redraws of the negatives for the same positives.
+Item ids are 0..num_items-1. Everything works on the events of many users at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dpo4rec_ray.core.keys import Keys, below, mix, stream
 from dpo4rec_ray.errors import UserError
 
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+SPLITS = ("train", "valid", "test")
+MAX_ATTEMPTS = 100_000  # a list that needs one exact item of a large catalogue gets it long before
 
 
 @dataclass(frozen=True)
-class CandidateList:
-    """One list to rerank. H <= history_length, L = num_candidates."""
+class Events:
+    """Events of U users, user after user, each user's in the order of the protocol, no item twice per user."""
 
-    timestamp_s: int  # of the block's first event
-    history_item_ids: IntArray  # [H], oldest first
-    history_ratings: FloatArray  # [H]
-    candidate_item_ids: IntArray  # [L], distinct
-    labels: FloatArray  # [L], 1.0 or 0.0
+    bounds: IntArray  # [U + 1] where each user's events begin and end
+    item_ids: IntArray  # [n]
+    ratings: FloatArray  # [n]
+    timestamps_s: IntArray  # [n]
+
+    @property
+    def user(self) -> IntArray:
+        """[n] which user each event is of."""
+        return np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
 
 
-def knowledge_cut(num_events: int, cap: int) -> int:
+@dataclass(frozen=True)
+class ListPlan:
+    """Where the events of M lists stand; no item is drawn yet."""
+
+    user: IntArray  # [M]
+    number: IntArray  # [M] 0, 1, ... within the user
+    start: IntArray  # [M] place of the first event
+    size: IntArray  # [M] consecutive events
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """M sequences of differing length, one after the other."""
+
+    offsets: IntArray  # [M + 1]
+    places: IntArray  # [offsets[-1]] places among the events
+
+
+def knowledge_cut(num_events: Array | int, cap: int) -> Any:
     """How many of a user's first events the language model may see: half, rounded up, at most `cap`."""
-    return min((num_events + 1) // 2, cap)
+    return np.minimum((np.asarray(num_events) + 1) // 2, cap)
 
 
-def build_lists(
-    item_ids: Array,
-    ratings: Array,
-    timestamps_s: Array,
-    cut: int,
+def first_segment_sizes(bounds: IntArray, segment: Array) -> IntArray:
+    """How many events each user has in the earliest segment in which there are any; segment [n] never falls.
+
+    With one cut in time for valid and one for test, the length of a history may depend on nothing later.
+    """
+    first = segment[np.minimum(bounds[:-1], max(0, len(segment) - 1))] if len(segment) else bounds[:-1]
+    user = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    return np.bincount(user, weights=segment == first[user], minlength=len(bounds) - 1).astype(np.int64)
+
+
+def plan_lists(bounds: IntArray, cuts: IntArray, block_size: int, segment: Array | None = None) -> ListPlan:
+    """Each user's events after the knowledge history in blocks of up to `block_size` consecutive ones.
+
+    bounds: [U + 1]; cuts: [U] events before this place of a user belong to the knowledge history; segment: [n], a list
+    never spans two segments (training, validation and test time).
+    """
+    num_events = int(bounds[-1])
+    user = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    place = np.arange(num_events)
+    run_start = (bounds[:-1] + cuts)[user]
+    if segment is not None and num_events:
+        changes = np.flatnonzero(np.diff(segment, prepend=segment[0]) != 0)
+        last_change = np.zeros(num_events, dtype=np.int64)
+        last_change[changes] = changes
+        run_start = np.maximum(run_start, np.maximum.accumulate(last_change))
+    start = np.flatnonzero((place >= run_start) & ((place - run_start) % block_size == 0))
+    owner = user[start]
+    first_list = np.searchsorted(owner, np.arange(len(bounds) - 1))
+    # a list ends where the next begins, or with its user
+    following = np.append(start[1:], num_events)
+    end = np.minimum(following, bounds[1:][owner])
+    return ListPlan(owner, np.arange(len(start)) - first_list[owner], start, end - start)
+
+
+def fill_lists(
+    events: Events,
+    plan: ListPlan,
+    keys: Keys,
     *,
     num_items: int,
-    block_size: int,
     num_candidates: int,
     positive_rating: float,
-    history_length: int,
-    rng: np.random.Generator,
-) -> list[CandidateList]:
-    """One user's events after the knowledge history, as lists of candidates; empty when no event is left.
+    avoid_seen: bool,
+) -> tuple[IntArray, FloatArray]:
+    """The lists' candidates and labels, [M, L] each: their events, filled up with drawn items, then shuffled.
 
-    Each list holds up to `block_size` consecutive events and is filled to `num_candidates` with other items
-    drawn uniformly from the catalogue, then shuffled. An item met twice in a block is one candidate, positive
-    if any of its events is. Its history is the last `history_length` events before the block, which may reach
-    into the knowledge history.
+    Items are drawn uniformly from the catalogue without repeats within a list. An event rated `positive_rating` or more
+    has label 1.0, other events and drawn items 0.0.
 
     Args:
-        item_ids: [n] the user's items in the order of the protocol.
-        ratings: [n].
-        timestamps_s: [n].
-        cut: events before this place belong to the knowledge history.
-        num_items: size of the catalogue.
-        block_size: events per list; the last list may have fewer.
-        num_candidates: L.
-        positive_rating: an event rated this or more gets label 1.0; other events and drawn items get 0.0.
-        history_length: the most events in a list's history.
-        rng: consumed; the same state gives the same lists.
+        keys: [M] random bits of each list; they alone decide what is drawn and the order.
+        avoid_seen: draw no item that the user has met in or before the list.
 
     Raises:
-        UserError: block_size is not within 1..num_candidates, or the catalogue has fewer than num_candidates
-            items.
+        UserError: the catalogue is too small for a list, or leaves too few items that a user has not met.
     """
-    if not 1 <= block_size <= num_candidates:
-        raise UserError(f"block_size = {block_size} must lie between 1 and num_candidates = {num_candidates}")
     _check_catalogue(num_items, num_candidates)
-    starts = range(cut, len(item_ids), block_size)
-    ids = np.zeros((len(starts), num_candidates), dtype=np.int64)
-    labels = np.zeros((len(starts), num_candidates), dtype=np.float32)
-    drawn = np.ones((len(starts), num_candidates), dtype=np.bool_)
-    for row, start in enumerate(starts):
-        label_of: dict[int, float] = {}
-        block = slice(start, start + block_size)
-        for item, rating in zip(item_ids[block], ratings[block], strict=True):
-            label_of[int(item)] = max(label_of.get(int(item), 0.0), float(rating >= positive_rating))
-        ids[row, : len(label_of)] = list(label_of)
-        labels[row, : len(label_of)] = list(label_of.values())
-        drawn[row, : len(label_of)] = False
-    _draw_distinct(ids, drawn, num_items, rng)
-    order = np.argsort(rng.random(ids.shape), axis=1)
-    ids = np.take_along_axis(ids, order, axis=1)
-    labels = np.take_along_axis(labels, order, axis=1)
-    return [
-        CandidateList(
-            timestamp_s=int(timestamps_s[start]),
-            history_item_ids=item_ids[max(0, start - history_length) : start].astype(np.int64),
-            history_ratings=ratings[max(0, start - history_length) : start].astype(np.float32),
-            candidate_item_ids=ids[row],
-            labels=labels[row],
-        )
-        for row, start in enumerate(starts)
-    ]
+    num_lists = len(plan.start)
+    ids = np.zeros((num_lists, num_candidates), dtype=np.int64)
+    labels = np.zeros((num_lists, num_candidates), dtype=np.float32)
+    row = np.repeat(np.arange(num_lists), plan.size)
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(plan.size) - plan.size, plan.size)
+    place = plan.start[row] + slot
+    ids[row, slot] = events.item_ids[place]
+    labels[row, slot] = events.ratings[place] >= positive_rating
+    drawn = np.arange(num_candidates)[None, :] >= plan.size[:, None]
+    slots = np.arange(num_candidates)
+
+    def sample(rows: IntArray, attempt: int) -> IntArray:
+        return below(stream(mix(keys[rows] ^ np.uint64(attempt))[:, None], slots[None, :]), num_items)
+
+    seen = _SeenItems(events, plan, num_items, num_candidates) if avoid_seen else None
+    _draw_distinct(ids, drawn, sample, seen)
+    order = np.argsort(stream(keys[:, None], num_candidates + slots[None, :]), axis=1)
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(labels, order, axis=1)
+
+
+def histories_before(bounds: IntArray, user: IntArray, start: IntArray, length: int) -> Ragged:
+    """The last `length` events of each list's user before the list begins, oldest first. user, start: [M]."""
+    sizes = np.minimum(start - bounds[:-1][user], length)
+    return ragged(start - sizes, sizes)
+
+
+def ragged(first: IntArray, sizes: IntArray) -> Ragged:
+    """Sequences of consecutive places from their beginnings and lengths, [M] each."""
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes)
+    return Ragged(offsets, np.repeat(first, sizes) + within)
+
+
+class _SeenItems:
+    """Answers whether a list's user has met an item in or before the list."""
+
+    def __init__(self, events: Events, plan: ListPlan, num_items: int, num_candidates: int):
+        pair = events.user * num_items + events.item_ids
+        self._place = np.argsort(pair)
+        self._pair = pair[self._place]
+        self._user, self._end, self._num_items = plan.user, plan.start + plan.size, num_items
+        unseen = num_items - (self._end - events.bounds[:-1][plan.user])
+        if np.any(unseen < num_candidates - plan.size):
+            raise UserError(
+                f"the catalogue has {num_items} items and a user has met all but {unseen.min()} of them: too few are left "
+                'to fill a list; use more items, or data.protocol = "user"'
+            )
+
+    def __call__(self, rows: IntArray, items: IntArray) -> BoolArray:
+        """rows: [m] list numbers, items: [m, L] -> [m, L]."""
+        wanted = self._user[rows][:, None] * self._num_items + items
+        spot = np.minimum(np.searchsorted(self._pair, wanted), len(self._pair) - 1)
+        return (self._pair[spot] == wanted) & (self._place[spot] < self._end[rows][:, None])
 
 
 def redraw_negatives(
@@ -121,7 +193,9 @@ def redraw_negatives(
     ids = np.empty((num_redraws, num_lists, num_candidates), dtype=np.int64)
     for redraw in ids:  # one redraw of all lists at a time bounds the memory of the drawing
         redraw[:] = candidate_item_ids
-        _draw_distinct(redraw, ~positive, num_items, rng)
+        _draw_distinct(
+            redraw, ~positive, lambda rows, _: rng.integers(num_items, size=(len(rows), num_candidates))
+        )
     kept_labels = np.where(positive, labels, 0.0).astype(np.float32)
     return ids, np.broadcast_to(kept_labels, ids.shape).copy()
 
@@ -177,24 +251,41 @@ def _check_catalogue(num_items: int, num_candidates: int) -> None:
 
 
 def _draw_distinct(
-    ids: IntArray, drawn: npt.NDArray[np.bool_], num_items: int, rng: np.random.Generator
+    ids: IntArray,
+    drawn: BoolArray,
+    sample: Callable[[IntArray, int], IntArray],
+    forbidden: Callable[[IntArray, IntArray], BoolArray] | None = None,
 ) -> None:
     """Fill the places marked in `drawn` [M, L] of `ids` [M, L], in place, without repeats within a row.
 
-    All open places are drawn at once; those that repeat an item of their row are drawn again until none does.
-    Items that are not in the row to begin with are treated alike, so every set of them is equally likely.
+    All open places are drawn at once; those that repeat an item of their row, or are forbidden, are drawn again until
+    none is. Items that are not in the row to begin with are treated alike, so every set of them is equally likely.
+
+    Args:
+        sample: rows [m] and the number of the attempt -> items [m, L].
+        forbidden: rows [m] and items [m, L] -> which may not stand there, [m, L].
+
+    Raises:
+        UserError: some list still has no valid items after very many attempts.
     """
     rows = np.flatnonzero(drawn.any(axis=1))
     pending = drawn[rows]
-    while rows.size:
+    for attempt in range(MAX_ATTEMPTS):
+        if not rows.size:
+            return
         current = ids[rows]
-        current[pending] = rng.integers(num_items, size=int(pending.sum()))
+        current[pending] = sample(rows, attempt)[pending]
         # Equal items become neighbours, the settled one first, so that only pending places count as repeats.
         order = np.argsort(2 * current + pending, axis=1, kind="stable")
         in_order = np.take_along_axis(current, order, axis=1)
         repeat = np.zeros(current.shape, dtype=np.bool_)
         np.put_along_axis(repeat, order[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
+        if forbidden is not None:
+            repeat |= forbidden(rows, current)
         ids[rows] = current
         pending &= repeat
         again = pending.any(axis=1)
         rows, pending = rows[again], pending[again]
+    raise UserError(
+        f"{rows.size} lists could not be filled with items that their users have not met; use more items"
+    )

@@ -1,36 +1,58 @@
-"""Data sources. To add one: a file with `load(raw_dir, *, max_users) -> RawTables` and a line in DATASETS."""
+"""Data sources. To add one: a file with a `describe` that returns a Source, and a line in DATASETS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
-from dpo4rec_ray.datasets import movielens, sample
-from dpo4rec_ray.datasets.raw import RawTables
-from dpo4rec_ray.datasets.sample import SampleSettings
+from dpo4rec_ray.datasets import amazon2018, amazon2023, logged, movielens, sample_world, table
+from dpo4rec_ray.datasets.files import absolute
+from dpo4rec_ray.datasets.logged import LoggedSettings
+from dpo4rec_ray.datasets.raw import Source
+from dpo4rec_ray.datasets.sample_world import SampleSettings
+from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError
 
-DATASETS: dict[str, Callable[..., RawTables]] = {
-    "movielens": movielens.load,
-    "sample": sample.load,
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Everything any source may want to know; each takes its part."""
+
+    raw_dir: str = ""
+    file: str = ""  # of the interactions, where the folder holds several
+    seed: int = 0  # of the sample world's users
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    table: TableSettings = field(default_factory=TableSettings)
+    logged: LoggedSettings = field(default_factory=LoggedSettings)
+
+
+DATASETS: dict[str, Callable[[SourceSettings], Source]] = {
+    "movielens": lambda settings: movielens.describe(settings.raw_dir),
+    "amazon2018": lambda settings: amazon2018.describe(settings.raw_dir, settings.file),
+    "amazon2023": lambda settings: amazon2023.describe(settings.raw_dir, settings.file),
+    "table": lambda settings: table.describe(settings.raw_dir, settings.table),
+    "sample": lambda settings: sample_world.describe(settings.sample, settings.seed),
 }
 
-__all__ = ["DATASETS", "RawTables", "load_raw"]
+__all__ = ["DATASETS", "Source", "SourceSettings", "load_source"]
 
 
-def load_raw(
-    name: str, raw_dir: str | Path, *, max_users: int = 0, seed: int = 0, sample: SampleSettings | None = None
-) -> RawTables:
-    """Read dataset `name`.
-
-    A dataset on disk reads `raw_dir` and keeps the first `max_users` users (0: all). The sample world has
-    no folder: it is made from its settings and `seed`.
+def load_source(name: str, settings: SourceSettings) -> Source:
+    """Dataset `name`, with logged lists on top where they are given. No event is read yet.
 
     Raises:
-        UserError: an unknown name, or files that cannot be read as the dataset they should be.
+        UserError: an unknown name, or files that are not those of the dataset.
     """
     if name not in DATASETS:
         raise UserError(f"data.dataset = {name!r} is unknown; known: {', '.join(DATASETS)}")
-    if name == "sample":
-        return DATASETS[name](sample or SampleSettings(), seed)
-    return DATASETS[name](raw_dir, max_users=max_users)
+    if settings.file and name not in ("amazon2018", "amazon2023"):
+        raise UserError(
+            f"data.file = {settings.file!r} is for Amazon's files; data.dataset = {name!r} has no use for it"
+        )
+    if name != "sample" and not settings.raw_dir:
+        raise UserError("data.raw_dir is not set; give the folder or URI of the dataset: data.raw_dir=FOLDER")
+    settings = replace(settings, raw_dir=absolute(settings.raw_dir))
+    source = DATASETS[name](settings)
+    if settings.logged.file:
+        source = replace(source, lists=logged.describe(absolute(settings.logged.file), settings.logged))
+    return source

@@ -75,13 +75,17 @@ def user_prompt(
     ratings: Sequence[float],
     attributes: Sequence[Sequence[str]] | None,
     factors: Sequence[str],
+    *,
+    show_ratings: bool = True,
 ) -> str:
     """The question about one user. Texts must be clean (`clean_text`); the history is in time order.
 
     attributes: "facet: value" strings per title, of which the values are shown; None shows titles only.
+    show_ratings: off for implicit feedback, where every rating is the same number and says nothing.
     """
     shown = attributes if attributes is not None else [()] * len(titles)
-    history = " ".join(_event(*event) for event in zip(titles, ratings, shown, strict=True))
+    events = zip(titles, ratings, shown, strict=True)
+    history = " ".join(_event(*event, show_rating=show_ratings) for event in events)
     about = f"Profile: {profile}.\n" if profile else ""
     question = f"Analyse this user's preferences, with reasons, by {', '.join(factors)}."
     return f"{about}History: {history}\n{question}"
@@ -150,9 +154,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return token_ids if count else [bos, *token_ids]
 
 
-def _event(title: str, rating: float, attributes: Sequence[str]) -> str:
+def _event(title: str, rating: float, attributes: Sequence[str], *, show_rating: bool) -> str:
     values = "; ".join(attribute.partition(": ")[2] for attribute in attributes)
-    return f'"{title}"{f" ({values})" if values else ""}, {rating:g} stars;'
+    stars = f", {rating:g} stars" if show_rating else ""
+    return f'"{title}"{f" ({values})" if values else ""}{stars};'
 
 
 def _clean_once(text: str, tokens: Sequence[str]) -> str:

@@ -7,11 +7,14 @@ from dataclasses import replace
 import torch
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers.base import Reranker, RerankerSettings
+from dpo4rec_ray.rerankers.base import HistoryBatch, ListHistory, Reranker, RerankerSettings, with_history
 from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, RerankBatch
+from dpo4rec_ray.rerankers.dlcm import DLCM
+from dpo4rec_ray.rerankers.mir import MIR
 from dpo4rec_ray.rerankers.prm import PRM
+from dpo4rec_ray.rerankers.setrank import SetRank
 
-RERANKERS: dict[str, type[Reranker]] = {"prm": PRM}
+RERANKERS: dict[str, type[Reranker]] = {"dlcm": DLCM, "prm": PRM, "setrank": SetRank, "mir": MIR}
 
 
 def build_reranker(
@@ -45,8 +48,11 @@ __all__ = [
     "RERANKERS",
     "Catalogue",
     "CatalogueShape",
+    "HistoryBatch",
+    "ListHistory",
     "RerankBatch",
     "Reranker",
     "RerankerSettings",
     "build_reranker",
+    "with_history",
 ]

@@ -1,10 +1,11 @@
-"""Knowledge adapter: turns a user's and an item's text vector into two short vectors a reranker can use.
+"""Knowledge adapters: turn a user's and an item's text vector into two short vectors a reranker can use.
 
-Follows the hybrid-expert adaptor of KAR (arXiv 2306.10933): every side mixes experts that both sides share
-with experts of its own, weighted by a gate of that side. Two departures, both of speed only: the experts of a
-side run as one matrix product instead of one module each, and a side is called on its own (`item_side`,
-`user_side`), so that the caller can run it once per distinct item and once per distinct user instead of once
-per candidate.
+`hea` follows the hybrid-expert adaptor of KAR (arXiv 2306.10933): every side mixes experts that both sides share
+with experts of its own, weighted by a gate of that side. `moe` and `mlp` are what KAR compares it with: one mixture
+of experts, or one perceptron, for both sides; their sizes are made equal to that of `hea`, so that a comparison is
+one of structure. Two departures, both of speed only: the experts of a side run as one matrix product instead of one
+module each, and a side is called on its own (`item_side`, `user_side`), so that the caller can run it once per
+distinct item and once per distinct user instead of once per candidate.
 """
 
 from __future__ import annotations
@@ -36,7 +37,24 @@ class Experts(nn.Module):
         return torch.baddbmm(self.bias_out.unsqueeze(1), hidden, self.weight_out.transpose(1, 2)).relu_()
 
 
-class HybridExpertAdapter(nn.Module):
+def mix(outputs: Tensor, gate: Tensor) -> Tensor:
+    """sum_e softmax(gate)_e * outputs_e. outputs [experts, M, out], gate [M, experts] -> [M, out]."""
+    return (outputs * gate.softmax(dim=-1).t().unsqueeze(-1)).sum(dim=0)
+
+
+class KnowledgeAdapter(nn.Module):
+    """The contract; every adapter takes the arguments of `HybridExpertAdapter`."""
+
+    def user_side(self, vectors: Tensor) -> Tensor:
+        """vectors: [S, D] -> [S, out]."""
+        raise NotImplementedError
+
+    def item_side(self, vectors: Tensor) -> Tensor:
+        """vectors: [M, D] -> [M, out]."""
+        raise NotImplementedError
+
+
+class HybridExpertAdapter(KnowledgeAdapter):
     """out = sum_e softmax(gate(x))_e * expert_e(x), e over the shared experts and the side's own."""
 
     def __init__(
@@ -57,16 +75,63 @@ class HybridExpertAdapter(nn.Module):
 
     def user_side(self, vectors: Tensor) -> Tensor:
         """vectors: [S, D] -> [S, out]."""
-        return self._mix(vectors, self.user_experts, self.user_gate)
+        outputs = torch.cat([self.shared(vectors), self.user_experts(vectors)])  # [experts, S, out]
+        return mix(outputs, self.user_gate(vectors))
 
     def item_side(self, vectors: Tensor) -> Tensor:
         """vectors: [M, D] -> [M, out]."""
-        return self._mix(vectors, self.item_experts, self.item_gate)
-
-    def _mix(self, vectors: Tensor, dedicated: Experts, gate: nn.Linear) -> Tensor:
-        outputs = torch.cat([self.shared(vectors), dedicated(vectors)])  # [experts, M, out]
-        weights = gate(vectors).softmax(dim=-1)  # [M, experts]
-        return (outputs * weights.t().unsqueeze(-1)).sum(dim=0)
+        outputs = torch.cat([self.shared(vectors), self.item_experts(vectors)])
+        return mix(outputs, self.item_gate(vectors))
 
 
-ADAPTERS = {"hea": HybridExpertAdapter}
+class MixtureAdapter(KnowledgeAdapter):
+    """One mixture of experts for both sides: as many experts as `hea` has in all, and one gate (KAR's MoE)."""
+
+    def __init__(
+        self,
+        vector_dim: int,
+        out_dim: int = 32,
+        *,
+        num_shared: int = 2,
+        num_dedicated: int = 5,
+        hidden_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        num_experts = num_shared + 2 * num_dedicated
+        self.experts = Experts(num_experts, vector_dim, hidden_dim, out_dim)
+        self.gate = nn.Linear(vector_dim, num_experts)
+
+    def user_side(self, vectors: Tensor) -> Tensor:
+        """vectors: [S, D] -> [S, out]."""
+        return mix(self.experts(vectors), self.gate(vectors))
+
+    item_side = user_side
+
+
+class PerceptronAdapter(KnowledgeAdapter):
+    """One two-layer perceptron for both sides, as wide as all experts of `hea` side by side (KAR's MLP)."""
+
+    def __init__(
+        self,
+        vector_dim: int,
+        out_dim: int = 32,
+        *,
+        num_shared: int = 2,
+        num_dedicated: int = 5,
+        hidden_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        self.layers = Experts(1, vector_dim, (num_shared + 2 * num_dedicated) * hidden_dim, out_dim)
+
+    def user_side(self, vectors: Tensor) -> Tensor:
+        """vectors: [S, D] -> [S, out]."""
+        return self.layers(vectors).squeeze(0)
+
+    item_side = user_side
+
+
+ADAPTERS: dict[str, type[KnowledgeAdapter]] = {
+    "hea": HybridExpertAdapter,
+    "moe": MixtureAdapter,
+    "mlp": PerceptronAdapter,
+}

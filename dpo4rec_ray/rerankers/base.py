@@ -1,4 +1,4 @@
-"""What every backbone shares: its settings, the input layer and the Reranker contract.
+"""What every backbone shares: its settings, the input layer, the scoring head and the Reranker contract.
 
 Departs from KAR in the input layer: there it is the concatenation [item id, facets, adapter(item),
 adapter(user)], here a linear map of that and the similarity. It is computed as the sum of an item part, a
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers.adapter import ADAPTERS
-from dpo4rec_ray.rerankers.catalogue import CatalogueShape, RerankBatch
+from dpo4rec_ray.rerankers.adapter import ADAPTERS, KnowledgeAdapter
+from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, RerankBatch
+
+HEAD_DIMS = (200, 80)  # KAR's final MLP
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,61 @@ class RerankerSettings:
     num_layers: int = 1
 
 
+@dataclass(frozen=True)
+class HistoryBatch(RerankBatch):
+    """Lists with what their users had seen before, oldest first; made by `with_history`.
+
+    The items of the histories stand in the same tables as the candidates, so each distinct one is embedded once.
+    """
+
+    history_index: Tensor | None = (
+        None  # [B, H] long: row of each item in the item tables; any row at padding
+    )
+    history_mask: Tensor | None = None  # [B, H] bool: True is a real item; None: every place is
+    history_ratings: Tensor | None = None  # [B, H] float; None: unknown
+
+
+@dataclass(frozen=True)
+class ListHistory:
+    """The histories of B lists as `Reranker.rank` takes them."""
+
+    items: Tensor  # [B, H, hidden]: the item part of the input layer
+    mask: Tensor | None = None  # [B, H] bool: True is a real item; None: every place is
+    ratings: Tensor | None = None  # [B, H] float; None: unknown
+
+
+def with_history(
+    batch: RerankBatch,
+    catalogue: Catalogue,
+    item_ids: Tensor,
+    mask: Tensor | None = None,
+    ratings: Tensor | None = None,
+) -> HistoryBatch:
+    """Add the lists' histories to a batch. item_ids, mask, ratings: [B, H]; any valid id at padding."""
+    distinct, index = torch.unique(item_ids, return_inverse=True)
+    vectors = batch.item_vectors
+    if vectors is not None and catalogue.item_vectors is not None:
+        vectors = torch.cat([vectors, catalogue.item_vectors[distinct]])
+    return HistoryBatch(
+        index=batch.index,
+        mask=batch.mask,
+        # Appended: an item that is candidate and history has two rows, which costs less than looking for it.
+        item_ids=torch.cat([batch.item_ids, distinct]),
+        attribute_ids=torch.cat([batch.attribute_ids, catalogue.attribute_ids[distinct]]),
+        item_vectors=vectors,
+        user_vectors=batch.user_vectors,
+        user_rows=batch.user_rows,
+        similarity=batch.similarity,
+        history_index=index + len(batch.item_ids),
+        history_mask=mask,
+        history_ratings=ratings,
+    )
+
+
 class ListEmbedding(nn.Module):
     """Input layer of a backbone: a linear map of id, facets, knowledge and similarity to `hidden_dim`."""
+
+    facet_starts: Tensor
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
         """Raises UserError for an unknown adapter, or knowledge without item vectors."""
@@ -49,7 +104,9 @@ class ListEmbedding(nn.Module):
         self.facet_embedding = nn.Embedding(max(sum(shape.facet_sizes), 1), settings.embed_dim)
         starts = torch.tensor([0, *shape.facet_sizes], dtype=torch.long).cumsum(0)[:-1]
         self.register_buffer("facet_starts", starts, persistent=False)
-        self.adapter = self.user_projection = self.similarity_projection = None
+        self.adapter: KnowledgeAdapter | None = None
+        self.user_projection: nn.Linear | None = None
+        self.similarity_projection: nn.Linear | None = None
         if knowledge:
             if settings.adapter not in ADAPTERS:
                 raise UserError(
@@ -77,11 +134,13 @@ class ListEmbedding(nn.Module):
         facets = self.facet_embedding(attribute_ids + self.facet_starts).flatten(1)
         parts = [self.item_embedding(item_ids), facets]
         if self.adapter is not None:
+            assert item_vectors is not None, "checked when the layer was built"
             parts.append(self.adapter.item_side(item_vectors))
         return self.item_projection(torch.cat(parts, dim=1))
 
     def user_side(self, user_vectors: Tensor) -> Tensor:
         """user_vectors [S, D] -> [S, hidden]. Only with knowledge."""
+        assert self.adapter is not None and self.user_projection is not None
         return self.user_projection(self.adapter.user_side(user_vectors))
 
     def combine(
@@ -96,26 +155,47 @@ class ListEmbedding(nn.Module):
         # F.embedding rather than indexing: its backward is a dense scatter-add, several times faster on CPU.
         inputs = F.embedding(index, items)
         if users is not None:
+            assert user_rows is not None
             inputs = inputs + F.embedding(user_rows, users).unsqueeze(1)
         if self.similarity_projection is not None:
+            assert similarity is not None
             inputs = inputs + similarity.unsqueeze(-1) * self.similarity_projection.weight.view(-1)
         return inputs
 
+    def sides(self, batch: RerankBatch) -> tuple[Tensor, Tensor | None]:
+        """The item part [M, hidden] and, with knowledge, the user part [S, hidden] of a batch."""
+        users = None
+        if self.knowledge:
+            if batch.user_vectors is None:
+                raise UserError(
+                    "this reranker uses knowledge: pass user_vectors (zeros for a user without a text)"
+                )
+            users = self.user_side(batch.user_vectors)
+        return self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors), users
+
     def forward(self, batch: RerankBatch) -> Tensor:
         """-> [B, L, hidden]."""
-        if self.knowledge and batch.user_vectors is None:
-            raise UserError(
-                "this reranker uses knowledge: pass user_vectors (zeros for a user without a text)"
-            )
-        items = self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors)
-        users = self.user_side(batch.user_vectors) if self.knowledge else None
+        items, users = self.sides(batch)
         return self.combine(items, batch.index, users, batch.user_rows, batch.similarity)
 
 
-class Reranker(nn.Module):
-    """A backbone. A subclass writes `rank`; `loss` names its training loss in core.losses.RANKING_LOSSES."""
+def score_head(in_dim: int) -> nn.Sequential:
+    """KAR's final MLP: [..., in_dim] -> one logit [..., 1]."""
+    return nn.Sequential(
+        nn.Linear(in_dim, HEAD_DIMS[0]),
+        nn.ReLU(inplace=True),
+        nn.Linear(HEAD_DIMS[0], HEAD_DIMS[1]),
+        nn.ReLU(inplace=True),
+        nn.Linear(HEAD_DIMS[1], 1),
+    )
 
-    loss = "pointwise_bce"
+
+class Reranker(nn.Module):
+    """A backbone. A subclass writes `rank` and says what the contract tests hold it to."""
+
+    loss = "pointwise_bce"  # its training loss, a key of core.losses.RANKING_LOSSES
+    order_matters = True  # False: permuting the candidates permutes the scores and changes none
+    uses_history = False  # True: `rank` takes a ListHistory as third argument, and must do without one
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
         super().__init__()
@@ -127,8 +207,9 @@ class Reranker(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.xavier_normal_(module.weight)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+                for name, parameter in module.named_parameters(recurse=False):
+                    if name == "bias":
+                        nn.init.zeros_(parameter)
 
     def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """inputs [B, L, hidden], mask [B, L] or None -> finite logits [B, L]; padding changes no score."""

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker, RerankerSettings
-
-HEAD_DIMS = (200, 80)  # KAR's final MLP
+from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker, RerankerSettings, score_head
 
 
 def sinusoidal_positions(length: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -26,6 +24,14 @@ def sinusoidal_positions(length: int, dim: int, device: torch.device | None = No
     rates = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10000.0) / dim))
     angles = positions * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
+
+
+def padding_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What `EncoderLayer` adds to attention logits so that no padding is attended to: [B, L] -> [B, 1, 1, L]."""
+    if mask is None:
+        return None
+    # A large finite number, not -inf: a list that is all padding must still give finite values.
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -1e9)[:, None, None, :]
 
 
 class EncoderLayer(nn.Module):
@@ -60,13 +66,7 @@ class PRM(Reranker):
         super().__init__(shape, knowledge, settings)
         dim = settings.hidden_dim
         self.layers = nn.ModuleList(EncoderLayer(dim, settings.num_heads) for _ in range(settings.num_layers))
-        self.head = nn.Sequential(
-            nn.Linear(dim, HEAD_DIMS[0]),
-            nn.ReLU(inplace=True),
-            nn.Linear(HEAD_DIMS[0], HEAD_DIMS[1]),
-            nn.ReLU(inplace=True),
-            nn.Linear(HEAD_DIMS[1], 1),
-        )
+        self.head = score_head(dim)
 
     def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """inputs [B, L, hidden], mask [B, L] or None -> logits [B, L]."""
@@ -74,10 +74,7 @@ class PRM(Reranker):
         # Xavier inputs are some ten times smaller than the positions, which would drown the items without the
         # sqrt(dim) of Vaswani et al. (section 3.4).
         x = inputs * math.sqrt(dim) + sinusoidal_positions(length, dim, inputs.device)
-        bias = None
-        if mask is not None:
-            # A large finite number, not -inf: a list that is all padding must still give finite values.
-            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -1e9)[:, None, None, :]
+        bias = padding_bias(mask, x.dtype)
         for layer in self.layers:
             x = layer(x, bias)
         return self.head(x).squeeze(-1)

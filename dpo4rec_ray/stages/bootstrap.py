@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import knowledge_cut
-from dpo4rec_ray.datasets.sample import simulate_users
+from dpo4rec_ray.datasets.sample_world import simulate_users
 from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
@@ -159,7 +159,9 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
     )
     popularity = np.bincount(met.to_numpy(), minlength=len(attributes)) + 1.0
     users = simulate_users(attributes, popularity / popularity.sum(), num_users, seed, stream="bootstrap")
-    prompts = CataloguePrompts(items, SPECIAL_TOKENS, config.prompt.factors, config.prompt.item_attributes)
+    prompts = CataloguePrompts(
+        items, SPECIAL_TOKENS, config.prompt.factors, config.prompt.item_attributes, config.prompt.ratings
+    )
     popular = popular_values(attributes)
     rng = np.random.default_rng([seed, 1])
     bounds = np.searchsorted(users.user_index, np.arange(num_users + 1))

@@ -98,7 +98,7 @@ class Progress:
     """A line every few seconds while it is open: done of total, rate, time left; before that, for how long it starts."""
 
     def __init__(self, label: str, total: int, unit: str, *, already: int = 0, every_s: float = 5.0):
-        """`already` units were done by an earlier run: they count as done, but not in the rate."""
+        """`already` units were done by an earlier run: they count as done, but not in the rate. total 0: not known."""
         self._label, self._total, self._unit, self._every_s = label, total, unit, every_s
         self._done, self._extra = already, ""
         self._opened = time.monotonic()
@@ -123,7 +123,7 @@ class Progress:
 
     def _tick(self) -> None:
         while not self._stop.wait(self._every_s):
-            if self._first is None or self._done < self._total:
+            if self._first is None or self._done < self._total or not self._total:
                 say(f"  {self._label}: {self._line()}")
 
     def _line(self) -> str:
@@ -131,10 +131,11 @@ class Progress:
         if self._first is None:
             return f"workers are starting, {now - self._opened:.0f} s"
         since, base = self._first
-        line = f"{self._done}/{self._total} {self._unit}"
+        line = f"{self._done}/{self._total} {self._unit}" if self._total else f"{self._done:,} {self._unit}"
         if self._done > base:
             rate = (self._done - base) / (now - since)
-            line += f", {rate:.1f}/s, {(self._total - self._done) / rate:.0f} s left"
+            line += f", {rate:.1f}/s"
+            line += f", {(self._total - self._done) / rate:.0f} s left" if self._total else ""
         return f"{line}, {self._extra}" if self._extra else line
 
 

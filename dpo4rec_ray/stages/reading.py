@@ -59,12 +59,19 @@ def read_list_data(store: RunDir, split: str) -> ListData:
 
 
 def sample_scorer(config: Config, store: RunDir) -> SampleScorer:
-    """The reward rerankers with the lists of the training and validation users."""
-    table = store.read("lists", split=("train", "valid"), columns=["user_id", "candidate_item_ids", "labels"])
+    """The reward rerankers with the lists of the training and validation users.
+
+    A user is rewarded on the lists of the user's own split only: where lists are split by time, a training user's later
+    lists must not choose what is trained on.
+    """
+    columns = ["user_id", "split", "candidate_item_ids", "labels"]
+    table = store.read("lists", split=("train", "valid"), columns=columns)
+    users = store.read("users", columns=["user_id", "split", "fold"])  # in user id order
+    own_split = users["split"].take(table["user_id"])
+    table = table.filter(pc.equal(table["split"], own_split))
     lists = UserLists.from_columns(
         table["user_id"].to_numpy(), table["candidate_item_ids"].to_pylist(), table["labels"].to_pylist()
     )
-    users = store.read("users", columns=["user_id", "fold"])
     catalogue = read_catalogue(store)
     folder = store.path("reward")
     scorers = [
@@ -74,7 +81,7 @@ def sample_scorer(config: Config, store: RunDir) -> SampleScorer:
     return SampleScorer(
         scorers,
         lists,
-        users["fold"].to_numpy()[np.argsort(users["user_id"].to_numpy())],
+        users["fold"].to_numpy(),
         num_items=catalogue.shape.num_items,
         reward=config.reward.metric,
         num_redraws=config.reward.num_redraws,

@@ -25,11 +25,18 @@ from dpo4rec_ray.stages.shards import Pool, Row
 class CataloguePrompts:
     """Users -> prompt text, with the whole catalogue's titles at hand, cleaned of control tokens once."""
 
-    def __init__(self, items: pa.Table, special_tokens: Sequence[str], factors: str, item_attributes: bool):
+    def __init__(
+        self,
+        items: pa.Table,
+        special_tokens: Sequence[str],
+        factors: str,
+        item_attributes: bool,
+        ratings: bool = True,
+    ):
         def clean(text: str) -> str:
             return clean_text(text, special_tokens)
 
-        self._clean, self._factors = clean, FACTORS[factors]
+        self._clean, self._factors, self._ratings = clean, FACTORS[factors], ratings
         self._titles = [clean(title) for title in items["title"].to_pylist()]
         rows = items["attributes"].to_pylist() if item_attributes else None
         self._attributes = rows and [[clean(value) for value in row] for row in rows]
@@ -38,7 +45,8 @@ class CataloguePrompts:
         """The prompt of one user with this knowledge history."""
         titles = [self._titles[item] for item in item_ids]
         attributes = [self._attributes[item] for item in item_ids] if self._attributes else None
-        return user_prompt(self._clean(profile), titles, ratings, attributes, self._factors)
+        about = self._clean(profile)
+        return user_prompt(about, titles, ratings, attributes, self._factors, show_ratings=self._ratings)
 
 
 class UserSampler:
@@ -51,6 +59,7 @@ class UserSampler:
         tokenizer_path: str,
         factors: str,
         item_attributes: bool,
+        ratings: bool,
         engine: EngineSettings,
         sampling: Sampling,
         seed: int,
@@ -59,7 +68,9 @@ class UserSampler:
         self._store, self._seed, self._num_samples = store, seed, num_samples
         self._tokenizer = load_tokenizer(tokenizer_path)
         items = store.read("items", columns=["title", "attributes"])
-        self._prompts = CataloguePrompts(items, control_tokens(self._tokenizer), factors, item_attributes)
+        self._prompts = CataloguePrompts(
+            items, control_tokens(self._tokenizer), factors, item_attributes, ratings
+        )
         self._generator = VLLMGenerator(engine, sampling)
 
     def sample(
@@ -199,6 +210,7 @@ def engine_pool(
         "tokenizer_path": weights.base,
         "factors": config.prompt.factors,
         "item_attributes": config.prompt.item_attributes,
+        "ratings": config.prompt.ratings,
         "engine": engine,
         "sampling": Sampling(section.temperature, section.top_p, section.max_new_tokens),
         "seed": seed_of(config.run.seed, stage, policy_round),

@@ -62,7 +62,7 @@ def test_missing_ratings(tmp_path: Path, raw: Path) -> None:
 def test_truncated_ratings(tmp_path: Path, raw: Path) -> None:
     text = (raw / "ratings.dat").read_text()
     (raw / "ratings.dat").write_text(text[:-9])
-    one_line(movielens(tmp_path, raw), "ratings.dat", "600")
+    one_line(movielens(tmp_path, raw), "ratings.dat", "truncated")
 
 
 @pytest.mark.ray

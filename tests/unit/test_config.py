@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.config import Config, load_config
+from dpo4rec_ray.config import Config, LoggedSection, TableSection, load_config
+from dpo4rec_ray.datasets.logged import LoggedSettings
+from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
@@ -76,3 +79,9 @@ def test_section_hash_follows_its_sections_and_the_seed() -> None:
     assert base.section_hash("generate") == other.section_hash("generate")
     assert base.section_hash("dpo") != other.section_hash("dpo")
     assert base.section_hash("generate") != seeded.section_hash("generate")
+
+
+def test_sections_of_a_source_are_its_settings() -> None:
+    """The recipe's sections and what the sources take are written twice; they must not drift apart."""
+    for section, settings in ((TableSection, TableSettings), (LoggedSection, LoggedSettings)):
+        assert section().model_dump() == dataclasses.asdict(settings())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -9,30 +8,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo4rec_ray.core.candidates import (
-    CandidateList,
-    build_lists,
+    Events,
+    ListPlan,
+    fill_lists,
+    first_segment_sizes,
+    histories_before,
     knowledge_cut,
+    plan_lists,
     redraw_negatives,
     split_users,
 )
+from dpo4rec_ray.core.keys import stream
 from dpo4rec_ray.errors import UserError
 
 
-def build(
-    num_events: int = 11, cut: int = 4, seed: int = 0, num_items: int = 200, **changes: int
-) -> list[CandidateList]:
-    """A user who rates items 0, 1, 2, ... 5, 4, 3, 2, 1, 5, 4, ... at times 100, 101, ..."""
-    settings_ = {"block_size": 4, "num_candidates": 10, "history_length": 5} | changes
-    events = np.arange(num_events)
-    return build_lists(
+def events_of(*users: list[int], step_s: int = 1) -> Events:
+    """Users with these items, rated 5, 4, 3, 2, 1, 5, ... at times 100, 100 + step, ..."""
+    sizes = np.array([len(items) for items in users])
+    within = np.concatenate([np.arange(size) for size in sizes] or [[]]).astype(np.int64)
+    return Events(
+        bounds=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        item_ids=np.concatenate([*(np.array(items, dtype=np.int64) for items in users)]),
+        ratings=(5 - within % 5).astype(np.float32),
+        timestamps_s=100 + step_s * within,
+    )
+
+
+def fill(
+    events: Events,
+    plan: ListPlan,
+    num_items: int,
+    seed: int = 0,
+    num_candidates: int = 10,
+    avoid_seen: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    return fill_lists(
         events,
-        (5 - events % 5).astype(np.float32),
-        100 + events,
-        cut,
+        plan,
+        stream(np.full(len(plan.start), seed, np.uint64), np.arange(len(plan.start))),
         num_items=num_items,
+        num_candidates=num_candidates,
         positive_rating=4,
-        rng=np.random.default_rng(seed),
-        **settings_,
+        avoid_seen=avoid_seen,
     )
 
 
@@ -46,86 +63,109 @@ def test_knowledge_cut(num_events: int, cap: int, cut: int) -> None:
 
 
 def test_blocks_by_hand() -> None:
-    """11 events, cut 4: blocks 4 5 6 7 and 8 9 10.
+    """Users of 11, 0, 3 and 6 events, cuts 4, 0, 3 and 3.
 
-    Ratings 5 4 3 2 1 repeat from item 0, so 5 and 6, then 10 are >= 4. Histories are the five events before
-    items 4 (only four exist) and 8; times are those of items 4 and 8.
+    User 0: events 4 5 6 7 and 8 9 10. User 2 has nothing left. User 3 begins at place 14: events 17 18 19.
+    Ratings 5 4 3 2 1 repeat, so items 5, 6 and 10 of user 0 are positive, and 103, 104 of user 3 are not.
     """
-    first, second = build()
-    assert (first.timestamp_s, second.timestamp_s) == (104, 108)
-    assert first.history_item_ids.tolist() == [0, 1, 2, 3]
-    assert first.history_ratings.tolist() == [5.0, 4.0, 3.0, 2.0]
-    assert second.history_item_ids.tolist() == [3, 4, 5, 6, 7]
-    assert {4, 5, 6, 7} <= set(first.candidate_item_ids.tolist())
-    assert {8, 9, 10} <= set(second.candidate_item_ids.tolist())
-    assert set(first.candidate_item_ids[first.labels == 1].tolist()) == {5, 6}
-    assert set(second.candidate_item_ids[second.labels == 1].tolist()) == {10}
+    events = events_of(list(range(11)), [], [50, 51, 52], list(range(100, 106)))
+    plan = plan_lists(events.bounds, np.array([4, 0, 3, 3]), 4)
+    assert plan.user.tolist() == [0, 0, 3]
+    assert plan.number.tolist() == [0, 1, 0]
+    assert plan.start.tolist() == [4, 8, 17]
+    assert plan.size.tolist() == [4, 3, 3]
+    before = histories_before(events.bounds, plan.user, plan.start, 5)
+    assert np.diff(before.offsets).tolist() == [4, 5, 3]
+    assert events.item_ids[before.places].tolist() == [0, 1, 2, 3, 3, 4, 5, 6, 7, 100, 101, 102]
+    ids, labels = fill(events, plan, 200)
+    assert ids.shape == labels.shape == (3, 10)
+    assert {4, 5, 6, 7} <= set(ids[0]) and {8, 9, 10} <= set(ids[1]) and {103, 104, 105} <= set(ids[2])
+    assert [set(row[label == 1]) for row, label in zip(ids, labels, strict=True)] == [{5, 6}, {10}, {105}]
+
+
+def test_a_list_never_spans_a_cut_in_time() -> None:
+    """10 events, cut 2, segments 0 0 0 0 0 1 1 2 2 2: lists 2 3 4 | 5 6 | 7 8 9; a second user is cut in segment 1."""
+    events = events_of(list(range(10)), list(range(20, 25)))
+    segment = np.array([0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 1, 1, 1, 2, 2])
+    assert first_segment_sizes(events.bounds, segment).tolist() == [5, 3]
+    plan = plan_lists(events.bounds, np.array([2, 2]), 4, segment)
+    assert plan.start.tolist() == [2, 5, 7, 12, 13]
+    assert plan.size.tolist() == [3, 2, 3, 1, 2]
+    assert plan.number.tolist() == [0, 1, 2, 0, 1]
 
 
 @given(
-    num_events=st.integers(0, 40),
-    cap=st.integers(0, 30),
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=6),
+    cap=st.integers(0, 12),
     block_size=st.integers(1, 6),
     extra=st.integers(0, 6),
     num_spare=st.integers(0, 30),
     history_length=st.integers(0, 7),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_lists_never_leak_and_never_repeat(
-    num_events: int, cap: int, block_size: int, extra: int, num_spare: int, history_length: int, seed: int
+    sizes: list[int], cap: int, block_size: int, extra: int, num_spare: int, history_length: int, seed: int
 ) -> None:
-    """For any user, even one who meets items again, and any catalogue, even one that just fills a list."""
+    """For any users and any catalogue, even one that just fills a list: against a plain loop over users."""
     num_candidates = block_size + extra
-    num_items = num_candidates + num_spare
+    num_items = max(num_candidates, *sizes) + num_spare
     rng = np.random.default_rng(seed)
-    items, ratings = rng.integers(0, num_items, num_events), rng.integers(1, 6, num_events).astype(np.float32)
-    times = np.arange(num_events) * 10
-    cut = knowledge_cut(num_events, cap)
-    lists = build_lists(
-        items,
-        ratings,
-        times,
-        cut,
-        num_items=num_items,
-        block_size=block_size,
-        num_candidates=num_candidates,
-        positive_rating=4,
-        history_length=history_length,
-        rng=rng,
+    events = events_of(*(rng.permutation(num_items)[:size].tolist() for size in sizes))
+    cuts = knowledge_cut(np.array(sizes), cap)
+    plan = plan_lists(events.bounds, cuts, block_size)
+    ids, labels = fill(events, plan, num_items, seed, num_candidates)
+    before = histories_before(events.bounds, plan.user, plan.start, history_length)
+    made = 0
+    for user, size in enumerate(sizes):
+        items = events.item_ids[events.bounds[user] : events.bounds[user + 1]]
+        ratings = events.ratings[events.bounds[user] : events.bounds[user + 1]]
+        for number, start in enumerate(range(cuts[user], size, block_size)):
+            block = slice(start, start + block_size)
+            assert (plan.user[made], plan.number[made]) == (user, number)
+            shown = before.places[before.offsets[made] : before.offsets[made + 1]]
+            assert events.item_ids[shown].tolist() == items[max(0, start - history_length) : start].tolist()
+            row = ids[made].tolist()
+            assert len(set(row)) == num_candidates
+            assert all(0 <= item < num_items for item in row)
+            assert set(items[block].tolist()) <= set(row)
+            positives = {
+                item for item, rating in zip(items[block], ratings[block], strict=True) if rating >= 4
+            }
+            assert {item for item, label in zip(row, labels[made], strict=True) if label == 1} == positives
+            assert set(labels[made].tolist()) <= {0.0, 1.0}
+            made += 1
+    assert made == len(plan.start)
+
+
+@given(num_events=st.integers(4, 20), spare=st.integers(0, 12), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_no_seen_item_is_drawn(num_events: int, spare: int, seed: int) -> None:
+    """Nothing met before or in a list is drawn for it; what the user meets later may be. Or the error says so."""
+    rng = np.random.default_rng(seed)
+    num_items = num_events + spare
+    events = events_of(
+        rng.permutation(num_items)[:num_events].tolist(), rng.permutation(num_items)[:4].tolist()
     )
-    starts = range(cut, num_events, block_size)
-    assert len(lists) == len(starts)
-    for start, made in zip(starts, lists, strict=True):
-        before, block = slice(max(0, start - history_length), start), slice(start, start + block_size)
-        assert made.timestamp_s == times[start]
-        assert made.history_item_ids.tolist() == items[before].tolist()
-        assert made.history_ratings.tolist() == ratings[before].tolist()
-        ids = made.candidate_item_ids.tolist()
-        assert len(set(ids)) == len(ids) == num_candidates
-        assert all(0 <= item < num_items for item in ids)
-        assert set(items[block].tolist()) <= set(ids)
-        positives = {item for item, rating in zip(items[block], ratings[block], strict=True) if rating >= 4}
-        assert {item for item, label in zip(ids, made.labels, strict=True) if label == 1} == positives
-        assert set(made.labels.tolist()) <= {0.0, 1.0}
+    plan = plan_lists(events.bounds, np.array([2, 2]), 2)
+    unseen = num_items - (plan.start + plan.size - events.bounds[plan.user])
+    if num_items < 6 or (unseen < 6 - plan.size).any():
+        with pytest.raises(UserError, match=r"too few are left|cannot be drawn"):
+            fill(events, plan, num_items, seed, num_candidates=6, avoid_seen=True)
+        return
+    ids, _ = fill(events, plan, num_items, seed, num_candidates=6, avoid_seen=True)
+    for row, user, start, size in zip(ids, plan.user, plan.start, plan.size, strict=True):
+        met = set(events.item_ids[events.bounds[user] : start + size].tolist())
+        assert set(row.tolist()) & met == set(events.item_ids[start : start + size].tolist())
 
 
-def test_lists_do_not_depend_on_later_events() -> None:
-    """Cutting a user's events short leaves the earlier blocks' events, labels and histories as they were."""
-    for short, whole in zip(build(num_events=8), build(num_events=30)[:1], strict=True):
-        assert short.history_item_ids.tolist() == whole.history_item_ids.tolist()
-        assert set(short.candidate_item_ids[short.labels == 1]) == set(
-            whole.candidate_item_ids[whole.labels == 1]
-        )
-
-
-def test_seed_decides_the_lists() -> None:
-    """The same generator state gives the same lists to the last place; another gives others."""
-    same, again, other = build(seed=3), build(seed=3), build(seed=4)
-    for left, right in zip(same, again, strict=True):
-        for one, two in zip(astuple(left), astuple(right), strict=True):
-            np.testing.assert_array_equal(one, two)
-    assert any((a.candidate_item_ids != b.candidate_item_ids).any() for a, b in zip(same, other, strict=True))
+def test_lists_depend_on_their_key_alone() -> None:
+    """The same keys give the same lists to the last place, whatever other users are in the partition."""
+    one, two = events_of(list(range(30))), events_of(list(range(40, 52)), list(range(30)))
+    plan, plan_two = plan_lists(one.bounds, np.array([6]), 4), plan_lists(two.bounds, np.array([12, 6]), 4)
+    for left, right in zip(fill(one, plan, 200, seed=3), fill(two, plan_two, 200, seed=3), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert (fill(one, plan, 200, seed=3)[0] != fill(one, plan, 200, seed=4)[0]).any()
 
 
 def test_drawn_items_and_places_are_uniform() -> None:
@@ -133,19 +173,11 @@ def test_drawn_items_and_places_are_uniform() -> None:
 
     Each of the 9 is in 1/3 of the lists, and item 0 in each place 1/4 of the time.
     """
-    lists = build_lists(
-        np.zeros(4000, dtype=np.int64),
-        np.full(4000, 5.0),
-        np.arange(4000),
-        0,
-        num_items=10,
-        block_size=1,
-        num_candidates=4,
-        positive_rating=4,
-        history_length=0,
-        rng=np.random.default_rng(0),
+    events = Events(
+        np.arange(4001), np.zeros(4000, np.int64), np.full(4000, 5.0, np.float32), np.arange(4000)
     )
-    ids = np.stack([made.candidate_item_ids for made in lists])
+    plan = plan_lists(events.bounds, np.zeros(4000, np.int64), 1)
+    ids, _ = fill(events, plan, 10, num_candidates=4)
     counts = np.bincount(ids.ravel(), minlength=10)
     assert counts[0] == 4000
     np.testing.assert_allclose(counts[1:] / 4000, 1 / 3, atol=0.035)  # 4.5 standard deviations
@@ -153,17 +185,16 @@ def test_drawn_items_and_places_are_uniform() -> None:
 
 
 def test_no_event_after_the_cut_gives_no_list() -> None:
-    assert build(num_events=4, cut=4) == []
-    assert build(num_events=0, cut=0) == []
+    events = events_of([1, 2, 3, 4], [])
+    assert len(plan_lists(events.bounds, np.array([4, 0]), 4).start) == 0
+    nobody = plan_lists(np.zeros(1, np.int64), np.zeros(0, np.int64), 4)
+    assert fill(events_of([]), nobody, 20)[0].shape == (0, 10)
 
 
 def test_impossible_sizes_are_the_users_mistake() -> None:
+    events = events_of(list(range(8)))
     with pytest.raises(UserError, match="catalogue of 9 items"):
-        build(num_items=9)
-    with pytest.raises(UserError, match="block_size = 11"):
-        build(block_size=11)
-    with pytest.raises(UserError, match="block_size = 0"):
-        build(block_size=0)
+        fill(events, plan_lists(events.bounds, np.array([4]), 4), 9)
     with pytest.raises(UserError, match="catalogue of 2 items"):
         redraw_negatives(np.array([[0, 1, 2]]), np.array([[1, 0, 0]]), 2, 1, np.random.default_rng(0))
 

@@ -74,6 +74,11 @@ def control_in(token_ids: list[int]) -> list[str]:
     return [TOKENIZER.convert_ids_to_tokens(i) for i in token_ids if i in CONTROL_IDS]
 
 
+def test_implicit_feedback_shows_no_stars() -> None:
+    prompt = user_prompt("", ["A", "B"], [1.0, 1.0], [["genre: x"], []], ["genre"], show_ratings=False)
+    assert prompt.startswith('History: "A" (x); "B";\n')
+
+
 def test_prompt_wording() -> None:
     prompt = user_prompt(
         "a female user, 25-34 years old, a programmer",

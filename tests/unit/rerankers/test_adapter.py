@@ -4,14 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from dpo4rec_ray.rerankers.adapter import ADAPTERS, HybridExpertAdapter
+from dpo4rec_ray.rerankers.adapter import ADAPTERS, HybridExpertAdapter, KnowledgeAdapter
+
+# Per adapter, for a side: its experts in order, and its gate. None: one expert, no gate.
+STRUCTURE = {
+    "hea": lambda side: (["shared", f"{side}_experts"], f"{side}_gate"),
+    "moe": lambda side: (["experts"], "gate"),
+    "mlp": lambda side: (["layers"], None),
+}
 
 
-def by_hand(adapter: HybridExpertAdapter, side: str, vector: np.ndarray) -> np.ndarray:
+def by_hand(adapter: KnowledgeAdapter, groups: list[str], gate: str | None, vector: np.ndarray) -> np.ndarray:
     """One vector, one expert at a time."""
     weights = {name: tensor.detach().double().numpy() for name, tensor in adapter.state_dict().items()}
     outputs = []
-    for group in ("shared", f"{side}_experts"):
+    for group in groups:
         for expert in range(len(weights[f"{group}.weight_in"])):
             hidden = weights[f"{group}.weight_in"][expert] @ vector + weights[f"{group}.bias_in"][expert]
             out = (
@@ -19,22 +26,45 @@ def by_hand(adapter: HybridExpertAdapter, side: str, vector: np.ndarray) -> np.n
                 + weights[f"{group}.bias_out"][expert]
             )
             outputs.append(np.maximum(out, 0))
-    gate = np.exp(weights[f"{side}_gate.weight"] @ vector + weights[f"{side}_gate.bias"])
-    gate /= gate.sum()
-    return sum(share * output for share, output in zip(gate, outputs, strict=True))
+    if gate is None:
+        return outputs[0]
+    shares = np.exp(weights[f"{gate}.weight"] @ vector + weights[f"{gate}.bias"])
+    shares /= shares.sum()
+    return sum(share * output for share, output in zip(shares, outputs, strict=True))
+
+
+def build(name: str, vector_dim: int = 6) -> KnowledgeAdapter:
+    torch.manual_seed(0)
+    adapter = ADAPTERS[name](vector_dim, 4, num_shared=2, num_dedicated=3, hidden_dim=8)
+    for parameter in adapter.parameters():  # biases too, or the tests would not see them
+        torch.nn.init.normal_(parameter)
+    return adapter
 
 
 @pytest.mark.parametrize("side", ["user", "item"])
-def test_hea_equals_experts_one_by_one(side):
-    torch.manual_seed(0)
-    adapter = HybridExpertAdapter(6, 4, num_shared=2, num_dedicated=3, hidden_dim=8)
-    for parameter in adapter.parameters():  # biases too, or the test would not see them
-        torch.nn.init.normal_(parameter)
-    vectors = torch.randn(5, 6)
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_equals_experts_one_by_one(name, side):
+    adapter, vectors = build(name), torch.randn(5, 6)
     found = getattr(adapter, f"{side}_side")(vectors)
-    expected = np.stack([by_hand(adapter, side, vector) for vector in vectors.double().numpy()])
+    groups, gate = STRUCTURE[name](side)
+    expected = np.stack([by_hand(adapter, groups, gate, vector) for vector in vectors.double().numpy()])
     assert found.shape == (5, 4)
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_sizes_are_comparable(name):
+    """So that a comparison of adapters is one of structure."""
+    sizes = {
+        key: sum(parameter.numel() for parameter in ADAPTERS[key](384).parameters()) for key in ("hea", name)
+    }
+    assert sizes[name] == pytest.approx(sizes["hea"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["moe", "mlp"])
+def test_one_network_for_both_sides(name):
+    adapter, vectors = build(name), torch.randn(3, 6)
+    assert torch.equal(adapter.user_side(vectors), adapter.item_side(vectors))
 
 
 def test_sides_share_the_shared_experts_only():

@@ -1,8 +1,8 @@
-"""What every backbone in RERANKERS must do, with and without knowledge."""
+"""What every backbone in RERANKERS must do: without knowledge and with every adapter, with history and without."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,51 +11,106 @@ import torch
 from dpo4rec_ray.core.losses import RANKING_LOSSES
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import RERANKERS, Catalogue, RerankerSettings, build_reranker
-from dpo4rec_ray.rerankers.fit import load_reranker, save_reranker
-
-pytestmark = pytest.mark.parametrize("name", sorted(RERANKERS))
-knowledge_on_off = pytest.mark.parametrize("knowledge", [False, True])
-
-
-def build(name, world, knowledge=True, **settings):
-    return build_reranker(name, world.catalogue.shape, knowledge, RerankerSettings(**settings), seed=3).eval()
-
-
-def batch_of(world, num_lists=6, knowledge=True, mask=None):
-    vectors = torch.from_numpy(world.user_vectors) if knowledge else None
-    lists = world.train
-    return world.catalogue.batch(lists.item_ids[:num_lists], mask, vectors, lists.user_rows[:num_lists])
+from dpo4rec_ray.rerankers import (
+    RERANKERS,
+    Catalogue,
+    RerankBatch,
+    Reranker,
+    RerankerSettings,
+    build_reranker,
+    with_history,
+)
+from dpo4rec_ray.rerankers.adapter import ADAPTERS
+from dpo4rec_ray.rerankers.fit import FitSettings, fit, load_reranker, save_reranker
 
 
-@knowledge_on_off
-def test_scores_have_one_finite_value_per_candidate(name, knowledge, small):
-    scores = build(name, small, knowledge)(batch_of(small, knowledge=knowledge))
-    assert scores.shape == (6, 10)
+@dataclass(frozen=True)
+class Case:
+    """A backbone as it is tested; `adapter` None is without knowledge."""
+
+    name: str
+    adapter: str | None
+    history: bool
+
+    def __str__(self) -> str:
+        return "-".join([self.name, self.adapter or "plain", *["history"] * self.history])
+
+    def model(self, world) -> Reranker:
+        settings = RerankerSettings(adapter=self.adapter or "hea")
+        return build_reranker(
+            self.name, world.catalogue.shape, self.adapter is not None, settings, seed=3
+        ).eval()
+
+    def batch(self, world, item_ids=None, mask=None, rows=slice(6)) -> RerankBatch:
+        """The lists `rows` of the world, or other candidates for the same users and histories."""
+        lists = world.train.select(rows)
+        vectors = torch.from_numpy(world.user_vectors) if self.adapter else None
+        ids = lists.item_ids if item_ids is None else item_ids
+        batch = world.catalogue.batch(ids, mask, vectors, lists.user_rows)
+        if not self.history:
+            return batch
+        rng = np.random.default_rng(0)  # the same history for the same list
+        shape = (len(world.train), 4)
+        seen = torch.from_numpy(rng.integers(0, world.catalogue.shape.num_items, shape))[rows]
+        real = torch.from_numpy(rng.random(shape) < 0.7)
+        real[1] = False  # a user without history
+        stars = torch.from_numpy(rng.integers(1, 6, shape)).float()
+        return with_history(batch, world.catalogue, seen, real[rows], stars[rows])
+
+
+CASES = [
+    Case(name, adapter, history)
+    for name, backbone in sorted(RERANKERS.items())
+    for adapter in (None, *sorted(ADAPTERS))
+    for history in ([False, True] if backbone.uses_history else [False])
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_backbone = pytest.mark.parametrize("name", sorted(RERANKERS))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_scores_have_one_finite_value_per_candidate(case, small):
+    scores = case.model(small)(case.batch(small))
+    assert scores.shape == (6, 10) and scores.dtype == torch.float32
     assert scores.isfinite().all() and scores.std() > 0
 
 
-@knowledge_on_off
-def test_padding_changes_no_score(name, knowledge, small):
-    model = build(name, small, knowledge)
-    vectors = torch.from_numpy(small.user_vectors) if knowledge else None
-    ids, rows = small.train.item_ids[:4, :5], small.train.user_rows[:4]
-    bare = model(small.catalogue.batch(ids, None, vectors, rows))
+@every_case
+def test_padding_changes_no_score(case, small):
+    model, ids = case.model(small), small.train.item_ids[:6, :5]
+    bare = model(case.batch(small, ids))
     for filler in (0, 17):
-        padded_ids = torch.cat([ids, torch.full((4, 3), filler)], dim=1)
-        mask = torch.tensor([[True] * 5 + [False] * 3]).expand(4, -1)
-        padded = model(small.catalogue.batch(padded_ids, mask, vectors, rows))
-        torch.testing.assert_close(padded[:, :5], bare, rtol=1e-4, atol=1e-5)
+        padded_ids = torch.cat([ids, torch.full((6, 3), filler)], dim=1)
+        mask = torch.tensor([[True] * 5 + [False] * 3]).expand(6, -1)
+        close(model(case.batch(small, padded_ids, mask))[:, :5], bare)
 
 
-@knowledge_on_off
-def test_masked_places_never_win(name, knowledge, small):
-    model = build(name, small, knowledge)
+@every_case
+def test_lists_of_2_to_200_candidates_in_one_batch(case, small):
+    """Each list scores as it does alone, whatever the lengths of the others."""
+    lengths = [2, 200, 57, 10, 3, 128]
+    rng = np.random.default_rng(1)
+    ids = torch.from_numpy(rng.integers(0, small.catalogue.shape.num_items, (6, 200)))
+    mask = torch.arange(200) < torch.tensor(lengths).unsqueeze(1)
+    model = case.model(small)
+    together = model(case.batch(small, ids, mask))
+    assert together.isfinite().all()
+    for row, length in enumerate(lengths):
+        alone = model(case.batch(small, ids[row : row + 1, :length], rows=slice(row, row + 1)))
+        close(together[row : row + 1, :length], alone)
+
+
+@every_case
+def test_masked_places_never_win(case, small):
     mask = torch.ones(6, 10, dtype=torch.bool)
     mask[0, 2:] = False
     mask[1, ::2] = False
     mask[2] = False  # a list of nothing but padding
-    batch = batch_of(small, knowledge=knowledge, mask=mask)
+    model, batch = case.model(small), case.batch(small, mask=mask)
     assert model(batch).isfinite().all()
     scores = model.score(batch)
     assert torch.equal(scores == float("-inf"), ~mask)
@@ -65,26 +120,86 @@ def test_masked_places_never_win(name, knowledge, small):
     assert np.all(metric_by_name("ndcg@5")(scores.detach().numpy(), labels, mask.numpy()) == 0)
 
 
-@knowledge_on_off
-def test_lists_do_not_see_each_other(name, knowledge, small):
-    model = build(name, small, knowledge)
-    together = model(batch_of(small, num_lists=6, knowledge=knowledge))
-    alone = model(batch_of(small, num_lists=1, knowledge=knowledge))
-    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+@every_case
+def test_order_of_candidates(case, small):
+    """A backbone that says that order does not matter is permutation equivariant; the others are not."""
+    model, order = case.model(small), torch.tensor([3, 9, 0, 7, 1, 8, 2, 6, 5, 4])
+    ids, mask = small.train.item_ids[:6], torch.ones(6, 10, dtype=torch.bool)
+    mask[0, 4:] = False
+    in_order = model(case.batch(small, ids, mask))
+    permuted = model(case.batch(small, ids[:, order], mask[:, order]))
+    real = mask[:, order]
+    if model.order_matters:
+        assert (permuted - in_order[:, order])[real].abs().max() > 1e-3
+    else:
+        close(permuted[real], in_order[:, order][real])
 
 
-@knowledge_on_off
-def test_every_parameter_is_trained(name, knowledge, small):
-    """DistributedDataParallel waits for the gradient of every parameter."""
-    model = build(name, small, knowledge)
-    lists = small.train
-    scores = model(batch_of(small, num_lists=len(lists), knowledge=knowledge))
+@every_case
+def test_lists_do_not_see_each_other(case, small):
+    model = case.model(small)
+    close(model(case.batch(small))[:1], model(case.batch(small, rows=slice(1))))
+
+
+@every_case
+@pytest.mark.parametrize("masked", [False, True])
+def test_bfloat16(case, masked, small):
+    """Under autocast, as it is trained and served: finite, close to float32, and so are the gradients."""
+    mask = torch.rand(6, 10, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[2] = False
+    model, batch = case.model(small), case.batch(small, mask=mask if masked else None)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(batch)
+        RANKING_LOSSES[model.loss](scores.float(), small.train.labels[:6], mask).backward()
+    assert scores.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(scores.float(), model(batch), rtol=0.05, atol=0.05)
+
+
+@every_case
+def test_every_parameter_is_trained(case, small):
+    """DistributedDataParallel waits for the gradient of every parameter; a zero one learns nothing."""
+    model, lists = case.model(small), small.train
+    scores = model(case.batch(small, rows=slice(len(lists))))
     RANKING_LOSSES[model.loss](scores, lists.labels, lists.mask).backward()
-    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    still = {name for name, gradient in gradients.items() if not gradient.abs().max() > 1e-9}
+    if model.loss == "listwise_softmax":
+        still -= {"head.4.bias"}  # a constant added to all scores of a list changes no softmax
+    if not model.uses_history or case.history:
+        assert still == set()
 
 
+@every_backbone
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+def test_learns_a_planted_signal(name, adapter, planted):
+    """Held-out users; labels follow user vector . item vector, which needs knowledge."""
+    few = planted.train.select(slice(480))
+    figures = {}
+    for knowledge in (False, True):
+        model = build(name, planted, knowledge, adapter=adapter)
+        budget = FitSettings(epochs=5, batch_size=64)
+        vectors = planted.user_vectors if knowledge else None
+        figures[knowledge] = fit(model, planted.catalogue, few, planted.valid, vectors, budget).best_value
+    assert figures[True] > figures[False] + 0.2, figures
+
+
+@every_case
+def test_save_and_load_give_equal_scores(case, small, tmp_path):
+    model, batch = case.model(small), case.batch(small)
+    save_reranker(tmp_path, model, {"fold": 2})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "reranker.json"]
+    assert torch.equal(load_reranker(tmp_path, small.catalogue)(batch), model(batch))
+
+
+def build(name, world, knowledge=True, **settings):
+    return build_reranker(name, world.catalogue.shape, knowledge, RerankerSettings(**settings), seed=3).eval()
+
+
+@every_backbone
 def test_knowledge_is_used_only_when_asked(name, small):
-    with_vectors, without = batch_of(small), batch_of(small, knowledge=False)
+    with_vectors, without = Case(name, "hea", False).batch(small), Case(name, None, False).batch(small)
     plain = build(name, small, knowledge=False)
     assert torch.equal(plain(with_vectors), plain(without))
     knowing = build(name, small, knowledge=True)
@@ -94,22 +209,16 @@ def test_knowledge_is_used_only_when_asked(name, small):
         knowing(without)
 
 
+@every_backbone
 def test_similarity_changes_scores_unless_off(name, small):
-    batch = batch_of(small)
+    batch = Case(name, "hea", False).batch(small)
     changed = replace(batch, similarity=batch.similarity.flip(1))
     on, off = build(name, small), build(name, small, similarity=False)
     assert not torch.allclose(on(batch), on(changed), atol=1e-3)
     assert torch.equal(off(batch), off(changed))
 
 
-@knowledge_on_off
-def test_save_and_load_give_equal_scores(name, knowledge, small, tmp_path):
-    model, batch = build(name, small, knowledge), batch_of(small)
-    save_reranker(tmp_path, model, {"fold": 2})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "reranker.json"]
-    assert torch.equal(load_reranker(tmp_path, small.catalogue)(batch), model(batch))
-
-
+@every_backbone
 def test_load_refuses_another_catalogue(name, small, tmp_path):
     save_reranker(tmp_path, build(name, small), {})
     vectors = small.catalogue.item_vectors
@@ -120,6 +229,7 @@ def test_load_refuses_another_catalogue(name, small, tmp_path):
         load_reranker(tmp_path / "nothing", small.catalogue)
 
 
+@every_backbone
 def test_same_seed_same_weights_and_global_generator_untouched(name, small):
     torch.manual_seed(1)
     expected = torch.rand(1)
@@ -129,6 +239,7 @@ def test_same_seed_same_weights_and_global_generator_untouched(name, small):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@every_backbone
 def test_unknown_names_list_the_known(name, small):
     with pytest.raises(UserError, match=name):
         build_reranker("prmm", small.catalogue.shape, False)

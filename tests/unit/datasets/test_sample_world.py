@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpo4rec_ray.datasets.sample import (
+from dpo4rec_ray.datasets.raw import EVENTS, ITEMS
+from dpo4rec_ray.datasets.sample import main
+from dpo4rec_ray.datasets.sample_world import (
     SampleSettings,
     TasteSettings,
+    describe,
     facet_values,
-    load,
     make_catalogue,
     simulate_users,
 )
@@ -88,14 +90,23 @@ def test_simulated_users_work_over_a_catalogue_with_several_genres_and_no_creato
     assert len(users.tastes) == 5 and set(users.user_index.tolist()) == set(range(5))
 
 
-def test_load_gives_tables_that_agree_and_a_catalogue_that_the_seed_does_not_change():
+def test_the_source_holds_tables_that_agree_and_a_catalogue_that_the_seed_does_not_change():
     settings = SampleSettings(num_users=30, num_items=60)
-    tables, other = load(settings, seed=1), load(settings, seed=2)
-    assert tables.titles == other.titles and tables.attributes == other.attributes
-    assert tables.truth != other.truth
-    assert len(tables.user_raw_ids) == len(tables.profiles) == len(tables.truth) == 30
-    assert len(tables.user_index) == len(tables.item_index) == len(tables.rating) == len(tables.timestamp_s)
-    assert tables.item_index.max() < 60 and tables.rating.dtype == np.float32
+    one, other = describe(settings, seed=1), describe(settings, seed=2)
+    items, events, truth = one.items[0].table, one.events[0].table, one.truth
+    assert items.equals(other.items[0].table) and not truth.equals(other.truth)
+    assert len(items) == 60 and len(truth) == 30
+    assert events.schema == EVENTS and items.schema == ITEMS
+    assert set(events["item"].to_pylist()) <= set(items["raw_id"].to_pylist())
+    assert set(events["user"].to_pylist()) == set(truth["raw_id"].to_pylist())
+
+
+def test_the_command_writes_files_of_a_real_shape(tmp_path, capsys):
+    arguments = ["--like", "amazon-books", str(tmp_path / "raw"), "--reviews", "2000", "--layout", "csv"]
+    assert main(arguments) == 0
+    assert (tmp_path / "raw" / "Books.csv").read_text().count("\n") == 2000
+    assert main(arguments) == 2
+    assert "--force" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_items", [5, 100_000])

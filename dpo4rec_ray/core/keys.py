@@ -1,0 +1,58 @@
+"""64-bit keys of strings, and random numbers that depend on a key alone.
+
+Raw ids become integers without a dictionary that every machine would have to share: a key is a hash of the id, the same
+everywhere. Any two of n ids meet with probability n^2 / 2^65 (15 million ids: 6e-6), which is accepted. Draws are
+hashes too, so that they depend neither on the number of partitions nor on the order in which these are worked on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Keys = npt.NDArray[np.uint64]
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_WORD = 8
+
+
+def string_keys(offsets: npt.NDArray[Any], content: npt.NDArray[np.uint8]) -> Keys:
+    """One key per string. offsets: [n + 1] into content, as Arrow keeps strings -> [n]."""
+    starts = offsets[:-1].astype(np.int64)
+    lengths = np.diff(offsets).astype(np.int64)
+    padded = np.concatenate([content, np.zeros(_WORD, dtype=np.uint8)])
+    # Every byte begins a word: an unaligned view, so that words are gathered without a copy per string.
+    words = np.ndarray(shape=(len(content) + 1,), dtype="<u8", buffer=padded.data, strides=(1,))
+    keys = mix(lengths.astype(np.uint64) + _GOLDEN)
+    for place in range(0, int(lengths.max(initial=0)), _WORD):
+        longer = lengths > place
+        rows: Any = slice(None) if longer.all() else np.flatnonzero(longer)
+        left = np.minimum(lengths[rows] - place, _WORD).astype(np.uint64)
+        kept = words[starts[rows] + place] & (~np.uint64(0) >> ((np.uint64(_WORD) - left) * np.uint64(8)))
+        keys[rows] = mix(keys[rows] ^ kept)
+    return keys
+
+
+def mix(values: npt.NDArray[np.uint64]) -> Keys:
+    """splitmix64's finaliser (Steele, Lea and Flood, 2014): a bijection whose every output bit depends on all inputs."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def stream(keys: Keys, number: int | npt.NDArray[Any]) -> Keys:
+    """The `number`-th 64 random bits of each key; shapes broadcast."""
+    with np.errstate(over="ignore"):
+        return mix(keys + _GOLDEN * (np.asarray(number).astype(np.uint64) + np.uint64(1)))
+
+
+def below(bits: Keys, bound: int) -> npt.NDArray[np.int64]:
+    """Random bits -> integers 0..bound-1."""
+    return ((bits >> np.uint64(11)).astype(np.float64) * (2.0**-53 * bound)).astype(np.int64)
+
+
+def partition_of(keys: Keys, num_partitions: int) -> npt.NDArray[np.int64]:
+    """Partition 0..num_partitions-1 by the key's upper bits, so that partitions hold ranges of keys in order."""
+    return ((keys >> np.uint64(32)) * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)

@@ -1,0 +1,208 @@
+"""Cells of mapped columns as what the stages take: ids as text, times as seconds, numbers, lists of these.
+
+A cell that cannot be used costs its row, never the run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+from numpy.typing import NDArray
+
+from dpo4rec_ray.datasets.lines import BAD_NUMBER, BAD_TIME, LEAF, UNREADABLE
+
+TimestampUnit = Literal["s", "ms", "us", "iso"]
+Role = Literal["id", "number", "time", "text", "values", "ids", "numbers"]
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+_ELEMENT: dict[str, Role] = {
+    "values": "text",
+    "ids": "id",
+    "numbers": "number",
+}  # what a list role is a list of
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.I)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One mapped column."""
+
+    key: str  # of the recipe, such as "table.timestamp"
+    name: str  # in the files
+    role: Role
+    to: str  # its name after `converted`
+    unit: TimestampUnit = "s"  # of a time
+    separator: str = ""  # of values in one cell
+
+
+def fits(column: Column, kind: pa.DataType) -> bool:
+    if column.role in _ELEMENT:
+        if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+            return _fits_scalar(_ELEMENT[column.role], column.unit, kind.value_type)
+        return pt.is_null(kind) or (column.role == "values" and _fits_scalar("text", column.unit, kind))
+    return _fits_scalar(column.role, column.unit, kind)
+
+
+def _fits_scalar(role: Role, unit: TimestampUnit, kind: pa.DataType) -> bool:
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    number = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
+    time = pt.is_timestamp(kind) or pt.is_date(kind)
+    if is_text(kind) or pt.is_null(kind):
+        return True
+    if role == "time":
+        return time or (number and unit != "iso")
+    if role == "number":
+        return number or pt.is_boolean(kind)
+    if role == "id":
+        return number and not (pt.is_decimal(kind) and kind.scale)
+    return number or pt.is_date(kind) or pt.is_boolean(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return str(kind).removeprefix("large_").removesuffix("_view") in ("string", "binary")
+
+
+def converted(table: pa.Table, columns: tuple[Column, ...]) -> pa.Table:
+    """The mapped columns as text (id, text), float64 (number), int64 seconds (time) or lists of these.
+
+    A cell without a value is null. The column "reason" says why a row holds a cell that cannot be what it should be,
+    and is null for the others.
+    """
+    arrays: dict[str, pa.Array] = {}
+    reason = pa.nulls(table.num_rows, pa.string())
+    for column in columns:
+        array, bad = _convert(table[column.name].combine_chunks(), column)
+        arrays[column.to] = array
+        if bad.any():
+            element = _ELEMENT.get(column.role, column.role)
+            what = {"number": BAD_NUMBER, "time": BAD_TIME}.get(element, UNREADABLE)
+            reason = pc.if_else(pa.array(bad), what, reason)
+    return pa.table({**arrays, "reason": reason})
+
+
+def _convert(array: pa.Array, column: Column) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """The values, null where there is none, and [rows] which hold something that cannot be read."""
+    if column.role not in _ELEMENT:
+        values = _scalars(array, column.role, column.unit)
+        return values, _unread(array, values)
+    element = _ELEMENT[column.role]
+    if pt.is_null(array.type):
+        array = array.cast(pa.list_(pa.string()))
+    if not isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        texts = _scalars(array, element, column.unit)
+        bad = _unread(array, texts)
+        if column.separator:
+            return pc.split_pattern(texts, column.separator), bad
+        offsets = pa.array(np.arange(len(texts) + 1, dtype=np.int32))
+        return pa.ListArray.from_arrays(offsets, texts), bad
+    array = array.cast(pa.list_(array.type.value_type))
+    flat = array.flatten()
+    values = _scalars(flat, element, column.unit)
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    lists = pa.ListArray.from_arrays(offsets, values, mask=array.is_null())
+    return lists, any_of(lists, _unread(flat, values))
+
+
+def any_of(lists: pa.ListArray, elements: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[rows] whether any of a row's elements is marked. elements: [all values of the lists in turn]."""
+    rows = pc.list_parent_indices(lists).to_numpy()[elements]
+    return np.bincount(rows, minlength=len(lists)) > 0
+
+
+def _unread(before: pa.Array, after: pa.Array) -> NDArray[np.bool_]:
+    lost = pc.and_(after.is_null(), pc.invert(before.is_null(nan_is_null=True)))
+    return lost.to_numpy(zero_copy_only=False)
+
+
+def _scalars(array: pa.Array, role: Role, unit: TimestampUnit) -> pa.Array:
+    if pt.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if role == "time":
+        return _seconds(array, unit)
+    return _numbers(array) if role == "number" else _strings(array)
+
+
+def _strings(array: pa.Array) -> pa.StringArray:
+    """Text of anything; 5.0 becomes "5", as an id column that once held a null has it."""
+    kind = array.type
+    if is_text(kind):
+        return _row_safe(array.cast(pa.binary()), lambda a: a.cast(pa.string()), bytes.decode, pa.string())
+    if not pt.is_floating(kind):
+        return array.cast(pa.string())
+    if pt.is_float16(kind):
+        array = array.cast(pa.float32())
+    numbers = pc.fill_null(array.cast(pa.float64()), np.nan).to_numpy()
+    whole = np.isfinite(numbers) & (np.floor(numbers) == numbers) & (np.abs(numbers) < 2**53)
+    integers = pa.array(np.where(whole, numbers, 0).astype(np.int64)).cast(pa.string())
+    texts = pc.if_else(pa.array(whole), integers, array.cast(pa.string()))
+    return pc.if_else(pa.array(np.isfinite(numbers)), texts, None)
+
+
+def _numbers(array: pa.Array) -> pa.DoubleArray:
+    if not is_text(array.type):
+        return array.cast(pa.float64(), safe=False)
+    texts = pc.ascii_trim_whitespace(_strings(array))
+    return _row_safe(texts, lambda a: a.cast(pa.float64()), _number, pa.float64())
+
+
+def _number(text: str) -> float | None:
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def _seconds(array: pa.Array, unit: TimestampUnit) -> pa.Int64Array:
+    """Seconds since 1970, rounded down. Times without a zone are taken as UTC."""
+    kind = array.type
+    if pt.is_date(kind):
+        return array.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+    if pt.is_timestamp(kind):
+        return array.cast(pa.timestamp("s", kind.tz), safe=False).cast(pa.int64())
+    if unit == "iso":
+        return _row_safe(_strings(array), _iso_times, _iso_time, pa.int64())
+    numbers = pc.fill_null(_numbers(array), np.nan).to_numpy() / _PER_SECOND[unit]
+    known = np.abs(numbers) < 2**53  # nan is not
+    return pa.array(np.floor(np.where(known, numbers, 0)).astype(np.int64), mask=~known)
+
+
+def _iso_times(texts: pa.StringArray) -> pa.Int64Array:
+    try:
+        times = texts.cast(pa.timestamp("ns"))
+    except pa.ArrowInvalid:
+        times = texts.cast(pa.timestamp("ns", "UTC"))
+    return times.cast(pa.timestamp("s", times.type.tz), safe=False).cast(pa.int64())
+
+
+def _iso_time(text: str) -> int | None:
+    try:
+        time = datetime.fromisoformat(text.strip())
+    except ValueError:
+        return None
+    return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH) // timedelta(seconds=1)
+
+
+def _row_safe(
+    array: pa.Array, convert: Callable[[pa.Array], pa.Array], one: Callable[[Any], Any], kind: pa.DataType
+) -> pa.Array:
+    """convert(array); where pyarrow refuses the whole for some value, halves, and at last `one` value after another."""
+    try:
+        return convert(array)
+    except pa.ArrowInvalid:
+        if len(array) > LEAF:
+            halves = array[: len(array) // 2], array[len(array) // 2 :]
+            return pa.concat_arrays([_row_safe(half, convert, one, kind) for half in halves])
+    values: list[Any] = []
+    for value in array.to_pylist():
+        try:
+            values.append(None if value is None else one(value))
+        except ValueError:
+            values.append(None)
+    return pa.array(values, kind)

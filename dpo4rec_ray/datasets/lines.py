@@ -1,0 +1,278 @@
+"""From a block of lines to a table, whatever the lines hold: the fast reader first, line by line only where it refuses.
+
+Every line ends as a row of the table, or in the tally with its reason. No Python object is made per row unless its
+neighbourhood is damaged.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from dpo4rec_ray.datasets.raw import EVENTS, ITEMS, MAX_SHOWN, Parsed, Tally
+
+Fast = Callable[[bytes], pa.Table]
+Why = Callable[[bytes], str]
+
+LEAF = 64  # lines that are looked at one by one once their neighbourhood is known to be damaged
+MAX_TIMESTAMP_S = 4_102_444_800  # 2100-01-01: a later time is milliseconds, or damage
+EMPTY_LINE, UNREADABLE, MISSING = "empty line", "unreadable", "missing field"
+FIELD_COUNT, BAD_NUMBER, BAD_JSON = "wrong field count", "bad number", "not JSON"
+OUT_OF_RANGE, BAD_TIME = "rating out of range", "impossible timestamp"
+UNKNOWN_USER, UNKNOWN_ITEM, DUPLICATE = "unknown user", "unknown item", "duplicate"
+UNRATED = "not rated"
+_REFUSED = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, UnicodeDecodeError, OverflowError)
+
+
+class Lines:
+    """A block of lines; the places of the line ends are found when first asked for."""
+
+    def __init__(self, block: bytes):
+        # one byte is found much faster than two
+        self.block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
+        if self.block and not self.block.endswith(b"\n"):
+            self.block += b"\n"
+        self._ends: NDArray[np.int64] | None = None
+        self._length = self.block.count(b"\n")
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """[lines + 1] 0, then the byte after each line."""
+        if self._ends is None:
+            found = np.flatnonzero(np.frombuffer(self.block, dtype=np.uint8) == 10) + 1
+            self._ends = np.concatenate([[0], found])
+        return self._ends
+
+    def __len__(self) -> int:
+        return self._length
+
+    def line(self, row: int) -> bytes:
+        return self.block[self.ends[row] : self.ends[row + 1] - 1]
+
+    def span(self, low: int, high: int) -> bytes:
+        """Lines low..high-1 with their line ends."""
+        return self.block[self.ends[low] : self.ends[high]]
+
+
+def parse_lines(lines: Lines, fast: Fast, why: Why, tally: Tally) -> tuple[pa.Table, NDArray[np.int64]]:
+    """Read the lines with `fast`; halve what it refuses, so that only damaged lines are left out.
+
+    Args:
+        fast: whole lines -> a table with one row per line; raises pyarrow.ArrowInvalid when a line cannot be read.
+            A null says that a field is missing.
+        why: the reason why one line cannot be used, "" when none is seen.
+
+    Returns:
+        The table, and [rows] which line each of its rows came from.
+    """
+    tables: list[pa.Table] = []
+    rows: list[NDArray[np.int64]] = []
+
+    def take(table: pa.Table, where: NDArray[np.int64]) -> None:
+        tables.append(table)
+        rows.append(where)
+
+    todo = [(0, len(lines))]
+    while todo:
+        low, high = todo.pop()
+        if low == high:
+            continue
+        whole = lines.block if (low, high) == (0, len(lines)) else lines.span(low, high)
+        table = _try(fast, whole, high - low)
+        if table is not None:
+            take(table, np.arange(low, high))
+        elif high - low > LEAF:
+            middle = (low + high) // 2
+            todo += [(middle, high), (low, middle)]
+        else:
+            _leaf(lines, low, high, fast, why, tally, take)
+    if not tables:
+        return pa.table({}), np.zeros(0, dtype=np.int64)
+    return pa.concat_tables(tables, promote_options="default"), np.concatenate(rows)
+
+
+def _try(fast: Fast, block: bytes, num_lines: int) -> pa.Table | None:
+    try:
+        table = fast(block)
+        table.validate(full=True)  # UTF-8 too: not every reader looks
+    except _REFUSED:
+        return None
+    return table if table.num_rows == num_lines else None
+
+
+def _leaf(
+    lines: Lines, low: int, high: int, fast: Fast, why: Why, tally: Tally, take: Callable[..., None]
+) -> None:
+    sound: list[int] = []
+    for row in range(low, high):
+        line = lines.line(row)
+        reason = why(line) if line.strip() else EMPTY_LINE
+        if reason:
+            tally.add(row, reason, line)
+        else:
+            sound.append(row)
+    together = b"".join(lines.span(row, row + 1) for row in sound)
+    table = _try(fast, together, len(sound)) if sound else None
+    if table is not None:
+        take(table, np.array(sound))
+        return
+    for row in sound:
+        table = _try(fast, lines.span(row, row + 1), 1)
+        if table is None:
+            tally.add(row, UNREADABLE, lines.line(row))
+        else:
+            take(table, np.array([row]))
+
+
+def parse_events(
+    block: bytes, fast: Fast, why: Why, *, ratings: tuple[float, float], unrated: float | None = None
+) -> Parsed:
+    """One block of events.
+
+    fast gives the columns of EVENTS (rating may be float64). `ratings` are the lowest and highest that can be; a
+    rating equal to `unrated` says that the user gave none: such rows are filtered.
+    """
+    lines, tally = Lines(block), Tally()
+    table, rows = parse_lines(lines, fast, why, tally)
+    return checked_events(
+        table, rows, len(lines), tally, lambda row: lines.line(row), ratings=ratings, unrated=unrated
+    )
+
+
+def checked_events(
+    table: pa.Table,
+    rows: NDArray[np.int64],
+    rows_read: int,
+    tally: Tally,
+    text_of: Callable[[int], bytes | str],
+    *,
+    ratings: tuple[float, float],
+    unrated: float | None = None,
+) -> Parsed:
+    """Sort out events with missing fields, ratings or times that cannot be, and those without a rating.
+
+    rows: [table.num_rows] which row of the block each came from, for `text_of` and the tally.
+    """
+    if not table.num_rows:
+        return Parsed(EVENTS.empty_table(), rows_read, tally)
+    filtered: Counter[str] = Counter()
+    missing = np.zeros(table.num_rows, dtype=np.bool_)
+    for name in EVENTS.names:
+        if table[name].null_count:
+            missing |= table[name].is_null().to_numpy()
+    for name in ("user", "item"):
+        lengths = pc.fill_null(pc.binary_length(table[name]), 0)
+        missing |= lengths.to_numpy() == 0
+    rating = pc.fill_null(table["rating"].cast(pa.float64()), float("nan")).to_numpy()
+    timestamp = pc.fill_null(table["timestamp_s"].cast(pa.int64()), 0).to_numpy()
+    none_given = (rating == unrated) & ~missing if unrated is not None else np.zeros(len(missing), np.bool_)
+    in_range = (rating >= ratings[0]) & (rating <= ratings[1])  # nan is not in range
+    good = ~none_given
+    for reason, bad in (
+        (MISSING, missing),
+        (OUT_OF_RANGE, ~in_range),
+        (BAD_TIME, (timestamp < 0) | (timestamp >= MAX_TIMESTAMP_S)),
+    ):
+        quarantine(np.flatnonzero(bad & good), rows, reason, tally, text_of)
+        good &= ~bad
+    if none_given.any():
+        filtered[UNRATED] = int(none_given.sum())
+    if not good.all():
+        table, rows = table.filter(pa.array(good)), rows[good]
+    return Parsed(table.select(EVENTS.names).cast(EVENTS), rows_read, tally, filtered, row_of=rows)
+
+
+def quarantine(
+    places: NDArray[np.int64], rows: NDArray[np.int64], reason: str, tally: Tally, text_of: Callable
+) -> None:
+    for place in places[:MAX_SHOWN]:
+        tally.add(int(rows[place]), reason, text_of(int(rows[place])))
+    if len(places) > MAX_SHOWN:
+        tally.counts[reason] += len(places) - MAX_SHOWN
+
+
+def parse_items(block: bytes, fast: Fast, why: Why) -> Parsed:
+    """One block of items. fast gives the columns of ITEMS; a null or empty title is kept for the caller to name."""
+    lines, tally = Lines(block), Tally()
+    table, rows = parse_lines(lines, fast, why, tally)
+    return checked_items(table, rows, len(lines), tally, lambda row: lines.line(row))
+
+
+def checked_items(
+    table: pa.Table,
+    rows: NDArray[np.int64],
+    rows_read: int,
+    tally: Tally,
+    text_of: Callable[[int], bytes | str],
+) -> Parsed:
+    """Sort out items without an id; clean the titles and attributes of the others."""
+    if not table.num_rows:
+        return Parsed(ITEMS.empty_table(), rows_read, tally)
+    missing = pc.fill_null(pc.binary_length(table["raw_id"]), 0).to_numpy() == 0
+    quarantine(np.flatnonzero(missing), rows, MISSING, tally, text_of)
+    if missing.any():
+        table, rows = table.filter(pa.array(~missing)), rows[~missing]
+    titles, num_titles = clean_strings(table["title"].combine_chunks())
+    lists = table["attributes"].combine_chunks()
+    values, _ = clean_strings(lists.values)
+    attributes = pa.ListArray.from_arrays(lists.offsets, values) if len(lists) else lists
+    cleaned = Counter({"titles": num_titles}) if num_titles else Counter[str]()
+    columns = {"raw_id": table["raw_id"], "title": titles, "attributes": attributes}
+    return Parsed(pa.table(columns).cast(ITEMS), rows_read, tally, cleaned=cleaned, row_of=rows)
+
+
+# Entities, tags and control characters; the last alternative is a script that Amazon's 2018 crawl took for a title.
+_DIRTY = r"&#?\w+;|</?\w[^>]*>|[\x00-\x1f\x7f]|\(new Date\(\)\)\.getTime"
+_SCRIPT = re.compile(r"\(new Date\(\)\)\.getTime")
+_TAG = re.compile(r"</?\w[^>]*>")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+
+
+def clean_strings(texts: pa.StringArray) -> tuple[pa.StringArray, int]:
+    """Trimmed, with HTML entities, tags and control characters taken out, and how many had any. Nulls stay."""
+    texts = pc.utf8_trim_whitespace(texts)
+    dirty = pc.fill_null(pc.match_substring_regex(texts, _DIRTY), False).to_numpy(zero_copy_only=False)
+    places = np.flatnonzero(dirty)
+    if not len(places):
+        return texts, 0
+    mended = [clean_string(texts[int(place)].as_py()) for place in places]
+    return pc.replace_with_mask(texts, pa.array(dirty), pa.array(mended, texts.type)), len(places)
+
+
+def clean_string(text: str) -> str:
+    """One string without markup; "" when it is a script."""
+    if _SCRIPT.search(text):
+        return ""
+    text = _TAG.sub(" ", html.unescape(html.unescape(text)))
+    return " ".join(_CONTROL.sub(" ", text).split())
+
+
+def is_number(text: bytes, *, whole: bool) -> bool:
+    """Whether a field is a plain decimal number that the fast readers take too."""
+    return (_WHOLE if whole else _DECIMAL).fullmatch(text.strip()) is not None
+
+
+# What pyarrow takes, so that a line fares alike wherever it stands; nan and inf are out of every range.
+_WHOLE = re.compile(rb"-?[0-9]{1,18}|0[xX][0-9a-fA-F]{1,15}")
+_DECIMAL = re.compile(
+    rb"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|-?(nan|inf|infinity)", re.IGNORECASE
+)
+
+
+def why_fields(
+    line: bytes, separator: bytes, num_fields: int, numbers: Sequence[tuple[int, bool]] = ()
+) -> str:
+    """Reason why a separated line cannot be used. numbers: (place, whole) of the fields that must be numbers."""
+    fields = line.split(separator)
+    if len(fields) != num_fields:
+        return FIELD_COUNT
+    if any(not is_number(fields[place], whole=whole) for place, whole in numbers):
+        return BAD_NUMBER
+    return ""

@@ -1,0 +1,154 @@
+"""Logged candidate lists: impressions of a first-stage ranker with labels, from Parquet or JSON lines.
+
+Beyond the paper, which draws its lists. One row is one list; a row that cannot be used is quarantined with its reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from dpo4rec_ray.datasets import lines
+from dpo4rec_ray.datasets.cells import Column, TimestampUnit, any_of
+from dpo4rec_ray.datasets.mapped import Origin, data_files
+from dpo4rec_ray.datasets.raw import LISTS, DataFile, Parsed
+from dpo4rec_ray.errors import UserError
+
+MIN_CANDIDATES, MAX_CANDIDATES = 2, 200
+SPLITS = ("train", "valid", "test")
+LENGTHS_DIFFER = "candidates and labels differ in number"
+WRONG_SIZE = f"not {MIN_CANDIDATES} to {MAX_CANDIDATES} candidates"
+REPEATED = "a candidate twice (kept)"
+BAD_LABEL = "a label is null, negative or not finite"
+UNKNOWN_SPLIT = f"split is not one of {', '.join(SPLITS)}"
+BAD_HISTORY = "history and its ratings differ in number or have gaps"
+
+
+@dataclass(frozen=True)
+class LoggedSettings:
+    """Which columns of the logged lists hold what.
+
+    Attributes:
+        file: path or URI, or a pattern such as "/logs/2024-*.parquet"; Parquet or JSON lines with list columns.
+        timestamp: "" when the log has none. A column that is named must hold a value in every row; so must `split`.
+        timestamp_unit: of numbers; "iso" for text.
+        history, history_ratings: items seen before the list and their ratings, oldest first. A null history is taken
+            from the events, as it is for all rows when no column is named.
+    """
+
+    file: str = ""
+    user: str = "user_id"
+    candidates: str = "candidate_item_ids"
+    labels: str = "labels"
+    timestamp: str = ""
+    timestamp_unit: TimestampUnit = "s"
+    split: str = ""
+    history: str = ""
+    history_ratings: str = ""
+
+
+def describe(path_or_uri: str, settings: LoggedSettings) -> tuple[DataFile, ...]:
+    """The files of the logged lists, whose parsers give LISTS. path_or_uri: as `LoggedSettings.file`.
+
+    Raises:
+        UserError: no such file, a mapped column is missing or of a type it cannot have, ratings without a history.
+    """
+    s = settings
+    if s.history_ratings and not s.history:
+        raise UserError(
+            f"logged.history_ratings = {s.history_ratings!r} and logged.history is not set; name the column of the items"
+        )
+    columns = [
+        Column("logged.user", s.user, "id", "user"),
+        Column("logged.candidates", s.candidates, "ids", "candidates"),
+        Column("logged.labels", s.labels, "numbers", "labels"),
+        Column("logged.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit),
+        Column("logged.split", s.split, "text", "split"),
+        Column("logged.history", s.history, "ids", "history"),
+        Column("logged.history_ratings", s.history_ratings, "numbers", "history_ratings"),
+    ]
+    folder, slash, pattern = path_or_uri.rpartition("/")
+    mapped = tuple(
+        column
+        for column in columns
+        if column.name or column.key in ("logged.user", "logged.candidates", "logged.labels")
+    )
+    return data_files(folder + slash, pattern, "logged.file", mapped, _finish_lists)
+
+
+def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:
+    """Sort out the rows that are no list to rank."""
+    given = {name: table[name].combine_chunks() for name in table.column_names}
+    columns = {field.name: given.get(field.name, pa.nulls(len(table), field.type)) for field in LISTS}
+    for name in ("labels", "history_ratings"):
+        columns[name] = columns[name].cast(
+            pa.list_(pa.float32())
+        )  # first: what is too large for it is infinite
+    good = np.ones(len(table), dtype=np.bool_)
+    for reason, bad in _faults(columns, given):
+        lines.quarantine(np.flatnonzero(bad & good), origin.rows, reason, origin.tally, origin.text_of)
+        good &= ~bad
+    # Negatives drawn at random may repeat a candidate (685 of KAR's own 103,697 lists do): told, and no damage.
+    repeated = int(np.sum(_repeated(columns["candidates"]) & good))
+    kept = pa.table(columns).filter(pa.array(good)).cast(LISTS)
+    cleaned = Counter({REPEATED: repeated} if repeated else {})
+    return Parsed(kept, origin.rows_read, origin.tally, cleaned=cleaned, row_of=origin.rows[good])
+
+
+def _faults(columns: dict[str, pa.Array], given: dict[str, pa.Array]) -> list[tuple[str, NDArray[np.bool_]]]:
+    """(reason, [rows] which have it), in the order in which they are told."""
+    candidates, labels = columns["candidates"], columns["labels"]
+    history, ratings = columns["history"], columns["history_ratings"]
+    lengths = _lengths(candidates)
+    missing = _empty(columns["user"]) | any_of(candidates, _empty(candidates.flatten()))
+    for name in ("candidates", "labels", "timestamp_s", "split"):
+        if name in given:
+            missing |= _mask(columns[name].is_null())
+    time = pc.fill_null(columns["timestamp_s"], 0).to_numpy()
+    unknown_split = ~_mask(pc.is_in(columns["split"], value_set=pa.array([*SPLITS, None], pa.string())))
+    bad_history = any_of(history, _empty(history.flatten())) | any_of(ratings, ~_usable(ratings))
+    if "history_ratings" in given:
+        bad_history |= _lengths(history) != _lengths(ratings)
+    return [
+        (lines.MISSING, missing),
+        (LENGTHS_DIFFER, lengths != _lengths(labels)),
+        (WRONG_SIZE, (lengths < MIN_CANDIDATES) | (lengths > MAX_CANDIDATES)),
+        (BAD_LABEL, any_of(labels, ~_usable(labels, most=1.0))),
+        (UNKNOWN_SPLIT, unknown_split),
+        (lines.BAD_TIME, (time < 0) | (time >= lines.MAX_TIMESTAMP_S)),
+        (BAD_HISTORY, bad_history),
+    ]
+
+
+def _lengths(lists: pa.ListArray) -> NDArray[np.int32]:
+    """[rows] values per list, -1 where there is no list."""
+    return pc.fill_null(pc.list_value_length(lists), -1).to_numpy()
+
+
+def _mask(array: pa.BooleanArray) -> NDArray[np.bool_]:
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _empty(texts: pa.StringArray) -> NDArray[np.bool_]:
+    """Null or ""."""
+    return pc.fill_null(pc.binary_length(texts), 0).to_numpy() == 0
+
+
+def _usable(lists: pa.ListArray, most: float = np.finfo(np.float32).max) -> NDArray[np.bool_]:
+    """[values] neither null nor negative nor above `most`. (The losses and NDCG's gain want labels up to 1.)"""
+    values = pc.fill_null(lists.flatten(), np.nan).to_numpy()
+    return (values >= 0) & (values <= most)
+
+
+def _repeated(lists: pa.ListArray) -> NDArray[np.bool_]:
+    """[rows] whether a list holds a value twice."""
+    codes = pc.fill_null(lists.flatten().dictionary_encode().indices, -1).to_numpy().astype(np.int64) + 1
+    width = int(codes.max(initial=0)) + 1
+    keys = np.sort(pc.list_parent_indices(lists).to_numpy() * width + codes)
+    rows = keys[1:][keys[1:] == keys[:-1]] // width
+    return np.bincount(rows, minlength=len(lists)) > 0

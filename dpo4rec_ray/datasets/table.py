@@ -1,0 +1,152 @@
+"""A team's own interactions, items and users: Parquet, CSV or JSON lines, with the names of their columns.
+
+Not in the paper. Columns are looked up in every file before anything is read; after that a cell that cannot be used
+costs its row, never the run. Whatever the file holds, ids become text and times become seconds since 1970 (UTC).
+`logged.py` reads its lists with the same readers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo4rec_ray.datasets import lines
+from dpo4rec_ray.datasets.cells import Column, TimestampUnit
+from dpo4rec_ray.datasets.mapped import Origin, data_files
+from dpo4rec_ray.datasets.raw import USERS, Parsed, Source
+from dpo4rec_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """Where the tables are and which of their columns hold what.
+
+    Attributes:
+        interactions, items, users: a file or a pattern below the raw folder, such as "events/*.parquet"; the suffix
+            tells the format. Items and users may be "".
+        rating: "" for implicit feedback: every event counts as rated 1.0.
+        timestamp_unit: of numbers; "iso" for text such as 2024-05-01T10:00:00Z. Parquet's own times need none.
+        title: "" when items have none and go by their ids.
+        attributes: facet -> column, such as {"genre": "genres"}.
+        attribute_separator: splits one cell of an attribute column into several values; "" splits nothing.
+        profile: columns of the users, shown as "age: 25, country: NL".
+    """
+
+    interactions: str = ""
+    user: str = "user_id"
+    item: str = "item_id"
+    rating: str = "rating"
+    timestamp: str = "timestamp"
+    timestamp_unit: TimestampUnit = "s"
+    min_rating: float = 0.0
+    max_rating: float = 5.0
+    items: str = ""
+    item_id: str = "item_id"
+    title: str = "title"
+    attributes: dict[str, str] = field(default_factory=dict[str, str])
+    attribute_separator: str = "|"
+    users: str = ""
+    user_id: str = "user_id"
+    profile: tuple[str, ...] = ()
+
+
+def describe(raw_dir: str, settings: TableSettings) -> Source:
+    """The source behind `raw_dir`, a local folder or URI. Reads headers, Parquet schemas and first lines only.
+
+    Raises:
+        UserError: no file matches, a format is unknown, a mapped column is missing or of a type it cannot have.
+    """
+    s = settings
+    if s.min_rating > s.max_rating:
+        raise UserError(
+            f"table.min_rating = {s.min_rating:g} is above table.max_rating = {s.max_rating:g}; swap them"
+        )
+    if s.attributes and not s.items:
+        raise UserError(
+            "table.attributes is set and table.items is not; set table.items to the file of the items"
+        )
+    if s.profile and not s.users:
+        raise UserError(
+            "table.profile is set and table.users is not; set table.users to the file of the users"
+        )
+    event_columns = (
+        Column("table.user", s.user, "id", "user"),
+        Column("table.item", s.item, "id", "item"),
+        *([Column("table.rating", s.rating, "number", "rating")] if s.rating else []),
+        Column("table.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit),
+    )
+    item_columns = (
+        Column("table.item_id", s.item_id, "id", "raw_id"),
+        *([Column("table.title", s.title, "text", "title")] if s.title else []),
+        *(
+            Column(
+                f"table.attributes.{facet}", name, "values", f"facet {facet}", separator=s.attribute_separator
+            )
+            for facet, name in s.attributes.items()
+        ),
+    )
+    user_columns = (
+        Column("table.user_id", s.user_id, "id", "raw_id"),
+        *(Column("table.profile", name, "text", f"profile {name}") for name in s.profile),
+    )
+    ratings = (s.min_rating, s.max_rating) if s.rating else None
+    finish_events = partial(_finish_events, ratings=ratings)
+    finish_items = partial(_finish_items, facets=tuple(s.attributes))
+    finish_users = partial(_finish_users, profile=s.profile)
+    return Source(
+        events=data_files(raw_dir, s.interactions, "table.interactions", event_columns, finish_events),
+        items=data_files(raw_dir, s.items, "table.items", item_columns, finish_items) if s.items else (),
+        users=data_files(raw_dir, s.users, "table.users", user_columns, finish_users) if s.users else (),
+    )
+
+
+def _finish_events(table: pa.Table, origin: Origin, *, ratings: tuple[float, float] | None) -> Parsed:
+    if ratings is None:  # implicit feedback
+        table = table.append_column("rating", pa.array(np.ones(table.num_rows)))
+    return lines.checked_events(table, *origin, ratings=ratings or (1.0, 1.0))
+
+
+def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -> Parsed:
+    size = table.num_rows
+    title = table["title"] if "title" in table.column_names else pa.nulls(size, pa.string())
+    values, parents = [pa.array([], pa.string())], [np.zeros(0, dtype=np.int64)]
+    for facet in facets if size else ():
+        lists = table[f"facet {facet}"].combine_chunks()
+        found = pc.utf8_trim_whitespace(lists.flatten())
+        kept = pc.fill_null(pc.greater(pc.binary_length(found), 0), False)
+        values.append(pc.binary_join_element_wise(f"{facet}: ", found.filter(kept), ""))
+        parents.append(pc.list_parent_indices(lists).filter(kept).to_numpy())
+    all_values, of_item = pa.concat_arrays(values), np.concatenate(parents)
+    codes = all_values.dictionary_encode().indices.to_numpy()
+    _, first = np.unique(of_item * len(codes) + codes, return_index=True)  # what is told twice counts once
+    first.sort()
+    order = first[np.argsort(of_item[first], kind="stable")]  # by item, then by facet, then as in the cell
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(of_item[first], minlength=size))]).astype(np.int32)
+    attributes = pa.ListArray.from_arrays(pa.array(offsets), all_values.take(pa.array(order)))
+    columns = {"raw_id": table["raw_id"], "title": pc.utf8_trim_whitespace(title), "attributes": attributes}
+    return lines.checked_items(pa.table(columns), *origin)
+
+
+def _finish_users(table: pa.Table, origin: Origin, *, profile: tuple[str, ...]) -> Parsed:
+    known = pc.fill_null(pc.greater(pc.binary_length(table["raw_id"]), 0), False)
+    missing = np.flatnonzero(~known.to_numpy())
+    lines.quarantine(missing, origin.rows, lines.MISSING, origin.tally, origin.text_of)
+    table = table.filter(known)
+    told = pa.array([""] * table.num_rows, pa.string())
+    for name in profile:
+        text = pc.fill_null(pc.utf8_trim_whitespace(table[f"profile {name}"].combine_chunks()), "")
+        part = pc.binary_join_element_wise(f", {name}: ", text, "")
+        told = pc.binary_join_element_wise(told, pc.if_else(pc.equal(text, ""), "", part), "")
+    texts, num_cleaned = lines.clean_strings(pc.utf8_slice_codeunits(told, len(", ")))
+    return Parsed(
+        pa.table({"raw_id": table["raw_id"], "profile": texts}).cast(USERS),
+        origin.rows_read,
+        origin.tally,
+        cleaned=Counter({"profiles": num_cleaned} if num_cleaned else {}),
+        row_of=origin.rows[known.to_numpy()],
+    )

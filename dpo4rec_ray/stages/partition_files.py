@@ -1,0 +1,146 @@
+"""What `prepare` keeps on disk while it works, one Arrow file per block or partition, and how it is read and written.
+
+events/BLOCK  lists/BLOCK     as `ingest` leaves them: batch p holds the users of partition p
+core/P  alive/P               a partition's events in order; the places of those that are still in the k-core
+names/users-P  names/items-P  raw ids beside their keys, in key order
+logged/P                      a partition's logged lists in order
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dpo4rec_ray.core.kcore import contains
+from dpo4rec_ray.core.keys import Keys
+from dpo4rec_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The events of a partition that are still in the k-core: their places in its file, and what the core is about."""
+
+    place: NDArray[np.int32]  # [n]
+    user: NDArray[np.int32]  # [n] numbered within the partition, ascending
+    item_key: Keys  # [n]
+
+
+@contextlib.contextmanager
+def new_arrow(target: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    """An Arrow file that gets its name when it is complete, so that a task that is run again never sees half of one."""
+    temporary = target.with_suffix(f".tmp{os.getpid()}")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            yield writer
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_batch(file: Path, partition: int, names: tuple[str, ...]) -> pa.RecordBatch:
+    """Some columns of one partition's batch."""
+    with pa.OSFile(str(file), "rb") as handle:
+        schema = pa.ipc.open_file(handle).schema
+        fields = [schema.get_field_index(name) for name in names]
+        options = pa.ipc.IpcReadOptions(included_fields=fields)
+        return pa.ipc.open_file(handle, options=options).get_batch(partition)
+
+
+def write_arrow(file: Path, columns: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    table = pa.table(columns)
+    with new_arrow(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_arrow(file: Path) -> pa.Table:
+    with pa.OSFile(str(file), "rb") as handle:
+        return pa.ipc.open_file(handle).read_all()
+
+
+def block_files(folder: Path, num_blocks: int) -> list[Path]:
+    """The files that `ingest` wrote, in file order.
+
+    Raises:
+        UserError: some cannot be seen from here.
+    """
+    found = sorted(folder.glob("*.arrow"))
+    if len(found) != num_blocks:
+        raise UserError(
+            f"{folder}: {len(found)} of {num_blocks} files are there; run.root must be a folder that every node sees"
+        )
+    return found
+
+
+def read_alive(work: Path, partition: int) -> Alive:
+    table = read_arrow(work / "alive" / f"{partition}.arrow")
+    return Alive(*(table[name].to_numpy() for name in ("place", "user", "item_key")))
+
+
+def read_core(work: Path, partition: int, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    """Columns of the partition's living events, in order."""
+    table = read_arrow(work / "core" / f"{partition}.arrow")
+    place = read_alive(work, partition).place
+    return {name: table[name].to_numpy()[place] for name in names}
+
+
+def read_names(work: Path, partition: int, kind: str) -> pa.Table:
+    """key, raw_id of the partition's users or items, in key order."""
+    return read_arrow(work / "names" / f"{kind}s-{partition}.arrow")
+
+
+def write_names(
+    work: Path,
+    partition: int,
+    sources: list[Path],
+    lengths: list[int],
+    chosen: NDArray[np.int64],
+    user_key: Keys,
+    item_key: Keys,
+) -> None:
+    """Raw ids of the users and items among the chosen events: strings are read at one row each, and block by block."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    for column, keys in (("user", user_key), ("item", item_key)):
+        distinct, first = np.unique(keys, return_index=True)
+        rows = chosen[first]
+        by_row = np.argsort(rows)
+        bounds = np.searchsorted(rows[by_row], starts)
+        texts = [
+            read_batch(file, partition, (column,))[column].take(pa.array(rows[by_row[low:high]] - start))
+            for file, start, low, high in zip(sources, starts, bounds[:-1], bounds[1:], strict=False)
+            if high > low
+        ]
+        found = pa.concat_arrays(texts) if texts else pa.array([], pa.string())
+        in_key_order = np.empty(len(rows), dtype=np.int64)
+        in_key_order[by_row] = np.arange(len(rows))
+        write_arrow(
+            work / "names" / f"{column}s-{partition}.arrow",
+            {"key": distinct, "raw_id": found.take(pa.array(in_key_order))},
+        )
+
+
+def user_keys_of(work: Path, partition: int, num_users: int) -> Keys:
+    """Keys of the partition's first `num_users` users, in key order."""
+    return np.unique(read_core(work, partition, ("user_key",))["user_key"])[:num_users]
+
+
+def item_names(work: Path, partition: int, item_keys: Keys) -> tuple[Keys, pa.Array]:
+    """Keys and raw ids of those items of the partition that are in the catalogue."""
+    table = read_names(work, partition, "item")
+    table = table.filter(pa.array(contains(item_keys, table["key"].to_numpy())))
+    return table["key"].to_numpy(), table["raw_id"].combine_chunks()
+
+
+def user_names(work: Path, partition: int, user_keys: Keys) -> pa.Array:
+    """Raw ids of some of the partition's users, by their sorted keys."""
+    table = read_names(work, partition, "user")
+    places = np.searchsorted(table["key"].to_numpy(), user_keys)
+    return table["raw_id"].combine_chunks().take(pa.array(places))
