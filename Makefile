@@ -73,6 +73,7 @@ fuzz: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python jobs/bench.py prepare
+	$(BIN)/python jobs/bench.py score
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

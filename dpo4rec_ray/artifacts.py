@@ -36,6 +36,7 @@ PATHS = {
     "knowledge": "rounds/{round:02d}/knowledge",
     "generations": "rounds/{round:02d}/generations",
     "scores": "rounds/{round:02d}/scores",
+    "metric_scores": "rounds/{round:02d}/metric_scores",
     "pairs": "rounds/{round:02d}/pairs",
     "policy": "rounds/{round:02d}/policy",
     "heldout": "rounds/{round:02d}/heldout",

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from dpo4rec_ray.artifacts import RunDir, folder_hash
-from dpo4rec_ray.config import Config
+from dpo4rec_ray.config import Config, RerankerSection
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.core.pairing import PAIRINGS
-from dpo4rec_ray.core.rewards import REWARDS
+from dpo4rec_ray.core.rewards import reward_by_name
 from dpo4rec_ray.datasets import DATASETS
 from dpo4rec_ray.datasets.files import file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.prompts import FACTORS, PROMPT_VERSION
+from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
 from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.rerankers import RERANKERS
@@ -33,14 +35,14 @@ def check_all(config: Config, only: str = "") -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    _known("data.dataset", config.data.dataset, DATASETS)
-    _known("reranker.backbone", config.reranker.backbone, RERANKERS)
-    _known("reranker.adapter", config.reranker.adapter, ADAPTERS)
-    _known("reward.metric", config.reward.metric, REWARDS)
-    _known("pair.rule", config.pair.rule, PAIRINGS)
-    _known("prompt.factors", config.prompt.factors, FACTORS)
-    metric_by_name(config.reranker.metric)
-    if config.generate.max_new_tokens >= config.llm.max_model_len:
+    _check_names(config)
+    if not has_policy(config):
+        if config.run.num_rounds > 1:
+            raise UserError(
+                f"run.num_rounds = {config.run.num_rounds}, but llm.source = {config.llm.source!r} is not trained: a second "
+                "round would only repeat the first; set run.num_rounds to 0 or 1"
+            )
+    elif config.generate.max_new_tokens >= config.llm.max_model_len:
         raise UserError(
             f"generate.max_new_tokens = {config.generate.max_new_tokens} leaves no room for a prompt in "
             f"llm.max_model_len = {config.llm.max_model_len}"
@@ -58,6 +60,41 @@ def check_all(config: Config, only: str = "") -> None:
     encoder = resolve_encoder(config.encoder.path)
     if Path(encoder).exists() or "/" not in encoder:
         _check_model_folder("encoder.path", encoder)
+    if has_policy(config):
+        _check_policy(config)
+
+
+def has_policy(config: Config) -> bool:
+    """Whether an LLM writes the texts that DPO can train; anything else is only sampled."""
+    return config.llm.source == "vllm"
+
+
+def _check_names(config: Config) -> None:
+    """Every name that a registry decides on."""
+    _known("data.dataset", config.data.dataset, DATASETS)
+    _known("reranker.backbone", config.reranker.backbone, RERANKERS)
+    for backbone in config.evaluate.backbones:
+        _known("evaluate.backbones", backbone, RERANKERS)
+    for backbone in config.reranker.per_backbone:
+        _known("reranker.per_backbone", backbone, RERANKERS)
+    for where, section in _reranker_sections(config).items():
+        _known(f"{where}.adapter", section.adapter, ADAPTERS)
+        _by_name(f"{where}.metric", section.metric, metric_by_name)
+    for metric in (config.reward.metric, *config.reward.compare):
+        key = "reward.metric" if metric == config.reward.metric else "reward.compare"
+        _by_name(key, metric, reward_by_name)
+    _known("pair.rule", config.pair.rule, PAIRINGS)
+    _known("prompt.factors", config.prompt.factors, FACTORS)
+
+
+def _reranker_sections(config: Config) -> dict[str, RerankerSection]:
+    """The section as it holds for all backbones, and for each that has values of its own."""
+    own = {f"reranker.per_backbone.{name}": config.reranker.of(name) for name in config.reranker.per_backbone}
+    return {"reranker": config.reranker, **own}
+
+
+def _check_policy(config: Config) -> None:
+    """The LLM and its engine."""
     _check_engine(config)
     if config.llm.path == "bootstrap":
         small_llama_config(
@@ -78,7 +115,8 @@ def check_all(config: Config, only: str = "") -> None:
 
 def _check_no_redraws(config: Config) -> None:
     """Redrawn negatives come from the whole catalogue: neither from the log, nor from what a user has not met."""
-    if config.reranker.resample_negatives or config.reward.num_redraws:
+    resampled = any(section.resample_negatives for section in _reranker_sections(config).values())
+    if resampled or config.reward.num_redraws:
         why = "logged.file is set" if config.logged.file else 'data.protocol = "time"'
         raise UserError(
             f"{why}: the lists are to stay as they are; set reranker.resample_negatives = false and reward.num_redraws = 0"
@@ -112,6 +150,13 @@ def _known(key: str, value: str, registry: dict[str, object] | dict[str, type]) 
         raise UserError(f"{key} = {value!r} is unknown; known: {', '.join(registry)}")
 
 
+def _by_name(key: str, value: str, find: Callable[[str], object]) -> None:
+    try:
+        find(value)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
 def _check_model_folder(key: str, path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
@@ -129,7 +174,9 @@ def _check_model_folder(key: str, path: str) -> None:
 
 
 def base_llm_identity(config: Config, store: RunDir) -> str:
-    """Identity of policy 0: the bootstrap's production, a local folder's content, or a hub name."""
+    """Identity of policy 0: the bootstrap's production, a local folder's content, a hub name, or what stands in its place."""
+    if config.llm.source == "statistics":
+        return f"statistics {STATISTICS_VERSION}"
     if config.llm.path == "bootstrap":
         return store.require("base_llm").produced
     return _folder_or_name(base_llm_path(config, store))

@@ -9,13 +9,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpo4rec_ray.errors import UserError
+
+Table = dict[str, Any]  # of a TOML file
 
 
 class Section(BaseModel):
@@ -32,7 +35,7 @@ class RunSection(Section):
     name: str = ""  # empty: the recipe's file name
     root: str = "runs"
     seed: int = Field(default=0, ge=0)
-    num_rounds: int = Field(default=1, ge=1)
+    num_rounds: int = Field(default=1, ge=0)  # 0: no DPO; evaluate the base knowledge alone
     patience: int = Field(default=1, ge=1)  # stop after this many rounds without a better held-out reward
 
 
@@ -112,8 +115,11 @@ class SampleSection(Section):
 
 
 class LLMSection(Section):
-    """The policy's base model: a Hugging Face causal LM."""
+    """What writes the texts: a policy under vLLM, trained from a Hugging Face causal LM."""
 
+    # "statistics": a summary counted from the history instead of an LLM; the row every LLM has to beat. Nothing is
+    # trained then: rounds end with their pairs.
+    source: Literal["vllm", "statistics"] = "vllm"
     path: str = (
         "bundled"  # folder or hub name; "bundled": the small LLM of the sample world; "bootstrap": train one
     )
@@ -139,6 +145,9 @@ class GenerateSection(Section):
         {"num_engines", "gpus_per_engine", "cpus_per_engine", "kv_cache_gib", "gpu_memory_utilization"}
     )
     num_samples: int = Field(default=10, ge=2)
+    user_frac: float = Field(
+        default=1.0, gt=0, le=1
+    )  # of the users: texts cost GPU hours, pairs of all may be too many
     temperature: float = Field(default=0.9, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
@@ -165,30 +174,66 @@ class EncoderSection(Section):
 class RerankerSection(Section):
     """Backbone, adapter and how they are trained; the same budget with and without knowledge."""
 
-    backbone: str = "prm"
+    backbone: str = "prm"  # of the reward, and of evaluate unless it names several
     adapter: str = "hea"
     similarity: bool = (
         True  # cosine of the raw user and item vectors as one more input; off is the paper's way
     )
+    input_layer: Literal["linear", "concat"] = "linear"  # "concat": the bare features, as in the paper
+    embed_dim: int = Field(default=32, ge=1)
+    hidden_dim: int = Field(default=64, ge=2)
+    num_heads: int = Field(default=2, ge=1)
+    num_layers: int = Field(default=1, ge=1)
+    num_shared_experts: int = Field(default=2, ge=1)
+    num_dedicated_experts: int = Field(default=5, ge=1)
     epochs: int = Field(default=20, ge=1)
     batch_size: int = Field(default=256, ge=1)
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)  # of the softmax loss (SetRank): scores are divided by it
     patience: int = Field(default=0, ge=0)  # 0: fixed epochs
     metric: str = "ndcg@5"
     # Training negatives are redrawn every epoch: small data is memorised otherwise. Valid and test lists stay.
     resample_negatives: bool = True
+    # Other values for single backbones, as `jobs/search.py` finds them: [reranker.per_backbone.dlcm] lr = 5e-4
+    per_backbone: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _per_backbone_fits(self) -> RerankerSection:
+        for name in self.per_backbone:
+            self.of(name)
+        return self
+
+    def of(self, backbone: str) -> RerankerSection:
+        """This section as it holds for one backbone."""
+        own = self.per_backbone.get(backbone, {})
+        values = self.model_dump(exclude={"per_backbone"}) | {"backbone": backbone}
+        for key in own:
+            if key not in values or key == "backbone":
+                raise ValueError(f"per_backbone.{backbone}: unknown key {key}{_nearest(key, list(values))}")
+        try:
+            return RerankerSection.model_validate(values | own)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"per_backbone.{backbone}.{key} = {first['input']!r}: {first['msg']}") from None
 
 
 class RewardSection(Section):
     """Reward rerankers and what a sample's reward is (method.md section 4)."""
 
+    placement = frozenset({"num_scorers", "cpus_per_scorer", "gpus_per_worker"})
     metric: str = "log_likelihood"
+    # Further metrics whose ties, agreement and carry-over `score` reports; pairs are made of `metric` alone.
+    compare: tuple[str, ...] = ("ndcg@5", "map@5", "mrr@10", "log_likelihood")
     num_redraws: int = Field(
         default=8, ge=0
     )  # candidate sets redrawn around the same positives; 0: the lists as drawn
+    # Redrawn negatives are drawn by popularity to this power: 0 is uniform, more makes them harder to tell from positives.
+    hard_negatives: float = Field(default=0.0, ge=0, le=2)
     num_folds: int = Field(default=5, ge=1)  # 1 is the paper's way
-    num_workers: int = Field(default=2, ge=1)  # data-parallel training
+    # 1: every fold is a task of its own, several at a time; more: one fold after the other under Ray Train.
+    num_workers: int = Field(default=1, ge=1)
     num_scorers: int = Field(default=1, ge=1)  # the scoring pool
     cpus_per_scorer: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)  # of either
@@ -199,6 +244,9 @@ class PairSection(Section):
 
     rule: str = "best_vs_worst"
     min_margin: float = Field(default=0.0, ge=0)
+    # Rewards are pulled towards their user's mean by how far they can be trusted, so that min_margin is in units of what
+    # can be expected to hold on other lists.
+    shrinkage: bool = False
 
 
 class TrainerSection(Section):
@@ -241,6 +289,7 @@ class EvaluateSection(Section):
     """Final figures on the test users."""
 
     placement = frozenset({"gpus_per_task"})
+    backbones: tuple[str, ...] = ()  # empty: reranker.backbone alone
     num_seeds: int = Field(default=3, ge=1)
     num_resamples: int = Field(default=2000, ge=100)
     gpus_per_task: float = Field(default=0, ge=0)
@@ -276,43 +325,77 @@ class Config(Section):
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a recipe and apply `section.key=value` overrides.
+def load_config(path: str | Path, changes: list[str] | None = None) -> Config:
+    """Read a recipe, merge fragments over it in the order given, then apply overrides.
+
+    Args:
+        path: the recipe; the run is named after it, unless run.name is set.
+        changes: fragments (names of TOML files, ending in .toml; tables are merged key by key) and overrides
+            (`section.key=value`, or `section.key.key=value` inside a table).
 
     Raises:
         UserError: unreadable file, unknown key (the nearest known name is given), or a value out of range.
     """
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"recipe {path}: cannot be read ({error.strerror}); see jobs/recipes/ for examples"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not valid TOML ({error})") from None
-    for text in overrides or []:
-        _apply_override(raw, text)
-    _check_keys(raw, where=str(path))
+    fragments = [text for text in changes or [] if is_fragment(text)]
+    raw = _read_toml("recipe", path)
+    for fragment in fragments:
+        values = _read_toml("fragment", Path(fragment))
+        _check_keys(values, where=f"fragment {fragment}")
+        raw = _merged(raw, values)
+    for text in changes or []:
+        if text not in fragments:
+            _apply_override(raw, text)
+    where = " with ".join([f"recipe {path}", *fragments])
+    _check_keys(raw, where)
     raw.setdefault("run", {})
     if not raw["run"].get("name"):
         raw["run"]["name"] = path.stem
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "recipe"
-        value = first.get("input")
-        shown = f" = {value!r}" if not isinstance(value, dict) else ""
+        raise UserError(f"{where}: {_first_mistake(error)}; mend the recipe or the override") from None
+
+
+def is_fragment(text: str) -> bool:
+    """Whether an argument names a fragment; an override may end in .toml too."""
+    return text.endswith(".toml") and not re.match(r"\w+\.[\w.]+=", text)
+
+
+def _read_toml(what: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise UserError(
-            f"recipe {path}: {key}{shown}: {first['msg']}; mend the recipe or the override"
+            f"{what} {path}: cannot be read ({error.strerror}); see jobs/recipes/ for examples"
         ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path}: not valid TOML ({error})") from None
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`; where both hold a table, that is merged the same way."""
+    found = dict(base)
+    for key, value in over.items():
+        mine = found.get(key)
+        both_tables = isinstance(mine, dict) and isinstance(value, dict)
+        found[key] = _merged(cast(Table, mine), cast(Table, value)) if both_tables else value
+    return found
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """Key, value and reason of the first of pydantic's complaints, on one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    value = first.get("input")
+    shown = f" = {value!r}" if not isinstance(value, dict) else ""
+    return f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _apply_override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
-    section, dot, name = key.partition(".")
-    if not equals or not dot or not section or not name:
+    *tables, name = key.split(".")
+    if not equals or not tables or not all([*tables, name]):
         raise UserError(
             f"override {text!r}: write it as section.key=value, for example generate.num_samples=4"
         )
@@ -320,9 +403,15 @@ def _apply_override(raw: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string: data.dataset=movielens
-    target = raw.setdefault(section, {})
-    if not isinstance(target, dict):
-        raise UserError(f"override {text!r}: {section!r} is not a section of the recipe")
+    target = raw
+    for depth, table in enumerate(tables):
+        below = target.setdefault(table, {})
+        if not isinstance(below, dict):
+            kind = "table" if depth else "section"
+            raise UserError(
+                f"override {text!r}: {'.'.join(tables[: depth + 1])!r} is not a {kind} of the recipe"
+            )
+        target = cast(Table, below)
     target[name] = parsed
 
 
@@ -331,16 +420,16 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     sections = Config.model_fields
     for section, values in raw.items():
         if section not in sections:
-            raise UserError(f"recipe {where}: unknown section [{section}]{_nearest(section, list(sections))}")
+            raise UserError(f"{where}: unknown section [{section}]{_nearest(section, list(sections))}")
         if not isinstance(values, dict):
-            raise UserError(f"recipe {where}: [{section}] must be a section with keys, not {values!r}")
+            raise UserError(f"{where}: [{section}] must be a section with keys, not {values!r}")
         kind = sections[section].annotation
         assert isinstance(kind, type) and issubclass(kind, Section)
         known = list(kind.model_fields)
         for key in values:
             if key not in known:
                 nearest = _nearest(key, known)
-                raise UserError(f"recipe {where}: unknown key {section}.{key}{nearest}")
+                raise UserError(f"{where}: unknown key {section}.{key}{nearest}")
 
 
 def _nearest(name: str, known: list[str]) -> str:

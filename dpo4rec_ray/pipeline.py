@@ -4,8 +4,9 @@
     round r:  generate -> score -> pair -> dpo -> encode(r) -> validate
     then:     evaluate -> report
 
-Round r samples from policy r-1 (policy 0 is the base LLM) and trains policy r. A stage whose manifests carry the
-fingerprint of its present inputs and config sections is skipped.
+Round r samples from policy r-1 (policy 0 is the base LLM) and trains policy r. Where llm.source is no policy there is
+nothing to train: the round ends with its pairs. Without rounds there is no reward either. A stage whose manifests carry
+the fingerprint of its present inputs and config sections is skipped.
 """
 
 from __future__ import annotations
@@ -93,8 +94,14 @@ STAGES: dict[str, Stage] = {
             "score",
             score.run,
             reads=lambda r: [("generations", r), ("lists", 0), ("knowledge", 0), ("reward", 0)],
-            writes=lambda r: [("scores", r)],
-            sections=("reward.metric", "reward.num_redraws", "encoder"),
+            writes=lambda r: [("metric_scores", r), ("scores", r)],
+            sections=(
+                "reward.metric",
+                "reward.compare",
+                "reward.num_redraws",
+                "reward.hard_negatives",
+                "encoder",
+            ),
         ),
         Stage(
             "pair",
@@ -115,19 +122,20 @@ STAGES: dict[str, Stage] = {
             validate.run,
             reads=lambda r: [("scores", r), ("knowledge", r), ("knowledge", 0), ("lists", 0), ("reward", 0)],
             writes=lambda r: [("heldout", r)],
-            sections=("reward.metric", "reward.num_redraws"),
+            sections=("reward.metric", "reward.num_redraws", "reward.hard_negatives"),
         ),
         Stage(
             "evaluate",
             evaluate.run,
             reads=lambda r: [("lists", 0), *(("knowledge", i) for i in range(r + 1))],
             writes=lambda r: [("per_list", 0)],
-            sections=("reranker", "evaluate"),
+            sections=("reranker", "evaluate", "llm.source"),
         ),
     ]
 }
 BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "train_reward")
 EACH_ROUND = ("generate", "score", "pair", "dpo", "encode", "validate")
+UNTRAINED_ROUND = ("generate", "score", "pair")  # where llm.source is no policy
 AFTER_ROUNDS = ("evaluate", "report")
 STAGE_NAMES = (*STAGES, "report")
 
@@ -150,6 +158,15 @@ class Selection:
         return f"--only {self.only}{where}" if self.only else f"--from {self.since}{where}"
 
 
+def before_rounds(config: Config) -> list[str]:
+    """Those of `BEFORE_ROUNDS` that this recipe needs."""
+    needed = {
+        "bootstrap": checks.has_policy(config) and config.llm.path == "bootstrap",
+        "train_reward": config.run.num_rounds > 0,
+    }
+    return [name for name in BEFORE_ROUNDS if needed.get(name, True)]
+
+
 def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection()) -> dict[str, object]:
     """Run the method, skipping what is complete, and return the summary. `checks.check_all(config)` comes before.
 
@@ -160,14 +177,16 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     store.root.mkdir(parents=True, exist_ok=True)
     if not selection.narrow:
         write_json(store.root / "config.json", config.model_dump(mode="json"))
-    runner = _Runner(config, store, selection)
-    for name in BEFORE_ROUNDS:
-        if name != "bootstrap" or config.llm.path == "bootstrap":
-            runner.step(name, 0)
+    runner = Runner(config, store, selection)
+    for name in before_rounds(config):
+        runner.step(name, 0)
     last_round = 0
+    trained = checks.has_policy(config)
     for round_id in range(1, config.run.num_rounds + 1):
-        for name in EACH_ROUND:
+        for name in EACH_ROUND if trained else UNTRAINED_ROUND:
             runner.step(name, round_id)
+        if not trained:
+            break  # evaluate sees round 0 alone
         last_round = round_id
         if round_id < config.run.num_rounds and validate.rounds_have_peaked(
             store, round_id, config.run.patience
@@ -182,7 +201,7 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     return {}
 
 
-class _Runner:
+class Runner:
     """Decides per step: not selected, kept, or run; keeps the log that summary.json shows."""
 
     def __init__(self, config: Config, store: RunDir, selection: Selection):

@@ -4,52 +4,52 @@ from __future__ import annotations
 
 import base64
 import io
-import statistics
+import json
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment
 
+from dpo4rec_ray import evaluation, paper_table
 from dpo4rec_ray.artifacts import RunDir, write_json
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.memory import peak_rss_mb
 from dpo4rec_ray.stages.common import say, versions
-from dpo4rec_ray.stages.evaluate import METRIC_NAMES, comparisons, evaluation_rows
+from dpo4rec_ray.stages.evaluate import FIGURES
 from dpo4rec_ray.stages.training import read_metrics
 from dpo4rec_ray.stages.validate import best_round
 
 TEMPLATE = resources.files("dpo4rec_ray") / "report.html.jinja"
-SYSTEM_ORDER = ("random", "popularity", "backbone", "base-llm", "dpo4rec", "upper-bound")
+SHOWN = evaluation.PRINTED
 
 
 def run(
     config: Config, store: RunDir, last_round: int, log: list[dict[str, object]], seconds: float
 ) -> dict[str, Any]:
     """Write summary.json and report.html; print the table; return the summary."""
-    per_list = store.read("per_list")
-    rows = sorted(
-        evaluation_rows(per_list), key=lambda row: (_place(row["system"]), row["system"], row["seed"])
-    )
-    rounds = [_round(store, round_id) for round_id in range(1, last_round + 1)]
-    reward = store.require("reward").figures
+    evaluated = json.loads((store.path("per_list") / FIGURES).read_text(encoding="utf-8"))
     summary: dict[str, Any] = {
-        "generator": "vllm",
-        "trainer": f"deepspeed-zero{config.dpo.zero_stage}",
+        "generator": config.llm.source,
+        "trainer": f"deepspeed-zero{config.dpo.zero_stage}" if config.run.num_rounds else "none",
         "run": config.run.name,
         "seed": config.run.seed,
         "stages": log,
         "stage_seconds": round(sum(float(str(stage["seconds"])) for stage in log), 1),
         "prepare": store.require("lists").figures,
-        "reward": reward,
-        "rounds": rounds,
+        "reward": _figures(store, "reward"),
+        "rewards": {
+            str(round_id): figures
+            for round_id in range(1, config.run.num_rounds + 1)
+            if (figures := _figures(store, "scores", round_id))
+        },
+        "rounds": [_round(store, round_id) for round_id in range(1, last_round + 1)],
         "best_round": best_round(store, last_round),
-        "evaluation": rows,
-        "comparisons": comparisons(per_list, config.evaluate.num_resamples),
+        **evaluated,
         "versions": versions(),
         "peak_rss_mb": round(max(peak_rss_mb(), *_earlier_peaks(store, last_round))),
         "total_seconds": round(seconds, 1),
     }
-    if config.llm.path == "bootstrap":
+    if config.llm.source == "vllm" and config.llm.path == "bootstrap":
         summary["bootstrap"] = store.require("base_llm").figures
     write_json(store.root / "summary.json", summary)
     (store.root / "report.html").write_text(_html(store, summary), encoding="utf-8")
@@ -58,16 +58,18 @@ def run(
     return summary
 
 
+def _figures(store: RunDir, name: str, round_id: int = 0) -> dict[str, Any]:
+    """An artifact's figures; empty when the run does without it."""
+    manifest = store.manifest(name, round_id)
+    return manifest.figures if manifest is not None else {}
+
+
 def _earlier_peaks(store: RunDir, last_round: int) -> list[float]:
     """Peaks of the processes that made the artifacts: parts of a run may come from several."""
     names = [("lists", 0), ("knowledge", 0), ("reward", 0), ("per_list", 0)]
     for round_id in range(1, last_round + 1):
         names += [(name, round_id) for name in ("generations", "scores", "policy", "knowledge", "heldout")]
-    return [store.require(*name).peak_rss_mb for name in names]
-
-
-def _place(system: str) -> int:
-    return next(i for i, name in enumerate(SYSTEM_ORDER) if system.startswith(name))
+    return [manifest.peak_rss_mb for name in names if (manifest := store.manifest(*name)) is not None]
 
 
 def _round(store: RunDir, round_id: int) -> dict[str, Any]:
@@ -97,33 +99,8 @@ def _round(store: RunDir, round_id: int) -> dict[str, Any]:
     }
 
 
-def systems_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds per system."""
-    table: list[dict[str, Any]] = []
-    for system in dict.fromkeys(row["system"] for row in rows):
-        own = [row for row in rows if row["system"] == system]
-        entry: dict[str, Any] = {"system": system, "seeds": len(own), "lists": own[0]["num_lists"]}
-        for name in METRIC_NAMES:
-            values = [row[name] for row in own]
-            entry[name] = statistics.fmean(values)
-            entry[f"{name} sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        table.append(entry)
-    return table
-
-
 def _print(summary: dict[str, Any]) -> None:
-    print()
-    print(f"{'system':<18}" + "".join(f"{name:>19}" for name in METRIC_NAMES) + f"{'seeds':>7}")
-    for row in systems_table(summary["evaluation"]):
-        cells = "".join(f"{row[name]:>11.4f} ±{row[f'{name} sd']:.4f}" for name in METRIC_NAMES)
-        print(f"{row['system']:<18}{cells}{row['seeds']:>7}")
-    print()
-    for row in summary["comparisons"]:
-        if row["metric"] == METRIC_NAMES[0]:
-            low, high = row["ci95"]
-            print(
-                f"{row['system']} minus {row['against']}: NDCG@5 {row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]"
-            )
+    print(f"\n{evaluation.printed(summary)}\n")
     for row in summary["rounds"]:
         low, high = row["heldout_reward_delta_ci95"]
         print(
@@ -136,16 +113,18 @@ def _print(summary: dict[str, Any]) -> None:
 
 def _html(store: RunDir, summary: dict[str, Any]) -> str:
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    table = systems_table(summary["evaluation"])
     plots = [
-        ("Held-out reward before and after each round", _plot_rewards(store, summary)),
-        ("DPO loss, accuracy and margin per step", _plot_dpo(store, summary)),
-        (
-            "NDCG@5 on the test users per system (mean and standard deviation over seeds)",
-            _plot_systems(table),
-        ),
+        ("NDCG@5 per system (mean and standard deviation over seeds)", _plot_systems(summary["systems"]))
     ]
-    return template.render(summary=summary, table=table, metrics=METRIC_NAMES, plots=plots)
+    if summary["rounds"]:
+        plots += [
+            ("Held-out reward before and after each round", _plot_rewards(store, summary)),
+            ("DPO loss, accuracy and margin per step", _plot_dpo(store, summary)),
+        ]
+    differences = [row for row in summary["comparisons"] if row["metric"] in evaluation.HEADLINE]
+    return template.render(
+        summary=summary, metrics=SHOWN, differences=differences, label=paper_table.label, plots=plots
+    )
 
 
 def _figure(width: float = 7.0, height: float = 3.0, columns: int = 1) -> Any:
@@ -201,11 +180,11 @@ def _plot_dpo(store: RunDir, summary: dict[str, Any]) -> str:
 
 def _plot_systems(table: list[dict[str, Any]]) -> str:
     figure, axis = _figure(height=0.4 * len(table) + 1)
-    name = METRIC_NAMES[0]
+    name = "ndcg@5"
     axis.barh(
-        [row["system"] for row in table],
+        [f"{paper_table.label(row['backbone'])} {row['system']}" for row in table],
         [row[name] for row in table],
-        xerr=[row[f"{name} sd"] for row in table],
+        xerr=[row[f"{name} sd"] or 0.0 for row in table],
         height=0.6,
     )
     axis.invert_yaxis()

@@ -8,6 +8,9 @@ from dpo4rec_ray.errors import UserError
 
 SCHEMA_VERSION = 1  # raise it when a column changes meaning: manifests carry it, so old artifacts are redone
 
+EVALUATED_METRICS = ("ndcg", "map_paper", "map", "mrr", "hr")  # of core.metrics, at each of
+EVALUATED_AT = (1, 3, 5, 10)
+
 _IDS = pa.list_(pa.int64())
 _TOKENS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -66,12 +69,17 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("finish_reason", pa.string()),
         ]
     ),
-    # half_a, half_b: the same reward over a random half of the user's lists each, for the carry-over figure.
+    # std_error: how far chance alone moves the reward beside those of the user's other samples.
     "scores": pa.schema(
+        [*_LABEL, ("reward", pa.float32()), ("std_error", pa.float32()), ("num_lists", pa.int32())]
+    ),
+    # The same by every metric that is compared; half_a, half_b: over a random half of the user's lists each.
+    "metric_scores": pa.schema(
         [
             *_LABEL,
+            ("metric", pa.string()),
             ("reward", pa.float32()),
-            ("num_lists", pa.int32()),
+            ("std_error", pa.float32()),
             ("half_a", pa.float32()),
             ("half_b", pa.float32()),
         ]
@@ -104,9 +112,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("system", pa.string()),
             ("backbone", pa.string()),
             ("seed", pa.int32()),
-            ("ndcg@5", pa.float32()),
-            ("map_paper@5", pa.float32()),
-            ("map@5", pa.float32()),
+            *((f"{metric}@{k}", pa.float32()) for metric in EVALUATED_METRICS for k in EVALUATED_AT),
         ]
     ),
 }

@@ -1,4 +1,4 @@
-"""Measure a stage against its peer in the same run: python jobs/bench.py prepare [--help].
+"""Measure a stage against its peer in the same run: python jobs/bench.py prepare|score [--help].
 
 Prints a Markdown table and writes the figures as JSON. Every measured program is a process of its own; memory is the
 summed resident size of its whole process tree, sampled four times a second.
@@ -53,8 +53,12 @@ def main() -> int:
     prepare.add_argument("--layout", choices=("json.gz", "csv"), default="json.gz")
     prepare.add_argument("--repeats", type=int, default=1, help="of every run; the median is shown")
     prepare.add_argument("--seed", type=int, default=0)
+    score = stages.add_parser("score", help="rewards of 10,000 texts, against a plain loop over lists")
+    score.add_argument("--folder", default="runs/bench", help="for the inputs and the results")
+    score.add_argument("--backbones", default="dlcm,prm,setrank,mir")
+    score.add_argument("--users", type=int, default=1000)
     options = parser.parse_args()
-    return bench_prepare(options)
+    return bench_score(options) if options.stage == "score" else bench_prepare(options)
 
 
 def bench_prepare(options: argparse.Namespace) -> int:
@@ -74,15 +78,40 @@ def bench_prepare(options: argparse.Namespace) -> int:
         if size in peers:
             found.append(run_pandas(raw, f"{size}x", rows, options))
     print(table_of(found))
+    write_figures(folder / "prepare.json", [asdict(one) for one in found])
+    return check_agreement(found)
+
+
+def bench_score(options: argparse.Namespace) -> int:
+    """One process per backbone; each checks that loop and stage find the same rewards."""
+    folder = Path(options.folder).resolve()
+    found: list[dict[str, Any]] = []
+    for backbone in options.backbones.split(","):
+        command = ["jobs/bench_score.py", str(folder / "score"), "--backbone", backbone]
+        _, peak_mib, output = watched([*command, "--users", str(options.users)])
+        found.append({**json.loads(output.strip().splitlines()[-1]), "peak_mib": round(peak_mib)})
+    print(
+        "| backbone | lists | lists/s | loop, lists/s | ratio | stage s | in the encoder | in the forward pass | of the stage "
+        "| 20 metrics of 100,000 lists, s | peak MiB |\n" + "|---" * 11 + "|"
+    )
+    for row in found:
+        print(
+            f"| {row['backbone']} | {row['lists']:,} | {row['ours_lists_per_s']:,} | {row['loop_lists_per_s']:,} | "
+            f"{row['ratio']} | {row['stage_s']} | {row['encoder_s']} | {row['forward_s']} | "
+            f"{row['share in encoder and forward']:.1%} | {row['metrics_s']} | {row['peak_mib']:,} |"
+        )
+    write_figures(folder / "score.json", found)
+    return 0
+
+
+def write_figures(target: Path, runs: list[dict[str, Any]]) -> None:
     machine = {
         "cpus": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "python": platform.python_version(),
     }
-    target = folder / "prepare.json"
-    target.write_text(json.dumps({"machine": machine, "runs": [asdict(one) for one in found]}, indent=1))
+    target.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1))
     print(f"\n{machine}; figures: {target}")
-    return check_agreement(found)
 
 
 def make_raw(folder: Path, like: str, rows: int, options: argparse.Namespace) -> Path:

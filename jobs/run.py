@@ -1,4 +1,6 @@
-"""Run a recipe: python jobs/run.py RECIPE.toml [section.key=value ...] [--only STAGE] [--from STAGE] [--round R].
+"""Run a recipe.
+
+python jobs/run.py RECIPE.toml [FRAGMENT.toml ...] [section.key=value ...] [--only STAGE] [--from STAGE] [--round R]
 
 Reads the recipe, starts or joins Ray, and runs the stages of dpo4rec_ray/pipeline.py. Ends with code 0, or with code 2
 and one line when the recipe, the input or the machine is at fault.
@@ -59,7 +61,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("recipe", help="a TOML file, see jobs/recipes/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replace values of the recipe"
+        "changes",
+        nargs="*",
+        metavar="FRAGMENT.toml | section.key=value",
+        help="values that replace the recipe's: first those of TOML files, such as a search's found.toml, in order, "
+        "then single ones",
     )
     parser.add_argument(
         "--only", default="", metavar="STAGE", help="run this stage alone, even if it is complete"
@@ -78,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     """Check what costs nothing first; torch, Ray and the engines are imported after the recipe is known to be sound."""
     from dpo4rec_ray.config import load_config
 
-    config = load_config(options.recipe, options.overrides)
+    config = load_config(options.recipe, options.changes)
     folder = Path(config.run.root) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.update({key: value for key, value in WORK_ENV.items() if key not in os.environ})

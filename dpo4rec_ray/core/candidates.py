@@ -1,7 +1,8 @@
 """Candidate lists after the knowledge history, redrawn negatives, and the splits.
 
 The lists follow KAR (arXiv 2306.10933), whose data processing the paper uses. Departs from it: a validation
-share of the training users, cross-fit folds, a split by time, and redraws of the negatives for the same positives.
+share of the training users, cross-fit folds, a split by time, and redraws of the negatives for the same positives,
+uniform or by weight.
 Item ids are 0..num_items-1. Everything works on the events of many users at once.
 """
 
@@ -23,6 +24,9 @@ FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 SPLITS = ("train", "valid", "test")
 MAX_ATTEMPTS = 100_000  # a list that needs one exact item of a large catalogue gets it long before
+WEIGHTED_ATTEMPTS = (
+    100  # of drawing by weight; only weights on a handful of items leave lists open for longer
+)
 
 
 @dataclass(frozen=True)
@@ -176,26 +180,46 @@ class _SeenItems:
 
 
 def redraw_negatives(
-    candidate_item_ids: Array, labels: Array, num_items: int, num_redraws: int, rng: np.random.Generator
+    candidate_item_ids: Array,
+    labels: Array,
+    num_items: int,
+    num_redraws: int,
+    rng: np.random.Generator,
+    weights: Array | None = None,
 ) -> tuple[IntArray, FloatArray]:
     """Fresh negatives for the same positives: every place with label <= 0 is drawn anew (beyond the paper).
 
     candidate_item_ids, labels: [B, L] -> ids, labels: [R, B, L], R = num_redraws. Positives keep their place;
-    drawn items come uniformly from the catalogue without repeats within a list. Padding counts as any other
-    place without a positive and is drawn too: the caller's mask goes on holding.
+    drawn items come from the catalogue without repeats within a list. Padding counts as any other place without a
+    positive and is drawn too: the caller's mask goes on holding.
+
+    Without weights all items are equally likely. With weights a list's items are drawn one after the other, each in
+    proportion to the weights of the items that the list does not hold yet, and then shuffled over its open places, since
+    likelier items come up earlier and a place must not tell how popular its item is. A list's share of a heavy item is
+    thus below proportion. Lists still not full after `WEIGHTED_ATTEMPTS` attempts, because few items hold almost all of
+    the weight, are filled up uniformly from the items with a weight above 0.
+
+    Args:
+        weights: [num_items] >= 0, how likely each item is drawn; items with 0 never are. None: all alike.
 
     Raises:
-        UserError: the catalogue has fewer items than a list has places.
+        UserError: the catalogue has fewer items than a list has places, or fewer with a weight above 0; weights are not
+            [num_items], or one is negative or not finite.
     """
     num_lists, num_candidates = candidate_item_ids.shape
     _check_catalogue(num_items, num_candidates)
     positive = labels > 0
+    sample = (
+        _uniform_sampler(num_items, num_candidates, rng)
+        if weights is None
+        else _weighted_sampler(weights, num_items, num_candidates, rng)
+    )
     ids = np.empty((num_redraws, num_lists, num_candidates), dtype=np.int64)
     for redraw in ids:  # one redraw of all lists at a time bounds the memory of the drawing
         redraw[:] = candidate_item_ids
-        _draw_distinct(
-            redraw, ~positive, lambda rows, _: rng.integers(num_items, size=(len(rows), num_candidates))
-        )
+        _draw_distinct(redraw, ~positive, sample)
+        if weights is not None:
+            _shuffle_places(redraw, ~positive, rng)
     kept_labels = np.where(positive, labels, 0.0).astype(np.float32)
     return ids, np.broadcast_to(kept_labels, ids.shape).copy()
 
@@ -250,6 +274,49 @@ def _check_catalogue(num_items: int, num_candidates: int) -> None:
         )
 
 
+def _uniform_sampler(
+    num_items: int, num_candidates: int, rng: np.random.Generator
+) -> Callable[[IntArray, int], IntArray]:
+    """Draws for `_draw_distinct`: any item, all alike."""
+    return lambda rows, _: rng.integers(num_items, size=(len(rows), num_candidates))
+
+
+def _weighted_sampler(
+    weights: Array, num_items: int, num_candidates: int, rng: np.random.Generator
+) -> Callable[[IntArray, int], IntArray]:
+    """Draws for `_draw_distinct` in proportion to the weights, and uniform ones once too many attempts repeated."""
+    if weights.shape != (num_items,) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise UserError(
+            f"weights of negatives must be {num_items} finite numbers >= 0, one per item: got shape {weights.shape}, "
+            f"{int((weights < 0).sum())} negative, {int((~np.isfinite(weights)).sum())} not finite"
+        )
+    possible = np.flatnonzero(weights > 0)
+    if len(possible) < num_candidates:
+        raise UserError(
+            f"only {len(possible)} of {num_items} items have a weight above 0: too few for lists of {num_candidates} "
+            "distinct candidates; give every item a small weight"
+        )
+    total = np.cumsum(weights[possible], dtype=np.float64)
+    total /= total[-1]  # ends in exactly 1.0, above any random number
+
+    def sample(rows: IntArray, attempt: int) -> IntArray:
+        shape = (len(rows), num_candidates)
+        if attempt < WEIGHTED_ATTEMPTS:
+            return possible[np.searchsorted(total, rng.random(shape), side="right")]
+        return possible[rng.integers(len(possible), size=shape)]
+
+    return sample
+
+
+def _shuffle_places(ids: IntArray, movable: BoolArray, rng: np.random.Generator) -> None:
+    """Shuffle each row's items over its movable places, in place; ids, movable: [M, L]."""
+    places = np.argsort(
+        ~movable, axis=1, kind="stable"
+    )  # the movable ones first, then the others as they stand
+    shuffled = np.argsort(np.where(movable, rng.random(ids.shape), 1.0), axis=1, kind="stable")
+    np.put_along_axis(ids, places, np.take_along_axis(ids, shuffled, axis=1), axis=1)
+
+
 def _draw_distinct(
     ids: IntArray,
     drawn: BoolArray,
@@ -259,7 +326,8 @@ def _draw_distinct(
     """Fill the places marked in `drawn` [M, L] of `ids` [M, L], in place, without repeats within a row.
 
     All open places are drawn at once; those that repeat an item of their row, or are forbidden, are drawn again until
-    none is. Items that are not in the row to begin with are treated alike, so every set of them is equally likely.
+    none is. What stays are the first distinct items in the order drawn: with uniform draws every set of items that are
+    not in the row to begin with is equally likely, with others each item comes in proportion among those left.
 
     Args:
         sample: rows [m] and the number of the attempt -> items [m, L].

@@ -53,6 +53,12 @@ def below(bits: Keys, bound: int) -> npt.NDArray[np.int64]:
     return ((bits >> np.uint64(11)).astype(np.float64) * (2.0**-53 * bound)).astype(np.int64)
 
 
+def random_share(ids: npt.NDArray[np.int64], seed: int, share: float) -> npt.NDArray[np.bool_]:
+    """Which ids belong to a random share of all: each id decides alone, by its hash with the seed. ids: [n] -> [n]."""
+    bits = stream(mix(ids.astype(np.uint64) + _GOLDEN), seed)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
+
+
 def partition_of(keys: Keys, num_partitions: int) -> npt.NDArray[np.int64]:
     """Partition 0..num_partitions-1 by the key's upper bits, so that partitions hold ranges of keys in order."""
     return ((keys >> np.uint64(32)) * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)

@@ -1,33 +1,34 @@
-"""Rewards: one number per candidate list under a sample's scores, and whether they carry over to other lists.
+"""Rewards: one number per candidate list under a sample's scores, and how far such a reward can be trusted.
 
-Departs from the paper, which knows NDCG@5 only: the list log-likelihood has no ties, so it tells apart
-samples that leave the top of the list in the same order; a list without a positive is NaN (no information)
-instead of 0; and the carry-over separates what a sample is worth from the luck of being the best of N.
+Departs from the paper, which knows NDCG@5 only: any metric of `core.metrics` may be the reward, and the list
+log-likelihood, which has no ties, so it tells apart samples that leave the top of the list in the same order; a list
+without a positive is NaN (no information) instead of 0. Ties, agreement between metrics and the carry-over show what a
+reward is worth: the carry-over separates what a sample is worth from the luck of being the best of N, and shrinkage
+takes the part of the spread that is luck back out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo4rec_ray.core.metrics import Metric, check_lists, ndcg_at_k
+from dpo4rec_ray.core.metrics import (
+    METRICS,
+    Interval,
+    Metric,
+    check_lists,
+    list_metrics,
+    metric_by_name,
+    ratio_bootstrap,
+)
+from dpo4rec_ray.errors import UserError
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
-
-
-def ndcg_reward(scores: Array, labels: Array, mask: Array | None = None) -> FloatArray:
-    """NDCG@5 per list, the paper's reward. scores, labels, mask: [B, L] -> [B]; NaN without a positive.
-
-    Raises:
-        ValueError: shapes differ or a real candidate's score is NaN.
-    """
-    real = check_lists(scores, labels, mask)
-    has_positive = ((labels > 0) & real).any(axis=1)
-    return np.where(has_positive, ndcg_at_k(scores, labels, 5, mask), np.nan)
 
 
 def log_likelihood_reward(scores: Array, labels: Array, mask: Array | None = None) -> FloatArray:
@@ -52,7 +53,154 @@ def log_likelihood_reward(scores: Array, labels: Array, mask: Array | None = Non
     return mean - log_total
 
 
-REWARDS: dict[str, Metric] = {"ndcg@5": ndcg_reward, "log_likelihood": log_likelihood_reward}
+# Rewards that are no ranking metric: scores, labels, mask [B, L] -> [B], NaN for a list without a positive.
+_OF_SCORES: dict[str, Metric] = {"log_likelihood": log_likelihood_reward}
+
+REWARDS = (*(f"{metric}@k" for metric in METRICS), *_OF_SCORES)  # k is any whole number from 1
+
+
+def list_rewards(
+    scores: Array, labels: Array, names: Sequence[str], mask: Array | None = None
+) -> dict[str, FloatArray]:
+    """Rewards of every list by name, from one ranking: scores, labels, mask [B, L] -> name -> [B].
+
+    The paper's reward is "ndcg@5". NaN for a list without a positive, whatever the reward: no information, where the
+    metric itself says 0. Ties and padding: as `core.metrics.list_metrics`.
+
+    Raises:
+        UserError: a name is neither "log_likelihood" nor a metric with its cut-off, such as "ndcg@5".
+        ValueError: shapes differ or a real candidate's score is NaN.
+    """
+    for name in names:
+        _check_name(name)
+    real = check_lists(scores, labels, mask)
+    has_positive = ((labels > 0) & real).any(axis=1)
+    ranked = list_metrics(scores, labels, [name for name in names if name not in _OF_SCORES], mask)
+    return {
+        name: _OF_SCORES[name](scores, labels, mask)
+        if name in _OF_SCORES
+        else np.where(has_positive, ranked[name], np.nan)
+        for name in names
+    }
+
+
+def reward_by_name(name: str) -> Metric:
+    """The reward called e.g. "ndcg@5" or "log_likelihood": (scores, labels, mask=None) -> [B].
+
+    Raises:
+        UserError: no reward has this name; `REWARDS` lists them.
+    """
+    _check_name(name)
+
+    def reward(scores: Array, labels: Array, mask: Array | None = None) -> FloatArray:
+        return list_rewards(scores, labels, [name], mask)[name]
+
+    return reward
+
+
+class TieRates(NamedTuple):
+    """How often a reward cannot tell samples apart: shares in 0..1, NaN when no user is left to count."""
+
+    best: float  # of users: two or more samples share the best reward
+    all: float  # of users: all samples have the same reward
+    pairs: float  # of pairs of samples of one user: equal
+
+
+def tie_rates(rewards: Array) -> TieRates:
+    """How often equal rewards leave the choice between a user's samples to their order. rewards: [U, N].
+
+    Equal means exactly equal, as it does when pairs are made. Users with a NaN are left out.
+
+    Raises:
+        ValueError: not [U, N] with N >= 2.
+    """
+    _check_samples(rewards)
+    known = rewards[~np.isnan(rewards).any(axis=1)]
+    if not len(known):
+        return TieRates(float("nan"), float("nan"), float("nan"))
+    ordered = np.sort(known, axis=1)
+    num_samples = ordered.shape[1]
+    # both (i, j) and (j, i), and every sample with itself
+    num_equal = int((known[:, :, None] == known[:, None, :]).sum()) - known.size
+    return TieRates(
+        best=float((ordered[:, -1] == ordered[:, -2]).mean()),
+        all=float((ordered[:, -1] == ordered[:, 0]).mean()),
+        pairs=num_equal / (len(known) * num_samples * (num_samples - 1)),
+    )
+
+
+def rank_agreement(a: Array, b: Array) -> float:
+    """Mean over users of the Spearman correlation of two rewards over the same samples. a, b: [U, N].
+
+    Users with a NaN, and those whose samples all tie in a or in b (nothing is ordered), are left out; NaN if none is
+    left. Tied samples share their mean rank.
+
+    Raises:
+        ValueError: shapes differ or are not [U, N] with N >= 2.
+    """
+    _check_samples(a)
+    if a.shape != b.shape:
+        raise ValueError(f"both rewards must be of the same samples, got {a.shape} and {b.shape}")
+    # Comparisons with NaN are False: a user with a NaN is left out as one who orders nothing.
+    ordered = (a.max(axis=1) > a.min(axis=1)) & (b.max(axis=1) > b.min(axis=1))
+    if not ordered.any():
+        return float("nan")
+    return float(_spearman(a[ordered].astype(np.float64), b[ordered].astype(np.float64)).mean())
+
+
+def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
+    """Rewards pulled towards their user's mean by how little they can be trusted (empirical Bayes; beyond the paper).
+
+    The best of N samples owes part of its lead to luck. With rewards = user's mean + t + e, var(t) = tau2 the same for
+    all users and var(e) = std_error^2 of the user, the best guess of t is factor * (reward - user's mean), factor =
+    tau2 / (tau2 + std_error^2) (Efron and Morris, 1975). tau2 is found by moments: the mean over users of
+    var(rewards, ddof=1) - std_error^2, at least 0.
+
+    A user without a standard error (one list only: luck cannot be told from worth) gets the error that such users have
+    on average, by the same moments: std_error^2 = mean over them of var(rewards) - tau2, at least 0. The standard
+    errors of the others would be too small for them, since they rest on more lists.
+
+    The order of a user's samples never changes, so best and worst stay what they were: shrinkage matters only together
+    with `pair.min_margin`, which then is in units of what can be expected to hold. If the spread is no larger than
+    luck alone makes it, tau2 is 0 and all samples of a user tie at the mean.
+
+    Args:
+        rewards: [U, N]. A user with a NaN is left as it is, with factor NaN, and out of all means.
+        std_errors: [U] of one sample's reward beside the user's other samples; NaN where it is unknown.
+
+    Returns:
+        Shrunk rewards [U, N] and factors [U] in 0..1.
+
+    Raises:
+        UserError: there are rewards, but no user with a standard error.
+        ValueError: not [U, N] with N >= 2, or not one standard error >= 0 per user.
+    """
+    _check_samples(rewards)
+    if std_errors.shape != rewards.shape[:1] or (std_errors < 0).any():
+        raise ValueError(f"std_errors must be [{len(rewards)}] and not negative, got {std_errors.shape}")
+    shrunk = rewards.astype(np.float64)
+    factors = np.full(len(rewards), np.nan)
+    known = ~np.isnan(shrunk).any(axis=1)
+    if not known.any():
+        return shrunk, factors
+    measured = known & ~np.isnan(std_errors)
+    if not measured.any():
+        raise UserError(
+            f"none of {int(known.sum())} users has a standard error of its rewards (that takes two lists with a positive): "
+            "nothing tells worth from luck; set pair.shrinkage = false"
+        )
+    spread = shrunk.var(axis=1, ddof=1)
+    noise = std_errors.astype(np.float64) ** 2
+    tau2 = max(0.0, float((spread[measured] - noise[measured]).mean()))
+    unmeasured = known & ~measured
+    if unmeasured.any():
+        noise[unmeasured] = max(0.0, float(spread[unmeasured].mean()) - tau2)
+    total = tau2 + noise[known]
+    # Rewards without error and without spread keep their values: there is nothing to pull.
+    factors[known] = np.divide(tau2, total, out=np.ones_like(total), where=total > 0)
+    mean = shrunk[known].mean(axis=1, keepdims=True)
+    shrunk[known] = mean + factors[known, None] * (shrunk[known] - mean)
+    return shrunk, factors
 
 
 @dataclass(frozen=True)
@@ -65,26 +213,66 @@ class CarryOver:
     kept: npt.NDArray[np.int64]  # [U'] rows of the input
 
 
-def carry_over(half_a: Array, half_b: Array) -> CarryOver:
+def carry_over(
+    half_a: Array, half_b: Array, measure_a: Array | None = None, measure_b: Array | None = None
+) -> CarryOver:
     """Choose best and worst sample on one half of a user's lists, measure their gap on both (beyond).
 
-    half_a, half_b: [U, N] mean rewards of each sample on two disjoint halves of the user's lists. The gaps
-    are averaged over both directions. Users with a NaN in either half are dropped. Tied samples share their
-    mean rank; a half in which all samples tie orders nothing and gives correlation 0.0.
+    The gaps are averaged over both directions. The rank correlation is that of the reward on one half with the measure
+    on the other, averaged likewise. Users with a NaN in any of the arrays are dropped. Tied samples share their mean
+    rank; a half in which all samples tie orders nothing and gives correlation 0.0.
+
+    Args:
+        half_a, half_b: [U, N] mean rewards of each sample on two disjoint halves of the user's lists.
+        measure_a, measure_b: [U, N] another reward of the same samples on the same halves, by which the gaps are
+            measured, so that the choices of different rewards compare in one unit. None: the reward itself.
 
     Raises:
         ValueError: shapes differ or are not [U, N] with N >= 1.
     """
-    if half_a.ndim != 2 or half_a.shape != half_b.shape or half_a.shape[1] == 0:
-        raise ValueError(f"halves must share a shape [U, N], N >= 1, got {half_a.shape} and {half_b.shape}")
-    kept = np.flatnonzero(~(np.isnan(half_a) | np.isnan(half_b)).any(axis=1))
-    first, second = half_a[kept].astype(np.float64), half_b[kept].astype(np.float64)
+    measure_a = half_a if measure_a is None else measure_a
+    measure_b = half_b if measure_b is None else measure_b
+    halves = (half_a, half_b, measure_a, measure_b)
+    if half_a.ndim != 2 or half_a.shape[1] == 0 or any(half.shape != half_a.shape for half in halves):
+        shapes = ", ".join(str(half.shape) for half in halves)
+        raise ValueError(f"halves must share a shape [U, N], N >= 1, got {shapes}")
+    kept = np.flatnonzero(~np.any([np.isnan(half).any(axis=1) for half in halves], axis=0))
+    first, second, measure_first, measure_second = (half[kept].astype(np.float64) for half in halves)
     return CarryOver(
-        gap_in_sample=(_gap(first, first) + _gap(second, second)) / 2,
-        gap_held_out=(_gap(first, second) + _gap(second, first)) / 2,
-        rank_correlation=_spearman(first, second),
+        gap_in_sample=(_gap(first, measure_first) + _gap(second, measure_second)) / 2,
+        gap_held_out=(_gap(first, measure_second) + _gap(second, measure_first)) / 2,
+        rank_correlation=(_spearman(first, measure_second) + _spearman(second, measure_first)) / 2,
         kept=kept.astype(np.int64),
     )
+
+
+def carried_share(found: CarryOver, num_resamples: int = 2000, seed: int = 0) -> Interval:
+    """The part of the best-worst gap that carries over: mean held-out gap over mean in-sample gap, with its interval.
+
+    Of the whole and not averaged per user, since a user whose samples hardly differ would weigh as much as one whose
+    samples do. 1 means that all of it holds, 0 that the choice was luck; NaN when every in-sample gap is 0.
+
+    Raises:
+        ValueError: no user, or an in-sample gap is negative (gaps measured by another reward have no such share).
+    """
+    users = np.arange(len(found.kept))
+    return ratio_bootstrap(found.gap_held_out, found.gap_in_sample, users, num_resamples, seed)
+
+
+def _check_name(name: str) -> None:
+    if name in _OF_SCORES:
+        return
+    try:
+        metric_by_name(name)
+    except UserError:
+        raise UserError(
+            f"unknown reward '{name}'. Known: {', '.join(REWARDS)}, k a whole number from 1, e.g. 'ndcg@5'"
+        ) from None
+
+
+def _check_samples(rewards: Array) -> None:
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be [U, N] with N >= 2 samples, got {rewards.shape}")
 
 
 def _gap(choose_on: FloatArray, measure_on: FloatArray) -> FloatArray:

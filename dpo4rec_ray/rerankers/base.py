@@ -1,13 +1,14 @@
 """What every backbone shares: its settings, the input layer, the scoring head and the Reranker contract.
 
-Departs from KAR in the input layer: there it is the concatenation [item id, facets, adapter(item),
-adapter(user)], here a linear map of that and the similarity. It is computed as the sum of an item part, a
-user part and a similarity part: the first runs once per distinct item, the second once per distinct user,
-and a scorer can keep both in tables.
+The input of a candidate is the concatenation [item id, facets, adapter(item), adapter(user), similarity]: bare
+(`input_layer = "concat"`, the paper's and KAR's way but for the similarity) or, beyond the paper and by default, through
+one linear map ("linear"). Both are computed as the sum of an item part, a user part and a similarity part: the first
+runs once per distinct item, the second once per distinct user, and a scorer can keep both in tables.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from dpo4rec_ray.rerankers.adapter import ADAPTERS, KnowledgeAdapter
 from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, RerankBatch
 
 HEAD_DIMS = (200, 80)  # KAR's final MLP
+INPUT_LAYERS = ("linear", "concat")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,15 @@ class RerankerSettings:
     backbone: str = "prm"
     adapter: str = "hea"
     similarity: bool = True  # the standardised cosine as one more input; off is the paper's way
+    input_layer: str = "linear"  # one of INPUT_LAYERS; "concat" is the paper's way
     embed_dim: int = 32  # width of the item id and of each facet
     adapter_dim: int = 32  # the adapter's output per side
     num_shared_experts: int = 2
     num_dedicated_experts: int = 5
     expert_hidden_dim: int = 128
-    hidden_dim: int = 64  # width of the list representation
+    hidden_dim: int = (
+        64  # width of the linear input layer and of what follows; with "concat" of DLCM's states alone
+    )
     num_heads: int = 2
     num_layers: int = 1
 
@@ -56,7 +61,7 @@ class HistoryBatch(RerankBatch):
 class ListHistory:
     """The histories of B lists as `Reranker.rank` takes them."""
 
-    items: Tensor  # [B, H, hidden]: the item part of the input layer
+    items: Tensor  # [B, H, width]: the item part of the input layer
     mask: Tensor | None = None  # [B, H] bool: True is a real item; None: every place is
     ratings: Tensor | None = None  # [B, H] float; None: unknown
 
@@ -90,21 +95,31 @@ def with_history(
 
 
 class ListEmbedding(nn.Module):
-    """Input layer of a backbone: a linear map of id, facets, knowledge and similarity to `hidden_dim`."""
+    """Input layer of a backbone: id, facets, knowledge and similarity of a candidate as `width` numbers.
+
+    width is `hidden_dim` for the linear layer. Bare features are followed by zeros up to a multiple of `num_heads`,
+    so that attention can divide them among its heads.
+    """
 
     facet_starts: Tensor
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
-        """Raises UserError for an unknown adapter, or knowledge without item vectors."""
+        """Raises UserError for an unknown input layer or adapter, or knowledge without item vectors."""
         super().__init__()
-        self.knowledge = knowledge
-        width = settings.embed_dim * (1 + len(shape.facet_sizes))
+        if settings.input_layer not in INPUT_LAYERS:
+            raise UserError(
+                f"reranker.input_layer = {settings.input_layer!r} is unknown; known: {', '.join(INPUT_LAYERS)}"
+            )
+        linear = settings.input_layer == "linear"
+        self.knowledge, self.similarity = knowledge, knowledge and settings.similarity
+        item_width = settings.embed_dim * (1 + len(shape.facet_sizes))
         self.item_embedding = nn.Embedding(shape.num_items, settings.embed_dim)
         # One table for all facets: row 0 of each facet's block is its missing value.
         self.facet_embedding = nn.Embedding(max(sum(shape.facet_sizes), 1), settings.embed_dim)
         starts = torch.tensor([0, *shape.facet_sizes], dtype=torch.long).cumsum(0)[:-1]
         self.register_buffer("facet_starts", starts, persistent=False)
         self.adapter: KnowledgeAdapter | None = None
+        self.item_projection: nn.Linear | None = None
         self.user_projection: nn.Linear | None = None
         self.similarity_projection: nn.Linear | None = None
         if knowledge:
@@ -123,25 +138,38 @@ class ListEmbedding(nn.Module):
                 num_dedicated=settings.num_dedicated_experts,
                 hidden_dim=settings.expert_hidden_dim,
             )
-            width += settings.adapter_dim
-            self.user_projection = nn.Linear(settings.adapter_dim, settings.hidden_dim, bias=False)
-            if settings.similarity:
+            item_width += settings.adapter_dim
+            if linear:
+                self.user_projection = nn.Linear(settings.adapter_dim, settings.hidden_dim, bias=False)
+            if linear and settings.similarity:
                 self.similarity_projection = nn.Linear(1, settings.hidden_dim, bias=False)
-        self.item_projection = nn.Linear(width, settings.hidden_dim)
+        if linear:
+            self.width = settings.hidden_dim
+            self.item_projection = nn.Linear(item_width, self.width)
+        # Where the parts begin in the bare concatenation.
+        self.user_start = item_width
+        self.similarity_start = item_width + (settings.adapter_dim if knowledge else 0)
+        if not linear:
+            num_features = self.similarity_start + self.similarity
+            self.width = math.ceil(num_features / settings.num_heads) * settings.num_heads
 
     def item_side(self, item_ids: Tensor, attribute_ids: Tensor, item_vectors: Tensor | None) -> Tensor:
-        """item_ids [M], attribute_ids [M, F], item_vectors [M, D] -> [M, hidden]."""
+        """item_ids [M], attribute_ids [M, F], item_vectors [M, D] -> [M, width]."""
         facets = self.facet_embedding(attribute_ids + self.facet_starts).flatten(1)
         parts = [self.item_embedding(item_ids), facets]
         if self.adapter is not None:
             assert item_vectors is not None, "checked when the layer was built"
             parts.append(self.adapter.item_side(item_vectors))
-        return self.item_projection(torch.cat(parts, dim=1))
+        features = torch.cat(parts, dim=1)
+        return self._placed(features, 0) if self.item_projection is None else self.item_projection(features)
 
     def user_side(self, user_vectors: Tensor) -> Tensor:
-        """user_vectors [S, D] -> [S, hidden]. Only with knowledge."""
-        assert self.adapter is not None and self.user_projection is not None
-        return self.user_projection(self.adapter.user_side(user_vectors))
+        """user_vectors [S, D] -> [S, width]. Only with knowledge."""
+        assert self.adapter is not None
+        features = self.adapter.user_side(user_vectors)
+        if self.user_projection is None:
+            return self._placed(features, self.user_start)
+        return self.user_projection(features)
 
     def combine(
         self,
@@ -151,19 +179,27 @@ class ListEmbedding(nn.Module):
         user_rows: Tensor | None,
         similarity: Tensor | None,
     ) -> Tensor:
-        """Sum of the parts: items [M, hidden], users [S, hidden], similarity [B, L] -> [B, L, hidden]."""
+        """Sum of the parts: items [M, width], users [S, width], similarity [B, L] -> [B, L, width]."""
         # F.embedding rather than indexing: its backward is a dense scatter-add, several times faster on CPU.
         inputs = F.embedding(index, items)
         if users is not None:
             assert user_rows is not None
             inputs = inputs + F.embedding(user_rows, users).unsqueeze(1)
-        if self.similarity_projection is not None:
+        if self.similarity:
             assert similarity is not None
-            inputs = inputs + similarity.unsqueeze(-1) * self.similarity_projection.weight.view(-1)
+            feature = similarity.unsqueeze(-1)
+            if self.similarity_projection is None:
+                inputs = inputs + self._placed(feature, self.similarity_start)
+            else:
+                inputs = inputs + feature * self.similarity_projection.weight.view(-1)
         return inputs
 
+    def _placed(self, features: Tensor, start: int) -> Tensor:
+        """features [..., n] as the columns from `start` of zeros [..., width]."""
+        return F.pad(features, (start, self.width - start - features.shape[-1]))
+
     def sides(self, batch: RerankBatch) -> tuple[Tensor, Tensor | None]:
-        """The item part [M, hidden] and, with knowledge, the user part [S, hidden] of a batch."""
+        """The item part [M, width] and, with knowledge, the user part [S, width] of a batch."""
         users = None
         if self.knowledge:
             if batch.user_vectors is None:
@@ -174,7 +210,7 @@ class ListEmbedding(nn.Module):
         return self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors), users
 
     def forward(self, batch: RerankBatch) -> Tensor:
-        """-> [B, L, hidden]."""
+        """-> [B, L, width]."""
         items, users = self.sides(batch)
         return self.combine(items, batch.index, users, batch.user_rows, batch.similarity)
 
@@ -212,7 +248,7 @@ class Reranker(nn.Module):
                         nn.init.zeros_(parameter)
 
     def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """inputs [B, L, hidden], mask [B, L] or None -> finite logits [B, L]; padding changes no score."""
+        """inputs [B, L, width], mask [B, L] or None -> finite logits [B, L]; padding changes no score."""
         raise NotImplementedError
 
     def forward(self, batch: RerankBatch) -> Tensor:

@@ -37,6 +37,23 @@ class CatalogueShape:
 
 
 @dataclass(frozen=True)
+class Histories:
+    """What the users of n lists had seen before them, oldest first, padded to the longest."""
+
+    item_ids: Tensor  # [n, H] int64, 0 at padding
+    mask: Tensor  # [n, H] bool: True is a real item
+    ratings: Tensor  # [n, H] float32, 0 at padding
+
+    def select(self, index: Tensor | slice) -> Histories:
+        """Those of the lists at `index`."""
+        return Histories(self.item_ids[index], self.mask[index], self.ratings[index])
+
+    def to(self, device: torch.device | str) -> Histories:
+        """The same histories on `device`."""
+        return Histories(self.item_ids.to(device), self.mask.to(device), self.ratings.to(device))
+
+
+@dataclass(frozen=True)
 class RerankBatch:
     """B lists over tables of the M distinct items and S distinct users in them; made by `Catalogue.batch`."""
 

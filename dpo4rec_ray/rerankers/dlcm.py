@@ -4,15 +4,18 @@ The score of place i is the local ranking function phi(o_i, s_n) = V . (o_i * ta
 place and s_n the final state. Departures: the candidates are read in the order given (as KAR's code; the paper reads
 from the worst to the best of an initial ranking, which candidates drawn at random do not have); no abstract features
 beside the input (the input layer takes their place); trained with pointwise binary cross-entropy (as KAR), not the
-attention rank loss. KAR batch-normalises both states, which would let the lists of a batch see each other: here the
-input is layer-normalised instead. On KAR's own lists this scores above KAR's DLCM: the shared input layer does it,
-KAR's structure on the bare concatenation in our training gives KAR's figure.
+attention rank loss.
+
+With `input_layer = "concat"` this is KAR's DLCM: both states are batch-normalised, and KAR's figures come out on KAR's
+own lists. With "linear" the input is layer-normalised instead, so that the lists of a batch do not see each other in
+training either; it scores above KAR's.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker, RerankerSettings
 
@@ -36,6 +39,22 @@ def gru_states(gru: nn.GRU, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor
     return states.take_along_dim(back, dim=1), last * (lengths > 0).unsqueeze(-1)
 
 
+def normalised(norm: nn.BatchNorm1d, states: Tensor, mask: Tensor | None) -> Tensor:
+    """Batch normalisation of the real states alone; a trained model uses the running statistics, not its batch.
+
+    states [..., out], mask [...] or None -> [..., out], zero at padding.
+    """
+    real = states.flatten(0, -2) if mask is None else states[mask]
+    # Not norm(real): it raises in training for a single state, which has no variance to learn from.
+    from_batch = norm.training and len(real) > 1
+    normed = F.batch_norm(
+        real, norm.running_mean, norm.running_var, norm.weight, norm.bias, from_batch, norm.momentum, norm.eps
+    )
+    if mask is None:
+        return normed.view(states.shape)
+    return normed.new_zeros(states.shape).masked_scatter(mask.unsqueeze(-1), normed)
+
+
 class DLCM(Reranker):
     """DLCM with one GRU layer of `hidden_dim` units."""
 
@@ -43,14 +62,24 @@ class DLCM(Reranker):
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
         super().__init__(shape, knowledge, settings)
-        dim = settings.hidden_dim
-        # Xavier inputs are tiny, and the score is a product of two states: without this both stay near zero.
-        self.norm = nn.LayerNorm(dim)
-        self.gru = nn.GRU(dim, dim, batch_first=True)
+        width, dim = self.embedding.width, settings.hidden_dim
+        # Xavier inputs are tiny, and the score is a product of two states: without a norm of inputs or states both
+        # stay near zero.
+        self.norm: nn.LayerNorm | None = None
+        self.norm_states: nn.BatchNorm1d | None = None
+        self.norm_last: nn.BatchNorm1d | None = None
+        if settings.input_layer == "linear":
+            self.norm = nn.LayerNorm(width)
+        else:
+            self.norm_states, self.norm_last = nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)
+        self.gru = nn.GRU(width, dim, batch_first=True)
         self.context = nn.Linear(dim, dim)  # W, b
         self.weights = nn.Linear(dim, 1)  # V, and a bias
 
     def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """inputs [B, L, hidden], mask [B, L] or None -> logits [B, L]."""
-        states, last = gru_states(self.gru, self.norm(inputs), mask)
+        """inputs [B, L, width], mask [B, L] or None -> logits [B, L]."""
+        states, last = gru_states(self.gru, inputs if self.norm is None else self.norm(inputs), mask)
+        if self.norm_states is not None and self.norm_last is not None:
+            states = normalised(self.norm_states, states, mask)
+            last = normalised(self.norm_last, last, None if mask is None else mask.any(dim=1))
         return self.weights(states * self.context(last).tanh().unsqueeze(1)).squeeze(-1)

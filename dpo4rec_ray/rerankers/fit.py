@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from dpo4rec_ray.core.losses import RANKING_LOSSES
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import build_reranker
-from dpo4rec_ray.rerankers.base import Reranker, RerankerSettings
-from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape
+from dpo4rec_ray.rerankers.base import Reranker, RerankerSettings, with_history
+from dpo4rec_ray.rerankers.card import card_text
+from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, Histories
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -43,44 +44,23 @@ class ListData:
     mask: Tensor  # [n, L] bool, True is a real candidate
     user_rows: Tensor  # [n] int64, row of the list's user in user_vectors
     user_ids: Tensor  # [n] int64
-
-    @classmethod
-    def from_columns(
-        cls,
-        candidate_item_ids: Sequence[Sequence[int]],
-        labels: Sequence[Sequence[float]],
-        user_ids: Sequence[int],
-        user_rows: Sequence[int] | None = None,
-    ) -> ListData:
-        """From columns of the lists artifact. user_rows None: row 0 for all, when there is no knowledge.
-
-        Raises:
-            UserError: a list whose labels do not match its candidates.
-        """
-        lengths = np.fromiter(map(len, candidate_item_ids), np.int64, len(candidate_item_ids))
-        label_lengths = np.fromiter(map(len, labels), np.int64, len(labels))
-        if not np.array_equal(lengths, label_lengths):
-            raise UserError("lists: candidate_item_ids and labels differ in length; prepare the data again")
-        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-        item_ids = np.zeros(mask.shape, np.int64)
-        padded_labels = np.zeros(mask.shape, np.float32)
-        if mask.any():
-            item_ids[mask] = np.concatenate([np.asarray(ids, np.int64) for ids in candidate_item_ids])
-            padded_labels[mask] = np.concatenate([np.asarray(values, np.float32) for values in labels])
-        rows = np.zeros(len(lengths), np.int64) if user_rows is None else np.asarray(user_rows, np.int64)
-        users = np.asarray(user_ids, np.int64)
-        return cls(*map(torch.from_numpy, (item_ids, padded_labels, mask, rows.copy(), users.copy())))
+    histories: Histories | None = None  # for backbones that read them; None: every history is empty
 
     def __len__(self) -> int:
         return len(self.item_ids)
 
     def select(self, index: Tensor | slice) -> ListData:
         """The lists at `index` (positions, a boolean mask, or a slice such as [rank::world_size])."""
-        return ListData(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+        histories = None if self.histories is None else self.histories.select(index)
+        return ListData(*(column[index] for column in self._columns()), histories)
 
     def to(self, device: torch.device | str) -> ListData:
         """The same lists on `device`."""
-        return ListData(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        histories = None if self.histories is None else self.histories.to(device)
+        return ListData(*(column.to(device) for column in self._columns()), histories)
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        return self.item_ids, self.labels, self.mask, self.user_rows, self.user_ids
 
 
 @dataclass(frozen=True)
@@ -91,6 +71,7 @@ class FitSettings:
     batch_size: int = 256  # lists per step and rank
     lr: float = 1e-3
     weight_decay: float = 0.0
+    temperature: float = 1.0  # scores are divided by it in a softmax loss; no part of a pointwise one
     patience: int = 0  # stop after this many epochs without a better validation figure; 0: run all epochs
     metric: str = "ndcg@5"
     seed: int = 0
@@ -142,6 +123,8 @@ def fit(
     catalogue, train = catalogue.to(device), train.to(device)
     for lists in (train, valid):
         catalogue.check_ids(lists.item_ids)
+        if lists.histories is not None:
+            catalogue.check_ids(lists.histories.item_ids)
     vectors, valid_vectors, valid_rows = None, None, None
     if bare.knowledge:
         if user_vectors is None:
@@ -154,6 +137,7 @@ def fit(
     valid_labels, valid_mask = valid.labels.cpu().numpy(), valid.mask.cpu().numpy()
 
     loss_of = RANKING_LOSSES[bare.loss]
+    temperature = settings.temperature if bare.loss == "listwise_softmax" else 1.0
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
     )
@@ -180,7 +164,10 @@ def fit(
             batch = catalogue.batch(
                 lists.item_ids[index], None if full else lists.mask[index], vectors, lists.user_rows[index]
             )
-            loss = loss_of(model(batch), lists.labels[index], lists.mask[index])
+            if bare.uses_history and lists.histories is not None:
+                seen = lists.histories.select(index)
+                batch = with_history(batch, catalogue, seen.item_ids, seen.mask, seen.ratings)
+            loss = loss_of(model(batch) / temperature, lists.labels[index], lists.mask[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -193,7 +180,9 @@ def fit(
                 f"training loss is {train_loss} in epoch {epoch}: lower reranker.lr ({settings.lr})"
             )
         seconds = time.perf_counter() - began
-        scores = ListScorer([bare], catalogue).score(valid.item_ids, valid.mask, valid_vectors, valid_rows)
+        scores = ListScorer([bare], catalogue).score(
+            valid.item_ids, valid.mask, valid_vectors, valid_rows, valid.histories
+        )
         value = float(np.mean(metric(scores, valid_labels, valid_mask)))
         if distributed:
             # One figure for all ranks, so that none stops alone while the others wait.
@@ -219,7 +208,7 @@ def fit(
 
 
 def save_reranker(folder: str | Path, model: Reranker | DistributedDataParallel, info: dict) -> None:
-    """Write model.safetensors and reranker.json: architecture, catalogue shape and `info` (a JSON object)."""
+    """Write model.safetensors, reranker.json (architecture, catalogue shape and `info`, a JSON object) and a model card."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,6 +222,7 @@ def save_reranker(folder: str | Path, model: Reranker | DistributedDataParallel,
         "info": info,
     }
     (folder / CARD_FILE).write_text(json.dumps(card, indent=1), encoding="utf-8")
+    (folder / "README.md").write_text(card_text(card), encoding="utf-8")
 
 
 def load_reranker(folder: str | Path, catalogue: Catalogue) -> Reranker:

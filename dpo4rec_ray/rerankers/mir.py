@@ -89,7 +89,7 @@ class MIR(Reranker):
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
         super().__init__(shape, knowledge, settings)
-        dim = settings.hidden_dim
+        dim = self.embedding.width
         self.rating_embedding = nn.Embedding(NUM_RATINGS, dim)
         # Xavier inputs are too small for attention to tell apart, and larger with knowledge than without.
         self.norm_set, self.norm_list = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -109,7 +109,7 @@ class MIR(Reranker):
         return self.rank(inputs, batch.mask, history)
 
     def rank(self, inputs: Tensor, mask: Tensor | None, history: ListHistory | None = None) -> Tensor:
-        """inputs [B, L, hidden], mask [B, L] or None -> logits [B, L]."""
+        """inputs [B, L, width], mask [B, L] or None -> logits [B, L]."""
         batch_size, length, dim = inputs.shape
         if history is None or not history.items.shape[1]:
             # One place of padding, so that every parameter has its (zero) gradient.

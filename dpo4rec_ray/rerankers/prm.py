@@ -64,12 +64,12 @@ class PRM(Reranker):
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
         super().__init__(shape, knowledge, settings)
-        dim = settings.hidden_dim
+        dim = self.embedding.width
         self.layers = nn.ModuleList(EncoderLayer(dim, settings.num_heads) for _ in range(settings.num_layers))
         self.head = score_head(dim)
 
     def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """inputs [B, L, hidden], mask [B, L] or None -> logits [B, L]."""
+        """inputs [B, L, width], mask [B, L] or None -> logits [B, L]."""
         _, length, dim = inputs.shape
         # Xavier inputs are some ten times smaller than the positions, which would drown the items without the
         # sqrt(dim) of Vaswani et al. (section 3.4).

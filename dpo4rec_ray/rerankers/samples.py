@@ -10,118 +10,122 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from dpo4rec_ray.core.candidates import redraw_negatives
-from dpo4rec_ray.core.rewards import REWARDS
+from dpo4rec_ray.core.rewards import list_rewards
+from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
 LISTS_PER_CALL = 200_000  # bounds the memory of one scoring call
 
 
 @dataclass(frozen=True)
-class UserLists:
-    """Candidate lists sorted by user. Only lists with a positive carry a reward; the others are left out here."""
-
-    user_ids: np.ndarray  # [n] ascending
-    item_ids: np.ndarray  # [n, L], padded with 0
-    labels: np.ndarray  # [n, L]
-    mask: np.ndarray  # [n, L]
-
-    @classmethod
-    def from_columns(
-        cls,
-        user_ids: np.ndarray,
-        candidate_item_ids: Sequence[Sequence[int]],
-        labels: Sequence[Sequence[float]],
-    ) -> UserLists:
-        width = max(len(row) for row in candidate_item_ids)
-        item_ids = np.zeros((len(user_ids), width), np.int64)
-        dense_labels = np.zeros((len(user_ids), width), np.float32)
-        mask = np.zeros((len(user_ids), width), bool)
-        for row, (items, values) in enumerate(zip(candidate_item_ids, labels, strict=True)):
-            item_ids[row, : len(items)] = items
-            dense_labels[row, : len(items)] = values
-            mask[row, : len(items)] = True
-        keep = np.flatnonzero(dense_labels.sum(1) > 0)
-        keep = keep[np.argsort(user_ids[keep], kind="stable")]
-        return cls(user_ids[keep], item_ids[keep], dense_labels[keep], mask[keep])
-
-
-@dataclass(frozen=True)
 class SampleRewards:
-    """Per sample, NaN where the user has no list (or no list in that half)."""
+    """Per sample and metric [S, M]; NaN where the user has no list with a positive (or none in that half)."""
 
-    reward: np.ndarray  # [S]
-    half_a: np.ndarray  # [S] the same over a random half of the user's lists
-    half_b: np.ndarray  # [S] over the other half
+    metrics: tuple[str, ...]  # [M]
+    reward: np.ndarray
+    half_a: np.ndarray  # the same over a random half of the user's lists
+    half_b: np.ndarray  # over the other half
+    std_error: (
+        np.ndarray
+    )  # of a sample's mean reward beside the user's other samples; NaN with one list or one sample
     num_lists: np.ndarray  # [S]
 
 
 class SampleScorer:
-    """Rewards of samples: vectors [S, D] with their users -> one number per sample."""
+    """Rewards of samples: vectors [S, D] with their users -> one number per sample and metric."""
 
     def __init__(
         self,
         scorers: Sequence[ListScorer],
-        lists: UserLists,
+        lists: ListData,
         folds: np.ndarray,
         *,
         num_items: int,
-        reward: str,
+        metrics: Sequence[str],
         num_redraws: int,
         seed: int,
+        negative_weights: np.ndarray | None = None,
     ):
         """
         Args:
             scorers: one per fold; a user of fold k is scored by scorers[k].
+            lists: in any order; those without a positive carry no reward and are left out.
             folds: [num_users] fold of each user id.
+            metrics: names that `core.rewards.reward_by_name` knows.
             num_redraws: 0 keeps the lists as they were drawn. Lists shorter than the widest keep theirs.
+            negative_weights: [num_items] how likely an item is drawn as a negative; None: all alike.
         """
-        self._scorers, self._lists, self._folds = list(scorers), lists, folds
-        self._reward = REWARDS[reward]
+        self._scorers, self._folds, self._metrics = list(scorers), folds, tuple(metrics)
+        keep = torch.nonzero((lists.labels > 0).any(dim=1)).squeeze(1)
+        lists = lists.select(keep[torch.argsort(lists.user_ids[keep], stable=True)])
+        self._user_ids, self._mask, self._histories = (
+            lists.user_ids.numpy(),
+            lists.mask.numpy(),
+            lists.histories,
+        )
+        item_ids, labels = lists.item_ids.numpy(), lists.labels.numpy()
         rng = np.random.default_rng([seed, 1])
-        self._item_ids = np.repeat(lists.item_ids[None], max(1, num_redraws), axis=0)  # [R, n, L]
-        self._labels = np.repeat(lists.labels[None], max(1, num_redraws), axis=0)
-        full = lists.mask.all(axis=1)
+        self._item_ids = np.repeat(item_ids[None], max(1, num_redraws), axis=0)  # [R, n, L]
+        self._labels = np.repeat(labels[None], max(1, num_redraws), axis=0)
+        full = self._mask.all(axis=1)
         if num_redraws and full.any():
-            redrawn = redraw_negatives(lists.item_ids[full], lists.labels[full], num_items, num_redraws, rng)
-            self._item_ids[:, full], self._labels[:, full] = redrawn
-        self._half = _random_halves(lists.user_ids, np.random.default_rng([seed, 2]))
+            self._item_ids[:, full], self._labels[:, full] = redraw_negatives(
+                item_ids[full], labels[full], num_items, num_redraws, rng, negative_weights
+            )
+        self._half = _random_halves(self._user_ids, np.random.default_rng([seed, 2]))
 
     def rewards(self, user_ids: np.ndarray, vectors: np.ndarray) -> SampleRewards:
-        """user_ids [S], vectors [S, D] -> rewards; samples of one user are best passed together."""
-        reward, half_a, half_b = (np.full(len(user_ids), np.nan, np.float64) for _ in range(3))
-        low = np.searchsorted(self._lists.user_ids, user_ids, side="left")
-        num_lists = np.searchsorted(self._lists.user_ids, user_ids, side="right") - low
-        step = max(1, LISTS_PER_CALL // max(1, len(self._item_ids) * int(num_lists.max(initial=1))))
+        """user_ids [S], samples of one user together; vectors [S, D] -> rewards."""
+        shape = (len(user_ids), len(self._metrics))
+        reward, half_a, half_b, std_error = (np.full(shape, np.nan, np.float64) for _ in range(4))
+        low = np.searchsorted(self._user_ids, user_ids, side="left")
+        num_lists = np.searchsorted(self._user_ids, user_ids, side="right") - low
         for fold, scorer in enumerate(self._scorers):
             mine = np.flatnonzero((self._folds[user_ids] == fold) & (num_lists > 0))
-            for start in range(0, len(mine), step):
-                part = mine[start : start + step]
+            for part in self._calls(mine, user_ids, num_lists):
                 sample = np.repeat(np.arange(len(part)), num_lists[part])
                 offset = np.arange(len(sample)) - np.repeat(
                     np.cumsum(num_lists[part]) - num_lists[part], num_lists[part]
                 )
                 rows = low[part][sample] + offset
-                per_list = self._per_list(scorer, rows, vectors[part], sample)
+                per_list = self._per_list(scorer, rows, vectors[part], sample)  # [P, M]
                 in_a = self._half[rows]
-                reward[part] = _mean_by(sample, per_list, len(part))
-                half_a[part] = _mean_by(sample[in_a], per_list[in_a], len(part))
-                half_b[part] = _mean_by(sample[~in_a], per_list[~in_a], len(part))
-        return SampleRewards(reward, half_a, half_b, num_lists)
+                user = np.unique(user_ids[part], return_inverse=True)[1]
+                for place in range(shape[1]):
+                    values = per_list[:, place]
+                    reward[part, place] = _mean_by(sample, values, len(part))
+                    half_a[part, place] = _mean_by(sample[in_a], values[in_a], len(part))
+                    half_b[part, place] = _mean_by(sample[~in_a], values[~in_a], len(part))
+                    std_error[part, place] = _std_errors(values, sample, rows, user)
+        return SampleRewards(self._metrics, reward, half_a, half_b, std_error, num_lists)
+
+    def _calls(self, mine: np.ndarray, user_ids: np.ndarray, num_lists: np.ndarray) -> list[np.ndarray]:
+        """The samples `mine` in parts that are scored at once: whole users, about LISTS_PER_CALL lists each."""
+        if not len(mine):
+            return []
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(user_ids[mine])) + 1])  # of each user
+        own = num_lists[mine] * len(self._item_ids)
+        before = (np.cumsum(own) - own)[starts] // LISTS_PER_CALL
+        return np.split(mine, starts[1:][np.diff(before) > 0])
 
     def _per_list(
         self, scorer: ListScorer, rows: np.ndarray, vectors: np.ndarray, sample: np.ndarray
     ) -> np.ndarray:
-        """Reward of each (sample, list) pair [P], averaged over the redraws."""
+        """Rewards of each (sample, list) pair [P, M], averaged over the redraws."""
         redraws, length = len(self._item_ids), self._item_ids.shape[2]
-        items = (
-            self._item_ids[:, rows].transpose(1, 0, 2).reshape(-1, length)
-        )  # lists of one sample stay neighbours
+        # lists of one sample stay neighbours
+        items = self._item_ids[:, rows].transpose(1, 0, 2).reshape(-1, length)
         labels = self._labels[:, rows].transpose(1, 0, 2).reshape(-1, length)
-        mask = np.repeat(self._lists.mask[rows], redraws, axis=0)
-        scores = scorer.score(items, mask, vectors, np.repeat(sample, redraws))
-        return self._reward(scores, labels, mask).reshape(-1, redraws).mean(1)
+        mask = np.repeat(self._mask[rows], redraws, axis=0)
+        histories = None
+        if self._histories is not None:
+            histories = self._histories.select(torch.from_numpy(np.repeat(rows, redraws)))
+        scores = scorer.score(items, mask, vectors, np.repeat(sample, redraws), histories)
+        found = list_rewards(scores, labels, self._metrics, mask)
+        return np.stack([found[name].reshape(-1, redraws).mean(1) for name in self._metrics], axis=1)
 
 
 def _random_halves(user_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -137,3 +141,26 @@ def _mean_by(group: np.ndarray, values: np.ndarray, num_groups: int) -> np.ndarr
     counts = np.bincount(group, minlength=num_groups)
     sums = np.bincount(group, values, minlength=num_groups)
     return np.divide(sums, counts, out=np.full(num_groups, np.nan), where=counts > 0)
+
+
+def _std_errors(values: np.ndarray, sample: np.ndarray, rows: np.ndarray, user: np.ndarray) -> np.ndarray:
+    """How far chance alone moves a sample's mean reward beside those of the user's other samples.
+
+    Two-way layout per user, value = sample + list + rest: the lists are the same for all samples, so only the rest is
+    chance. values, sample, rows: [P] reward, sample and list of each pair; user: [S] of each sample -> [S].
+    """
+    num_users = int(user.max()) + 1
+    lists, place = np.unique(rows, return_inverse=True)
+    of_pair = user[sample]
+    rest = (
+        values
+        - _mean_by(sample, values, len(user))[sample]
+        - _mean_by(place, values, len(lists))[place]
+        + _mean_by(of_pair, values, num_users)[of_pair]
+    )
+    num_samples = np.bincount(user, minlength=num_users)
+    num_lists = np.bincount(of_pair, minlength=num_users) / num_samples
+    freedom = (num_samples - 1) * (num_lists - 1)
+    squares = np.bincount(of_pair, rest**2, minlength=num_users)
+    variance = np.divide(squares, freedom, out=np.full(num_users, np.nan), where=freedom > 0)
+    return np.sqrt(variance / num_lists)[user]

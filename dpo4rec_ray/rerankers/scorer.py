@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers.base import Reranker
-from dpo4rec_ray.rerankers.catalogue import Catalogue, dot_places
+from dpo4rec_ray.rerankers.base import ListHistory, Reranker
+from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories, dot_places
 
 PLACES_PER_CHUNK = 2560  # activations of one chunk stay in a core's L2 cache; four times as many are slower
 USERS_PER_CHUNK = 4096
@@ -47,6 +48,7 @@ class ListScorer:
         mask: np.ndarray | Tensor | None = None,
         user_vectors: np.ndarray | Tensor | None = None,
         user_rows: np.ndarray | Tensor | None = None,
+        histories: Histories | None = None,
     ) -> np.ndarray:
         """Mean logit over the models, float32 [B, L], -inf at padding.
 
@@ -56,6 +58,7 @@ class ListScorer:
             user_vectors: [S, D] of samples or users; needed if a model uses knowledge, ignored otherwise.
             user_rows: [B] row of each list in user_vectors; None: list i has row i (S = B). Fastest when
                 lists with the same row are neighbours.
+            histories: of the B lists; read by the backbones that use them. None: they are empty.
 
         Raises:
             UserError: ids outside the catalogue, rows that do not fit, or missing or misshapen vectors.
@@ -75,6 +78,9 @@ class ListScorer:
                 torch.cat([model.embedding.user_side(part) for part in parts]) if model.knowledge else None
                 for model in self.models
             ]
+        if histories is not None and any(model.uses_history for model in self.models):
+            histories = histories.to(self.device)
+            self.catalogue.check_ids(histories.item_ids)
         scores = torch.zeros(num_lists, length, device=self.device)
         step = max(1, PLACES_PER_CHUNK // max(length, 1))
         for start in range(0, num_lists, step):
@@ -87,7 +93,12 @@ class ListScorer:
             chunk_mask = None if real is None else real[part]
             for model, items, users in zip(self.models, self._item_sides, user_sides, strict=True):
                 inputs = model.embedding.combine(items, ids[part], users, chunk_rows, similarity)
-                scores[part] += model.rank(inputs, chunk_mask)
+                if model.uses_history and histories is not None:
+                    seen = histories.select(part)
+                    history = ListHistory(F.embedding(seen.item_ids, items), seen.mask, seen.ratings)
+                    scores[part] += model.rank(inputs, chunk_mask, history)
+                else:
+                    scores[part] += model.rank(inputs, chunk_mask)
         scores /= len(self.models)
         if real is not None:
             scores.masked_fill_(~real, float("-inf"))

@@ -25,12 +25,12 @@ class SetRank(Reranker):
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
         super().__init__(shape, knowledge, settings)
-        dim = settings.hidden_dim
+        dim = self.embedding.width
         self.layers = nn.ModuleList(EncoderLayer(dim, settings.num_heads) for _ in range(settings.num_layers))
         self.head = score_head(dim)
 
     def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """inputs [B, L, hidden], mask [B, L] or None -> logits [B, L]."""
+        """inputs [B, L, width], mask [B, L] or None -> logits [B, L]."""
         # As PRM: xavier inputs are too small for attention to tell them apart.
         x = inputs * math.sqrt(inputs.shape[-1])
         bias = padding_bias(mask, x.dtype)

@@ -52,7 +52,7 @@ class Outcome:
             inputs=inputs,
             versions=versions(),
             seed=seed,
-            commit=_commit(),
+            commit=commit(),
             produced=uuid.uuid4().hex[:12],
             peak_rss_mb=round(peak_rss_mb()),
         )
@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def commit() -> str:
     """The source's git commit, empty outside a checkout."""
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "rev-parse", "HEAD"]

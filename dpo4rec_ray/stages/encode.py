@@ -1,6 +1,6 @@
 """Knowledge vectors: one text per user from policy r, then its encoding; validation users get N samples.
 
-Two actor pools, engines then encoders, so that both work at once. Items are described by their own title and
+Two actor pools, writers of text then encoders, so that both work at once. Items are described by their own title and
 attributes and do not change with the policy: they are encoded once, in round 0. Rounds after 0 write N texts for each
 validation user, because their mean reward decides whether the round helped.
 """

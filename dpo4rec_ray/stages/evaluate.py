@@ -1,98 +1,150 @@
 """Final figures. The only stage that reads the test users' lists.
 
 Each system is fitted on the training lists with its own knowledge, chosen on validation, and measured on the same test
-lists: one Ray task per system and seed. Random, popularity and the upper bound stand beside them (method.md section 7).
+lists: one Ray task per backbone, system and seed. Random, popularity and the upper bound stand beside them (method.md
+section 7). What the tables say is decided in `dpo4rec_ray/evaluation.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 
-from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray import evaluation, paper_table
+from dpo4rec_ray.artifacts import RunDir, write_json
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.metrics import METRICS, metric_by_name, paired_bootstrap
+from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, seed_of
-from dpo4rec_ray.stages.reading import read_catalogue, read_list_data, read_vectors, reranker_settings
-from dpo4rec_ray.stages.train_reward import fit_settings
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, check_room, say, seed_of
+from dpo4rec_ray.stages.prepare import source_of
+from dpo4rec_ray.stages.reading import (
+    fit_settings,
+    popularity,
+    read_catalogue,
+    read_list_data,
+    read_vectors,
+    reranker_settings,
+    training_facts,
+)
+from dpo4rec_ray.stages.shards import begin_shards, finished_shards
+from dpo4rec_ray.stages.training import METRICS, MetricsFile, wait_for_epochs
 
-METRIC_NAMES = tuple(f"{name}@5" for name in METRICS)
-BACKBONE, BASE_LLM = "backbone", "base-llm"
+FIGURES = "figures.json"
+BACKBONE, BASE_LLM, STATISTICS = "backbone", "base-llm", "statistics"
 
 
-def round_system(round_id: int) -> str:
-    """Name of the system that uses round `round_id`'s knowledge."""
-    return f"dpo4rec-round{round_id}" if round_id else BASE_LLM
+def system_name(config: Config, knowledge: int | None) -> str:
+    """Name of the system that uses round `knowledge`'s texts; None: no knowledge."""
+    if knowledge is None:
+        return BACKBONE
+    if knowledge == 0:
+        return STATISTICS if config.llm.source == "statistics" else BASE_LLM
+    return f"dpo4rec-round{knowledge}"
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
-    """Write `per_list`: every system's metrics on every test list, and the fitted rerankers."""
+    """Write `per_list`: every system's metrics on every test list, the fitted rerankers, and the tables."""
     import ray
 
-    folder = store.start("per_list")
-    remote = ray.remote(
-        num_cpus=1,
-        num_gpus=config.evaluate.gpus_per_task,
-        runtime_env={"env_vars": WORKER_ENV},
-    )
-    task = remote(_fit_and_measure)
+    folder = store.path("per_list")
+    finished = finished_shards(folder, store.mark)
+    store.start("per_list", keep=bool(finished))
+    begin_shards(folder, store.mark)
+    gpus = config.evaluate.gpus_per_task
+    check_room("the tasks of evaluate", 1, gpus)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(_fit_and_measure)
+    shared = ray.put((config, store))
+    # The slow ones first, so that none is left alone at the end: fits with knowledge take longest.
     jobs = [
-        (knowledge, seed)
+        (backbone, knowledge, seed)
+        for knowledge in [*range(round_id, -1, -1), None]
+        for backbone in config.evaluate.backbones or (config.reranker.backbone,)
         for seed in range(config.evaluate.num_seeds)
-        for knowledge in [None, *range(round_id + 1)]
     ]
-    waiting = [task.remote(config, store, str(folder), knowledge, seed) for knowledge, seed in jobs]
-    waiting.append(remote(_simple_systems).remote(config, store))
-    tables: list[pa.Table] = []
-    with Progress("evaluate", len(waiting), "fits") as progress:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            tables += ray.get(done)
-            progress.at(len(tables))
-    table = pa.concat_tables(tables).sort_by(
-        [("system", "ascending"), ("seed", "ascending"), ("list_id", "ascending")]
+    todo = [job for job in jobs if _part(config, *job) not in finished]
+    if len(todo) < len(jobs):
+        say(f"  evaluate: {len(jobs) - len(todo)} fits kept from an interrupted run")
+    (folder / METRICS).unlink(missing_ok=True)
+    wait_for_epochs(
+        [task.remote(shared, *job) for job in todo],
+        folder / METRICS,
+        "evaluate",
+        sum(config.reranker.of(backbone).epochs for backbone, _, _ in todo),
     )
-    store.write("per_list", table)
-    return Outcome(rows_in=store.require("lists").rows, rows_out=len(table), figures={"last_round": round_id})
+    store.write("per_list", _simple_systems(config, store), part=len(jobs))
+    tables = [pq.read_table(file) for file in sorted(folder.glob("*.parquet"))]
+    per_list = pa.concat_tables(tables)
+    _summarise(config, store, per_list.to_pandas())
+    return Outcome(
+        rows_in=store.require("lists").rows, rows_out=len(per_list), figures={"last_round": round_id}
+    )
 
 
-def _fit_and_measure(
-    config: Config, store: RunDir, folder: str, knowledge: int | None, seed: int
-) -> pa.Table:
-    """Fit one reranker and measure it on the test lists. `knowledge`: the round whose texts it uses, None for none."""
+def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: int | None, seed: int) -> None:
+    """Fit one reranker, measure it on the test lists, commit the figures and save it."""
+    config, store = shared
+    torch.set_num_threads(1)
     catalogue = read_catalogue(store)
     train, valid, test = (read_list_data(store, split) for split in ("train", "valid", "test"))
     vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1]
     seed_number = seed_of(config.run.seed, "evaluate", seed)  # the same for every system: paired comparison
+    section = config.reranker.of(backbone)
+    settings = fit_settings(section, seed_number)
     model = build_reranker(
-        config.reranker.backbone,
-        catalogue.shape,
-        vectors is not None,
-        reranker_settings(config),
-        seed=seed_number,
+        backbone, catalogue.shape, vectors is not None, reranker_settings(section), seed=seed_number
     )
-    result = fit(model, catalogue, train, valid, vectors, fit_settings(config, seed_number))
-    system = BACKBONE if knowledge is None else round_system(knowledge)
-    info = {"system": system, "seed": seed, "best_epoch": result.best_epoch, "valid": result.best_value}
-    save_reranker(f"{folder}/rerankers/{system}-seed{seed}", model, info)
-    scores = ListScorer([model], catalogue).score(test.item_ids, test.mask, vectors, test.user_rows)
-    return _measured(store, test, scores, system, config.reranker.backbone, seed)
+    if config.evaluate.gpus_per_task:
+        model = model.to("cuda")
+    system = system_name(config, knowledge)
+    metrics, name = MetricsFile(store.path("per_list"), 0), f"{backbone}-{system}-seed{seed}"
+    result = fit(
+        model,
+        catalogue,
+        train,
+        valid,
+        vectors,
+        settings,
+        on_epoch=lambda record: metrics.write({"model": name, **record}),
+    )
+    scores = ListScorer([model], catalogue).score(
+        test.item_ids, test.mask, vectors, test.user_rows, test.histories
+    )
+    measured = _measured(store, test, scores, system, backbone, seed)
+    figures = {
+        "best epoch": result.best_epoch,
+        "epochs": len(result.history),
+        "seconds per epoch": round(float(np.mean([record["seconds"] for record in result.history])), 2),
+        f"valid {settings.metric}": result.best_value,
+        **{f"test {name}": float(np.mean(measured[name].to_numpy())) for name in evaluation.HEADLINE},
+    }
+    info = {"system": system, "seed": seed, "figures": figures, "fit": asdict(settings)}
+    save_reranker(store.path("per_list") / "rerankers" / name, model, info | training_facts(config, store))
+    store.write("per_list", measured, part=_part(config, backbone, knowledge, seed))
+
+
+def _part(config: Config, backbone: str, knowledge: int | None, seed: int) -> int:
+    """The number of the file that a fit writes."""
+    backbones = config.evaluate.backbones or (config.reranker.backbone,)
+    system = 0 if knowledge is None else knowledge + 1
+    return (system * len(backbones) + backbones.index(backbone)) * config.evaluate.num_seeds + seed
 
 
 def _simple_systems(config: Config, store: RunDir) -> pa.Table:
     """Random order, popularity among the training positives, and the labels themselves."""
     train, test = read_list_data(store, "train"), read_list_data(store, "test")
-    positives = train.item_ids[train.labels > 0].numpy()
-    popularity = np.bincount(positives, minlength=store.require("items").rows).astype(np.float64)
+    counts = popularity(train, store.require("items").rows)
     rng = np.random.default_rng(seed_of(config.run.seed, "random"))
     systems = {
         "random": rng.random(test.item_ids.shape),
-        "popularity": popularity[test.item_ids.numpy()],
+        "popularity": counts[test.item_ids.numpy()],
         "upper-bound": test.labels.numpy(),
     }
     return pa.concat_tables(
@@ -103,7 +155,6 @@ def _simple_systems(config: Config, store: RunDir) -> pa.Table:
 def _measured(
     store: RunDir, test: ListData, scores: np.ndarray, system: str, backbone: str, seed: int
 ) -> pa.Table:
-    labels, mask = test.labels.numpy(), test.mask.numpy()
     list_ids = store.read("lists", split="test", columns=["split", "list_id"])["list_id"].to_numpy()
     columns: dict[str, Any] = {
         "list_id": list_ids,
@@ -112,52 +163,36 @@ def _measured(
         "backbone": [backbone] * len(test),
         "seed": np.full(len(test), seed, np.int32),
     }
-    columns |= {name: metric_by_name(name)(scores, labels, mask).astype(np.float32) for name in METRIC_NAMES}
-    return pa.table(columns)
+    return pa.table(
+        columns | list_metrics(scores, test.labels.numpy(), evaluation.METRIC_NAMES, test.mask.numpy())
+    )
 
 
-def evaluation_rows(per_list: pa.Table) -> list[dict[str, Any]]:
-    """One row per system, backbone and seed: means over lists, over users, and over lists with a positive (ceiling)."""
-    frame = per_list.to_pandas()
-    best = frame[frame["system"] == "upper-bound"]
-    with_positive = set(best[best["ndcg@5"] > 0]["list_id"])
-    rows: list[dict[str, Any]] = []
-    for (system, backbone, seed), group in frame.groupby(["system", "backbone", "seed"], sort=False):
-        row: dict[str, Any] = {
-            "system": system,
-            "backbone": backbone,
-            "seed": int(seed),
-            "num_lists": len(group),
+def _about(store: RunDir) -> pd.DataFrame:
+    """What the test lists are broken down by: length of the user's history, popularity of the list's positives."""
+    train, test = read_list_data(store, "train"), read_list_data(store, "test")
+    counts = popularity(train, store.require("items").rows)[test.item_ids.numpy()]
+    positive = test.labels.numpy() > 0
+    hits = positive.sum(axis=1)
+    histories = store.read("users", columns=["history_item_ids"])["history_item_ids"]
+    lengths = np.array([len(history) for history in histories])
+    return pd.DataFrame(
+        {
+            "list_id": store.read("lists", split="test", columns=["split", "list_id"])["list_id"].to_numpy(),
+            "history_length": lengths[test.user_ids.numpy()],
+            "popularity": np.divide(
+                (counts * positive).sum(axis=1), hits, out=np.full(len(hits), np.nan), where=hits > 0
+            ),
         }
-        row |= {name: float(group[name].mean()) for name in METRIC_NAMES}
-        per_user = group.groupby("user_id")[list(METRIC_NAMES)].mean()
-        row |= {f"{name} by user": float(per_user[name].mean()) for name in METRIC_NAMES}
-        reachable = group[group["list_id"].isin(with_positive)]
-        row |= {f"{name} on lists with a positive": float(reachable[name].mean()) for name in METRIC_NAMES}
-        rows.append(row)
-    return rows
+    )
 
 
-def comparisons(per_list: pa.Table, num_resamples: int) -> list[dict[str, Any]]:
-    """NDCG@5 of each knowledge system minus the backbone's and minus the base LLM's, on identical lists and seeds."""
-    frame = per_list.to_pandas().set_index(["seed", "list_id"]).sort_index()
-    systems = [name for name in frame["system"].unique() if name == BASE_LLM or name.startswith("dpo4rec")]
-    found: list[dict[str, Any]] = []
-    for system in sorted(systems):
-        for other in (BACKBONE, BASE_LLM):
-            if other == system:
-                continue
-            mine, theirs = frame[frame["system"] == system], frame[frame["system"] == other]
-            for name in METRIC_NAMES:
-                delta = (mine[name] - theirs[name]).to_numpy()
-                interval = paired_bootstrap(delta, mine["user_id"].to_numpy(), num_resamples)
-                found.append(
-                    {
-                        "system": system,
-                        "against": other,
-                        "metric": name,
-                        "delta": interval.mean,
-                        "ci95": [interval.low, interval.high],
-                    }
-                )
-    return found
+def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame) -> None:
+    """Write the tables, and figures.json with everything in them, which the report reads."""
+    source = source_of(config)
+    paper = paper_table.key_of(config.data.dataset, [file.path for file in (*source.events, *source.users)])
+    summary = evaluation.summarise(per_list, _about(store), config.evaluate.num_resamples, paper)
+    folder = store.path("per_list")
+    write_json(folder / FIGURES, summary)
+    files = evaluation.write_tables(folder, summary)
+    say(f"  tables in {folder}: {', '.join(file.name for file in files)}")

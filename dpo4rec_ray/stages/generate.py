@@ -1,4 +1,4 @@
-"""N samples per training and validation user from policy r-1, streamed through a pool of vLLM engines.
+"""N samples per training and validation user from policy r-1, or from what llm.source names, through a pool of actors.
 
 Exactly N rows per user, or the user is listed with a reason. Finished shards survive a kill: only missing ones are
 generated again. Test users are not sampled here: no reward is ever computed for them.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.keys import random_share
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.common import Outcome, Progress, say
 from dpo4rec_ray.stages.sampling import ShardGenerator, engine_pool
@@ -24,7 +26,9 @@ SPLITS = ("train", "valid")
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `generations` of the round."""
-    users = store.read("users", split=SPLITS, columns=["user_id"])["user_id"].to_pylist()
+    takes_part = partial(random_share, seed=config.run.seed, share=config.generate.user_frac)
+    ids = store.read("users", split=SPLITS, columns=["user_id"])["user_id"].to_numpy()
+    users: list[int] = ids[takes_part(ids)].tolist()
     ranges = shard_ranges(store.require("users").rows, config.generate.users_per_shard)
     folder = store.path("generations", round_id)
     done = finished_shards(folder, store.mark)
@@ -44,6 +48,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         "generate",
         folder=str(folder),
         round_id=round_id,
+        takes_part=takes_part,
     )
     progress = Progress("generate", len(users), "users", already=already)
     answers = run_shards(todo, [pool], progress, already=already)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.pairing import PAIRINGS, Drop
+from dpo4rec_ray.core.rewards import shrink
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.common import Outcome, say
 
@@ -28,6 +29,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     dropped = {"train": Counter[str](), "valid": Counter[str]()}
     kept = Counter[str]()
     rows_in = 0
+    rewards_of = _shrunk(store, round_id) if config.pair.shrinkage else None
     generations, scores = store.files("generations", round_id), store.files("scores", round_id)
     for part, (generation_file, score_file) in enumerate(zip(generations, scores, strict=True)):
         samples = pq.read_table(generation_file).sort_by(
@@ -40,6 +42,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         rows_in += len(samples)
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         reward = rewards["reward"].to_numpy()
+        if rewards_of is not None:
+            reward = np.concatenate([rewards_of[user] for user in np.unique(rewards["user_id"].to_numpy())])
         users, starts, counts = np.unique(
             samples["user_id"].to_numpy(), return_index=True, return_counts=True
         )
@@ -47,7 +51,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             own = samples.slice(start, count)
             completions = own["token_ids"].to_pylist()
             own_reward = reward[start : start + count]
-            found = rule(own_reward, completions, config.pair.min_margin)
+            # without tokens (llm.source = "statistics") the texts themselves tell samples apart
+            told_apart = completions if any(completions) else own["text"].to_pylist()
+            found = rule(own_reward, told_apart, config.pair.min_margin)
             split = split_of[user]
             if isinstance(found, Drop):
                 dropped[split][found.value] += 1
@@ -85,6 +91,16 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         "dropped_heldout": reasons["valid"],
     }
     return Outcome(rows_in=rows_in, rows_out=kept.total(), figures=figures)
+
+
+def _shrunk(store: RunDir, round_id: int) -> dict[int, np.ndarray]:
+    """Each user's rewards in sample order, pulled towards the user's mean; over all users, which tell how far to pull."""
+    table = store.read("scores", round_id).sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
+    users, starts = np.unique(table["user_id"].to_numpy(), return_index=True)
+    rewards = table["reward"].to_numpy().reshape(len(users), -1)  # every user has N samples
+    shrunk, factors = shrink(rewards, table["std_error"].to_numpy()[starts])
+    say(f"  shrinkage: rewards keep {np.nanmean(factors):.0%} of their distance from the user's mean")
+    return dict(zip(users.tolist(), shrunk, strict=True))
 
 
 _COLUMNS = (

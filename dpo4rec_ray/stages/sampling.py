@@ -1,24 +1,29 @@
-"""Actors that turn a shard of users into texts: prompts, then an engine. Shared by generate and encode.
+"""Actors that turn a shard of users into texts. Shared by generate and encode.
 
-The engine is an ordinary object made in the actor's constructor; on a fatal engine error the process ends, so that Ray
-starts a new actor and retries the shard there, a few times at most.
+What writes the texts is made in the actor's constructor: a policy (prompts, then an engine), or one of the other
+`SOURCES` that llm.source names. On a fatal engine error the process ends, so that Ray starts a new actor and retries
+the shard there, a few times at most.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from dpo4rec_ray.artifacts import RunDir, write_json, write_part
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.generator import Completion, EngineSettings, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import FACTORS, clean_text, control_tokens, encode_chat, user_prompt
+from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.stages.common import engine_env, policy_weights, seed_of
+from dpo4rec_ray.stages.common import WORKER_ENV, engine_env, policy_weights, seed_of
 from dpo4rec_ray.stages.shards import Pool, Row
 
 
@@ -49,8 +54,18 @@ class CataloguePrompts:
         return user_prompt(about, titles, ratings, attributes, self._factors, show_ratings=self._ratings)
 
 
-class UserSampler:
-    """Samples texts for the users of a shard from one policy."""
+class TextWriter(Protocol):
+    """What a source of texts is inside an actor: users of the `users` table in, texts out."""
+
+    def __call__(
+        self, users: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]
+    ) -> tuple[list[list[int]], list[list[Completion]]]:
+        """Per user the prompt's token ids, empty where there is no prompt, and `counts` completions."""
+        ...
+
+
+class PolicyTexts:
+    """Texts that a policy writes under vLLM."""
 
     def __init__(
         self,
@@ -62,10 +77,7 @@ class UserSampler:
         ratings: bool,
         engine: EngineSettings,
         sampling: Sampling,
-        seed: int,
-        num_samples: dict[str, int],
     ):
-        self._store, self._seed, self._num_samples = store, seed, num_samples
         self._tokenizer = load_tokenizer(tokenizer_path)
         items = store.read("items", columns=["title", "attributes"])
         self._prompts = CataloguePrompts(
@@ -73,27 +85,78 @@ class UserSampler:
         )
         self._generator = VLLMGenerator(engine, sampling)
 
-    def sample(
-        self, low: int, high: int
-    ) -> tuple[list[int], list[list[int]], list[list[Completion]], list[int]]:
-        """User ids, prompts, completions of the users in [low, high), and how many samples each should have."""
-        users = self._store.read("users", split=tuple(self._num_samples), user_range=(low, high)).to_pylist()
+    def __call__(
+        self, users: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]
+    ) -> tuple[list[list[int]], list[list[Completion]]]:
         texts = [
             self._prompts.text(user["profile"], user["history_item_ids"], user["history_ratings"])
             for user in users
         ]
         prompts = [encode_chat(self._tokenizer, text) for text in texts]
-        counts = [self._num_samples[user["split"]] for user in users]
-        ids = [user["user_id"] for user in users]
-        seeds = [seed_of(self._seed, user_id) for user_id in ids]
         try:
-            return ids, prompts, self._generator.generate(prompts, seeds, counts), counts
+            return prompts, self._generator.generate(prompts, seeds, counts)
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
                 os._exit(
                     1
                 )  # Ray starts a new actor with a new engine and retries; an exception would end the job
             raise
+
+
+class StatisticsTexts:
+    """Texts counted from the histories; no model is loaded."""
+
+    def __init__(self, store: RunDir, *, like_at: float | None):
+        items = store.read("items", columns=["title", "attributes"])
+        self._generator = StatisticsGenerator(
+            items["title"].to_pylist(), items["attributes"].to_pylist(), like_at
+        )
+
+    def __call__(
+        self, users: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]
+    ) -> tuple[list[list[int]], list[list[Completion]]]:
+        items, ratings = ([user[name] for user in users] for name in ("history_item_ids", "history_ratings"))
+        return [[] for _ in users], self._generator.generate(items, ratings, seeds, counts)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How an actor builds its `TextWriter`, and what it occupies beside its share of CPUs."""
+
+    build: Callable[[RunDir], TextWriter]
+    num_gpus: float = 0.0
+    env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
+
+
+class UserSampler:
+    """Samples texts for the users of a shard from one source."""
+
+    def __init__(
+        self,
+        store: RunDir,
+        *,
+        source: Source,
+        seed: int,
+        num_samples: dict[str, int],
+        takes_part: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        """takes_part: user ids [n] -> bool [n]; None: all users do."""
+        self._store, self._seed, self._num_samples = store, seed, num_samples
+        self._takes_part = takes_part
+        self._write = source.build(store)
+
+    def sample(
+        self, low: int, high: int
+    ) -> tuple[list[int], list[list[int]], list[list[Completion]], list[int]]:
+        """User ids, prompts, completions of the users in [low, high), and how many samples each should have."""
+        table = self._store.read("users", split=tuple(self._num_samples), user_range=(low, high))
+        if self._takes_part is not None:
+            table = table.filter(pa.array(self._takes_part(table["user_id"].to_numpy())))
+        users = table.to_pylist()
+        counts = [self._num_samples[user["split"]] for user in users]
+        ids = [user["user_id"] for user in users]
+        seeds = [seed_of(self._seed, user_id) for user_id in ids]
+        return ids, *self._write(users, seeds, counts), counts
 
 
 class ShardGenerator(UserSampler):
@@ -183,6 +246,43 @@ def failure(samples: list[Completion], count: int) -> str:
     return "empty_text" if any(not sample.text.strip() for sample in samples) else ""
 
 
+def _policy_source(config: Config, store: RunDir, policy_round: int) -> Source:
+    weights = policy_weights(config, store, policy_round)
+    section = config.generate
+    engine = EngineSettings(
+        model=weights.merged or weights.base,
+        adapter=weights.adapter if weights.merged is None else None,
+        dtype=config.llm.dtype,
+        max_model_len=config.llm.max_model_len,
+        on_gpu=section.gpus_per_engine > 0,
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        max_lora_rank=next(rank for rank in VLLM_LORA_RANKS if rank >= config.dpo.lora_rank),
+    )
+    build = partial(
+        PolicyTexts,
+        tokenizer_path=weights.base,
+        factors=config.prompt.factors,
+        item_attributes=config.prompt.item_attributes,
+        ratings=config.prompt.ratings,
+        engine=engine,
+        sampling=Sampling(section.temperature, section.top_p, section.max_new_tokens),
+    )
+    return Source(build, section.gpus_per_engine, engine_env(config))
+
+
+def _statistics_source(config: Config, store: RunDir, policy_round: int) -> Source:
+    return Source(
+        partial(StatisticsTexts, like_at=config.data.positive_rating if config.prompt.ratings else None)
+    )
+
+
+# llm.source -> what writes the texts of policy `policy_round`
+SOURCES: dict[str, Callable[[Config, RunDir, int], Source]] = {
+    "vllm": _policy_source,
+    "statistics": _statistics_source,
+}
+
+
 def engine_pool(
     config: Config,
     store: RunDir,
@@ -192,36 +292,21 @@ def engine_pool(
     stage: str,
     **more: Any,
 ) -> Pool:
-    """The pool of engines of policy `policy_round`; `num_samples` says how many texts the users of each split get."""
-    weights = policy_weights(config, store, policy_round)
-    gpus = config.generate.gpus_per_engine
-    engine = EngineSettings(
-        model=weights.merged or weights.base,
-        adapter=weights.adapter if weights.merged is None else None,
-        dtype=config.llm.dtype,
-        max_model_len=config.llm.max_model_len,
-        on_gpu=gpus > 0,
-        gpu_memory_utilization=config.generate.gpu_memory_utilization,
-        max_lora_rank=next(rank for rank in VLLM_LORA_RANKS if rank >= config.dpo.lora_rank),
-    )
-    section = config.generate
+    """The pool that writes policy `policy_round`'s texts; `num_samples` says how many the users of each split get."""
+    source = SOURCES[config.llm.source](config, store, policy_round)
     arguments = {
         "store": store,
-        "tokenizer_path": weights.base,
-        "factors": config.prompt.factors,
-        "item_attributes": config.prompt.item_attributes,
-        "ratings": config.prompt.ratings,
-        "engine": engine,
-        "sampling": Sampling(section.temperature, section.top_p, section.max_new_tokens),
+        "source": source,
         "seed": seed_of(config.run.seed, stage, policy_round),
         "num_samples": num_samples,
         **more,
     }
+    section = config.generate
     return Pool(
         worker,
         arguments,
         size=section.num_engines,
         num_cpus=section.cpus_per_engine,
-        num_gpus=gpus,
-        env=engine_env(config),
+        num_gpus=source.num_gpus,
+        env=source.env,
     )

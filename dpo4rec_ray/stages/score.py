@@ -1,7 +1,7 @@
 """Every sample's reward, through two actor pools: the text encoder, then the reward rerankers.
 
-Also measured here, because it needs rewards per half of a user's lists: how much of the best-worst gap carries over to
-lists that were not used for choosing (method.md section 4). A reward that does not carry over teaches nothing.
+Beside the metric that pairs are made of, the same scores are judged by others (reward.compare), so that a user can see
+whether the reward is robust: `reward_figures.py`.
 """
 
 from __future__ import annotations
@@ -12,45 +12,60 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.artifacts import RunDir, write_part
+from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.metrics import paired_bootstrap
-from dpo4rec_ray.core.rewards import carry_over
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, say
 from dpo4rec_ray.stages.encode import encoder_pool
 from dpo4rec_ray.stages.reading import sample_scorer
+from dpo4rec_ray.stages.reward_figures import MEASURED, YARDSTICK, reward_figures
 from dpo4rec_ray.stages.shards import Pool, Row, part_number, run_shards
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
-    """Write `scores` of the round, one part per part of `generations`."""
-    folder = store.start("scores", round_id)
+    """Write `scores` and `metric_scores` of the round, one part of each per part of `generations`."""
+    store.start("metric_scores", round_id)
+    store.start("scores", round_id)
     shards = [(part_number(file), 0, 0) for file in store.files("generations", round_id)]
-    num_users = store.require("generations", round_id).figures["users"]
+    generated = store.require("generations", round_id)
     scorer = Pool(
         ShardScorer,
-        {"config": config, "store": store, "folder": str(folder), "round_id": round_id},
+        {"config": config, "store": store, "round_id": round_id},
         config.reward.num_scorers,
         config.reward.cpus_per_scorer,
         num_gpus=config.reward.gpus_per_worker,
         env=WORKER_ENV,
     )
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
-    answers = run_shards(shards, pools, Progress("score", num_users, "users"))
+    answers = run_shards(shards, pools, Progress("score", generated.figures["users"], "users"))
     rows = sum(answer["rows"] for answer in answers)
-    figures = carry_over_figures(
-        pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
+    metrics = metric_names(config)
+    parts = [pq.read_table(file) for file in sorted(store.path("metric_scores", round_id).glob("*.parquet"))]
+    valid = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
+    figures = reward_figures(pa.concat_tables(parts), metrics[0], valid)
+    _say(figures)
+    return Outcome(
+        rows_in=generated.rows, rows_out=rows, figures=figures, rows={"metric_scores": rows * len(metrics)}
     )
-    if figures["users_in_carry_over"]:
-        low, high = figures["gap_held_out_ci95"]
-        say(
-            f"  carry-over: best-worst gap {figures['gap_in_sample']:.4f} where it was chosen, "
-            f"{figures['gap_held_out']:.4f} [{low:.4f}, {high:.4f}] on the user's other lists"
-        )
-    else:
+
+
+def metric_names(config: Config) -> tuple[str, ...]:
+    """The metric that pairs are made of, those it is compared with, and the one all are measured on."""
+    return tuple(dict.fromkeys((config.reward.metric, *config.reward.compare, YARDSTICK)))
+
+
+def _say(figures: dict[str, Any]) -> None:
+    """One line per metric: how often it cannot tell samples apart, and what its choice is worth on other lists."""
+    if not figures["users_in_carry_over"]:
         say("  carry-over: unknown, no user has two lists with a positive")
-    return Outcome(rows_in=store.require("generations", round_id).rows, rows_out=rows, figures=figures)
+        return
+    for number, (name, row) in enumerate(figures["metrics"].items()):
+        low, high = row[f"{YARDSTICK} gap held out ci95"]
+        say(
+            f"  {'reward' if not number else 'compared'} {name:<14} best tied for {row['best tied']:>6.1%} of users; "
+            f"{row['carried']:>6.1%} of its best-worst gap carries over; NDCG@5 gap on other lists "
+            f"{row[f'{YARDSTICK} gap held out']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        )
 
 
 class ShardEncoder:
@@ -73,54 +88,34 @@ class ShardEncoder:
 
 
 class ShardScorer:
-    """Scores a shard's vectors and commits them as one part of `scores`."""
+    """Scores a shard's vectors and commits them as one part of `metric_scores` and one of `scores`."""
 
-    def __init__(self, config: Config, store: RunDir, folder: str, round_id: int):
-        self._scorer = sample_scorer(config, store)
-        self._folder, self._round = folder, round_id
+    def __init__(self, config: Config, store: RunDir, round_id: int):
+        self._metrics = metric_names(config)
+        self._scorer = sample_scorer(config, store, self._metrics)
+        self._store, self._round = store, round_id
 
     def __call__(self, row: Row) -> Row:
         user_ids = np.asarray(row["user_ids"], np.int64)
         found = self._scorer.rewards(user_ids, np.asarray(row["vectors"], np.float32))
-        table = pa.table(
-            {
-                "round": np.full(len(user_ids), self._round, np.int32),
-                "user_id": user_ids,
-                "sample_id": np.asarray(row["sample_ids"], np.int32),
-                "reward": found.reward.astype(np.float32),
-                "num_lists": found.num_lists.astype(np.int32),
-                "half_a": found.half_a.astype(np.float32),
-                "half_b": found.half_b.astype(np.float32),
-            }
-        )
-        write_part(self._folder, "scores", table, int(row["shard"]))
-        return {"shard": int(row["shard"]), "rows": len(user_ids), "users": len(np.unique(user_ids))}
-
-
-def carry_over_figures(scores: pa.Table) -> dict[str, Any]:
-    """Spread and carry-over of the rewards within a user, over all scored users."""
-    scores = scores.sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
-    users, counts = np.unique(scores["user_id"].to_numpy(), return_counts=True)
-    matrix = {
-        name: scores[name].to_numpy().astype(np.float64).reshape(len(users), counts[0])
-        for name in ("reward", "half_a", "half_b")
-    }
-    found = carry_over(matrix["half_a"], matrix["half_b"])
-    numbers = np.arange(len(found.gap_held_out))
-    figures: dict[str, Any] = {
-        "mean_reward": float(np.nanmean(matrix["reward"])),
-        "spread": float(np.nanmean(np.nanstd(matrix["reward"], axis=1))),
-        "users_in_carry_over": len(numbers),
-    }
-    if not len(numbers):  # no user has two lists with a positive
-        return figures | dict.fromkeys(
-            ("gap_in_sample", "gap_held_out", "gap_held_out_ci95", "rank_correlation")
-        )
-    in_sample = paired_bootstrap(found.gap_in_sample, numbers)
-    held_out = paired_bootstrap(found.gap_held_out, numbers)
-    return figures | {
-        "gap_in_sample": in_sample.mean,
-        "gap_held_out": held_out.mean,
-        "gap_held_out_ci95": [held_out.low, held_out.high],
-        "rank_correlation": float(np.nanmean(found.rank_correlation)),
-    }
+        ids = {
+            "round": np.full(len(user_ids), self._round, np.int32),
+            "user_id": user_ids,
+            "sample_id": np.asarray(row["sample_ids"], np.int32),
+        }
+        scores = {
+            **ids,
+            "reward": found.reward[:, 0],
+            "std_error": found.std_error[:, 0],
+            "num_lists": found.num_lists,
+        }
+        count = len(self._metrics)
+        by_metric = {
+            **{name: np.repeat(values, count) for name, values in ids.items()},
+            "metric": list(self._metrics) * len(user_ids),
+            **{name: getattr(found, name).ravel() for name in MEASURED},
+        }
+        part = int(row["shard"])
+        self._store.write("metric_scores", pa.table(by_metric), self._round, part)
+        self._store.write("scores", pa.table(scores), self._round, part)
+        return {"shard": part, "rows": len(user_ids), "users": len(np.unique(user_ids))}

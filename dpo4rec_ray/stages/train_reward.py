@@ -1,6 +1,8 @@
-"""The reward rerankers: knowledge-augmented, one per fold, trained under Ray Train and chosen on validation users.
+"""The reward rerankers: knowledge-augmented, one per fold, chosen on validation users.
 
-The same backbone without knowledge is trained beside them, with the same budget, to show what knowledge is worth.
+The same backbone without knowledge is trained beside them, with the same budget, to show what knowledge is worth. They
+are small: each is a Ray task of its own. With reward.num_workers > 1 each is trained by that many workers under Ray
+Train, one after the other, for models or data that one worker cannot take.
 
 Also measured here: the shuffle drop, the NDCG lost when users get each other's vectors. Zero means that the reranker
 ignores knowledge, and then no reward can teach anything.
@@ -8,99 +10,133 @@ ignores knowledge, and then no reward can teach anything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dpo4rec_ray.artifacts import RunDir, write_json
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.metrics import metric_by_name
-from dpo4rec_ray.rerankers import build_reranker
-from dpo4rec_ray.rerankers.fit import FitSettings, ListData, fit, load_reranker, save_reranker
+from dpo4rec_ray.rerankers import Reranker, build_reranker
+from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.stages.common import Outcome, say, seed_of
-from dpo4rec_ray.stages.reading import read_catalogue, read_list_data, read_vectors, reranker_settings
-from dpo4rec_ray.stages.training import MetricsFile, launch
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, check_room, say, seed_of
+from dpo4rec_ray.stages.reading import (
+    fit_settings,
+    read_catalogue,
+    read_list_data,
+    read_vectors,
+    reranker_settings,
+    training_facts,
+)
+from dpo4rec_ray.stages.training import METRICS, MetricsFile, launch, wait_for_epochs
 
 PLAIN = "without-knowledge"
-
-
-def fit_settings(config: Config, seed: int) -> FitSettings:
-    """The same budget for every system and fold."""
-    section = config.reranker
-    return FitSettings(
-        epochs=section.epochs,
-        batch_size=section.batch_size,
-        lr=section.lr,
-        weight_decay=section.weight_decay,
-        patience=section.patience,
-        metric=section.metric,
-        seed=seed,
-        resample_negatives=section.resample_negatives,
-    )
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write the reward rerankers, one folder per fold."""
     folder = store.start("reward")
-    launch(
-        train_loop,
-        {"config": config, "store": store, "folder": str(folder)},
-        folder=folder,
-        num_workers=config.reward.num_workers,
-        gpus_per_worker=config.reward.gpus_per_worker,
-        label="train_reward",
-        unit="epochs",
-    )
+    names = [PLAIN, *(f"fold-{fold}" for fold in range(config.reward.num_folds))]
+    if config.reward.num_workers > 1:
+        launch(
+            train_loop,
+            {"config": config, "store": store, "names": names},
+            folder=folder,
+            num_workers=config.reward.num_workers,
+            gpus_per_worker=config.reward.gpus_per_worker,
+            label="train_reward",
+            unit="epochs",
+        )
+    else:
+        _train_as_tasks(config, store, names)
     figures = _shuffle_drop(config, store)
     say(
         f"  NDCG@5 on validation: {figures['valid_ndcg@5 without knowledge']:.4f} without knowledge, "
         f"{figures['valid_ndcg@5']:.4f} with each user's text, {figures['shuffle_drop']:.4f} less with another user's"
     )
     num_lists = store.require("lists").rows
-    return Outcome(rows_in=num_lists, rows_out=config.reward.num_folds + 1, figures=figures)
+    return Outcome(rows_in=num_lists, rows_out=len(names), figures=figures)
+
+
+def _train_as_tasks(config: Config, store: RunDir, names: list[str]) -> None:
+    """Every reranker in a task of its own; progress is what they have written to metrics.jsonl."""
+    import ray
+
+    gpus = config.reward.gpus_per_worker
+    check_room("the tasks of train_reward", 1, gpus)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(_train_task)
+    shared = ray.put((config, store))
+    tasks = [task.remote(shared, name, len(names)) for name in names]
+    epochs = config.reranker.of(config.reranker.backbone).epochs
+    wait_for_epochs(tasks, store.path("reward") / METRICS, "train_reward", len(names) * epochs)
+
+
+def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> None:
+    config, store = shared
+    torch.set_num_threads(1)
+    device = "cuda" if config.reward.gpus_per_worker else "cpu"
+    _train_one(config, store, name, MetricsFile(store.path("reward"), 0), num_models, lambda m: m.to(device))
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """One worker: trains every fold together with the other workers, each on its share of the lists."""
-    import torch
+    """One Ray Train worker: trains every reranker together with the other workers, each on its share of the lists."""
     from ray import train
 
-    config, store, folder = arguments["config"], arguments["store"], arguments["folder"]
+    config, store, names = arguments["config"], arguments["store"], arguments["names"]
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    metrics = MetricsFile(store.path("reward"), rank)
+    for name in names:
+        _train_one(config, store, name, metrics, len(names), train.torch.prepare_model, rank, world)
+
+
+def _train_one(
+    config: Config,
+    store: RunDir,
+    name: str,
+    metrics: MetricsFile,
+    num_models: int,
+    place: Callable[[Reranker], Any],
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Train the reranker of one fold (or the one without knowledge) on this rank's share of its lists, and save it."""
+    knowledge = name != PLAIN
     catalogue = read_catalogue(store)
     lists, valid = read_list_data(store, "train"), read_list_data(store, "valid")
-    vectors = read_vectors(store, 0, "user")[1]
-    folds = torch.from_numpy(store.read("users", columns=["fold"])["fold"].to_numpy().copy())
-    metrics = MetricsFile(folder, rank)
-    num_models = config.reward.num_folds + 1
+    if knowledge and config.reward.num_folds > 1:
+        folds = torch.from_numpy(store.read("users", columns=["fold"])["fold"].to_numpy().copy())
+        lists = lists.select(folds[lists.user_ids] != int(name.removeprefix("fold-")))
+    section = config.reranker.of(config.reranker.backbone)
+    seed = seed_of(config.run.seed, "reward", name)
+    settings = fit_settings(section, seed)
+    number = 0 if not knowledge else 1 + int(name.removeprefix("fold-"))
 
-    def train_one(number: int, name: str, share: ListData, knowledge: bool) -> None:
-        seed = seed_of(config.run.seed, "reward", name)
-        model = build_reranker(
-            config.reranker.backbone, catalogue.shape, knowledge, reranker_settings(config), seed=seed
-        )
-        settings = fit_settings(config, seed)
+    def on_epoch(record: dict[str, Any]) -> None:
+        step = number * settings.epochs + record["epoch"]
+        metrics.write({"step": step, "num_steps": num_models * settings.epochs, "model": name, **record})
 
-        def on_epoch(record: dict[str, Any]) -> None:
-            step = number * settings.epochs + record["epoch"]
-            metrics.write({"step": step, "num_steps": num_models * settings.epochs, "model": name, **record})
-
-        share = share.select(slice(rank, None, world))
-        wrapped = train.torch.prepare_model(model)
-        result = fit(
-            wrapped, catalogue, share, valid, vectors if knowledge else None, settings, on_epoch=on_epoch
-        )
-        if rank == 0:
-            info = {"best_epoch": result.best_epoch, "valid": result.best_value, "fit": asdict(settings)}
-            save_reranker(f"{folder}/{name}", model, info)
-
-    train_one(0, PLAIN, lists, knowledge=False)
-    for fold in range(config.reward.num_folds):
-        seen = lists.select(folds[lists.user_ids] != fold) if config.reward.num_folds > 1 else lists
-        train_one(fold + 1, f"fold-{fold}", seen, knowledge=True)
+    model = place(
+        build_reranker(section.backbone, catalogue.shape, knowledge, reranker_settings(section), seed=seed)
+    )
+    result = fit(
+        model,
+        catalogue,
+        lists.select(slice(rank, None, world)),
+        valid,
+        read_vectors(store, 0, "user")[1] if knowledge else None,
+        settings,
+        on_epoch=on_epoch,
+    )
+    if rank == 0:
+        figures = {"best_epoch": result.best_epoch, f"valid {settings.metric}": result.best_value}
+        info = {"system": name, "figures": figures, "fit": asdict(settings), **training_facts(config, store)}
+        save_reranker(Path(store.path("reward")) / name, model, info)
 
 
 def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
@@ -114,24 +150,19 @@ def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
     ]
     metric = metric_by_name("ndcg@5")
     labels, mask = valid.labels.numpy(), valid.mask.numpy()
-    values = {}
-    plain = ListScorer([load_reranker(store.path("reward") / PLAIN, catalogue)], catalogue)
-    values["plain"] = float(metric(plain.score(valid.item_ids, mask), labels, mask).mean())
-    scorer = ListScorer(
-        [
-            load_reranker(store.path("reward") / f"fold-{fold}", catalogue)
-            for fold in range(config.reward.num_folds)
-        ],
-        catalogue,
-    )
-    for name, source in (("own", vectors), ("other", vectors[other])):
-        values[name] = float(
-            metric(scorer.score(valid.item_ids, mask, source, valid.user_rows), labels, mask).mean()
-        )
+    folds = [f"fold-{fold}" for fold in range(config.reward.num_folds)]
+
+    def measured(names: list[str], source: np.ndarray | None) -> float:
+        models = [load_reranker(store.path("reward") / name, catalogue) for name in names]
+        scorer = ListScorer(models, catalogue)
+        scores = scorer.score(valid.item_ids, mask, source, valid.user_rows, valid.histories)
+        return float(metric(scores, labels, mask).mean())
+
+    own = measured(folds, vectors)
     figures = {
-        "valid_ndcg@5": values["own"],
-        "valid_ndcg@5 without knowledge": values["plain"],
-        "shuffle_drop": values["own"] - values["other"],
+        "valid_ndcg@5": own,
+        "valid_ndcg@5 without knowledge": measured([PLAIN], None),
+        "shuffle_drop": own - measured(folds, vectors[other]),
     }
     write_json(store.path("reward") / "diagnosis.json", figures)
     return figures

@@ -1,4 +1,4 @@
-"""Launching a Ray Train job and showing its progress. Used by train_reward, dpo and bootstrap.
+"""Launching training and showing its progress: one Ray Train job, or many small models as Ray tasks.
 
 Rank 0 appends one JSON line per step to metrics.jsonl in the stage's folder, on storage that the driver sees too; the
 driver follows that file, because a worker's own output stays in Ray's logs.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,23 @@ def _trainer_class() -> type:
             return [callback for callback in found if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     return LocalTrainer
+
+
+def wait_for_epochs(tasks: Sequence[Any], file: Path, label: str, total: int) -> None:
+    """Wait for Ray tasks that append one line per epoch to `file`; `total` epochs at most, fewer if some stop early.
+
+    Raises what a task raised.
+    """
+    import ray
+
+    waiting = list(tasks)
+    with Progress(label, total, "epochs") as progress:
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1.0)
+            ray.get(done)
+            if file.exists():
+                with open(file, "rb") as lines:
+                    progress.at(sum(1 for _ in lines))
 
 
 class MetricsFile:

@@ -51,10 +51,12 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     texts = store.read("knowledge", round_id)
     texts = texts.filter(pc.and_(pc.equal(texts["subject"], "user"), pc.is_in(texts["subject_id"], valid)))
     user_ids = texts["subject_id"].to_numpy()
-    found = sample_scorer(config, store).rewards(user_ids, vectors_of(texts["vector"]))
+    found = sample_scorer(config, store, [config.reward.metric]).rewards(
+        user_ids, vectors_of(texts["vector"])
+    )
     means = [
         _mean_per_user(before["user_id"].to_numpy(), before["reward"].to_numpy().astype(np.float64)),
-        _mean_per_user(user_ids, found.reward),
+        _mean_per_user(user_ids, found.reward[:, 0]),
     ]
     users = sorted(means[0].keys() & means[1].keys())
     if not users:

@@ -70,6 +70,24 @@ def test_the_first_dpo_loss_is_ln2(tiny_run: Finished) -> None:
     assert tiny_run.summary["rounds"][0]["dpo"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
+def test_score_says_whether_the_reward_is_robust(tiny_run: Finished) -> None:
+    """Ties, agreement and carry-over of every metric, from the same samples; the scores are the first metric's."""
+    figures = tiny_run.summary["rewards"]["1"]
+    assert list(figures["metrics"]) == ["log_likelihood", "ndcg@5", "map@5", "mrr@10"]
+    by_metric = rows(tiny_run, "metric_scores", 1)
+    assert len(by_metric) == 4 * len(rows(tiny_run, "scores", 1))
+    first = {
+        (row["user_id"], row["sample_id"]): row["reward"]
+        for row in by_metric
+        if row["metric"] == "log_likelihood"
+    }
+    for row in rows(tiny_run, "scores", 1):
+        assert first[row["user_id"], row["sample_id"]] == row["reward"]
+        assert row["num_lists"] < 2 or row["std_error"] >= 0
+    assert all(row["reward"] <= 0 for row in by_metric if row["metric"] == "log_likelihood")
+    assert all(0 <= row["reward"] <= 1 for row in by_metric if row["metric"] != "log_likelihood")
+
+
 def test_every_user_has_exactly_n_samples_or_a_reason(tiny_run: Finished) -> None:
     users = {row["user_id"]: row["split"] for row in rows(tiny_run, "users")}
     counts = Counter((row["user_id"], row["sample_id"]) for row in rows(tiny_run, "generations", 1))

@@ -56,10 +56,98 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None
         assert word in message
 
 
-@pytest.mark.parametrize("override", ["num_samples=4", "generate.num_samples", "=4", "generate.=4"])
+@pytest.mark.parametrize(
+    "override", ["num_samples=4", "generate.num_samples", "=4", "generate.=4", "reranker..lr=4"]
+)
 def test_malformed_override(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError, match=r"section\.key=value"):
         load_config(write(tmp_path, ""), [override])
+
+
+def test_fragments_are_merged_in_order_and_overrides_come_last(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path,
+        "[reranker]\nlr = 0.1\nepochs = 7\n[reranker.per_backbone.dlcm]\nlr = 0.2\nbatch_size = 64\n",
+    )
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text("[reranker.per_backbone.dlcm]\nlr = 0.3\n[reranker.per_backbone.prm]\nlr = 0.4\n")
+    second.write_text("[reranker]\nepochs = 9\n[reranker.per_backbone.prm]\nlr = 0.5\n")
+    changes = [
+        "reranker.per_backbone.dlcm.epochs=3",
+        str(first),
+        "reranker.per_backbone.mir.lr=0.6",
+        str(second),
+    ]
+    config = load_config(recipe, changes)
+    assert config.run.name == "my_recipe"
+    assert (config.reranker.lr, config.reranker.epochs) == (0.1, 9)
+    assert config.reranker.per_backbone == {
+        "dlcm": {"lr": 0.3, "batch_size": 64, "epochs": 3},
+        "prm": {"lr": 0.5},
+        "mir": {"lr": 0.6},
+    }
+    assert config.reranker.of("dlcm").epochs == 3
+    assert config.reranker.of("prm").epochs == 9
+    assert load_config(recipe, [str(second), str(first)]).reranker.per_backbone["prm"] == {"lr": 0.4}
+    assert (
+        load_config(recipe, [str(first), "reranker.per_backbone.dlcm.lr=0.7"]).reranker.of("dlcm").lr == 0.7
+    )
+
+
+def test_an_override_may_end_like_a_fragment_and_a_fragments_name_may_hold_an_equals_sign(
+    tmp_path: Path,
+) -> None:
+    recipe = write(tmp_path, "")
+    assert load_config(recipe, ["data.file=events.toml"]).data.file == "events.toml"
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    (folder / "found.toml").write_text("[reranker]\nlr = 0.1\n")
+    assert load_config(recipe, [str(folder / "found.toml")]).reranker.lr == 0.1
+
+
+def test_overrides_reach_into_a_table_of_strings(tmp_path: Path) -> None:
+    recipe = write(tmp_path, '[table.attributes]\ngenre = "genres"\n')
+    config = load_config(recipe, ["table.attributes.year=released"])
+    assert config.table.attributes == {"genre": "genres", "year": "released"}
+
+
+@pytest.mark.parametrize(
+    ("fragment", "words"),
+    [
+        ("[reranker]\nlrr = 0.1\n", ["fragment", "found.toml", "reranker.lrr", "'lr'"]),
+        ("[rerank]\nlr = 0.1\n", ["fragment", "found.toml", "[rerank]", "'reranker'"]),
+        ("[reranker.per_backbone.dlcm]\nlrr = 0.1\n", ["found.toml", "per_backbone.dlcm", "lrr", "'lr'"]),
+        (
+            "[reranker.per_backbone.dlcm]\nlr = -1\n",
+            ["my_recipe.toml with", "found.toml", "-1", "greater than 0"],
+        ),
+        ("[reranker]\nper_backbone = 3\n", ["reranker.per_backbone = 3", "dictionary"]),
+        ("[reranker\n", ["fragment", "found.toml", "not valid TOML"]),
+    ],
+)
+def test_mistakes_in_a_fragment_are_named(tmp_path: Path, fragment: str, words: list[str]) -> None:
+    found = tmp_path / "found.toml"
+    found.write_text(fragment)
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, ""), [str(found)])
+    message = str(error.value)
+    assert "\n" not in message
+    assert "Value error" not in message
+    for word in words:
+        assert word in message
+
+
+def test_missing_fragment(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"fragment no/such\.toml: cannot be read"):
+        load_config(write(tmp_path, ""), ["no/such.toml"])
+
+
+def test_an_override_below_a_value_is_refused(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "[reranker]\nlr = 0.1\n")
+    with pytest.raises(UserError, match=r"'reranker\.lr' is not a table"):
+        load_config(recipe, ["reranker.lr.x=1"])
+    with pytest.raises(UserError, match=r"reranker\.epochs: Input should be a valid integer"):
+        load_config(recipe, ["reranker.epochs.x=1"])
 
 
 def test_missing_recipe() -> None:

@@ -247,6 +247,82 @@ def test_redraw_is_uniform_over_sets() -> None:
     assert (drawn[:, 0] < drawn[:, 1]).mean() == pytest.approx(0.5, abs=0.03)
 
 
+def test_redraw_without_weights_draws_what_it_always_drew() -> None:
+    """Draws of a seed as they were before there were weights: runs with that seed stay comparable."""
+    before, labels = np.array([[7, 3, 9, 0], [5, 6, 8, 2]]), np.array([[1, 0, 1, 0], [0, 0, 0, 1]])
+    ids, _ = redraw_negatives(before, labels, 12, 2, np.random.default_rng(1))
+    assert ids.tolist() == [[[7, 6, 9, 11], [0, 1, 9, 2]], [[7, 3, 9, 5], [3, 9, 1, 2]]]
+
+
+def test_redraw_by_weight_by_hand() -> None:
+    """Positive 0 (its weight does not matter), two places drawn of items 1, 2, 3 with weights 6, 3, 1.
+
+    One after the other: {1,2} .6 * 3/4 + .3 * 6/7 = .707143; {1,3} .6 * 1/4 + .1 * 6/9 = .216667; {2,3}
+    .3 * 1/7 + .1 * 3/9 = .076190. Shuffled: either item of a set comes first in half of the lists, though the
+    likelier one was mostly drawn first.
+    """
+    before, labels = np.tile([1, 0, 2], (20_000, 1)), np.tile([0, 1, 0], (20_000, 1))
+    ids, _ = redraw_negatives(before, labels, 4, 1, np.random.default_rng(0), np.array([1.0, 6, 3, 1]))
+    assert (ids[0, :, 1] == 0).all()
+    drawn = ids[0][:, [0, 2]]
+    sets, counts = np.unique(np.sort(drawn, axis=1), axis=0, return_counts=True)
+    assert sets.tolist() == [[1, 2], [1, 3], [2, 3]]
+    np.testing.assert_allclose(counts / 20_000, [0.707143, 0.216667, 0.076190], atol=0.0145)
+    assert (drawn[:, 0] < drawn[:, 1]).mean() == pytest.approx(0.5, abs=0.016)  # 4.5 standard deviations
+
+
+def test_redraw_by_weight_ends_and_never_draws_weight_zero() -> None:
+    """All weight on item 0, next to none on 1, 2, 3, none on 4: filled up uniformly, 2 of 3, so each in 2/3 of the lists."""
+    weights = np.array([1.0, 1e-12, 1e-12, 1e-12, 0.0])
+    ids, _ = redraw_negatives(
+        np.zeros((3000, 3), int), np.zeros((3000, 3)), 5, 1, np.random.default_rng(0), weights
+    )
+    counts = np.bincount(ids.ravel(), minlength=5) / 3000
+    assert counts[0] == 1 and counts[4] == 0
+    np.testing.assert_allclose(counts[1:4], 2 / 3, atol=0.039)  # 4.5 standard deviations
+
+
+@given(
+    num_lists=st.integers(0, 12),
+    num_places=st.integers(1, 8),
+    num_spare=st.integers(0, 20),
+    skew=st.sampled_from([0.0, 1.0, 30.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=100, deadline=None)
+def test_redraw_by_weight_never_repeats(
+    num_lists: int, num_places: int, num_spare: int, skew: float, seed: int
+) -> None:
+    """However skewed, also when the weighted items just fill a list: positives stay, nothing twice."""
+    rng = np.random.default_rng(seed)
+    num_items = num_places + num_spare
+    before = rng.permuted(np.tile(np.arange(num_items), (num_lists, 1)), axis=1)[:, :num_places]
+    labels = (rng.random(before.shape) < 0.3).astype(np.float32)
+    weights = rng.random(num_items) ** skew
+    ids, new_labels = redraw_negatives(before, labels, num_items, 2, np.random.default_rng(seed), weights)
+    assert (np.diff(np.sort(ids, axis=2), axis=2) > 0).all()
+    assert ((ids >= 0) & (ids < num_items)).all()
+    kept = np.broadcast_to(labels > 0, ids.shape)
+    assert (ids[kept] == np.broadcast_to(before, ids.shape)[kept]).all()
+    assert (new_labels == labels).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, 1.0, 1.0], "got shape \\(3,\\)"),
+        ([1.0, 1.0, -1.0, 1.0], "1 negative"),
+        ([1.0, np.nan, np.inf, 1.0], "2 not finite"),
+        ([1.0, 0.0, 1.0, 0.0], "only 2 of 4 items have a weight above 0"),
+    ],
+)
+def test_weights_that_cannot_be_drawn_by(weights: list[float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        redraw_negatives(
+            np.array([[0, 1, 2]]), np.array([[1, 0, 0]]), 4, 1, np.random.default_rng(0), np.array(weights)
+        )
+
+
 def test_redraw_ends_when_a_logged_list_repeats_a_positive() -> None:
     """Logged lists may hold an item twice; both stay and the draw still avoids it."""
     ids, _ = redraw_negatives(np.array([[3, 3, 0]]), np.array([[1, 1, 0]]), 4, 20, np.random.default_rng(0))

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import time
+import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo4rec_ray.core.metrics import METRICS, metric_by_name, paired_bootstrap
+from dpo4rec_ray.core.metrics import METRICS, list_metrics, metric_by_name, paired_bootstrap, ratio_bootstrap
 from dpo4rec_ray.errors import UserError
 
 DESCENDING = np.array([[5.0, 4.0, 3.0, 2.0, 1.0]])  # candidate order is rank order
@@ -58,19 +59,37 @@ def test_both_maps_by_hand(k: int, labels: list[int], map_paper: float, map_plai
     assert one(f"map@{k}", DESCENDING[0], labels) == pytest.approx(map_plain, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("labels", "k", "mrr", "hr"),
+    [
+        ([0, 0, 1, 0, 1], 5, 1 / 3, 1.0),  # first relevant at rank 3; the one at rank 5 adds nothing
+        ([0, 0, 1, 0, 1], 3, 1 / 3, 1.0),  # rank 3 is within 3
+        ([0, 0, 1, 0, 1], 2, 0.0, 0.0),  # but not within 2
+        ([0, 0.5, 3, 0, 0], 1, 0.0, 0.0),
+        ([0, 0.5, 3, 0, 0], 9, 1 / 2, 1.0),  # any label above 0 is relevant; k beyond the list
+        ([1, 1, 1, 1, 1], 5, 1.0, 1.0),
+        ([0, 0, 0, 0, 0], 5, 0.0, 0.0),
+    ],
+)
+def test_mrr_and_hr_by_hand(labels: list[float], k: int, mrr: float, hr: float) -> None:
+    """One over the rank of the first relevant item, if that rank is at most k; HR asks only whether there is one."""
+    assert one(f"mrr@{k}", DESCENDING[0], labels) == mrr
+    assert one(f"hr@{k}", DESCENDING[0], labels) == hr
+
+
 def test_maps_treat_any_positive_label_as_relevant() -> None:
     """Ranked labels 0 .5 3: precisions 1/2 and 2/3 at the two hits, mean 7/12."""
     assert one("map@3", [3.0, 2.0, 1.0], [0, 0.5, 3]) == pytest.approx(7 / 12)
 
 
-@pytest.mark.parametrize("name", ["ndcg@2", "map@2", "map_paper@2"])
+@pytest.mark.parametrize("name", [f"{metric}@2" for metric in METRICS])
 def test_ties_keep_candidate_order(name: str) -> None:
     """All scores equal: rank = place. A positive in place 1 is perfect, in place 3 it is out of the top 2."""
     assert one(name, [1.0, 1.0, 1.0], [1, 0, 0]) == 1.0
     assert one(name, [1.0, 1.0, 1.0], [0, 0, 1]) == 0.0
 
 
-@pytest.mark.parametrize("name", ["ndcg@5", "map@5", "map_paper@5"])
+@pytest.mark.parametrize("name", [f"{metric}@5" for metric in METRICS])
 def test_padding_is_never_ranked_or_counted(name: str) -> None:
     """The padded place scores highest and holds a label, a real one scores -inf: still as without padding."""
     padded = one(name, [9.0, -np.inf, 1.0, 2.0], [1, 1, 1, 0], [False, True, True, True])
@@ -82,39 +101,42 @@ def test_padding_below_a_real_minus_infinity() -> None:
     assert one("ndcg@1", [0.0, -np.inf], [0, 1], [False, True]) == 1.0
 
 
-@pytest.mark.parametrize("name", ["ndcg@5", "map@5", "map_paper@5"])
+@pytest.mark.parametrize("name", [f"{metric}@5" for metric in METRICS])
 def test_wholly_padded_list_and_empty_batch(name: str) -> None:
     """Nothing real to rank counts 0.0; no list gives no figure."""
     assert one(name, [1.0, 2.0], [1, 1], [False, False]) == 0.0
     assert metric_by_name(name)(np.empty((0, 3)), np.empty((0, 3))).shape == (0,)
+    assert metric_by_name(name)(np.empty((2, 0)), np.empty((2, 0))).tolist() == [0.0, 0.0]
 
 
 def test_float32_and_integer_inputs_give_float64() -> None:
     """Labels arrive as float32 or int; the figure is float64 and the same."""
     scores = DESCENDING.astype(np.float32)
     for labels in (np.array([[0, 1, 0, 1, 0]]), np.array([[0, 1, 0, 1, 0]], dtype=np.float32)):
-        value = METRICS["ndcg"](scores, labels, 5)
+        value = metric_by_name("ndcg@5")(scores, labels)
         assert value.dtype == np.float64
         assert value[0] == pytest.approx(0.650921, abs=1e-6)
 
 
 def test_bad_arrays_raise() -> None:
-    """A NaN score would silently rank last; shapes must agree; k counts from 1."""
+    """A NaN score would silently rank last; shapes must agree."""
     with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
         one("ndcg@5", [np.nan, 1.0], [1, 0])
     assert one("ndcg@5", [np.nan, 1.0], [1, 1], [False, True]) == 1.0
     with pytest.raises(ValueError, match="one shape"):
-        METRICS["map"](np.zeros((1, 2)), np.zeros((1, 3)), 5)
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        METRICS["map"](np.zeros((1, 2)), np.zeros((1, 2)), 0)
+        metric_by_name("map@5")(np.zeros((1, 2)), np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="one shape"):
+        list_metrics(np.zeros((1, 2)), np.zeros((1, 2)), ["map@5"], np.ones((1, 3), bool))
 
 
 @pytest.mark.parametrize(
-    "name", ["mrr@5", "ndcg", "ndcg@", "ndcg@0", "ndcg@-1", "ndcg@5.0", "ndcg@²", "@5", ""]
+    "name", ["recall@5", "ndcg", "ndcg@", "ndcg@0", "ndcg@-1", "ndcg@5.0", "ndcg@²", "@5", ""]
 )
 def test_unknown_metric_names_the_known_ones(name: str) -> None:
-    with pytest.raises(UserError, match="ndcg@k, map@k, map_paper@k"):
+    with pytest.raises(UserError, match="ndcg@k, map_paper@k, map@k, mrr@k, hr@k"):
         metric_by_name(name)
+    with pytest.raises(UserError, match=f"unknown metric '{re.escape(name)}'"):
+        list_metrics(np.zeros((1, 2)), np.zeros((1, 2)), ["ndcg@5", name])
 
 
 @st.composite
@@ -129,12 +151,15 @@ def lists(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-@given(lists(), st.integers(1, 9))
+@given(lists(), st.integers(1, 9), st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
-def test_metrics_against_a_loop(data: tuple[np.ndarray, np.ndarray, np.ndarray], k: int) -> None:
-    """The definitions again as plain loops over ranks, one list at a time."""
+def test_metrics_against_a_loop(data: tuple[np.ndarray, np.ndarray, np.ndarray], k: int, other: int) -> None:
+    """The definitions again as plain loops over ranks, one list at a time; the cut-offs asked for beside k do not matter."""
     scores, labels, mask = data
-    got = {name: metric(scores, labels, k, mask) for name, metric in METRICS.items()}
+    names = [f"{metric}@{cut}" for cut in (other, k) for metric in METRICS]
+    every = list_metrics(scores, labels, names, mask)
+    assert list(every) == list(dict.fromkeys(names))
+    got = {metric: every[f"{metric}@{k}"] for metric in METRICS}
     for row in range(len(scores)):
         real = [place for place in range(scores.shape[1]) if mask[row, place]]
         ranked = [labels[row, place] for place in sorted(real, key=lambda place: -scores[row, place])]
@@ -153,32 +178,55 @@ def test_metrics_against_a_loop(data: tuple[np.ndarray, np.ndarray, np.ndarray],
         assert got["map"][row] == pytest.approx(
             precision_sum / min(k, relevant) if relevant else 0.0, abs=1e-12
         )
+        first = next((rank for rank, label in enumerate(ranked[:k], 1) if label > 0), None)
+        assert got["mrr"][row] == (1 / first if first else 0.0)
+        assert got["hr"][row] == (1.0 if first else 0.0)
 
 
-def test_hundred_thousand_lists_take_well_under_a_second() -> None:
-    """CPU seconds of this process, so that a busy machine does not fail it."""
+def test_many_lists_are_ranked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 2 lists of 3 (7 candidates fit), the last of one list, and lists longer than a part: the same figures."""
     rng = np.random.default_rng(0)
-    scores, labels = rng.random((100_000, 10)), (rng.random((100_000, 10)) < 0.2).astype(np.float32)
-    for metric in METRICS.values():
-        start = time.process_time()
-        metric(scores, labels, 5)
-        assert time.process_time() - start < 0.8
+    scores, labels = rng.normal(size=(7, 3)), rng.integers(0, 2, (7, 3))
+    mask = rng.random((7, 3)) < 0.8
+    names = [f"{metric}@2" for metric in METRICS]
+    whole = list_metrics(scores, labels, names, mask)
+    for at_once in (7, 1):
+        monkeypatch.setattr("dpo4rec_ray.core.metrics._MAX_CANDIDATES_AT_ONCE", at_once)
+        parts = list_metrics(scores, labels, names, mask)
+        for name in names:
+            np.testing.assert_array_equal(parts[name], whole[name])
 
 
 def test_bootstrap_of_equal_values_has_no_width() -> None:
-    """Every resample of a constant has the same mean."""
+    """Every resample of a constant has the same mean. None of 200 is <= 0: p = 2 (1 + 0) / 201."""
     interval = paired_bootstrap(np.full(12, 0.25), np.arange(12) % 4, num_resamples=200)
-    assert interval == pytest.approx((0.25, 0.25, 0.25))
+    assert interval == pytest.approx((0.25, 0.25, 0.25, 2 / 201))
+    assert paired_bootstrap(np.full(12, -0.25), np.arange(12), num_resamples=200).p_value == 2 / 201
+    assert paired_bootstrap(np.zeros(12), np.arange(12), num_resamples=200) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_bootstrap_weighs_users_by_their_lists() -> None:
     """User 7 has values 0 0 0, user 9 has 1.
 
     Resamples: {7,7} -> 0, {7,9} -> 1/4, {9,9} -> 1 with chances 1/4, 1/2, 1/4. So the 2.5 % and 97.5 %
-    percentiles are 0 and 1 and the mean over all four values is .25.
+    percentiles are 0 and 1 and the mean over all four values is .25. A quarter of the resamples is <= 0, all are >= 0:
+    p = 2 / 4.
     """
     interval = paired_bootstrap(np.array([0.0, 1.0, 0.0, 0.0]), np.array([7, 9, 7, 7]))
-    assert interval == (0.25, 0.0, 1.0)
+    assert interval[:3] == (0.25, 0.0, 1.0)
+    assert interval.p_value == pytest.approx(0.5, abs=0.09)  # 4.5 standard deviations of 2,000 resamples
+
+
+def test_bootstrap_p_value_matches_the_normal_test() -> None:
+    """400 independent values with mean 1.5 standard errors above 0: the two-sided normal test says .1336.
+
+    The resampled means are normal around the mean with that standard error, so the same share of them lies below 0.
+    """
+    values = np.random.default_rng(4).normal(size=400)
+    values = (values - values.mean()) / values.std() + 1.5 / 20
+    for sign in (1, -1):
+        interval = paired_bootstrap(sign * values, np.arange(400), num_resamples=20_000)
+        assert interval.p_value == pytest.approx(math.erfc(1.5 / math.sqrt(2)), abs=0.015)
 
 
 def test_bootstrap_interval_matches_theory_when_groups_are_single() -> None:
@@ -210,12 +258,67 @@ def test_bootstrap_seed_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bootstrap_edges() -> None:
     """One user cannot be resampled: NaN bounds. NaN values and missing values are errors."""
-    mean, low, high = paired_bootstrap(np.array([0.0, 1.0]), np.array([4, 4]))
+    mean, *rest = paired_bootstrap(np.array([0.0, 1.0]), np.array([4, 4]))
     assert mean == 0.5
-    assert np.isnan([low, high]).all()
+    assert np.isnan(rest).all() and len(rest) == 3
     with pytest.raises(ValueError, match="1 of 2 values are not finite"):
         paired_bootstrap(np.array([0.0, np.nan]), np.array([1, 2]))
     with pytest.raises(ValueError, match="n >= 1"):
         paired_bootstrap(np.array([]), np.array([]))
     with pytest.raises(ValueError, match="n >= 1"):
         paired_bootstrap(np.zeros(2), np.zeros(3))
+
+
+def test_ratio_by_hand() -> None:
+    """Group 1 has 3 / 6 and 1 / 2, group 2 has 0 / 2: 4 / 10, not the mean of the ratios.
+
+    Resamples: {1,1} -> 8/16, {1,2} -> 4/10, {2,2} -> 0/4 with chances 1/4, 1/2, 1/4: the 95 % interval is 0 to .5. A
+    quarter of the resamples is <= 0: p = .5.
+    """
+    interval = ratio_bootstrap(np.array([3.0, 0, 1]), np.array([6.0, 2, 2]), np.array([1, 2, 1]))
+    assert interval[:3] == (0.4, 0.0, 0.5)
+    assert interval.p_value == pytest.approx(0.5, abs=0.09)
+
+
+def test_ratio_of_counts_is_the_mean() -> None:
+    """With 1 below every value the ratio is the mean of the values, interval and p-value included."""
+    rng = np.random.default_rng(5)
+    values, groups = rng.normal(0.2, 1, 80), rng.integers(0, 30, 80)
+    assert ratio_bootstrap(values, np.ones(80), groups) == pytest.approx(paired_bootstrap(values, groups))
+
+
+def test_ratio_interval_covers() -> None:
+    """100 data sets of 60 users whose true ratio is 1/4: the 95 % interval holds it in 86 to 100 of them.
+
+    Per user the denominator is 1 to 3 and the numerator a quarter of it plus noise. 86 is 4 standard deviations below 95.
+    """
+    rng = np.random.default_rng(6)
+    held = 0
+    for _ in range(100):
+        below = rng.uniform(1, 3, 60)
+        above = below / 4 + rng.normal(0, 1, 60)
+        interval = ratio_bootstrap(above, below, np.arange(60), num_resamples=500)
+        held += interval.low <= 0.25 <= interval.high
+    assert held >= 86
+
+
+def test_ratio_without_a_denominator() -> None:
+    """Resamples of group 2 alone (a quarter) divide by 0 and are left out; nothing to divide by at all is NaN."""
+    interval = ratio_bootstrap(
+        np.array([1.0, 0.0]), np.array([2.0, 0.0]), np.array([1, 2]), num_resamples=400
+    )
+    assert interval[:3] == (0.5, 0.5, 0.5)
+    assert 2 / 401 < interval.p_value < 2 / 250  # 2 / (number kept + 1)
+    assert np.isnan(ratio_bootstrap(np.array([1.0, 2.0]), np.zeros(2), np.array([1, 2]))).all()
+    ratio, *rest = ratio_bootstrap(np.array([1.0, 2.0]), np.array([4.0, 2.0]), np.array([1, 1]))
+    assert ratio == 0.5 and np.isnan(rest).all()
+
+
+def test_ratio_mistakes() -> None:
+    groups = np.array([1, 2])
+    with pytest.raises(ValueError, match="1 of 2 denominators are negative"):
+        ratio_bootstrap(np.ones(2), np.array([1.0, -1.0]), groups)
+    with pytest.raises(ValueError, match="1 of 2 numerators are not finite"):
+        ratio_bootstrap(np.array([1.0, np.nan]), np.ones(2), groups)
+    with pytest.raises(ValueError, match="denominators and groups must be"):
+        ratio_bootstrap(np.ones(2), np.ones(3), groups)

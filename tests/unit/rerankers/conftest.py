@@ -5,11 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from dpo4rec_ray.rerankers import Catalogue
 from dpo4rec_ray.rerankers.fit import ListData
+from dpo4rec_ray.stages.reading import list_data
+
+
+def make_lists(item_ids: list[list[int]], labels: list[list[float]], users: list[int]) -> ListData:
+    """Lists without histories, through the reader that the stages use."""
+    nothing = [[] for _ in users]
+    columns = {
+        "user_id": pa.array(users, pa.int64()),
+        "candidate_item_ids": pa.array(item_ids, pa.list_(pa.int64())),
+        "labels": pa.array(labels, pa.list_(pa.float32())),
+        "history_item_ids": pa.array(nothing, pa.list_(pa.int64())),
+        "history_ratings": pa.array(nothing, pa.list_(pa.float32())),
+    }
+    return list_data(pa.table(columns))
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ def make_world(
     item_ids = rng.random((num_lists, num_items)).argsort(axis=1)[:, :10]
     match = np.einsum("nd,nld->nl", tastes[users], traits[item_ids]) / np.sqrt(dim)
     labels = (match + 0.5 * rng.normal(size=match.shape) > 0.8).astype(np.float32)
-    lists = ListData.from_columns(item_ids, labels, users, users)
+    lists = make_lists(item_ids.tolist(), labels.tolist(), users.tolist())
     held_out = lists.user_ids % 5 == 0
     return World(
         catalogue, (mean + tastes).astype(np.float32), lists.select(~held_out), lists.select(held_out)

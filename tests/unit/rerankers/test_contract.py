@@ -1,4 +1,6 @@
-"""What every backbone in RERANKERS must do: without knowledge and with every adapter, with history and without."""
+"""What every backbone in RERANKERS must do: with both input layers, without knowledge and with every adapter, with
+history and without.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from dpo4rec_ray.rerankers import (
     with_history,
 )
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
+from dpo4rec_ray.rerankers.base import INPUT_LAYERS
 from dpo4rec_ray.rerankers.fit import FitSettings, fit, load_reranker, save_reranker
 
 
@@ -31,12 +34,13 @@ class Case:
     name: str
     adapter: str | None
     history: bool
+    input_layer: str = "linear"
 
     def __str__(self) -> str:
-        return "-".join([self.name, self.adapter or "plain", *["history"] * self.history])
+        return "-".join([self.name, self.input_layer, self.adapter or "plain", *["history"] * self.history])
 
     def model(self, world) -> Reranker:
-        settings = RerankerSettings(adapter=self.adapter or "hea")
+        settings = RerankerSettings(adapter=self.adapter or "hea", input_layer=self.input_layer)
         return build_reranker(
             self.name, world.catalogue.shape, self.adapter is not None, settings, seed=3
         ).eval()
@@ -59,13 +63,15 @@ class Case:
 
 
 CASES = [
-    Case(name, adapter, history)
+    Case(name, adapter, history, input_layer)
     for name, backbone in sorted(RERANKERS.items())
+    for input_layer in INPUT_LAYERS
     for adapter in (None, *sorted(ADAPTERS))
     for history in ([False, True] if backbone.uses_history else [False])
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_backbone = pytest.mark.parametrize("name", sorted(RERANKERS))
+every_input_layer = pytest.mark.parametrize("input_layer", INPUT_LAYERS)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -87,6 +93,25 @@ def test_padding_changes_no_score(case, small):
         padded_ids = torch.cat([ids, torch.full((6, 3), filler)], dim=1)
         mask = torch.tensor([[True] * 5 + [False] * 3]).expand(6, -1)
         close(model(case.batch(small, padded_ids, mask))[:, :5], bare)
+
+
+@every_case
+def test_padding_changes_nothing_in_training(case, small):
+    """Nor the loss, nor a statistic that the model keeps: what stands at padding enters neither."""
+    lists = small.train.select(slice(6))
+    found = []
+    for padding, filler in ((0, 0), (3, 0), (3, 17)):
+        model = case.model(small).train()
+        ids = torch.cat([lists.item_ids, torch.full((6, padding), filler)], dim=1)
+        labels = torch.cat([lists.labels, torch.zeros(6, padding)], dim=1)
+        mask = (torch.arange(10 + padding) < 10).expand(6, -1)
+        batch = case.batch(small, ids, mask if padding else None)
+        found.append((RANKING_LOSSES[model.loss](model(batch), labels, mask), dict(model.named_buffers())))
+    (loss, kept), *padded = found
+    for other_loss, other_kept in padded:
+        close(other_loss, loss)
+        for name, value in kept.items():
+            close(other_kept[name], value)
 
 
 @every_case
@@ -172,13 +197,15 @@ def test_every_parameter_is_trained(case, small):
 
 
 @every_backbone
-@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
-def test_learns_a_planted_signal(name, adapter, planted):
+@pytest.mark.parametrize(
+    ("input_layer", "adapter"), [*(("linear", adapter) for adapter in sorted(ADAPTERS)), ("concat", "hea")]
+)
+def test_learns_a_planted_signal(name, input_layer, adapter, planted):
     """Held-out users; labels follow user vector . item vector, which needs knowledge."""
     few = planted.train.select(slice(480))
     figures = {}
     for knowledge in (False, True):
-        model = build(name, planted, knowledge, adapter=adapter)
+        model = build(name, planted, knowledge, adapter=adapter, input_layer=input_layer)
         budget = FitSettings(epochs=5, batch_size=64)
         vectors = planted.user_vectors if knowledge else None
         figures[knowledge] = fit(model, planted.catalogue, few, planted.valid, vectors, budget).best_value
@@ -189,8 +216,10 @@ def test_learns_a_planted_signal(name, adapter, planted):
 def test_save_and_load_give_equal_scores(case, small, tmp_path):
     model, batch = case.model(small), case.batch(small)
     save_reranker(tmp_path, model, {"fold": 2})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "reranker.json"]
-    assert torch.equal(load_reranker(tmp_path, small.catalogue)(batch), model(batch))
+    assert {"model.safetensors", "reranker.json"} <= {path.name for path in tmp_path.iterdir()}
+    loaded = load_reranker(tmp_path, small.catalogue)
+    assert loaded.settings == model.settings
+    assert torch.equal(loaded(batch), model(batch))
 
 
 def build(name, world, knowledge=True, **settings):
@@ -198,11 +227,12 @@ def build(name, world, knowledge=True, **settings):
 
 
 @every_backbone
-def test_knowledge_is_used_only_when_asked(name, small):
+@every_input_layer
+def test_knowledge_is_used_only_when_asked(name, input_layer, small):
     with_vectors, without = Case(name, "hea", False).batch(small), Case(name, None, False).batch(small)
-    plain = build(name, small, knowledge=False)
+    plain = build(name, small, knowledge=False, input_layer=input_layer)
     assert torch.equal(plain(with_vectors), plain(without))
-    knowing = build(name, small, knowledge=True)
+    knowing = build(name, small, knowledge=True, input_layer=input_layer)
     other = replace(with_vectors, user_vectors=with_vectors.user_vectors.flip(0))
     assert not torch.allclose(knowing(with_vectors), knowing(other))
     with pytest.raises(UserError, match="user_vectors"):
@@ -210,10 +240,12 @@ def test_knowledge_is_used_only_when_asked(name, small):
 
 
 @every_backbone
-def test_similarity_changes_scores_unless_off(name, small):
+@every_input_layer
+def test_similarity_changes_scores_unless_off(name, input_layer, small):
     batch = Case(name, "hea", False).batch(small)
     changed = replace(batch, similarity=batch.similarity.flip(1))
-    on, off = build(name, small), build(name, small, similarity=False)
+    on = build(name, small, input_layer=input_layer)
+    off = build(name, small, similarity=False, input_layer=input_layer)
     assert not torch.allclose(on(batch), on(changed), atol=1e-3)
     assert torch.equal(off(batch), off(changed))
 
@@ -245,6 +277,8 @@ def test_unknown_names_list_the_known(name, small):
         build_reranker("prmm", small.catalogue.shape, False)
     with pytest.raises(UserError, match="hea"):
         build(name, small, adapter="heaa")
+    with pytest.raises(UserError, match="linear, concat"):
+        build(name, small, input_layer="linaer")
     without_vectors = Catalogue.from_items([["genre: x"]]).shape
     with pytest.raises(UserError, match="item vectors"):
         build_reranker(name, without_vectors, True)

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from dpo4rec_ray.rerankers import build_reranker
-from dpo4rec_ray.rerankers.dlcm import gru_states
+from dpo4rec_ray.rerankers import RerankerSettings, build_reranker
+from dpo4rec_ray.rerankers.dlcm import gru_states, normalised
 
 
 def test_states_equal_those_of_packed_sequences():
@@ -41,3 +41,33 @@ def test_a_place_sees_those_after_it_through_the_final_state_only(small):
     (before, _), (after, _) = (gru_states(model.gru, model.norm(x), None) for x in (inputs, changed))
     assert torch.equal(before[:, :-1], after[:, :-1])
     assert not torch.allclose(model.rank(inputs, None)[:, 0], model.rank(changed, None)[:, 0])
+
+
+def test_batch_normalisation_by_hand():
+    """Real states 1, 3 and 8 (mean 4, variance 26/3, 13 unbiased); momentum 0.1 from mean 0 and variance 1."""
+    norm = nn.BatchNorm1d(1, eps=1e-12)
+    mask = torch.tensor([[True, True, False], [False, True, False]])
+    states = torch.tensor([[1.0, 3.0, 100.0], [-100.0, 8.0, 100.0]]).unsqueeze(-1)
+    deviation = (26 / 3) ** 0.5
+    expected = torch.tensor([[-3 / deviation, -1 / deviation, 0.0], [0.0, 4 / deviation, 0.0]])
+    torch.testing.assert_close(normalised(norm, states, mask).squeeze(-1), expected)
+    torch.testing.assert_close(norm.running_mean, torch.tensor([0.4]))
+    torch.testing.assert_close(norm.running_var, torch.tensor([0.9 + 1.3]))
+    # Once trained: (8 - 0.4) / sqrt(2.2), whatever else is in the batch.
+    norm.eval()
+    alone = normalised(norm, states[1:, 1:2], None)
+    torch.testing.assert_close(alone, torch.tensor([[[7.6 / 2.2**0.5]]]))
+    torch.testing.assert_close(normalised(norm, states, mask)[1, 1], alone[0, 0])
+
+
+def test_batches_with_one_state_or_none(small):
+    """Nothing to take a variance of: finite scores and gradients, and the running statistics stay."""
+    settings = RerankerSettings(input_layer="concat")
+    model = build_reranker("dlcm", small.catalogue.shape, False, settings).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    inputs = torch.randn(1, 4, model.embedding.width, requires_grad=True)
+    for mask in (torch.tensor([[True, False, False, False]]), torch.zeros(1, 4, dtype=torch.bool)):
+        scores = model.rank(inputs, mask)
+        scores.sum().backward()
+        assert scores.isfinite().all() and inputs.grad.isfinite().all()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

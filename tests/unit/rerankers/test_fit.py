@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_lists
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import RerankerSettings, build_reranker
-from dpo4rec_ray.rerankers.fit import FitSettings, ListData, fit
+from dpo4rec_ray.rerankers.fit import FitSettings, fit
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
 SHORT = FitSettings(epochs=3, batch_size=32)
@@ -111,23 +112,23 @@ def test_redrawn_negatives_keep_the_given_lists(small):
 
 
 def test_list_data_pads_and_selects():
-    lists = ListData.from_columns([[3, 1], [2, 4, 5]], [[1, 0], [0, 0, 1]], [7, 8], [0, 1])
+    lists = make_lists([[3, 1], [2, 4, 5]], [[1, 0], [0, 0, 1]], [7, 8])
     assert lists.item_ids.tolist() == [[3, 1, 0], [2, 4, 5]]
     assert lists.labels.tolist() == [[1, 0, 0], [0, 0, 1]]
     assert lists.mask.tolist() == [[True, True, False], [True] * 3]
     assert lists.select(lists.user_ids == 8).item_ids.tolist() == [[2, 4, 5]]
     assert len(lists.select(slice(0, None, 2))) == 1
-    assert ListData.from_columns([[1]], [[0]], [7]).user_rows.tolist() == [0]
-    assert len(ListData.from_columns([], [], [])) == 0
+    assert lists.user_rows.tolist() == lists.user_ids.tolist() == [7, 8]
+    assert len(make_lists([], [], [])) == 0
     with pytest.raises(UserError, match="differ in length"):
-        ListData.from_columns([[3, 1]], [[1]], [7])
+        make_lists([[3, 1]], [[1]], [7])
 
 
 def test_lists_of_different_lengths_train(small):
     lengths = np.arange(len(small.train)) % 9 + 2
     ids = [row[:n].tolist() for row, n in zip(small.train.item_ids, lengths, strict=True)]
     labels = [row[:n].tolist() for row, n in zip(small.train.labels, lengths, strict=True)]
-    ragged = ListData.from_columns(ids, labels, small.train.user_ids, small.train.user_rows)
+    ragged = make_lists(ids, labels, small.train.user_ids.tolist())
     _, result = trained(replace(small, train=ragged))
     assert math.isfinite(result.history[-1]["train_loss"])
 

@@ -61,34 +61,6 @@ def test_prm_equals_torchs_encoder(masked, small):
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
-def test_input_layer_is_one_linear_map_of_the_concatenation(small):
-    """[id, facets, adapter(item), adapter(user), similarity] of one candidate at a time."""
-    layer = build_reranker("prm", small.catalogue.shape, True, seed=1).embedding
-    users = torch.from_numpy(small.user_vectors)
-    ids, rows = small.train.item_ids[:2], small.train.user_rows[:2]
-    batch = small.catalogue.batch(ids, None, users, rows)
-    found = layer(batch)
-    weight = torch.cat(
-        [layer.item_projection.weight, layer.user_projection.weight, layer.similarity_projection.weight],
-        dim=1,
-    )
-    starts = [0, small.catalogue.shape.facet_sizes[0]]
-    for b in range(2):
-        for place in range(10):
-            item = ids[b, place]
-            facets = [
-                layer.facet_embedding.weight[starts[f] + small.catalogue.attribute_ids[item, f]]
-                for f in range(2)
-            ]
-            item_vector = layer.adapter.item_side(small.catalogue.item_vectors[item][None])[0]
-            user_vector = layer.adapter.user_side(users[rows[b]][None])[0]
-            features = [layer.item_embedding.weight[item], *facets, item_vector, user_vector]
-            full = torch.cat([*features, batch.similarity[b, place][None]])
-            torch.testing.assert_close(
-                found[b, place], weight @ full + layer.item_projection.bias, rtol=1e-4, atol=1e-5
-            )
-
-
 def test_positions():
     torch.testing.assert_close(sinusoidal_positions(12, 8), positions_by_hand(12, 8))
     assert sinusoidal_positions(3, 5).shape == (3, 5)

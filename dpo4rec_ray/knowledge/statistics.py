@@ -1,0 +1,118 @@
+"""Knowledge texts counted from a user's history: what any LLM's texts have to beat (llm.source = "statistics").
+
+Not in the paper. The text names the most frequent attributes of what the user liked, with counts, and the liked titles.
+The form was chosen on MovieLens-1M by how much better the cosine of text and item vectors ranks a user's later lists
+with the user's own text than with another user's: .076 NDCG@5 for five values and 15 titles, .063 for titles alone,
+.067 with the facets named and counted apart, and .009 less with five disliked titles, because a mean over tokens does
+not know that they were disliked (450 users, standard error .007).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from dpo4rec_ray.knowledge.generator import Completion
+from dpo4rec_ray.knowledge.prompts import clean_text
+
+STATISTICS_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
+MAX_VALUES = 5  # attribute values named
+MAX_TITLES = 15
+# For catalogues with long names. A text stays within 150 words; an encoder that reads 256 tokens sees about 120 of them.
+MAX_NAME_WORDS = 12
+MAX_TITLES_WORDS = 80
+
+
+def statistical_text(
+    titles: Sequence[str],
+    ratings: Sequence[float],
+    attributes: Sequence[Sequence[str]],
+    like_at: float | None,
+    rng: np.random.Generator | None = None,
+) -> str:
+    """A text about one user: 'This user likes Drama (12), 1990s (9). Liked: Heat (1995); Fargo (1996).'
+
+    Args:
+        titles: of the n events of the knowledge history in time order; clean (`clean_text`).
+        ratings: [n].
+        attributes: "facet: value" strings per event, of which the values are shown. A count is the number of liked
+            events that have the attribute.
+        like_at: the least rating of a liked event. None: implicit feedback, everything is liked.
+        rng: None counts the whole history and names the best rated titles first, the most recent of equals first. With
+            a generator the text is of a random half of the events, rounded up, in random order.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if not len(titles) == len(ratings) == len(attributes):
+        raise ValueError(
+            f"{len(titles)} titles, {len(ratings)} ratings, {len(attributes)} rows of attributes: not one per event"
+        )
+    if not titles:
+        return "Nothing is known about this user's tastes."
+    if rng is not None:
+        events = rng.permutation(len(titles))[: (len(titles) + 1) // 2].tolist()
+    elif like_at is None:
+        events = list(range(len(titles)))[::-1]
+    else:
+        events = sorted(range(len(titles)), key=lambda i: (-ratings[i], -i))
+    liked = [i for i in events if like_at is None or ratings[i] >= like_at]
+    if not liked:
+        return f"This user liked none of these: {_listed([titles[i] for i in events])}."
+    counts = Counter(attribute for i in liked for attribute in dict.fromkeys(attributes[i]))
+    top = [f"{_cut(name.partition(': ')[2])} ({count})" for name, count in counts.most_common(MAX_VALUES)]
+    likes = f"This user likes {', '.join(top)}. " if top else ""
+    return f"{likes}Liked: {_listed([titles[i] for i in liked])}."
+
+
+class StatisticsGenerator:
+    """Stands where an engine stands, but writes from histories instead of prompts. Holds the whole catalogue."""
+
+    def __init__(
+        self, titles: Sequence[str], attributes: Sequence[Sequence[str]], like_at: float | None = None
+    ):
+        """titles, attributes: per item_id, as the dataset has them; like_at: as in `statistical_text`."""
+        self._titles = [clean_text(title, ()) for title in titles]
+        self._attributes = [[clean_text(value, ()) for value in row] for row in attributes]
+        self._like_at = like_at
+
+    def generate(
+        self,
+        item_ids: Sequence[Sequence[int]],
+        ratings: Sequence[Sequence[float]],
+        seeds: Sequence[int],
+        num_samples: Sequence[int],
+    ) -> list[list[Completion]]:
+        """Texts of B users: one text counts the whole history, several a random half each, so that none is told more.
+
+        item_ids, ratings: per user the knowledge history in time order; seeds: one per user. There are no tokens:
+        nothing is trained on these texts.
+        """
+        answers: list[list[Completion]] = []
+        for items, stars, seed, count in zip(item_ids, ratings, seeds, num_samples, strict=True):
+            titles, attributes = [self._titles[i] for i in items], [self._attributes[i] for i in items]
+            rng = np.random.default_rng(seed)
+            texts = [
+                statistical_text(titles, stars, attributes, self._like_at, rng if count > 1 else None)
+                for _ in range(count)
+            ]
+            answers.append([Completion([], text, "stop") for text in texts])
+        return answers
+
+
+def _cut(name: str) -> str:
+    return " ".join(name.split()[:MAX_NAME_WORDS])
+
+
+def _listed(titles: Sequence[str]) -> str:
+    """The first titles, as many as the bounds on titles and words allow."""
+    named: list[str] = []
+    room = MAX_TITLES_WORDS
+    for title in map(_cut, titles[:MAX_TITLES]):
+        room -= len(title.split())
+        if room < 0:
+            break
+        named.append(title)
+    return "; ".join(named)

@@ -1,0 +1,96 @@
+"""What a recipe is asked before anything starts, where it depends on llm.source, and every name against its registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpo4rec_ray import checks
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.config import load_config
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.pipeline import before_rounds
+from tests.conftest import DEMO
+
+STATISTICS = 'llm.source="statistics"'
+
+
+def check(*overrides: str, only: str = "") -> None:
+    checks.check_all(load_config(DEMO, list(overrides)), only)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "llm.path=/nowhere/at/all",
+        "llm.max_model_len=64",
+        "generate.gpus_per_engine=1",
+        "llm.max_model_len=4096",
+    ],
+)
+def test_without_an_llm_nothing_about_one_is_checked(override: str) -> None:
+    check(STATISTICS, override, "generate.max_new_tokens=100")
+
+
+@pytest.mark.parametrize(
+    "override", ["llm.path=/nowhere/at/all", "llm.max_model_len=64", "llm.max_model_len=4096"]
+)
+def test_with_an_llm_the_same_is_refused(override: str) -> None:
+    with pytest.raises(UserError):
+        check(override, "generate.max_new_tokens=100")
+
+
+def test_rounds_that_train_nothing() -> None:
+    check(STATISTICS, "run.num_rounds=0")
+    check(STATISTICS, "run.num_rounds=1")
+    with pytest.raises(UserError, match="a second round would only repeat"):
+        check(STATISTICS, "run.num_rounds=3")
+    check("run.num_rounds=3")
+    check("run.num_rounds=0")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ('evaluate.backbones=["prm", "prn"]', "evaluate.backbones = 'prn' is unknown; known: .*prm"),
+        ("reranker.per_backbone={prn={lr=0.1}}", "reranker.per_backbone = 'prn' is unknown"),
+        ('reranker.per_backbone={prm={adapter="x"}}', "reranker.per_backbone.prm.adapter = 'x' is unknown"),
+        ('reranker.per_backbone={prm={metric="x@5"}}', "reranker.per_backbone.prm.metric: .*x@5"),
+        ("reranker.metric=ndcg", "reranker.metric: .*ndcg"),
+        ("reward.metric=loglik", "reward.metric: .*loglik.*log_likelihood"),
+        ('reward.compare=["ndcg@5", "ndgc@5"]', "reward.compare: .*ndgc@5"),
+    ],
+)
+def test_every_name_is_looked_up(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check(override)
+
+
+def test_redraws_of_one_backbone_are_refused_too() -> None:
+    stay = ["data.protocol=time", "reward.num_redraws=0", "reranker.resample_negatives=false"]
+    check(*stay, only="prepare")
+    with pytest.raises(UserError, match="resample_negatives"):
+        check(*stay, "reranker.per_backbone={dlcm={resample_negatives=true}}", only="prepare")
+
+
+def test_what_stands_in_place_of_the_base_llm_has_an_identity(tmp_path: Path) -> None:
+    """Without a look at llm.path, which need not exist; another source is another policy 0."""
+    store = RunDir(tmp_path)
+    bootstrap = load_config(DEMO, [STATISTICS, "llm.path=bootstrap"])
+    assert checks.base_llm_identity(bootstrap, store).startswith("statistics ")
+    assert checks.base_llm_identity(load_config(DEMO), store) != checks.base_llm_identity(bootstrap, store)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ([], ["prepare", "encode", "train_reward"]),
+        (["llm.path=bootstrap"], ["prepare", "bootstrap", "encode", "train_reward"]),
+        (["llm.path=bootstrap", "run.num_rounds=0"], ["prepare", "bootstrap", "encode"]),
+        ([STATISTICS, "llm.path=bootstrap"], ["prepare", "encode", "train_reward"]),
+        ([STATISTICS, "run.num_rounds=0"], ["prepare", "encode"]),
+    ],
+)
+def test_the_steps_before_the_rounds(overrides: list[str], steps: list[str]) -> None:
+    assert before_rounds(load_config(DEMO, overrides)) == steps
