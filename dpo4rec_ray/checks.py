@@ -51,6 +51,19 @@ def check_all(config: Config, only: str = "") -> None:
         raise UserError(
             'table.rating = "" is implicit feedback: set prompt.ratings = false, or prompts show one star each'
         )
+    if config.reward.hard_negatives and not config.reward.num_redraws:
+        raise UserError(
+            f"reward.hard_negatives = {config.reward.hard_negatives} is about redrawn negatives, and reward.num_redraws = 0"
+        )
+    if config.pair.shrinkage and not config.pair.min_margin:
+        raise UserError(
+            "pair.shrinkage = true changes no user's best and worst text, only their distance: set pair.min_margin too"
+        )
+    for where, section in _reranker_sections(config).items():
+        if section.hidden_dim % section.num_heads:
+            raise UserError(
+                f"{where}.hidden_dim = {section.hidden_dim} is not a multiple of num_heads = {section.num_heads}"
+            )
     if config.logged.file or config.data.protocol == "time":
         _check_no_redraws(config)
     if only in ("", "prepare"):
@@ -83,6 +96,8 @@ def _check_names(config: Config) -> None:
     for metric in (config.reward.metric, *config.reward.compare):
         key = "reward.metric" if metric == config.reward.metric else "reward.compare"
         _by_name(key, metric, reward_by_name)
+    if len(set(config.evaluate.backbones)) < len(config.evaluate.backbones):
+        raise UserError(f"evaluate.backbones = {list(config.evaluate.backbones)} names one twice")
     _known("pair.rule", config.pair.rule, PAIRINGS)
     _known("prompt.factors", config.prompt.factors, FACTORS)
 

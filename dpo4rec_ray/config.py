@@ -229,7 +229,8 @@ class RewardSection(Section):
     num_redraws: int = Field(
         default=8, ge=0
     )  # candidate sets redrawn around the same positives; 0: the lists as drawn
-    # Redrawn negatives are drawn by popularity to this power: 0 is uniform, more makes them harder to tell from positives.
+    # Redrawn negatives are drawn by popularity to this power: 0 is uniform, more makes them harder to tell from positives,
+    # and more often something that the user likes elsewhere (MovieLens-1M: 6 % at 0, 13 % at .5, 21 % at 1).
     hard_negatives: float = Field(default=0.0, ge=0, le=2)
     num_folds: int = Field(default=5, ge=1)  # 1 is the paper's way
     # 1: every fold is a task of its own, several at a time; more: one fold after the other under Ray Train.

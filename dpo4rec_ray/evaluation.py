@@ -210,8 +210,9 @@ def comparisons(per_list: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
     "delta sd" is its deviation over those seeds, None for one. "ci95" [low, high] and "p_value" (two-sided, for 0) come
     from resampling users with all their lists, as `core.metrics.paired_bootstrap` does, after a list's difference was
     averaged over the seeds: they say how far other users would move the figure of these fits, while "delta sd" says
-    how far other fits would. With one user they are None. Every pair and metric is resampled with the same users. A pair
-    without a common seed is left out.
+    how far other fits would. With one user they are None. "by user delta", "by user ci95" and "by user p_value" are the
+    same for the mean over users of the mean over a user's lists, in which every user counts alike. Every pair and metric
+    is resampled with the same users. A pair without a common seed is left out.
 
     Raises:
         ValueError: as `seed_rows`, or a metric is not finite.
@@ -226,7 +227,9 @@ def comparisons(per_list: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
             means.append(per_seed)
     if not pairs:
         return []
-    intervals = iter(_intervals(np.concatenate(sums, axis=1), lists.sizes, num_resamples))
+    columns = np.concatenate(sums, axis=1)
+    intervals = iter(_intervals(columns, lists.sizes, num_resamples))
+    by_user = iter(_intervals(columns / lists.sizes[:, None], np.ones(len(lists.sizes)), num_resamples))
     return [
         {
             "backbone": mine[0],
@@ -236,6 +239,7 @@ def comparisons(per_list: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
             "seeds": len(per_seed),
             "delta sd": float(per_seed[:, place].std(ddof=1)) if len(per_seed) > 1 else None,
             **_figures(next(intervals)),
+            **{f"by user {name}": value for name, value in _figures(next(by_user)).items()},
         }
         for (mine, theirs), per_seed in zip(pairs, means, strict=True)
         for place, name in enumerate(lists.names)
@@ -260,7 +264,10 @@ def _pairs(lists: _Lists) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
 
 
 def breakdown(per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
-    """HEADLINE of every system on thirds of the lists, by length of the user's history and by popularity.
+    """HEADLINE of every system by length of the user's history, by the user's number of lists, and by popularity.
+
+    Thirds of the users, for popularity of the lists. The knowledge history is capped, so that it tells users who did little
+    apart; the number of lists tells those who did much.
 
     about: list_id, history_length (events of the user's knowledge history) and popularity (mean training positives per
     positive item of the list; NaN for a list without a positive: those are left out there). A row has "by", "bucket" (the
@@ -284,8 +291,14 @@ def breakdown(per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int = 
     if known["history_length"].isna().any():
         raise ValueError("about has lists without a history_length")
     found: list[Row] = []
-    for by, column in (("history length", "history_length"), ("popularity", "popularity")):
-        for bucket, wanted in buckets(known[column].to_numpy(np.float64)):
+    lengths, popularity = (known[name].to_numpy(np.float64) for name in ("history_length", "popularity"))
+    parts = {
+        "history length": buckets(lengths, lengths[lists.starts]),
+        "lists of the user": buckets(np.repeat(lists.sizes, lists.sizes.astype(np.int64)), lists.sizes),
+        "popularity": buckets(popularity, popularity),
+    }
+    for by, cut in parts.items():
+        for bucket, wanted in cut:
             found += [
                 {"by": by, "bucket": bucket, **row} for row in _bucket(lists.only(wanted), num_resamples)
             ]
@@ -316,12 +329,13 @@ def _bucket(lists: _Lists, num_resamples: int) -> list[Row]:
     return rows
 
 
-def buckets(values: Array) -> list[tuple[str, npt.NDArray[np.bool_]]]:
-    """Thirds of the values [n] that are not NaN: label with the range, and which belong to it [n]; empty ones left out.
+def buckets(values: Array, sample: Array) -> list[tuple[str, npt.NDArray[np.bool_]]]:
+    """The values [n] cut at the thirds of `sample` [m]: label with the range, and which belong to it [n]; no empty ones.
 
-    A cut is the smallest value that at least a third (two thirds) of them do not exceed; equal values stay together.
+    A cut is the smallest value that at least a third (two thirds) of the sample do not exceed; equal values stay
+    together. NaN is in none.
     """
-    real = values[~np.isnan(values)]
+    real = sample[~np.isnan(sample)]
     if not len(real):
         return []
     shares = np.arange(1, NUM_BUCKETS) / NUM_BUCKETS
@@ -405,12 +419,17 @@ def printed(summary: dict[str, Any]) -> str:
     pairs = paired(summary["comparisons"])
     if pairs:
         heads = "".join(f"{name:<36}" for name in HEADLINE).rstrip()
-        lines += ["", "Differences on identical lists, 95 % interval and p-value by user:"]
+        lines += [
+            "",
+            "Differences on identical lists, 95 % interval and p-value over users (sd over seeds: comparisons.csv):",
+        ]
         lines.append(f"{'backbone':<9}{'system':<16}{'against':<13}{heads}")
     for rows in pairs:
         first = rows[HEADLINE[0]]
         names = _cut(label(first["backbone"]), 9) + _cut(first["system"], 16) + _cut(first["against"], 13)
         lines.append((names + "".join(f"{interval(rows[name]):<36}" for name in HEADLINE)).rstrip())
+        by_user = "".join(f"{interval(rows[name], 'by user '):<36}" for name in HEADLINE).rstrip()
+        lines.append(f"{'':<25}{'  by user':<13}{by_user}")
     return "\n".join(lines)
 
 

@@ -147,7 +147,8 @@ def _explained(table: Sequence[Row], paper: str | None) -> str:
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so no deviation"
     text = (
         f"Means over {table[0]['lists']} lists; {spread}. MAP@5 is `map_paper@5`, the paper's. Δ: minus the backbone without "
-        "knowledge; p: two-sided, paired bootstrap over users, not corrected for the number of comparisons."
+        "knowledge; p: two-sided, paired bootstrap over users, not corrected for the number of comparisons. It says how "
+        "far other users would move the figure, not other trainings: the deviation over seeds is in comparisons.csv."
     )
     if paper:
         text += (
@@ -200,12 +201,15 @@ def paired(comparisons: Sequence[Row]) -> list[dict[str, Row]]:
     return list(found.values())
 
 
-def interval(row: Row) -> str:
-    """A difference with its 95 % interval and p-value, e.g. "+0.0179 [+0.0100, +0.0250] p 0.001"."""
-    low, high = row["ci95"]
-    if row["p_value"] is None:  # one user: nothing to resample
-        return f"{row['delta']:+z.4f}"
-    return f"{row['delta']:+z.4f} [{low:+z.4f}, {high:+z.4f}] {_p(row['p_value'])}"
+def interval(row: Row, prefix: str = "") -> str:
+    """A difference with its 95 % interval and p-value, e.g. "+0.0179 [+0.0100, +0.0250] p 0.001".
+
+    prefix: "" for the mean over lists, "by user " for that over users.
+    """
+    delta, (low, high), p_value = (row[f"{prefix}{name}"] for name in ("delta", "ci95", "p_value"))
+    if p_value is None:  # one user: nothing to resample
+        return f"{delta:+z.4f}"
+    return f"{delta:+z.4f} [{low:+z.4f}, {high:+z.4f}] {_p(p_value)}"
 
 
 def _p(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from importlib import resources
 from typing import Any
 
@@ -20,7 +21,8 @@ from dpo4rec_ray.stages.training import read_metrics
 from dpo4rec_ray.stages.validate import best_round
 
 TEMPLATE = resources.files("dpo4rec_ray") / "report.html.jinja"
-SHOWN = evaluation.PRINTED
+_DETAIL = ("by user", "on lists with a positive")
+SHOWN = (*evaluation.PRINTED, *(f"{name} {how}" for how in _DETAIL for name in evaluation.HEADLINE))
 
 
 def run(
@@ -30,7 +32,7 @@ def run(
     evaluated = json.loads((store.path("per_list") / FIGURES).read_text(encoding="utf-8"))
     summary: dict[str, Any] = {
         "generator": config.llm.source,
-        "trainer": f"deepspeed-zero{config.dpo.zero_stage}" if config.run.num_rounds else "none",
+        "trainer": f"deepspeed-zero{config.dpo.zero_stage}" if last_round else "none",
         "run": config.run.name,
         "seed": config.run.seed,
         "stages": log,
@@ -39,7 +41,7 @@ def run(
         "reward": _figures(store, "reward"),
         "rewards": {
             str(round_id): figures
-            for round_id in range(1, config.run.num_rounds + 1)
+            for round_id in range(1, max(last_round, _untrained_rounds(config)) + 1)
             if (figures := _figures(store, "scores", round_id))
         },
         "rounds": [_round(store, round_id) for round_id in range(1, last_round + 1)],
@@ -56,6 +58,11 @@ def run(
     _print(summary)
     say(f"report: {store.root / 'summary.json'}, {store.root / 'report.html'}")
     return summary
+
+
+def _untrained_rounds(config: Config) -> int:
+    """Rounds that end with their pairs, because nothing is trained on them."""
+    return 0 if config.llm.source == "vllm" else min(1, config.run.num_rounds)
 
 
 def _figures(store: RunDir, name: str, round_id: int = 0) -> dict[str, Any]:
@@ -112,7 +119,9 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 def _html(store: RunDir, summary: dict[str, Any]) -> str:
-    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True)
+    environment.filters |= {"number": _number, "percent": _percent, "range": _range}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     plots = [
         ("NDCG@5 per system (mean and standard deviation over seeds)", _plot_systems(summary["systems"]))
     ]
@@ -125,6 +134,19 @@ def _html(store: RunDir, summary: dict[str, Any]) -> str:
     return template.render(
         summary=summary, metrics=SHOWN, differences=differences, label=paper_table.label, plots=plots
     )
+
+
+def _number(value: float | None, form: str = "%.4f") -> str:
+    """A figure, or a dash where there is none: a reward that always ties has no share that carries over."""
+    return "–" if value is None or math.isnan(value) else form % value
+
+
+def _percent(value: float | None) -> str:
+    return _number(None if value is None else 100 * value, "%.1f %%")
+
+
+def _range(ends: list[float | None]) -> str:
+    return "" if None in ends or any(map(math.isnan, ends)) else "[{:+.4f}, {:+.4f}]".format(*ends)
 
 
 def _figure(width: float = 7.0, height: float = 3.0, columns: int = 1) -> Any:

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from dpo4rec_ray.errors import UserError
 
-SCHEMA_VERSION = 1  # raise it when a column changes meaning: manifests carry it, so old artifacts are redone
+SCHEMA_VERSION = 2  # raise it when a column changes meaning: manifests carry it, so old artifacts are redone
 
 EVALUATED_METRICS = ("ndcg", "map_paper", "map", "mrr", "hr")  # of core.metrics, at each of
 EVALUATED_AT = (1, 3, 5, 10)
@@ -80,6 +80,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("metric", pa.string()),
             ("reward", pa.float32()),
             ("std_error", pa.float32()),
+            ("num_lists", pa.int32()),
             ("half_a", pa.float32()),
             ("half_b", pa.float32()),
         ]

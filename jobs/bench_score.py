@@ -111,7 +111,7 @@ def make_inputs(config: Config, store: RunDir) -> None:
     import ray
 
     if store.manifest("generations", 1) is not None:
-        return
+        return  # of an earlier bench: take a new folder after a change of the sample world or of the users
     ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=2**29)
     for stage, round_id in (("prepare", 0), ("encode", 0), ("train_reward", 0), ("generate", 1)):
         run_pipeline(config, store, Selection(only=stage, round_id=round_id))
@@ -195,6 +195,7 @@ def profiled(config: Config, store: RunDir) -> dict[str, Any]:
         "encoder_s": round(encode_s, 2),
         "forward_s": round(forward_s, 2),
         "share in encoder and forward": round((encode_s + forward_s) / total, 3),
+        "forward's share without the encoder": round(forward_s / (total - encode_s), 3),
         "metrics": metric_names(config),
         "redraws": config.reward.num_redraws,
     }

@@ -148,6 +148,22 @@ def rank_agreement(a: Array, b: Array) -> float:
     return float(_spearman(a[ordered].astype(np.float64), b[ordered].astype(np.float64)).mean())
 
 
+def list_noise(std_errors: Array, num_lists: Array) -> float:
+    """How far chance alone moves a sample's reward on one list: a standard deviation, pooled over users.
+
+    A user's own standard error rests on few lists; where it happens to come out small, shrinkage would trust luck. Pooled,
+    one sample's mean over n lists has the error noise / sqrt(n), also for a user with a single list.
+
+    std_errors, num_lists: [U], NaN where unknown -> NaN if all are. Users weigh by their degrees of freedom, lists - 1.
+    """
+    known = ~np.isnan(std_errors) & (num_lists > 1)
+    if not known.any():
+        return float("nan")
+    freedom = num_lists[known].astype(np.float64) - 1
+    per_list = std_errors[known].astype(np.float64) ** 2 * num_lists[known]
+    return float(np.sqrt((per_list * freedom).sum() / freedom.sum()))
+
+
 def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
     """Rewards pulled towards their user's mean by how little they can be trusted (empirical Bayes; beyond the paper).
 
@@ -166,7 +182,8 @@ def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
 
     Args:
         rewards: [U, N]. A user with a NaN is left as it is, with factor NaN, and out of all means.
-        std_errors: [U] of one sample's reward beside the user's other samples; NaN where it is unknown.
+        std_errors: [U] of one sample's reward beside the user's other samples, best pooled (`list_noise`); NaN where
+            it is unknown.
 
     Returns:
         Shrunk rewards [U, N] and factors [U] in 0..1.

@@ -17,7 +17,8 @@ from dpo4rec_ray.core.rewards import list_rewards
 from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
-LISTS_PER_CALL = 200_000  # bounds the memory of one scoring call
+PLACES_PER_CALL = 2_000_000  # candidates; bounds the memory of one scoring call
+YARDSTICK = "ndcg@5 as drawn"  # NDCG@5 on the lists as they were drawn, without redraws
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class SampleScorer:
             scorers: one per fold; a user of fold k is scored by scorers[k].
             lists: in any order; those without a positive carry no reward and are left out.
             folds: [num_users] fold of each user id.
-            metrics: names that `core.rewards.reward_by_name` knows.
+            metrics: names that `core.rewards.reward_by_name` knows, and YARDSTICK.
             num_redraws: 0 keeps the lists as they were drawn. Lists shorter than the widest keep theirs.
             negative_weights: [num_items] how likely an item is drawn as a negative; None: all alike.
         """
         self._scorers, self._folds, self._metrics = list(scorers), folds, tuple(metrics)
+        self._redraws = max(1, num_redraws)
         keep = torch.nonzero((lists.labels > 0).any(dim=1)).squeeze(1)
         lists = lists.select(keep[torch.argsort(lists.user_ids[keep], stable=True)])
         self._user_ids, self._mask, self._histories = (
@@ -68,11 +70,13 @@ class SampleScorer:
         )
         item_ids, labels = lists.item_ids.numpy(), lists.labels.numpy()
         rng = np.random.default_rng([seed, 1])
-        self._item_ids = np.repeat(item_ids[None], max(1, num_redraws), axis=0)  # [R, n, L]
-        self._labels = np.repeat(labels[None], max(1, num_redraws), axis=0)
+        # With redraws the lists as drawn come last: the yardstick is measured on them alone.
+        copies = num_redraws + 1
+        self._item_ids = np.repeat(item_ids[None], copies, axis=0)  # [C, n, L]
+        self._labels = np.repeat(labels[None], copies, axis=0)
         full = self._mask.all(axis=1)
         if num_redraws and full.any():
-            self._item_ids[:, full], self._labels[:, full] = redraw_negatives(
+            self._item_ids[:-1, full], self._labels[:-1, full] = redraw_negatives(
                 item_ids[full], labels[full], num_items, num_redraws, rng, negative_weights
             )
         self._half = _random_halves(self._user_ids, np.random.default_rng([seed, 2]))
@@ -103,29 +107,37 @@ class SampleScorer:
         return SampleRewards(self._metrics, reward, half_a, half_b, std_error, num_lists)
 
     def _calls(self, mine: np.ndarray, user_ids: np.ndarray, num_lists: np.ndarray) -> list[np.ndarray]:
-        """The samples `mine` in parts that are scored at once: whole users, about LISTS_PER_CALL lists each."""
+        """The samples `mine` in parts that are scored at once: whole users, about PLACES_PER_CALL each."""
         if not len(mine):
             return []
         starts = np.concatenate([[0], np.flatnonzero(np.diff(user_ids[mine])) + 1])  # of each user
         own = num_lists[mine] * len(self._item_ids)
-        before = (np.cumsum(own) - own)[starts] // LISTS_PER_CALL
+        before = (np.cumsum(own) - own)[starts] * self._item_ids.shape[2] // PLACES_PER_CALL
         return np.split(mine, starts[1:][np.diff(before) > 0])
 
     def _per_list(
         self, scorer: ListScorer, rows: np.ndarray, vectors: np.ndarray, sample: np.ndarray
     ) -> np.ndarray:
         """Rewards of each (sample, list) pair [P, M], averaged over the redraws."""
-        redraws, length = len(self._item_ids), self._item_ids.shape[2]
+        copies, _, length = self._item_ids.shape
         # lists of one sample stay neighbours
         items = self._item_ids[:, rows].transpose(1, 0, 2).reshape(-1, length)
         labels = self._labels[:, rows].transpose(1, 0, 2).reshape(-1, length)
-        mask = np.repeat(self._mask[rows], redraws, axis=0)
+        mask = np.repeat(self._mask[rows], copies, axis=0)
         histories = None
         if self._histories is not None:
-            histories = self._histories.select(torch.from_numpy(np.repeat(rows, redraws)))
-        scores = scorer.score(items, mask, vectors, np.repeat(sample, redraws), histories)
-        found = list_rewards(scores, labels, self._metrics, mask)
-        return np.stack([found[name].reshape(-1, redraws).mean(1) for name in self._metrics], axis=1)
+            histories = self._histories.select(torch.from_numpy(np.repeat(rows, copies)))
+        scores = scorer.score(items, mask, vectors, np.repeat(sample, copies), histories)
+        names = [name.removesuffix(" as drawn") for name in self._metrics]
+        found = list_rewards(scores, labels, list(dict.fromkeys(names)), mask)
+        values = {name: column.reshape(-1, copies) for name, column in found.items()}
+        return np.stack(
+            [
+                values[name][:, -1] if metric == YARDSTICK else values[name][:, : self._redraws].mean(1)
+                for metric, name in zip(self._metrics, names, strict=True)
+            ],
+            axis=1,
+        )
 
 
 def _random_halves(user_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:

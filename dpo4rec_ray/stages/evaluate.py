@@ -190,9 +190,12 @@ def _about(store: RunDir) -> pd.DataFrame:
 def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame) -> None:
     """Write the tables, and figures.json with everything in them, which the report reads."""
     source = source_of(config)
-    paper = paper_table.key_of(config.data.dataset, [file.path for file in (*source.events, *source.users)])
+    files = [file.path for file in (*source.events, *source.users)]
+    # a sample of the users, or lists of one's own, are not the paper's data
+    other = config.logged.file or config.data.max_users
+    paper = None if other else paper_table.key_of(config.data.dataset, files)
     summary = evaluation.summarise(per_list, _about(store), config.evaluate.num_resamples, paper)
     folder = store.path("per_list")
     write_json(folder / FIGURES, summary)
-    files = evaluation.write_tables(folder, summary)
-    say(f"  tables in {folder}: {', '.join(file.name for file in files)}")
+    written = evaluation.write_tables(folder, summary)
+    say(f"  tables in {folder}: {', '.join(file.name for file in written)}")

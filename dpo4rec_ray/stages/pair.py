@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.pairing import PAIRINGS, Drop
-from dpo4rec_ray.core.rewards import shrink
+from dpo4rec_ray.core.rewards import list_noise, shrink
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.common import Outcome, say
 
@@ -98,7 +98,15 @@ def _shrunk(store: RunDir, round_id: int) -> dict[int, np.ndarray]:
     table = store.read("scores", round_id).sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
     users, starts = np.unique(table["user_id"].to_numpy(), return_index=True)
     rewards = table["reward"].to_numpy().reshape(len(users), -1)  # every user has N samples
-    shrunk, factors = shrink(rewards, table["std_error"].to_numpy()[starts])
+    num_lists = table["num_lists"].to_numpy()[starts]
+    noise = list_noise(table["std_error"].to_numpy()[starts], num_lists)
+    with np.errstate(divide="ignore"):  # a user without lists has no reward either
+        shrunk, factors = shrink(rewards, noise / np.sqrt(num_lists))
+    if not np.nansum(factors):
+        raise UserError(
+            f"round {round_id}: the rewards differ no more than luck makes them differ, so shrinkage leaves no pair; use "
+            'reward.metric = "log_likelihood", more reward.num_redraws or more users, or set pair.shrinkage = false'
+        )
     say(f"  shrinkage: rewards keep {np.nanmean(factors):.0%} of their distance from the user's mean")
     return dict(zip(users.tolist(), shrunk, strict=True))
 

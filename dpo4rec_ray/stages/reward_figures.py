@@ -1,9 +1,9 @@
 """Is the reward worth following? Ties, agreement between metrics, and what carries over, from a round's metric scores.
 
 What carries over (method.md section 4): the best and the worst sample are chosen on a random half of a user's lists and
-measured on the other half. Every metric is also measured on one yardstick, NDCG@5 on the other half, because gaps in
-different units do not compare. A reward that does not carry over teaches nothing. The shrunk gap is what shrinkage
-(`core.rewards.shrink`) makes of the gap where it was chosen: if shrinkage is right, all of it carries over.
+measured on the other half. Every metric is also measured on one yardstick, NDCG@5 of the other half's lists as they were
+drawn, because gaps in different units do not compare. A reward that does not carry over teaches nothing. The shrunk gap
+is what shrinkage (`core.rewards.shrink`) makes of the gap where it was chosen: if it is right, all of that carries over.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.core.metrics import paired_bootstrap, ratio_bootstrap
-from dpo4rec_ray.core.rewards import carried_share, carry_over, rank_agreement, shrink, tie_rates
+from dpo4rec_ray.core.rewards import (
+    carried_share,
+    carry_over,
+    list_noise,
+    rank_agreement,
+    shrink,
+    tie_rates,
+)
+from dpo4rec_ray.rerankers.samples import YARDSTICK
 
-YARDSTICK = "ndcg@5"
-MEASURED = ("reward", "std_error", "half_a", "half_b")  # columns of metric_scores
+MEASURED = ("reward", "std_error", "num_lists", "half_a", "half_b")  # columns of metric_scores
 Matrices = dict[str, dict[str, np.ndarray]]  # metric -> one of MEASURED -> [U, N]
 
 
@@ -43,7 +50,7 @@ def reward_figures(metric_scores: pa.Table, metric: str, held_out: np.ndarray) -
     Args:
         metric_scores: the whole artifact.
         metric: the one that pairs are made of; its figures stand at the top as well.
-        held_out: ids of the users that no reward reranker was trained on; they get a table of their own.
+        held_out: ids of the validation users; they get a table of their own.
     """
     users, matrices = read_matrices(metric_scores)
     own = np.isin(users, held_out)
@@ -52,7 +59,7 @@ def reward_figures(metric_scores: pa.Table, metric: str, held_out: np.ndarray) -
     return {
         **{name: first[name] for name in _TOP},
         "metrics": metrics,
-        "metrics of users never trained on": {name: _of_metric(matrices, name, own) for name in matrices},
+        "metrics of validation users": {name: _of_metric(matrices, name, own) for name in matrices},
         "agreement": {
             f"{a} ~ {b}": rank_agreement(matrices[a]["reward"], matrices[b]["reward"])
             for a, b in itertools.combinations(matrices, 2)
@@ -93,14 +100,17 @@ def _of_metric(matrices: Matrices, metric: str, rows: Any) -> dict[str, Any]:
             "shrunk_gap": None,
             "carried_of_shrunk": None,
             "carried_of_shrunk_ci95": nothing,
-            f"{YARDSTICK} gap held out": None,
-            f"{YARDSTICK} gap held out ci95": nothing,
+            "yardstick_gap": None,
+            "yardstick_gap_ci95": nothing,
             "rank_correlation": None,
         }
     numbers = np.arange(len(found.kept))
-    # A half has half of the lists, so its error is larger by the root of two.
-    errors = own["std_error"][:, 0] * np.sqrt(2)
-    shrunk = carry_over(shrink(own["half_a"], errors)[0], shrink(own["half_b"], errors)[0]).gap_in_sample
+    num_lists = own["num_lists"][:, 0]
+    noise = list_noise(own["std_error"][:, 0], num_lists)
+    with np.errstate(divide="ignore"):  # a half without lists has no reward
+        in_a = shrink(own["half_a"], noise / np.sqrt((num_lists + 1) // 2))[0]
+        in_b = shrink(own["half_b"], noise / np.sqrt(num_lists // 2))[0]
+    shrunk = carry_over(in_a, in_b).gap_in_sample
     of_shrunk = ratio_bootstrap(found.gap_held_out, shrunk, numbers)
     held_out = paired_bootstrap(found.gap_held_out, numbers)
     share = carried_share(found)
@@ -116,7 +126,7 @@ def _of_metric(matrices: Matrices, metric: str, rows: Any) -> dict[str, Any]:
         "shrunk_gap": float(shrunk.mean()),
         "carried_of_shrunk": of_shrunk.mean,
         "carried_of_shrunk_ci95": [of_shrunk.low, of_shrunk.high],
-        f"{YARDSTICK} gap held out": yardstick.mean,
-        f"{YARDSTICK} gap held out ci95": [yardstick.low, yardstick.high],
+        "yardstick_gap": yardstick.mean,
+        "yardstick_gap_ci95": [yardstick.low, yardstick.high],
         "rank_correlation": float(found.rank_correlation.mean()),
     }

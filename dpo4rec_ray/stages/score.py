@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.encoder import TextEncoder
+from dpo4rec_ray.rerankers.samples import YARDSTICK
 from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, say
 from dpo4rec_ray.stages.encode import encoder_pool
 from dpo4rec_ray.stages.reading import sample_scorer
-from dpo4rec_ray.stages.reward_figures import MEASURED, YARDSTICK, reward_figures
+from dpo4rec_ray.stages.reward_figures import reward_figures
 from dpo4rec_ray.stages.shards import Pool, Row, part_number, run_shards
 
 
@@ -60,11 +61,11 @@ def _say(figures: dict[str, Any]) -> None:
         say("  carry-over: unknown, no user has two lists with a positive")
         return
     for number, (name, row) in enumerate(figures["metrics"].items()):
-        low, high = row[f"{YARDSTICK} gap held out ci95"]
+        low, high = row["yardstick_gap_ci95"]
         say(
-            f"  {'reward' if not number else 'compared'} {name:<14} best tied for {row['best tied']:>6.1%} of users; "
+            f"  {'reward' if not number else 'compared'} {name:<16} best tied for {row['best tied']:>6.1%} of users; "
             f"{row['carried']:>6.1%} of its best-worst gap carries over; NDCG@5 gap on other lists "
-            f"{row[f'{YARDSTICK} gap held out']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            f"{row['yardstick_gap']:+.4f} [{low:+.4f}, {high:+.4f}]"
         )
 
 
@@ -113,7 +114,8 @@ class ShardScorer:
         by_metric = {
             **{name: np.repeat(values, count) for name, values in ids.items()},
             "metric": list(self._metrics) * len(user_ids),
-            **{name: getattr(found, name).ravel() for name in MEASURED},
+            "num_lists": np.repeat(found.num_lists, count),
+            **{name: getattr(found, name).ravel() for name in ("reward", "std_error", "half_a", "half_b")},
         }
         part = int(row["shard"])
         self._store.write("metric_scores", pa.table(by_metric), self._round, part)

@@ -21,8 +21,9 @@ import torch
 from dpo4rec_ray.artifacts import RunDir, write_json
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import Reranker, build_reranker
-from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
+from dpo4rec_ray.rerankers.fit import ListData, fit, load_reranker, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, check_room, say, seed_of
 from dpo4rec_ray.stages.reading import (
@@ -111,7 +112,8 @@ def _train_one(
     lists, valid = read_list_data(store, "train"), read_list_data(store, "valid")
     if knowledge and config.reward.num_folds > 1:
         folds = torch.from_numpy(store.read("users", columns=["fold"])["fold"].to_numpy().copy())
-        lists = lists.select(folds[lists.user_ids] != int(name.removeprefix("fold-")))
+        fold = int(name.removeprefix("fold-"))
+        lists, valid = without_fold(lists, folds, fold), without_fold(valid, folds, fold)
     section = config.reranker.of(config.reranker.backbone)
     seed = seed_of(config.run.seed, "reward", name)
     settings = fit_settings(section, seed)
@@ -135,28 +137,59 @@ def _train_one(
     )
     if rank == 0:
         figures = {"best_epoch": result.best_epoch, f"valid {settings.metric}": result.best_value}
-        info = {"system": name, "figures": figures, "fit": asdict(settings), **training_facts(config, store)}
+        info = {
+            "system": name,
+            "seed": seed,
+            "figures": figures,
+            "fit": asdict(settings),
+            **training_facts(config, store),
+        }
         save_reranker(Path(store.path("reward")) / name, model, info)
 
 
+def without_fold(lists: ListData, folds: torch.Tensor, fold: int) -> ListData:
+    """The lists of users outside the fold, for training and for choosing the epoch alike. folds: [U] of each user.
+
+    Raises:
+        UserError: none is left.
+    """
+    kept = lists.select(folds[lists.user_ids] != fold)
+    if not len(kept):
+        raise UserError(
+            f"all lists of a split are of users of fold {fold}; use more users, a larger data.valid_frac or fewer "
+            "reward.num_folds"
+        )
+    return kept
+
+
+def another_user(users: np.ndarray, num_users: int, seed: int) -> np.ndarray:
+    """[num_users]: each of `users` (two at least) is given another one of them, the rest themselves."""
+    other = np.arange(num_users)
+    order = np.random.default_rng(seed).permutation(users)
+    other[order] = np.roll(order, 1)
+    return other
+
+
 def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
-    """NDCG@5 on validation lists with own vectors, and what is lost when each user gets another user's."""
+    """NDCG@5 on validation lists with own vectors, and what is lost when each user gets another user's.
+
+    The mean over the folds' rerankers, each alone: their average would gain from being several, which one reranker
+    without knowledge cannot.
+    """
     catalogue, valid = read_catalogue(store), read_list_data(store, "valid")
     vectors = read_vectors(store, 0, "user")[1]
-    users = np.unique(valid.user_ids.numpy())
-    other = np.arange(len(vectors))
-    other[users] = np.roll(np.random.default_rng(seed_of(config.run.seed, "shuffle")).permutation(users), 1)[
-        np.argsort(np.argsort(users))
-    ]
+    other = another_user(np.unique(valid.user_ids.numpy()), len(vectors), seed_of(config.run.seed, "shuffle"))
     metric = metric_by_name("ndcg@5")
     labels, mask = valid.labels.numpy(), valid.mask.numpy()
     folds = [f"fold-{fold}" for fold in range(config.reward.num_folds)]
 
     def measured(names: list[str], source: np.ndarray | None) -> float:
-        models = [load_reranker(store.path("reward") / name, catalogue) for name in names]
-        scorer = ListScorer(models, catalogue)
-        scores = scorer.score(valid.item_ids, mask, source, valid.user_rows, valid.histories)
-        return float(metric(scores, labels, mask).mean())
+        found = []
+        for name in names:
+            scorer = ListScorer([load_reranker(store.path("reward") / name, catalogue)], catalogue)
+            scores = scorer.score(valid.item_ids, mask, source, valid.user_rows, valid.histories)
+            found.append(metric(scores, labels, mask).mean())
+        return float(np.mean(found))
 
     own = measured(folds, vectors)
     figures = {

@@ -22,6 +22,7 @@ STATISTICS = [
     "llm.path=/nowhere",
     "reranker.epochs=1",
     "reward.num_folds=1",
+    "reward.num_workers=2",  # Ray Train; the demo trains its folds as tasks
     "generate.num_engines=1",
 ]
 STEPS = ["prepare", "encode", "train_reward", "generate", "score", "pair"]

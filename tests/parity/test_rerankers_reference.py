@@ -44,6 +44,11 @@ class Weights:
     def layer_norm(self, name: str, x: Array) -> Array:
         return self[f"{name}.weight"] * (x - x.mean()) / np.sqrt(x.var() + 1e-5) + self[f"{name}.bias"]
 
+    def batch_norm(self, name: str, x: Array) -> Array:
+        """A trained one: by what it has seen in training (Ioffe and Szegedy, 2015)."""
+        seen = (x - self[f"{name}.running_mean"]) / np.sqrt(self[f"{name}.running_var"] + 1e-5)
+        return self[f"{name}.weight"] * seen + self[f"{name}.bias"]
+
     def head(self, x: Array) -> float:
         """MLP 200-80-1 with ReLU."""
         hidden = np.maximum(self.linear("head.0", x), 0)
@@ -95,6 +100,13 @@ def dlcm(w: Weights, candidates: list[Array]) -> list[float]:
     return [float(w.linear("weights", state * context)[0]) for state in states]
 
 
+def dlcm_of_kar(w: Weights, candidates: list[Array]) -> list[float]:
+    """The same function of the bare features, of batch-normalised states."""
+    states = w.gru("gru", candidates)
+    context = np.tanh(w.linear("context", w.batch_norm("norm_last", states[-1])))
+    return [float(w.linear("weights", w.batch_norm("norm_states", state) * context)[0]) for state in states]
+
+
 def prm(w: Weights, candidates: list[Array]) -> list[float]:
     """Pei et al. (2019): positions, encoder layers, a score per place."""
     sequence = []
@@ -140,12 +152,18 @@ def mir(w: Weights, candidates: list[Array], history: list[tuple[Array, int]]) -
     return scores
 
 
-def model_of(name: str) -> Reranker:
-    settings = RerankerSettings(hidden_dim=DIM, num_heads=HEADS, num_layers=2)
+def model_of(name: str, input_layer: str = "linear") -> Reranker:
+    """Item id and one facet, DIM wide together; weights, and what a norm has seen, drawn at random."""
+    settings = RerankerSettings(
+        embed_dim=DIM // 2, hidden_dim=DIM, num_heads=HEADS, num_layers=2, input_layer=input_layer
+    )
     model = build_reranker(name, CatalogueShape(5, (3,), 0, ""), False, settings).eval()
     torch.manual_seed(1)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            nn.init.uniform_(buffer, 0.2, 2.0)
     return model
 
 
@@ -161,19 +179,29 @@ def candidates_of(inputs: torch.Tensor, row: int) -> list[Array]:
     return list(inputs[row, : LENGTHS[row]].double().numpy())
 
 
-@pytest.mark.parametrize("name", ["dlcm", "prm", "setrank"])
-def test_backbone_equals_its_equations(name):
-    reference = {"dlcm": dlcm, "prm": prm, "setrank": setrank}[name]
-    model, (inputs, mask) = model_of(name), lists()
+@pytest.mark.parametrize(
+    ("name", "input_layer", "reference"),
+    [
+        ("dlcm", "linear", dlcm),
+        ("dlcm", "concat", dlcm_of_kar),
+        ("prm", "linear", prm),
+        ("prm", "concat", prm),
+        ("setrank", "linear", setrank),
+        ("setrank", "concat", setrank),
+    ],
+)
+def test_backbone_equals_its_equations(name, input_layer, reference):
+    model, (inputs, mask) = model_of(name, input_layer), lists()
     found = model.rank(inputs, mask).detach().numpy()
     for row, length in enumerate(LENGTHS):
         expected = reference(Weights(model), candidates_of(inputs, row))
         np.testing.assert_allclose(found[row, :length], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_mir_equals_its_equations():
+@pytest.mark.parametrize("input_layer", ["linear", "concat"])
+def test_mir_equals_its_equations(input_layer):
     """The second user has seen nothing; padding stands before, between and after what the others have seen."""
-    model, (inputs, mask) = model_of("mir"), lists()
+    model, (inputs, mask) = model_of("mir", input_layer), lists()
     real = torch.tensor([[False, True, True, False], [False] * 4, [True, False, True, True]])
     items = torch.randn(3, 4, DIM, generator=torch.Generator().manual_seed(3))
     items = items.where(real.unsqueeze(-1), torch.tensor(100.0))

@@ -94,3 +94,17 @@ def test_what_stands_in_place_of_the_base_llm_has_an_identity(tmp_path: Path) ->
 )
 def test_the_steps_before_the_rounds(overrides: list[str], steps: list[str]) -> None:
     assert before_rounds(load_config(DEMO, overrides)) == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["reward.hard_negatives=1", "reward.num_redraws=0"], "reward.hard_negatives = 1.0"),
+        (["pair.shrinkage=true"], "set pair.min_margin too"),
+        (["reranker.num_heads=3"], "reranker.hidden_dim = 64 is not a multiple of num_heads = 3"),
+        (['evaluate.backbones=["dlcm", "dlcm"]'], "names one twice"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        checks.check_all(load_config("jobs/recipes/demo.toml", changes))

@@ -181,6 +181,9 @@ def test_comparisons_by_hand() -> None:
     assert row["delta sd"] == pytest.approx(0.125 / math.sqrt(2))
     assert row["ci95"] == pytest.approx([0.0, 0.25])
     assert row["p_value"] == pytest.approx(2 * 8 / 27, abs=0.05)  # resamples at 0 count on that side
+    # by user: .25 for user 1, 0 for the others
+    assert row["by user delta"] == pytest.approx(0.25 / 3)
+    assert row["by user ci95"] == pytest.approx([0.0, 0.25])
     half = only(rows, system="base-llm", against="backbone", metric="map_paper@5")
     assert (half["delta"], half["ci95"]) == (0.0625, pytest.approx([0.0, 0.125]))
     # popularity has one seed, which meets both of the backbone's: (0 0 .25 0) and (0 .25 .5 0), means .0625 and .1875
@@ -286,7 +289,9 @@ BUCKETS = [
 
 @pytest.mark.parametrize(("values", "wanted"), BUCKETS)
 def test_buckets_by_hand(values: list[float], wanted: dict[str, list[int]]) -> None:
-    found = {label: np.flatnonzero(chosen).tolist() for label, chosen in buckets(np.array(values, float))}
+    found = {
+        label: np.flatnonzero(chosen).tolist() for label, chosen in buckets(*[np.array(values, float)] * 2)
+    }
     assert found == wanted
 
 
@@ -299,6 +304,7 @@ def test_breakdown_by_hand() -> None:
     places = [(row["by"], row["bucket"]) for row in rows if row["system"] == "random"]
     assert places == [
         ("history length", "8"), ("history length", "15"), ("history length", "30"),
+        ("lists of the user", "1"), ("lists of the user", "2"),
         ("popularity", "2"), ("popularity", "3.2"), ("popularity", "12.5"),
     ]  # fmt: skip
     row = only(rows, by="history length", bucket="8", system="base-llm")
@@ -343,7 +349,7 @@ def test_about_must_know_every_list_once() -> None:
     with pytest.raises(ValueError, match="without a history_length"):
         breakdown(per_list, ABOUT.assign(history_length=[1, 2, 3, np.nan]))
     none = breakdown(per_list, ABOUT.assign(popularity=np.nan), 100)
-    assert {row["by"] for row in none} == {"history length"}
+    assert {row["by"] for row in none} == {"history length", "lists of the user"}
 
 
 def test_table_one_is_the_papers() -> None:
@@ -520,7 +526,7 @@ def test_markdown_says_what_compares(summary: dict[str, Any]) -> None:
 def test_printed_fits_the_terminal(summary: dict[str, Any]) -> None:
     lines = printed(summary).splitlines()
     assert max(map(len, lines)) <= 110
-    assert len(lines) == 1 + len(summary["systems"]) + 3 + 4 * (1 + 3 + 2)
+    assert len(lines) == 1 + len(summary["systems"]) + 3 + 2 * 4 * (1 + 3 + 2)
     row = only(summary["systems"], backbone="dlcm", system="base-llm")
     line = next(line for line in lines if line.startswith("DLCM     base-llm  "))
     for name in (*HEADLINE, "map@5", "mrr@10", "hr@10", "ndcg@5 by user"):

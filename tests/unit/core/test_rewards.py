@@ -10,6 +10,7 @@ from dpo4rec_ray.core.rewards import (
     REWARDS,
     carried_share,
     carry_over,
+    list_noise,
     list_rewards,
     log_likelihood_reward,
     rank_agreement,
@@ -293,3 +294,38 @@ def test_shrink_mistakes() -> None:
         shrink(np.ones((2, 3)), np.array([1.0, -1.0]))
     with pytest.raises(ValueError, match="must be \\[2\\]"):
         shrink(np.ones((2, 3)), np.ones(3))
+
+
+def test_list_noise_is_pooled_by_degrees_of_freedom() -> None:
+    """Two lists with error 1: variance of a list 2, one degree; five lists with error 2: 20, four. (2 + 80) / 5."""
+    errors, sizes = np.array([1.0, NAN, 2.0, NAN]), np.array([2, 1, 5, 0])
+    assert list_noise(errors, sizes) == pytest.approx(np.sqrt(82 / 5))
+    assert np.isnan(list_noise(errors[1:2], sizes[1:2]))
+
+
+def test_shrunk_gaps_hold_where_errors_are_estimated_from_two_lists() -> None:
+    """Errors of single users promise too much where they come out small by chance; pooled they promise what holds."""
+    rng = np.random.default_rng(0)
+    num_users, num_samples, num_lists = 4000, 10, 2
+    worth = 0.3 * rng.normal(size=(num_users, num_samples))
+    values = worth[:, :, None] + rng.normal(size=(num_users, num_samples, num_lists))
+    rest = (
+        values
+        - values.mean(2, keepdims=True)
+        - values.mean(1, keepdims=True)
+        + values.mean((1, 2), keepdims=True)
+    )
+    freedom = (num_samples - 1) * (num_lists - 1)
+    errors = np.sqrt((rest**2).sum((1, 2)) / freedom / num_lists)
+    pooled = list_noise(errors, np.full(num_users, num_lists)) / np.sqrt(num_lists)
+
+    def kept_promise(errors: np.ndarray) -> float:
+        """True gap over promised gap of the tenth of the users with the largest promise."""
+        shrunk, _ = shrink(values.mean(2), errors)
+        best, worst = shrunk.argmax(1), shrunk.argmin(1)
+        promised = shrunk.max(1) - shrunk.min(1)
+        most = np.argsort(promised)[-num_users // 10 :]
+        return float((worth[most, best[most]] - worth[most, worst[most]]).mean() / promised[most].mean())
+
+    assert kept_promise(np.full(num_users, pooled)) == pytest.approx(1.0, abs=0.1)
+    assert kept_promise(errors) < 0.7

@@ -74,7 +74,7 @@ def test_mir_reads_histories_in_training_and_scoring(small, tmp_path: Path) -> N
         )
     )
     assert abs(scorer.score(valid.item_ids, valid.mask, histories=empty) - bare).max() < 1e-6
-    # the module's own path over a batch gives what the scorer's tables give
+    # histories are no part of the weights: a loaded reranker reads them alike
     save_reranker(tmp_path, model, {})
     again = ListScorer([load_reranker(tmp_path, small.catalogue)], small.catalogue)
     assert (again.score(valid.item_ids, valid.mask, histories=valid.histories) == seen).all()

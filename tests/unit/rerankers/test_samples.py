@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from conftest import make_lists
 
 from dpo4rec_ray.rerankers import samples as samples_module
 from dpo4rec_ray.rerankers.catalogue import Histories
 from dpo4rec_ray.rerankers.fit import ListData
-from dpo4rec_ray.rerankers.samples import SampleScorer, _random_halves, _std_errors
+from dpo4rec_ray.rerankers.samples import YARDSTICK, SampleScorer, _random_halves, _std_errors
 
 
 class FixedScorer:
@@ -82,7 +85,8 @@ def test_redraws_keep_positives_and_are_the_same_for_every_call() -> None:
     second = scorer.rewards(np.array([5]), vectors)
     assert first.reward[0, 0] == second.reward[0, 0]
     item_ids, _ = fixed.calls[0]
-    assert item_ids.shape == (4, 3)
+    assert item_ids.shape == (5, 3), "four redraws, and the list as drawn"
+    assert item_ids[-1].tolist() == [0, 1, 2]
     assert (item_ids == 0).any(axis=1).all(), "the positive item 0 stays in every redraw"
 
 
@@ -134,12 +138,49 @@ def test_many_calls_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None
     vectors = rng.normal(size=(len(users), 6))
     arguments = {"num_items": 6, "metrics": ["log_likelihood"], "num_redraws": 0, "seed": 0}
     whole = SampleScorer([FixedScorer()], lists(), np.zeros(8, int), **arguments).rewards(users, vectors)
-    monkeypatch.setattr(samples_module, "LISTS_PER_CALL", 3)
+    monkeypatch.setattr(samples_module, "PLACES_PER_CALL", 9)
     fixed = FixedScorer()
     cut = SampleScorer([fixed], lists(), np.zeros(8, int), **arguments).rewards(users, vectors)
     assert len(fixed.calls) == 2
     np.testing.assert_allclose(cut.reward, whole.reward)
     np.testing.assert_allclose(cut.std_error, whole.std_error)
+
+
+def test_the_yardstick_is_measured_on_the_lists_as_drawn() -> None:
+    """User 2, sample A, as worked above: NDCG@5 .8155 on the lists as drawn, whatever is redrawn beside them."""
+    scorer = SampleScorer(
+        [FixedScorer()],
+        lists(),
+        np.zeros(8, int),
+        num_items=6,
+        metrics=["ndcg@5", YARDSTICK],
+        num_redraws=3,
+        seed=1,
+    )
+    found = scorer.rewards(np.array([2]), np.arange(6.0)[None])
+    assert found.reward[0, 1] == pytest.approx((1 / np.log2(3) + 1) / 2)
+    assert found.reward[0, 0] != found.reward[0, 1]
+
+
+def test_histories_stay_with_their_lists() -> None:
+    """Every list's history names its user; a sample of user 5 must be scored beside user 5's history, in every copy."""
+
+    class Watching(FixedScorer):
+        def score(self, item_ids, mask, user_vectors, user_rows, histories):
+            owner = user_vectors[user_rows, 0]
+            assert (histories.item_ids[:, 0].numpy() == owner).all()
+            return super().score(item_ids, mask, user_vectors, user_rows, histories)
+
+    plain = lists()
+    ids = plain.user_ids[:, None]
+    told = replace(plain, histories=Histories(ids, torch.ones_like(ids, dtype=torch.bool), ids.float()))
+    watching = Watching()
+    scorer = SampleScorer(
+        [watching], told, np.zeros(8, int), num_items=6, metrics=["mrr@5"], num_redraws=2, seed=0
+    )
+    users = np.array([5, 5, 2, 2, 2])
+    scorer.rewards(users, np.stack([np.full(6, user, float) for user in users]))
+    assert len(watching.calls) == 1
 
 
 def test_halves_split_every_users_lists_evenly() -> None:

@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.core.rewards import carry_over
+from dpo4rec_ray.rerankers.samples import YARDSTICK
 from dpo4rec_ray.stages.reward_figures import read_matrices, reward_figures
 
-METRICS = ("log_likelihood", "ndcg@5", "mrr@10")
+METRICS = ("log_likelihood", YARDSTICK, "mrr@10")
 NUM_USERS, NUM_SAMPLES = 40, 5
 
 
@@ -27,6 +28,7 @@ def table(halves: dict[str, np.ndarray], users: np.ndarray) -> pa.Table:
             "metric": list(METRICS) * (len(users) * NUM_SAMPLES),
             "reward": stacked.mean(axis=-1).ravel(),
             "std_error": errors.ravel(),
+            "num_lists": np.full(errors.size, 2),
             "half_a": stacked[..., 0].ravel(),
             "half_b": stacked[..., 1].ravel(),
         }
@@ -40,7 +42,7 @@ def halves() -> dict[str, np.ndarray]:
     worth = rng.normal(size=(NUM_USERS, NUM_SAMPLES, 1))
     return {
         "log_likelihood": worth + 0.1 * rng.normal(size=(NUM_USERS, NUM_SAMPLES, 2)),
-        "ndcg@5": rng.integers(0, 3, (NUM_USERS, NUM_SAMPLES, 2)) / 2 + 0.2 * worth.round(),
+        YARDSTICK: rng.integers(0, 3, (NUM_USERS, NUM_SAMPLES, 2)) / 2 + 0.2 * worth.round(),
         "mrr@10": np.ones((NUM_USERS, NUM_SAMPLES, 2)),
     }
 
@@ -60,25 +62,27 @@ def test_what_carries_over_is_told_from_luck(halves: dict[str, np.ndarray]) -> N
     held_out = users[:10]
     found = reward_figures(table(halves, users), "log_likelihood", held_out)
     own = found["metrics"]["log_likelihood"]
-    assert own["carried"] > 0.9 > found["metrics"]["ndcg@5"]["carried"]
+    assert own["carried"] > 0.9 > found["metrics"][YARDSTICK]["carried"]
     assert found["gap_held_out"] == own["gap_held_out"] and found["carried"] == own["carried"]
     assert own["best tied"] == 0.0
     assert 0.8 < own["carried_of_shrunk"] < 1.2, "what is left after shrinkage is what carries over"
-    assert found["metrics"]["ndcg@5"]["shrunk_gap"] < 0.5 * found["metrics"]["ndcg@5"]["gap_in_sample"]
+    assert found["metrics"][YARDSTICK]["shrunk_gap"] < 0.5 * found["metrics"][YARDSTICK]["gap_in_sample"]
     assert found["metrics"]["mrr@10"]["all tied"] == 1.0
     assert found["metrics"]["mrr@10"]["gap_in_sample"] == 0.0
     # chosen by one metric, measured by the other
-    cross = carry_over(*(halves[name][..., half] for name in ("log_likelihood", "ndcg@5") for half in (0, 1)))
-    assert own["ndcg@5 gap held out"] == pytest.approx(cross.gap_held_out.mean())
-    apart = found["metrics of users never trained on"]["log_likelihood"]
+    cross = carry_over(
+        *(halves[name][..., half] for name in ("log_likelihood", YARDSTICK) for half in (0, 1))
+    )
+    assert own["yardstick_gap"] == pytest.approx(cross.gap_held_out.mean())
+    apart = found["metrics of validation users"]["log_likelihood"]
     assert apart["users_in_carry_over"] == 10
     expected = carry_over(*(halves["log_likelihood"][held_out][..., half] for half in (0, 1)))
     assert apart["gap_held_out"] == pytest.approx(expected.gap_held_out.mean())
     assert set(found["agreement"]) == {
-        "log_likelihood ~ ndcg@5", "log_likelihood ~ mrr@10", "ndcg@5 ~ mrr@10"
+        f"log_likelihood ~ {YARDSTICK}", "log_likelihood ~ mrr@10", f"{YARDSTICK} ~ mrr@10"
     }  # fmt: skip
-    assert found["agreement"]["log_likelihood ~ ndcg@5"] > 0
-    assert np.isnan(found["agreement"]["ndcg@5 ~ mrr@10"])
+    assert found["agreement"][f"log_likelihood ~ {YARDSTICK}"] > 0
+    assert np.isnan(found["agreement"][f"{YARDSTICK} ~ mrr@10"])
 
 
 def test_users_with_one_list_leave_it_unknown(halves: dict[str, np.ndarray]) -> None:
