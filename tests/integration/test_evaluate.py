@@ -51,7 +51,7 @@ def test_the_tables_are_the_figures(evaluated: Finished) -> None:
         assert "statistics" in (folder / name).read_text(encoding="utf-8"), name
     assert {row["against"] for row in evaluated.summary["comparisons"]} == {"backbone", "popularity"}
     kinds = {row["by"] for row in evaluated.summary["breakdown"]}
-    assert len(kinds) == 2, "by length of the history and by popularity"
+    assert kinds == {"history length", "lists of the user", "popularity"}
     assert "DLCM" in evaluated.stdout and "statistics" in evaluated.stdout
 
 
