@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
+import logging
 import math
 import pstats
 import sys
@@ -109,10 +110,19 @@ def main() -> int:
 def make_inputs(config: Config, store: RunDir) -> None:
     """Everything that `score` reads, by the stages themselves; kept when it is there."""
     import ray
+    import ray.data
 
     if store.manifest("generations", 1) is not None:
         return  # of an earlier bench: take a new folder after a change of the sample world or of the users
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=2**29)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=2**29,
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     for stage, round_id in (("prepare", 0), ("encode", 0), ("train_reward", 0), ("generate", 1)):
         run_pipeline(config, store, Selection(only=stage, round_id=round_id))
     ray.shutdown()

@@ -36,9 +36,7 @@ class RerankerSettings:
     num_shared_experts: int = 2
     num_dedicated_experts: int = 5
     expert_hidden_dim: int = 128
-    hidden_dim: int = (
-        64  # width of the linear input layer and of what follows; with "concat" of DLCM's states alone
-    )
+    hidden_dim: int = 64  # width of the linear input layer and what follows; with "concat" of DLCM's states
     num_heads: int = 2
     num_layers: int = 1
 

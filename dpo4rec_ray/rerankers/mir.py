@@ -81,7 +81,7 @@ class SetToList(nn.Module):
 
 
 class MIR(Reranker):
-    """MIR with `num_heads` heads and a GRU of `hidden_dim` units."""
+    """MIR with `num_heads` heads and a GRU of as many units as the input layer is wide."""
 
     loss = "pointwise_bce"
     order_matters = False
