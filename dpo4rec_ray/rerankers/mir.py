@@ -32,6 +32,7 @@ from dpo4rec_ray.rerankers.base import (
     score_head,
 )
 from dpo4rec_ray.rerankers.dlcm import gru_states
+from dpo4rec_ray.rerankers.prm import padding_bias
 
 NUM_RATINGS = 6  # 0: unknown, then one to five stars
 
@@ -127,10 +128,7 @@ class MIR(Reranker):
         mean = seen.sum(dim=1) / real.sum(dim=1).clamp(min=1).unsqueeze(-1)
 
         e = self.norm_set(inputs)
-        bias = None
-        if mask is not None:
-            bias = torch.zeros_like(mask, dtype=e.dtype).masked_fill(~mask, -1e9)[:, None, None, :]
-        candidates = torch.cat([e, self.within_set(e, bias)], dim=-1)  # [B, L, 2 dim]
+        candidates = torch.cat([e, self.within_set(e, padding_bias(mask, e.dtype))], dim=-1)  # [B, L, 2 dim]
         of_set, of_list = self.set_to_list(candidates, mask, seen, real)
         features = [of_set, of_list, e, mean.unsqueeze(1).expand(-1, length, -1)]
         return self.head(torch.cat(features, dim=-1)).squeeze(-1)
