@@ -13,6 +13,7 @@ from jinja2 import Environment
 
 from dpo4rec_ray import evaluation, paper_table
 from dpo4rec_ray.artifacts import RunDir, write_json
+from dpo4rec_ray.checks import has_policy
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.memory import peak_rss_mb
 from dpo4rec_ray.stages.common import say, versions
@@ -51,7 +52,7 @@ def run(
         "peak_rss_mb": round(max(peak_rss_mb(), *_earlier_peaks(store, last_round))),
         "total_seconds": round(seconds, 1),
     }
-    if config.llm.source == "vllm" and config.llm.path == "bootstrap":
+    if has_policy(config) and config.llm.path == "bootstrap":
         summary["bootstrap"] = store.require("base_llm").figures
     write_json(store.root / "summary.json", summary)
     (store.root / "report.html").write_text(_html(store, summary), encoding="utf-8")
@@ -62,7 +63,7 @@ def run(
 
 def _untrained_rounds(config: Config) -> int:
     """Rounds that end with their pairs, because nothing is trained on them."""
-    return 0 if config.llm.source == "vllm" else min(1, config.run.num_rounds)
+    return 0 if has_policy(config) else min(1, config.run.num_rounds)
 
 
 def _figures(store: RunDir, name: str, round_id: int = 0) -> dict[str, Any]:
