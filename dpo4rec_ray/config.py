@@ -115,11 +115,12 @@ class SampleSection(Section):
 
 
 class LLMSection(Section):
-    """What writes the texts: a policy under vLLM, trained from a Hugging Face causal LM."""
+    """What writes the texts: a policy under vLLM, trained from a Hugging Face causal LM, or a source that is not trained."""
 
-    # "statistics": a summary counted from the history instead of an LLM; the row every LLM has to beat. Nothing is
-    # trained then: rounds end with their pairs.
-    source: Literal["vllm", "statistics"] = "vllm"
+    # What is not "vllm" is not trained: rounds end with their pairs. "openai": an endpoint ([openai]); "table": texts
+    # written elsewhere ([texts]); "statistics": a summary counted from the history, the row every LLM has to beat;
+    # "template": filled-in sentences that simulate scale and say nothing.
+    source: Literal["vllm", "openai", "table", "statistics", "template"] = "vllm"
     path: str = (
         "bundled"  # folder or hub name; "bundled": the small LLM of the sample world; "bootstrap": train one
     )
@@ -136,13 +137,62 @@ class PromptSection(Section):
     factors: str = "movies"
     item_attributes: bool = False  # print each title's attributes behind it; small LLMs know no titles
     ratings: bool = True  # print the stars; off for implicit feedback
+    # What is encoded for an item: its description by the base LLM, written once per run, or its own title and attributes.
+    describe_items: bool = False
+
+
+class OpenAISection(Section):
+    """An OpenAI-compatible endpoint; used when llm.source = "openai". The key comes from the environment, never from here."""
+
+    placement = frozenset(
+        {
+            "base_url",
+            "api_key_env",
+            "max_concurrency",
+            "max_retries",
+            "timeout_s",
+            "input_price",
+            "output_price",
+        }
+    )
+    base_url: str = "http://127.0.0.1:8000/v1"
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"  # name of the variable that holds the key; unset: none is sent
+    max_concurrency: int = Field(default=16, ge=1)  # requests under way, over all engines together
+    samples_per_request: int = Field(default=0, ge=0)  # 0: all N in one; 1 where the endpoint knows no `n`
+    max_retries: int = Field(default=6, ge=0)  # after 429, 5xx and lost connections, waiting longer each time
+    timeout_s: float = Field(default=120, gt=0)  # of one request
+    input_price: float = Field(default=0, ge=0)  # per million tokens, in any currency
+    output_price: float = Field(default=0, ge=0)
+
+
+class TextsSection(Section):
+    """Texts written elsewhere; used when llm.source = "table". Parquet, JSONL, or KAR's .klg; columns for the first two."""
+
+    users: str = ""  # file of the texts about users; several rows of a user are its samples, in file order
+    items: str = ""  # file of the texts about items; "": an item's own title and attributes
+    user: str = "user_id"  # as the raw data has it, before users are numbered
+    item: str = "item_id"
+    text: str = "text"
 
 
 class GenerateSection(Section):
     """Sampling and the vLLM engine pool."""
 
     placement = frozenset(
-        {"num_engines", "gpus_per_engine", "cpus_per_engine", "kv_cache_gib", "gpu_memory_utilization"}
+        {
+            "num_engines",
+            "gpus_per_engine",
+            "cpus_per_engine",
+            "kv_cache_gib",
+            "gpu_memory_utilization",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "max_num_seqs",
+            "stall_timeout_s",
+            "users_per_shard",
+            "keep_engines",
+        }
     )
     num_samples: int = Field(default=10, ge=2)
     user_frac: float = Field(
@@ -151,11 +201,18 @@ class GenerateSection(Section):
     temperature: float = Field(default=0.9, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
+    format: Literal["text", "json"] = "text"  # "json": one string per factor, held to it by the engine
     num_engines: int = Field(default=1, ge=1)
-    gpus_per_engine: float = Field(default=0, ge=0)
+    gpus_per_engine: float = Field(default=0, ge=0)  # a fraction shares one GPU between engines
     cpus_per_engine: float = Field(default=1, gt=0)
+    tensor_parallel_size: int = Field(default=1, ge=1)  # with pipeline_parallel_size: processes of one engine
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)  # samples that an engine works on at once
     kv_cache_gib: int = Field(default=1, ge=1)  # CPU engine only; on a GPU vLLM sizes its cache itself
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    engine_args: dict[str, Any] = {}  # any further argument of the installed vLLM's EngineArgs
+    stall_timeout_s: float = Field(default=300, gt=0)  # an engine without a new token for so long is replaced
+    keep_engines: bool = False  # between stages and rounds: saves their start where training needs other GPUs
     users_per_shard: int = Field(default=64, ge=1)  # what one crash can lose
 
 
@@ -307,6 +364,8 @@ class Config(Section):
     llm: LLMSection = LLMSection()
     bootstrap: BootstrapSection = BootstrapSection()
     prompt: PromptSection = PromptSection()
+    openai: OpenAISection = OpenAISection()
+    texts: TextsSection = TextsSection()
     generate: GenerateSection = GenerateSection()
     encoder: EncoderSection = EncoderSection()
     reranker: RerankerSection = RerankerSection()

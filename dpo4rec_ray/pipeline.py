@@ -52,6 +52,17 @@ class Stage:
     sections: tuple[str, ...]
 
 
+# What a text depends on, whoever it is about.
+TEXTS = (
+    "llm",
+    "openai",
+    "texts",
+    *(f"prompt.{name}" for name in ("factors", "item_attributes", "ratings")),
+    *(
+        f"generate.{name}"
+        for name in ("num_samples", "temperature", "top_p", "max_new_tokens", "format", "engine_args")
+    ),
+)
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in [
@@ -74,7 +85,7 @@ STAGES: dict[str, Stage] = {
             encode.run,
             reads=lambda r: [("users", 0), ("items", 0), ("policy", r)],
             writes=lambda r: [("knowledge", r)],
-            sections=("llm", "prompt", "generate", "encoder"),
+            sections=(*TEXTS, "prompt.describe_items", "encoder"),
         ),
         Stage(
             "train_reward",
@@ -88,7 +99,7 @@ STAGES: dict[str, Stage] = {
             generate.run,
             reads=lambda r: [("users", 0), ("items", 0), ("policy", r - 1)],
             writes=lambda r: [("generations", r)],
-            sections=("llm", "prompt", "generate"),
+            sections=(*TEXTS, "generate.user_frac"),
         ),
         Stage(
             "score",

@@ -69,6 +69,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("finish_reason", pa.string()),
         ]
     ),
+    # Subjects without texts, beside the artifact that lacks them, in its folder failed/.
+    "failed": pa.schema(
+        [
+            ("round", pa.int32()),
+            ("subject", pa.string()),
+            ("subject_id", pa.int64()),
+            ("reason", pa.string()),
+            ("detail", pa.string()),
+        ]
+    ),
     # std_error: how far chance alone moves the reward beside those of the user's other samples.
     "scores": pa.schema(
         [*_LABEL, ("reward", pa.float32()), ("std_error", pa.float32()), ("num_lists", pa.int32())]

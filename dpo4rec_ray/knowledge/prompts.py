@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dpo4rec_ray.errors import UserError
@@ -54,6 +54,7 @@ FACTORS = {
         "popularity",
     ],
 }
+_AS_JSON = " Answer with one JSON object that has these words as keys and a string as each value."
 # Marks that chat formats put between turns, whether or not this tokenizer has them as tokens: <|x|>, <s>,
 # <x_of_turn>, [INST], [SEP], <<SYS>>, <think>. The name inside stays: a title made of one does not vanish.
 _MARKS = re.compile(
@@ -77,18 +78,49 @@ def user_prompt(
     factors: Sequence[str],
     *,
     show_ratings: bool = True,
+    as_json: bool = False,
 ) -> str:
     """The question about one user. Texts must be clean (`clean_text`); the history is in time order.
 
     attributes: "facet: value" strings per title, of which the values are shown; None shows titles only.
     show_ratings: off for implicit feedback, where every rating is the same number and says nothing.
+    as_json: ask for one JSON object with a string per factor (`structured.factor_schema`).
     """
     shown = attributes if attributes is not None else [()] * len(titles)
     events = zip(titles, ratings, shown, strict=True)
     history = " ".join(_event(*event, show_rating=show_ratings) for event in events)
     about = f"Profile: {profile}.\n" if profile else ""
     question = f"Analyse this user's preferences, with reasons, by {', '.join(factors)}."
-    return f"{about}History: {history}\n{question}"
+    return f"{about}History: {history}\n{question}{_AS_JSON if as_json else ''}"
+
+
+def item_prompt(
+    title: str, attributes: Sequence[str], factors: Sequence[str], *, as_json: bool = False
+) -> str:
+    """The question about one item, by the same factors; title and attributes must be clean."""
+    question = f"Describe this item by {', '.join(factors)}."
+    return f"Item: {item_text(title, attributes)}\n{question}{_AS_JSON if as_json else ''}"
+
+
+def fit_history(
+    encode: Callable[[int], list[int]], num_events: int, max_tokens: int
+) -> tuple[list[int], int]:
+    """The longest prompt that fits, and how many of the oldest events it leaves out; the question always stays whole.
+
+    encode: token ids of the prompt without its `k` oldest events, k in [0, num_events]; more left out is never longer.
+    A prompt that does not fit without any event is returned as it is: the caller sees its length.
+    """
+    token_ids = encode(0)
+    if len(token_ids) <= max_tokens or not num_events:
+        return token_ids, 0
+    low, high = 1, num_events  # the answer is in [low, high], or nothing fits
+    while low < high:
+        middle = (low + high) // 2
+        if len(encode(middle)) <= max_tokens:
+            high = middle
+        else:
+            low = middle + 1
+    return encode(low), low
 
 
 def item_text(title: str, attributes: Sequence[str]) -> str:
@@ -139,7 +171,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     text = prompt
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        # Templates of thinking models know this switch (Qwen3), others ignore it: no room is left for thinking aloud.
+        text = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
     # The template writes the special tokens; letting the tokenizer add its own would double the BOS.
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id

@@ -26,7 +26,7 @@ from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_acc
 from dpo4rec_ray.policy.bootstrap import SPECIAL_TOKENS, build_tokenizer, supervised_rows
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.stages.common import Outcome, Progress, engine_env, say, seed_of
-from dpo4rec_ray.stages.sampling import CataloguePrompts
+from dpo4rec_ray.stages.sources import CataloguePrompts
 from dpo4rec_ray.stages.train_policy import supervised_loop, train_settings
 from dpo4rec_ray.stages.training import launch, read_metrics
 
@@ -145,7 +145,7 @@ def _sample_texts(engine: EngineSettings, sampling: Sampling, prompts: list[str]
     generator = VLLMGenerator(engine, sampling)
     token_ids = [encode_chat(tokenizer, prompt) for prompt in prompts]
     answers = generator.generate(token_ids, list(range(len(prompts))), [1] * len(prompts))
-    return [answer[0].text if answer else "" for answer in answers]
+    return [answer.samples[0].text if answer.samples else "" for answer in answers]
 
 
 def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:

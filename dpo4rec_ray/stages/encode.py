@@ -1,52 +1,85 @@
 """Knowledge vectors: one text per user from policy r, then its encoding; validation users get N samples.
 
-Two actor pools, writers of text then encoders, so that both work at once. Items are described by their own title and
-attributes and do not change with the policy: they are encoded once, in round 0. Rounds after 0 write N texts for each
-validation user, because their mean reward decides whether the round helped.
+Two actor pools, writers of text then encoders, so that both work at once. Items are described once, in round 0: by their
+own title and attributes, or by the base LLM (`prompt.describe_items`); they do not change with the policy. Rounds after 0
+write N texts for each validation user, because their mean reward decides whether the round helped. Finished shards
+survive a kill.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dpo4rec_ray.artifacts import RunDir, write_part
+from dpo4rec_ray.artifacts import RunDir, part_notes, write_part
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.knowledge.prompts import item_text
 from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, say
-from dpo4rec_ray.stages.sampling import TextSampler, engine_pool
-from dpo4rec_ray.stages.shards import Pool, Row, run_shards, shard_ranges
+from dpo4rec_ray.stages.sampling import ItemSampler, TextSampler, engine_pool
+from dpo4rec_ray.stages.shards import (
+    Pool,
+    Row,
+    begin_shards,
+    finished_shards,
+    run_shards,
+    shard_ranges,
+)
+from dpo4rec_ray.stages.sources import describes_items
+from dpo4rec_ray.stages.throughput import COUNTS, Throughput
 
 ITEMS_PER_SHARD = 2048
+DESCRIBED_PER_SHARD = 256  # items that an LLM describes: minutes of work, not seconds
+SUBJECTS = ("user", "item")
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
-    """Write `knowledge` of the round: users always, items in round 0."""
-    folder = store.start("knowledge", round_id)
-    rows = 0
-    if round_id == 0:
-        rows += _encode_items(config, store, str(folder))
+    """Write `knowledge` of the round: users always, items in round 0. Items come first; their parts after the users'."""
+    folder = store.path("knowledge", round_id)
+    size = config.generate.users_per_shard
+    mark = f"{store.mark} {size}"
+    done = finished_shards(folder, mark)
+    store.start("knowledge", round_id, keep=bool(done))
+    begin_shards(folder, mark)
     num_users = store.require("users").rows
-    ranges = shard_ranges(num_users, config.generate.users_per_shard)
-    shards = [(shard, low, high) for shard, (low, high) in enumerate(ranges)]
+    ranges = shard_ranges(num_users, size)
+    figures: dict[str, Any] = {}
+    if round_id == 0:
+        figures["items"] = _encode_items(config, store, folder, len(ranges), done)
     num_valid = config.generate.num_samples if round_id else 1
-    pools = [
-        engine_pool(
-            config, store, TextSampler, round_id, {"train": 1, "valid": num_valid, "test": 1}, "encode"
-        ),
-        encoder_pool(
-            config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0
-        ),
-    ]
-    answers = run_shards(shards, pools, Progress("encode", num_users, "users"))
-    failed = sorted(user for answer in answers for user in answer["failed"])
-    if failed:
-        say(f"  encode: {len(failed)} users got no text and carry the empty text's vector: {failed[:5]}")
-    rows += sum(answer["rows"] for answer in answers)
-    return Outcome(rows_in=num_users, rows_out=rows, figures={"failed": failed})
+    writers = engine_pool(
+        config,
+        store,
+        TextSampler,
+        round_id,
+        "encode",
+        folder=str(folder),
+        samples_per_shard=size,
+        num_samples={"train": 1, "valid": num_valid, "test": 1},
+        round_id=round_id,
+    )
+    encoders = encoder_pool(
+        config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0
+    )
+    todo = [(shard, *ranges[shard]) for shard in range(len(ranges)) if shard not in done]
+    already = num_users - sum(high - low for _, low, high in todo)
+    if already:
+        say(f"  encode: {already} users kept from an interrupted run")
+    figures["this_run"] = _stream("encode", "users", todo, [writers, encoders], num_users, already)
+    rows, counts = _account(folder)
+    users = counts["user"]
+    if users["failed"]:
+        say(f"  encode: {users['failed']} users got no text and carry the empty text's vector")
+    if users["shortened"]:
+        say(f"  encode: {users['shortened']} prompts leave out their oldest events to fit llm.max_model_len")
+    if counts["item"]["failed"]:
+        say(f"  encode: {counts['item']['failed']} items got no text and are encoded by their own title")
+    figures |= {**users, "simulated": config.llm.source == "template"}
+    return Outcome(rows_in=num_users, rows_out=rows, figures=figures)
 
 
 class VectorWriter:
@@ -63,7 +96,7 @@ class VectorWriter:
             {
                 "round": np.full(len(texts), self._round, np.int32),
                 "subject": [self._subject] * len(texts),
-                "subject_id": np.asarray(row["user_ids"], np.int64),
+                "subject_id": np.asarray(row["subject_ids"], np.int64),
                 "sample_id": np.asarray(row["sample_ids"], np.int32),
                 "text": texts,
                 "vector": pa.FixedSizeListArray.from_arrays(
@@ -71,13 +104,10 @@ class VectorWriter:
                 ).cast(pa.list_(pa.float32())),
             }
         )
-        write_part(self._folder, "knowledge", table, self._first_part + int(row["shard"]))
-        return {
-            "shard": int(row["shard"]),
-            "users": int(row["users"]),
-            "rows": len(texts),
-            "failed": list(row["failed"]),
-        }
+        totals = dict(row["totals"])
+        notes = {"subject": self._subject, **{name: totals[name] for name in COUNTS if totals.get(name)}}
+        write_part(self._folder, "knowledge", table, self._first_part + int(row["shard"]), notes)
+        return {"shard": int(row["shard"]), **totals}
 
 
 class ItemTexts:
@@ -90,12 +120,11 @@ class ItemTexts:
         low, high = int(row["low"]), int(row["high"])
         items = self._store.read("items").slice(low, high - low).to_pylist()
         return {
-            **row,
-            "users": len(items),
-            "user_ids": [item["item_id"] for item in items],
+            "shard": row["shard"],
+            "subject_ids": [item["item_id"] for item in items],
             "sample_ids": [0] * len(items),
             "texts": [item_text(item["title"], item["attributes"]) for item in items],
-            "failed": [],
+            "totals": {"users": len(items)},
         }
 
 
@@ -113,14 +142,56 @@ def encoder_pool(config: Config, worker: type, **arguments: Any) -> Pool:
     )
 
 
-def _encode_items(config: Config, store: RunDir, folder: str) -> int:
+def _encode_items(
+    config: Config, store: RunDir, folder: Path, first_part: int, done: set[int]
+) -> dict[str, Any]:
+    """Their texts and vectors; an empty dict where all were there already."""
     num_items = store.require("items").rows
-    ranges = shard_ranges(num_items, ITEMS_PER_SHARD)
-    first_part = len(shard_ranges(store.require("users").rows, config.generate.users_per_shard))
-    pools = [
-        Pool(ItemTexts, {"store": store}, size=1, num_cpus=0.1),
-        encoder_pool(config, VectorWriter, folder=folder, round_id=0, subject="item", first_part=first_part),
-    ]
-    shards = [(shard, low, high) for shard, (low, high) in enumerate(ranges)]
-    answers = run_shards(shards, pools, Progress("encode items", num_items, "items"))
-    return sum(answer["rows"] for answer in answers)
+    described = describes_items(config)
+    ranges = shard_ranges(num_items, DESCRIBED_PER_SHARD if described else ITEMS_PER_SHARD)
+    todo = [(shard, *ranges[shard]) for shard in range(len(ranges)) if first_part + shard not in done]
+    writers = Pool(ItemTexts, {"store": store}, size=1, num_cpus=0.1)
+    if described:
+        writers = engine_pool(
+            config,
+            store,
+            ItemSampler,
+            0,
+            "encode",
+            folder=str(folder),
+            samples_per_shard=DESCRIBED_PER_SHARD,
+            round_id=0,
+            first_part=first_part,
+        )
+    encoders = encoder_pool(
+        config, VectorWriter, folder=str(folder), round_id=0, subject="item", first_part=first_part
+    )
+    already = num_items - sum(high - low for _, low, high in todo)
+    return _stream("encode items", "items", todo, [writers, encoders], num_items, already)
+
+
+def _stream(
+    label: str, unit: str, todo: list[tuple[int, int, int]], pools: list[Pool], total: int, already: int
+) -> dict[str, Any]:
+    """Run the shards; the engines' figures."""
+    throughput = Throughput()
+
+    def extra(answer: Row) -> str:
+        throughput.add(answer)
+        return throughput.line
+
+    for _ in run_shards(
+        todo, pools, Progress(label, total, unit, already=already), already=already, extra=extra
+    ):
+        pass
+    return throughput.figures
+
+
+def _account(folder: Path) -> tuple[int, dict[str, Counter[str]]]:
+    """Rows, and counts per subject, over all parts, from their footers."""
+    rows, counts = 0, {subject: Counter[str]() for subject in SUBJECTS}
+    for file in folder.glob("part-*.parquet"):
+        own, notes = part_notes(file)
+        rows += own
+        counts[notes.pop("subject")].update(notes)
+    return rows, counts

@@ -81,8 +81,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             'use reward.metric = "log_likelihood", more reward.num_redraws, or a lower pair.min_margin'
         )
     say(f"  pairs: {kept['train']} training, {kept['valid']} held out; dropped {reasons['train'] or 'none'}")
-    for user, reason in store.require("generations", round_id).figures["failed"].items():
-        dropped[split_of[int(user)]][reason] += 1
+    failed = store.failed("generations", round_id)
+    for user, reason in zip(failed["subject_id"].to_pylist(), failed["reason"].to_pylist(), strict=True):
+        dropped[split_of[user]][reason] += 1
     reasons = {split: dict(counter) for split, counter in dropped.items()}
     figures = {
         "pairs": kept["train"],

@@ -1,231 +1,37 @@
-"""Actors that turn a shard of users into texts. Shared by generate and encode.
+"""Actors that turn a shard of users (or items) into texts. Shared by generate and encode.
 
-What writes the texts is made in the actor's constructor: a policy (prompts, then an engine), or one of the other
-`SOURCES` that llm.source names. On a fatal engine error the process ends, so that Ray starts a new actor and retries
-the shard there, a few times at most.
+An actor works on several shards at once, so that its engine stays full while one shard's last samples are written and
+another's prompts are read. What writes the texts comes from `sources.SOURCES`. When an engine dies its process ends,
+Ray starts a new actor and hands it the same shards; `attempts` then finds out whether one prompt is to blame.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import socket
+import threading
+import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dpo4rec_ray.artifacts import RunDir, write_json, write_part
+from dpo4rec_ray.artifacts import RunDir, write_part
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.knowledge.generator import Completion, EngineSettings, Sampling, VLLMGenerator
-from dpo4rec_ray.knowledge.prompts import FACTORS, clean_text, control_tokens, encode_chat, user_prompt
-from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
-from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.stages.common import WORKER_ENV, engine_env, policy_weights, seed_of
-from dpo4rec_ray.stages.shards import Pool, Row
+from dpo4rec_ray.knowledge.prompts import FACTORS, item_text
+from dpo4rec_ray.knowledge.structured import read_samples
+from dpo4rec_ray.stages.attempts import Attempt, note_of
+from dpo4rec_ray.stages.common import seed_of
+from dpo4rec_ray.stages.reading import UserRows
+from dpo4rec_ray.stages.shards import Pool
+from dpo4rec_ray.stages.sources import SOURCES, Row, Source, Texts
 
-
-class CataloguePrompts:
-    """Users -> prompt text, with the whole catalogue's titles at hand, cleaned of control tokens once."""
-
-    def __init__(
-        self,
-        items: pa.Table,
-        special_tokens: Sequence[str],
-        factors: str,
-        item_attributes: bool,
-        ratings: bool = True,
-    ):
-        def clean(text: str) -> str:
-            return clean_text(text, special_tokens)
-
-        self._clean, self._factors, self._ratings = clean, FACTORS[factors], ratings
-        self._titles = [clean(title) for title in items["title"].to_pylist()]
-        rows = items["attributes"].to_pylist() if item_attributes else None
-        self._attributes = rows and [[clean(value) for value in row] for row in rows]
-
-    def text(self, profile: str, item_ids: Sequence[int], ratings: Sequence[float]) -> str:
-        """The prompt of one user with this knowledge history."""
-        titles = [self._titles[item] for item in item_ids]
-        attributes = [self._attributes[item] for item in item_ids] if self._attributes else None
-        about = self._clean(profile)
-        return user_prompt(about, titles, ratings, attributes, self._factors, show_ratings=self._ratings)
-
-
-class TextWriter(Protocol):
-    """What a source of texts is inside an actor: users of the `users` table in, texts out."""
-
-    def __call__(
-        self, users: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[Completion]]]:
-        """Per user the prompt's token ids, empty where there is no prompt, and `counts` completions."""
-        ...
-
-
-class PolicyTexts:
-    """Texts that a policy writes under vLLM."""
-
-    def __init__(
-        self,
-        store: RunDir,
-        *,
-        tokenizer_path: str,
-        factors: str,
-        item_attributes: bool,
-        ratings: bool,
-        engine: EngineSettings,
-        sampling: Sampling,
-    ):
-        self._tokenizer = load_tokenizer(tokenizer_path)
-        items = store.read("items", columns=["title", "attributes"])
-        self._prompts = CataloguePrompts(
-            items, control_tokens(self._tokenizer), factors, item_attributes, ratings
-        )
-        self._generator = VLLMGenerator(engine, sampling)
-
-    def __call__(
-        self, users: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[Completion]]]:
-        texts = [
-            self._prompts.text(user["profile"], user["history_item_ids"], user["history_ratings"])
-            for user in users
-        ]
-        prompts = [encode_chat(self._tokenizer, text) for text in texts]
-        try:
-            return prompts, self._generator.generate(prompts, seeds, counts)
-        except Exception as error:
-            if type(error).__name__ == "EngineDeadError":
-                os._exit(
-                    1
-                )  # Ray starts a new actor with a new engine and retries; an exception would end the job
-            raise
-
-
-class StatisticsTexts:
-    """Texts counted from the histories; no model is loaded."""
-
-    def __init__(self, store: RunDir, *, like_at: float | None):
-        items = store.read("items", columns=["title", "attributes"])
-        self._generator = StatisticsGenerator(
-            items["title"].to_pylist(), items["attributes"].to_pylist(), like_at
-        )
-
-    def __call__(
-        self, users: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[Completion]]]:
-        items, ratings = ([user[name] for user in users] for name in ("history_item_ids", "history_ratings"))
-        return [[] for _ in users], self._generator.generate(items, ratings, seeds, counts)
-
-
-@dataclass(frozen=True)
-class Source:
-    """How an actor builds its `TextWriter`, and what it occupies beside its share of CPUs."""
-
-    build: Callable[[RunDir], TextWriter]
-    num_gpus: float = 0.0
-    env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
-
-
-class UserSampler:
-    """Samples texts for the users of a shard from one source."""
-
-    def __init__(
-        self,
-        store: RunDir,
-        *,
-        source: Source,
-        seed: int,
-        num_samples: dict[str, int],
-        takes_part: Callable[[np.ndarray], np.ndarray] | None = None,
-    ):
-        """takes_part: user ids [n] -> bool [n]; None: all users do."""
-        self._store, self._seed, self._num_samples = store, seed, num_samples
-        self._takes_part = takes_part
-        self._write = source.build(store)
-
-    def sample(
-        self, low: int, high: int
-    ) -> tuple[list[int], list[list[int]], list[list[Completion]], list[int]]:
-        """User ids, prompts, completions of the users in [low, high), and how many samples each should have."""
-        table = self._store.read("users", split=tuple(self._num_samples), user_range=(low, high))
-        if self._takes_part is not None:
-            table = table.filter(pa.array(self._takes_part(table["user_id"].to_numpy())))
-        users = table.to_pylist()
-        counts = [self._num_samples[user["split"]] for user in users]
-        ids = [user["user_id"] for user in users]
-        seeds = [seed_of(self._seed, user_id) for user_id in ids]
-        return ids, *self._write(users, seeds, counts), counts
-
-
-class ShardGenerator(UserSampler):
-    """Commits a shard's samples as one part of `generations`; users without all N samples are named, not written."""
-
-    def __init__(self, store: RunDir, folder: str, round_id: int, **arguments: Any):
-        super().__init__(store, **arguments)
-        self._folder, self._round = folder, round_id
-
-    def __call__(self, row: Row) -> Row:
-        ids, prompts, answers, counts = self.sample(int(row["low"]), int(row["high"]))
-        columns: dict[str, list[Any]] = {name: [] for name in _GENERATION_COLUMNS}
-        failed: dict[str, str] = {}
-        num_tokens = num_clipped = 0
-        for user_id, prompt, samples, count in zip(ids, prompts, answers, counts, strict=True):
-            reason = failure(samples, count)
-            if reason:
-                failed[str(user_id)] = reason
-                continue
-            for sample_id, sample in enumerate(samples):
-                values = (
-                    self._round,
-                    user_id,
-                    sample_id,
-                    prompt,
-                    sample.token_ids,
-                    sample.text,
-                    sample.finish_reason,
-                )
-                for name, value in zip(_GENERATION_COLUMNS, values, strict=True):
-                    columns[name].append(value)
-                num_tokens += len(sample.token_ids)
-                num_clipped += sample.finish_reason == "length"
-        shard = int(row["shard"])
-        if failed:  # before the part: a part on disk means that the whole shard is accounted for
-            write_json(Path(self._folder) / f"failed-{shard:05d}.json", failed)
-        write_part(self._folder, "generations", pa.table(columns), shard)
-        return {"shard": shard, "users": len(ids), "tokens": num_tokens, "clipped": num_clipped}
-
-
-class TextSampler(UserSampler):
-    """Hands a shard's texts on to the next pool."""
-
-    def __call__(self, row: Row) -> Row:
-        ids, _, answers, counts = self.sample(int(row["low"]), int(row["high"]))
-        user_ids: list[int] = []
-        sample_ids: list[int] = []
-        texts: list[str] = []
-        failed: list[int] = []
-        for user_id, samples, count in zip(ids, answers, counts, strict=True):
-            reason = failure(samples, count)
-            if reason:
-                # every user needs a vector: what is missing gets the empty text's, and the user is named
-                failed.append(user_id)
-            own = [sample.text for sample in samples]
-            texts += own + [""] * (count - len(own))
-            user_ids += [user_id] * count
-            sample_ids += range(count)
-        return {
-            **row,
-            "users": len(ids),
-            "user_ids": user_ids,
-            "sample_ids": sample_ids,
-            "texts": texts,
-            "failed": failed,
-        }
-
-
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
+MAX_SHARDS_AT_ONCE = 16
 _GENERATION_COLUMNS = (
     "round",
     "user_id",
@@ -237,50 +43,254 @@ _GENERATION_COLUMNS = (
 )
 
 
-def failure(samples: list[Completion], count: int) -> str:
+class Sampler:
+    """One source of texts inside an actor, with retries and counts. What is written about is up to the heirs."""
+
+    subject = "user"
+
+    def __init__(
+        self,
+        store: RunDir,
+        *,
+        folder: str,
+        source: Source,
+        seed: int,
+        job: str,
+        json_factors: Sequence[str] | None = None,
+    ):
+        """folder: of the artifact that is written; job: changes with every start of the driver; json_factors: of texts
+        that are JSON."""
+        self._store, self._folder, self._seed, self._job = store, folder, seed, job
+        self._factors = json_factors
+        self._engine = f"{socket.gethostname()}-{os.getpid()}"
+        if source.dies:
+            note = note_of(folder, self._engine)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            self._write = source.build(store, last_words=note)
+        else:
+            self._write = source.build(store)
+        self._gauges = _Gauges(self._engine)
+
+    def texts(self, shard: int, ids: Sequence[int], ask: Callable[[slice], list[Texts]]) -> list[Texts]:
+        """`ask` for the texts of all, or one by one after an engine died at this shard."""
+        attempt = Attempt.begin(self._folder, shard, self._job)
+        if not attempt.deaths:
+            found = ask(slice(None))
+        else:
+            found = []
+            for index, subject_id in enumerate(ids):
+                if attempt.poison(subject_id):
+                    found.append(Texts([], [], "engine_died", attempt.last_words or "its engine died twice"))
+                    continue
+                with self._write.alone():  # nobody else in the engine to blame, or to be blamed
+                    attempt.suspects(subject_id)
+                    found += ask(slice(index, index + 1))
+        attempt.end()
+        return found
+
+    def checked(self, texts: Sequence[Texts], counts: Sequence[int]) -> tuple[list[Texts], Row]:
+        """Texts with a reason for everybody who lacks some, sentences in place of JSON, and the shard's counts."""
+        totals: Counter[str] = Counter(users=len(texts))
+        kept: list[Texts] = []
+        for one, count in zip(texts, counts, strict=True):
+            reason = one.reason or failure(one, count)
+            samples = one.samples
+            if self._factors is not None:
+                samples, invalid = read_samples(samples, self._factors)
+                totals["invalid_json"] += invalid
+            kept.append(Texts(one.prompt_token_ids, samples, reason, one.detail, one.num_left_out))
+            totals["prompt_tokens"] += len(one.prompt_token_ids)
+            totals["shortened"] += one.num_left_out > 0
+            totals["failed"] += bool(reason)
+            totals["samples"] += len(samples)
+            totals["tokens"] += sum(len(sample.token_ids) for sample in samples)
+            totals["clipped"] += sum(sample.finish_reason == "length" for sample in samples)
+        self._gauges.count(totals)
+        return kept, dict(totals)
+
+    def engine_row(self) -> Row:
+        """The engine's own figures for the driver; empty where there is no engine."""
+        figures = self._write.figures()
+        if figures is None:
+            return {"engine": ""}
+        self._gauges.engine(figures.busy, figures.running, figures.kv_cache)
+        row = asdict(figures)
+        return {
+            **row,
+            "engine_tokens": row.pop("tokens"),
+            "engine_samples": row.pop("samples"),
+            "engine": self._engine,
+        }
+
+    def write_failed(self, round_id: int, shard: int, ids: Sequence[int], texts: Sequence[Texts]) -> None:
+        """Name who has no texts; before the part itself, whose presence means that the whole shard is accounted for."""
+        rows = [(i, one) for i, one in zip(ids, texts, strict=True) if one.reason]
+        if not rows:
+            return
+        folder = Path(self._folder) / "failed"
+        folder.mkdir(exist_ok=True)
+        table = {
+            "round": [round_id] * len(rows),
+            "subject": [self.subject] * len(rows),
+            "subject_id": [subject_id for subject_id, _ in rows],
+            "reason": [one.reason for _, one in rows],
+            "detail": [one.detail for _, one in rows],
+        }
+        write_part(folder, "failed", pa.table(table), shard)
+
+
+class UserSampler(Sampler):
+    """Samples texts for the users of a shard."""
+
+    def __init__(
+        self,
+        store: RunDir,
+        *,
+        num_samples: dict[str, int],
+        takes_part: Callable[[np.ndarray], np.ndarray] | None = None,
+        **arguments: Any,
+    ):
+        """num_samples: per split; users of other splits are left out. takes_part: ids [n] -> bool [n]; None: all do."""
+        super().__init__(store, **arguments)
+        self._num_samples, self._takes_part = num_samples, takes_part
+        self._users = UserRows(store, tuple(num_samples))
+
+    def sample(self, shard: int, low: int, high: int) -> tuple[list[int], list[Texts], list[int], Row]:
+        """Ids, texts and wanted counts of the users in [low, high), and the shard's counts."""
+        table = self._users.read(low, high)
+        if self._takes_part is not None:
+            table = table.filter(pa.array(self._takes_part(table["user_id"].to_numpy())))
+        rows = table.to_pylist()
+        counts = [self._num_samples[row["split"]] for row in rows]
+        ids = [row["user_id"] for row in rows]
+        seeds = [seed_of(self._seed, user_id) for user_id in ids]
+
+        def ask(part: slice) -> list[Texts]:
+            return self._write.users(rows[part], seeds[part], counts[part])
+
+        texts, totals = self.checked(self.texts(shard, ids, ask), counts)
+        return ids, texts, counts, totals
+
+
+class ShardGenerator(UserSampler):
+    """Commits a shard's samples as one part of `generations`; users without all N samples are named, not written."""
+
+    def __init__(self, store: RunDir, round_id: int, **arguments: Any):
+        super().__init__(store, **arguments)
+        self._round = round_id
+
+    def __call__(self, row: Row) -> Row:
+        shard = int(row["shard"])
+        ids, texts, counts, totals = self.sample(shard, int(row["low"]), int(row["high"]))
+        columns: dict[str, list[Any]] = {name: [] for name in _GENERATION_COLUMNS}
+        for user_id, one, count in zip(ids, texts, counts, strict=True):
+            if one.reason:
+                continue
+            assert len(one.samples) == count
+            columns["round"] += [self._round] * count
+            columns["user_id"] += [user_id] * count
+            columns["sample_id"] += range(count)
+            columns["prompt_token_ids"] += [one.prompt_token_ids] * count
+            columns["token_ids"] += [sample.token_ids for sample in one.samples]
+            columns["text"] += [sample.text for sample in one.samples]
+            columns["finish_reason"] += [sample.finish_reason for sample in one.samples]
+        self.write_failed(self._round, shard, ids, texts)
+        write_part(self._folder, "generations", pa.table(columns), shard, totals)
+        return {"shard": shard, **totals, **self.engine_row()}
+
+
+class TextSampler(UserSampler):
+    """Hands a shard's texts on to the pool of encoders."""
+
+    def __init__(self, store: RunDir, round_id: int, **arguments: Any):
+        super().__init__(store, **arguments)
+        self._round = round_id
+
+    def __call__(self, row: Row) -> Row:
+        shard = int(row["shard"])
+        ids, texts, counts, totals = self.sample(shard, int(row["low"]), int(row["high"]))
+        self.write_failed(self._round, shard, ids, texts)
+        found: dict[str, list[Any]] = {"subject_ids": [], "sample_ids": [], "texts": []}
+        for user_id, one, count in zip(ids, texts, counts, strict=True):
+            # every user needs a vector: what is missing gets the empty text's, and the user is named
+            own = [sample.text for sample in one.samples]
+            found["texts"] += own + [""] * (count - len(own))
+            found["subject_ids"] += [user_id] * count
+            found["sample_ids"] += range(count)
+        return {"shard": shard, **found, "totals": {**totals, **self.engine_row()}}
+
+
+class ItemSampler(Sampler):
+    """Describes a range of the catalogue; an item without a description is encoded by its own title and attributes."""
+
+    subject = "item"
+
+    def __init__(self, store: RunDir, round_id: int, first_part: int, **arguments: Any):
+        """first_part: number of the part that shard 0 becomes; users' parts come before."""
+        super().__init__(store, **arguments)
+        self._round, self._first_part = round_id, first_part
+        self._items = store.read("items")
+
+    def __call__(self, row: Row) -> Row:
+        part, low, high = self._first_part + int(row["shard"]), int(row["low"]), int(row["high"])
+        rows = self._items.slice(low, high - low).to_pylist()
+        ids = [item["item_id"] for item in rows]
+        seeds = [seed_of(self._seed, "item", item_id) for item_id in ids]
+
+        def ask(part: slice) -> list[Texts]:
+            return self._write.items(rows[part], seeds[part])
+
+        texts, totals = self.checked(self.texts(part, ids, ask), [1] * len(ids))
+        self.write_failed(self._round, part, ids, texts)
+        return {
+            "shard": row["shard"],
+            "subject_ids": ids,
+            "sample_ids": [0] * len(ids),
+            "texts": [
+                item_text(item["title"], item["attributes"]) if one.reason else one.samples[0].text
+                for item, one in zip(rows, texts, strict=True)
+            ],
+            "totals": {**totals, **self.engine_row()},
+        }
+
+
+def failure(texts: Texts, count: int) -> str:
     """Why a user's samples cannot be used; empty when they can."""
-    if not samples:
-        return "prompt_too_long"
-    if len(samples) != count:
+    if len(texts.samples) != count:
         return "missing_samples"
-    return "empty_text" if any(not sample.text.strip() for sample in samples) else ""
+    return "empty_text" if any(not sample.text.strip() for sample in texts.samples) else ""
 
 
-def _policy_source(config: Config, store: RunDir, policy_round: int) -> Source:
-    weights = policy_weights(config, store, policy_round)
-    section = config.generate
-    engine = EngineSettings(
-        model=weights.merged or weights.base,
-        adapter=weights.adapter if weights.merged is None else None,
-        dtype=config.llm.dtype,
-        max_model_len=config.llm.max_model_len,
-        on_gpu=section.gpus_per_engine > 0,
-        gpu_memory_utilization=section.gpu_memory_utilization,
-        max_lora_rank=next(rank for rank in VLLM_LORA_RANKS if rank >= config.dpo.lora_rank),
-    )
-    build = partial(
-        PolicyTexts,
-        tokenizer_path=weights.base,
-        factors=config.prompt.factors,
-        item_attributes=config.prompt.item_attributes,
-        ratings=config.prompt.ratings,
-        engine=engine,
-        sampling=Sampling(section.temperature, section.top_p, section.max_new_tokens),
-    )
-    return Source(build, section.gpus_per_engine, engine_env(config))
+class _Gauges:
+    """The same figures for Ray's dashboard and its Prometheus endpoint."""
 
+    def __init__(self, engine: str):
+        from ray.util.metrics import Counter as RayCounter
+        from ray.util.metrics import Gauge
 
-def _statistics_source(config: Config, store: RunDir, policy_round: int) -> Source:
-    return Source(
-        partial(StatisticsTexts, like_at=config.data.positive_rating if config.prompt.ratings else None)
-    )
+        names = ("users", "samples", "tokens", "failed")
+        self._counters = {
+            name: RayCounter(f"dpo4rec_{name}", f"{name} done by this engine", ("engine",)) for name in names
+        }
+        self._levels = {
+            name: Gauge(
+                f"dpo4rec_engine_{name}", f"{name} of this engine, mean since its first request", ("engine",)
+            )
+            for name in ("busy", "running", "kv_cache")
+        }
+        self._tags = {"engine": engine}
+        self._lock = threading.Lock()
 
+    def count(self, totals: Counter[str]) -> None:
+        with self._lock:
+            for name, counter in self._counters.items():
+                if totals[name]:
+                    counter.inc(totals[name], self._tags)
 
-# llm.source -> what writes the texts of policy `policy_round`
-SOURCES: dict[str, Callable[[Config, RunDir, int], Source]] = {
-    "vllm": _policy_source,
-    "statistics": _statistics_source,
-}
+    def engine(self, busy: float, running: float, kv_cache: float) -> None:
+        with self._lock:
+            for name, value in (("busy", busy), ("running", running), ("kv_cache", kv_cache)):
+                self._levels[name].set(value, self._tags)
 
 
 def engine_pool(
@@ -288,20 +298,26 @@ def engine_pool(
     store: RunDir,
     worker: type,
     policy_round: int,
-    num_samples: dict[str, int],
     stage: str,
+    *,
+    folder: str,
+    samples_per_shard: int,
     **more: Any,
 ) -> Pool:
-    """The pool that writes policy `policy_round`'s texts; `num_samples` says how many the users of each split get."""
+    """The pool that writes policy `policy_round`'s texts. samples_per_shard: how much one shard gives an engine to do."""
     source = SOURCES[config.llm.source](config, store, policy_round)
     arguments = {
         "store": store,
+        "folder": folder,
         "source": source,
         "seed": seed_of(config.run.seed, stage, policy_round),
-        "num_samples": num_samples,
+        "job": uuid.uuid4().hex,
+        "json_factors": FACTORS[config.prompt.factors] if config.generate.format == "json" else None,
         **more,
     }
     section = config.generate
+    # Two batches' worth of samples, and at least two shards: one is worked on while another ends or begins.
+    wanted = math.ceil(2 * source.batch / max(1, samples_per_shard)) if source.batch else 1
     return Pool(
         worker,
         arguments,
@@ -309,4 +325,6 @@ def engine_pool(
         num_cpus=section.cpus_per_engine,
         num_gpus=source.num_gpus,
         env=source.env,
+        shards_at_once=min(max(wanted, 2), MAX_SHARDS_AT_ONCE) if source.batch else 1,
+        max_restarts=-1 if source.dies else 3,  # `attempts` bounds them by what they are about
     )

@@ -38,8 +38,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         env=WORKER_ENV,
     )
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
-    answers = run_shards(shards, pools, Progress("score", generated.figures["users"], "users"))
-    rows = sum(answer["rows"] for answer in answers)
+    progress = Progress("score", generated.figures["users"], "users")
+    rows = sum(answer["rows"] for answer in run_shards(shards, pools, progress))
     metrics = metric_names(config)
     parts = [pq.read_table(file) for file in sorted(store.path("metric_scores", round_id).glob("*.parquet"))]
     valid = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()

@@ -9,7 +9,7 @@ finished ids into memory.)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dpo4rec_ray.artifacts import MANIFEST
 from dpo4rec_ray.stages.common import Progress, check_room
 
 Row = dict[str, Any]
-MAX_RESTARTS = 3  # of an actor whose process died, and of the shard it had in hand
+MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it had in hand
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Pool:
     num_cpus: float
     num_gpus: float = 0.0
     env: dict[str, str] = field(default_factory=dict)
+    shards_at_once: int = 1  # calls that an actor works on together, each in a thread of its own
+    max_restarts: int = MAX_RESTARTS  # -1: the worker itself says when it has died too often
 
 
 def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
@@ -60,11 +62,17 @@ def begin_shards(folder: Path, mark: str) -> None:
 
 
 def run_shards(
-    shards: Sequence[tuple[int, int, int]], pools: Sequence[Pool], progress: Progress, *, already: int = 0
-) -> list[Row]:
-    """Send (shard, low, high) through the pools in turn and return what the last one answers, one row per shard.
+    shards: Sequence[tuple[int, int, int]],
+    pools: Sequence[Pool],
+    progress: Progress,
+    *,
+    already: int = 0,
+    extra: Callable[[Row], str] | None = None,
+) -> Iterator[Row]:
+    """Send (shard, low, high) through the pools in turn; what the last one answers, one row per shard as it is done.
 
-    Each answer counts its users (or items) under "users"; `already` were done by an earlier run.
+    Each answer counts its users (or items) under "users"; `already` were done by an earlier run. extra: takes an answer
+    and says what the progress line adds.
 
     Raises:
         UserError: the pools need more CPUs or GPUs than this machine has.
@@ -75,7 +83,7 @@ def run_shards(
 
     rows = [{"shard": shard, "low": low, "high": high} for shard, low, high in shards]
     if not rows:
-        return []
+        return
     check_room(
         ", ".join(f"{pool.size} x {pool.worker.__name__}" for pool in pools),
         sum(pool.size * pool.num_cpus for pool in pools),
@@ -91,18 +99,21 @@ def run_shards(
             dataset = dataset.map(
                 pool.worker,
                 fn_constructor_kwargs=pool.arguments,
-                compute=ray.data.ActorPoolStrategy(size=pool.size, max_tasks_in_flight_per_actor=2),
+                compute=ray.data.ActorPoolStrategy(
+                    size=pool.size,
+                    max_tasks_in_flight_per_actor=pool.shards_at_once + 1,
+                    max_concurrent_calls_per_actor=pool.shards_at_once,
+                    enable_true_multi_threading=pool.shards_at_once > 1,
+                ),
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
                 runtime_env={"env_vars": pool.env},
-                max_restarts=MAX_RESTARTS,
-                max_task_retries=MAX_RESTARTS,
+                max_restarts=pool.max_restarts,
+                max_task_retries=pool.max_restarts,
             )
-    answers: list[Row] = []
     done = already
     with progress:
         for row in dataset.iter_rows():
-            answers.append(row)
             done += row["users"]
-            progress.at(done)
-    return answers
+            progress.at(done, extra(row) if extra else "")
+            yield row

@@ -45,7 +45,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
     valid_users = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
     # users without all their texts have no reward before (generate leaves them out), so none after either
-    valid = pa.array(np.setdiff1d(valid_users, store.require("knowledge", round_id).figures["failed"]))
+    failed = store.failed("knowledge", round_id)["subject_id"].to_numpy()  # after round 0 there are no items
+    valid = pa.array(np.setdiff1d(valid_users, failed))
     before = store.read("scores", round_id, columns=["user_id", "reward"])
     before = before.filter(pc.is_in(before["user_id"], valid))
     texts = store.read("knowledge", round_id)

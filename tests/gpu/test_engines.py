@@ -21,8 +21,8 @@ def test_vllm_gives_n_seeded_samples() -> None:
     generator = VLLMGenerator(engine, Sampling(max_new_tokens=24))
     prompt = encode_chat(load_tokenizer(model), 'History: "Silent Harbor" (drama; 1980s; Okafor), 5 stars;')
     (first,), (second,) = (generator.generate([prompt], [7], [4]) for _ in range(2))
-    assert len(first) == 4
-    assert [sample.token_ids for sample in first] == [sample.token_ids for sample in second]
+    assert len(first.samples) == 4
+    assert [sample.token_ids for sample in first.samples] == [sample.token_ids for sample in second.samples]
 
 
 def test_the_whole_run_with_nccl_and_gpu_engines(tmp_path: Path) -> None:

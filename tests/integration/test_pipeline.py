@@ -92,9 +92,9 @@ def test_every_user_has_exactly_n_samples_or_a_reason(tiny_run: Finished) -> Non
     users = {row["user_id"]: row["split"] for row in rows(tiny_run, "users")}
     counts = Counter((row["user_id"], row["sample_id"]) for row in rows(tiny_run, "generations", 1))
     assert set(counts.values()) == {1}
-    failed = RunDir(tiny_run.folder).require("generations", 1).figures["failed"]
+    failed = RunDir(tiny_run.folder).failed("generations", 1)["subject_id"].to_pylist()
     sampled = {user for user, _ in counts}
-    assert sampled | {int(user) for user in failed} == {
+    assert sampled | set(failed) == {
         user for user, split in users.items() if split != "test"
     }
     assert Counter(user for user, _ in counts) == dict.fromkeys(sampled, 3)

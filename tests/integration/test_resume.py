@@ -77,7 +77,7 @@ def test_generate_killed(tmp_path: Path) -> None:
     store = RunDir(again.folder)
     counts = Counter((row["user_id"], row["sample_id"]) for row in store.read("generations", 1).to_pylist())
     users = [row["user_id"] for row in store.read("users", split=("train", "valid")).to_pylist()]
-    failed = {int(user) for user in store.require("generations", 1).figures["failed"]}
+    failed = set(store.failed("generations", 1)["subject_id"].to_pylist())
     assert counts == {(user, sample): 1 for user in users if user not in failed for sample in range(10)}
 
 

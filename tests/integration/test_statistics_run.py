@@ -130,13 +130,23 @@ def test_a_text_depends_on_the_seed_and_the_user_alone(config: Config, store: Ru
 
     def again(config: Config) -> dict[tuple[int, int], str]:
         counts = {"train": NUM_SAMPLES, "valid": NUM_SAMPLES}
-        pool = engine_pool(config, store, UserSampler, 0, counts, "generate")
+        folder = str(store.root / "again")
+        pool = engine_pool(
+            config,
+            store,
+            UserSampler,
+            0,
+            "generate",
+            folder=folder,
+            samples_per_shard=1,
+            num_samples=counts,
+        )
         sampler = UserSampler(**pool.arguments)
         found = {}
-        for low, high in [(0, 17), (17, 60)]:
-            ids, _, answers, _ = sampler.sample(low, high)
-            for user, samples in zip(ids, answers, strict=True):
-                found |= {(user, number): sample.text for number, sample in enumerate(samples)}
+        for shard, (low, high) in enumerate([(0, 17), (17, 60)]):
+            ids, answers, _, _ = sampler.sample(shard, low, high)
+            for user, one in zip(ids, answers, strict=True):
+                found |= {(user, number): sample.text for number, sample in enumerate(one.samples)}
         return found
 
     assert again(config) == before

@@ -46,7 +46,7 @@ def make_store(folder: Path, rewards: np.ndarray, errors: np.ndarray, num_lists:
         order = np.random.default_rng(part).permutation(len(tokens))
         store.write("generations", pa.table({**ids, **texts, "finish_reason": reason}), 1, part)
         store.write("scores", pa.table({**ids, **scores}).take(order), 1, part)
-    store.finish(Manifest("generations", "", rewards.size, figures={"failed": {}}), 1)
+    store.finish(Manifest("generations", "", rewards.size), 1)
     store.finish(Manifest("scores", "", rewards.size), 1)
     return store
 

@@ -56,7 +56,7 @@ def test_every_shard_goes_through_both_pools_once_and_over_several_actors(ray_lo
     doubler, counter = workers()
     pools = [Pool(doubler, {"offset": 1}, size=2, num_cpus=0.5), Pool(counter, {}, size=1, num_cpus=0.5)]
     shards = [(shard, low, high) for shard, (low, high) in enumerate(shard_ranges(23, 2))]
-    answers = run_shards(shards, pools, Progress("test", 12, "users"))
+    answers = list(run_shards(shards, pools, Progress("test", 12, "users")))
     assert sorted(row["shard"] for row in answers) == list(range(12))
     assert {row["shard"]: row["value"] for row in answers} == {shard: 4 * shard + 1 for shard in range(12)}
     assert len({row["pid"] for row in answers}) == 2
@@ -66,7 +66,7 @@ def test_every_shard_goes_through_both_pools_once_and_over_several_actors(ray_lo
 def test_a_pool_that_can_never_start_is_refused(ray_local: None) -> None:
     pool = Pool(workers()[0], {"offset": 1}, size=5, num_cpus=1)
     with pytest.raises(UserError, match="5 x Doubler need 5 CPUs, this machine has 2"):
-        run_shards([(0, 0, 1)], [pool], Progress("test", 1, "users"))
+        list(run_shards([(0, 0, 1)], [pool], Progress("test", 1, "users")))
 
 
 def test_ranges_cover_every_user_once() -> None:

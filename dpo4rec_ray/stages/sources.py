@@ -1,0 +1,333 @@
+"""Where texts come from: one writer per `llm.source`, built inside an actor, and what such an actor occupies.
+
+To add a source: a class that writes (`TextWriter`), a function that says how it is built, one line in `SOURCES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.knowledge.generator import (
+    Completion,
+    EngineDied,
+    EngineFigures,
+    EngineSettings,
+    Sampling,
+    VLLMGenerator,
+)
+from dpo4rec_ray.knowledge.prompts import (
+    FACTORS,
+    clean_text,
+    control_tokens,
+    encode_chat,
+    fit_history,
+    item_prompt,
+    user_prompt,
+)
+from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
+from dpo4rec_ray.knowledge.structured import factor_schema
+from dpo4rec_ray.knowledge.template import TemplateGenerator
+from dpo4rec_ray.knowledge.watchdog import Watchdog
+from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.stages.common import WORKER_ENV, engine_env, policy_weights
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a source wrote about one user or item.
+
+    Attributes:
+        prompt_token_ids: empty where the source reads no prompt.
+        reason: why there are no samples: prompt_too_long, engine_error, ...; detail: in words.
+        num_left_out: of the oldest events, for which the prompt had no room.
+    """
+
+    prompt_token_ids: list[int]
+    samples: list[Completion]
+    reason: str = ""
+    detail: str = ""
+    num_left_out: int = 0
+
+
+class TextWriter(Protocol):
+    """A source inside an actor. Both methods are called from several threads."""
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        """`counts` texts about each row of the `users` table."""
+        ...
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
+        """One text about each row of the `items` table; asked for only where `Source.items` says so."""
+        ...
+
+    def alone(self) -> AbstractContextManager[None]:
+        """While it is open, what other threads ask for waits."""
+        ...
+
+    def figures(self) -> EngineFigures | None:
+        """Of the engine, where there is one."""
+        ...
+
+
+class _Plain:
+    """What writers without an engine have in common."""
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
+        raise NotImplementedError
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def figures(self) -> EngineFigures | None:
+        return None
+
+
+class CataloguePrompts:
+    """Users and items -> prompt text, with the whole catalogue at hand, cleaned of control tokens once."""
+
+    def __init__(
+        self,
+        items: pa.Table,
+        special_tokens: Sequence[str],
+        factors: str,
+        item_attributes: bool,
+        ratings: bool = True,
+        as_json: bool = False,
+    ):
+        def clean(text: str) -> str:
+            return clean_text(text, special_tokens)
+
+        self._clean, self._ratings, self._as_json = clean, ratings, as_json
+        self.factors = FACTORS[factors]
+        self._titles = [clean(title) for title in items["title"].to_pylist()]
+        rows = items["attributes"].to_pylist() if item_attributes else None
+        self._attributes = rows and [[clean(value) for value in row] for row in rows]
+
+    def text(self, profile: str, item_ids: Sequence[int], ratings: Sequence[float], skip: int = 0) -> str:
+        """The prompt of one user with this knowledge history, without its `skip` oldest events."""
+        item_ids, ratings = item_ids[skip:], ratings[skip:]
+        titles = [self._titles[item] for item in item_ids]
+        attributes = [self._attributes[item] for item in item_ids] if self._attributes else None
+        return user_prompt(
+            self._clean(profile),
+            titles,
+            ratings,
+            attributes,
+            self.factors,
+            show_ratings=self._ratings,
+            as_json=self._as_json,
+        )
+
+    def item(self, title: str, attributes: Sequence[str]) -> str:
+        """The prompt of one item."""
+        cleaned = [self._clean(value) for value in attributes]
+        return item_prompt(self._clean(title), cleaned, self.factors, as_json=self._as_json)
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How prompts are made; the arguments of `CataloguePrompts` without the catalogue."""
+
+    factors: str
+    item_attributes: bool
+    ratings: bool
+    as_json: bool
+
+    @classmethod
+    def of(cls, config: Config) -> PromptSettings:
+        section = config.prompt
+        as_json = config.generate.format == "json"
+        return cls(section.factors, section.item_attributes, section.ratings, as_json)
+
+    def over(self, store: RunDir, special_tokens: Sequence[str]) -> CataloguePrompts:
+        items = store.read("items", columns=["title", "attributes"])
+        return CataloguePrompts(
+            items, special_tokens, self.factors, self.item_attributes, self.ratings, self.as_json
+        )
+
+
+class PolicyTexts:
+    """Texts that a policy writes under vLLM."""
+
+    def __init__(
+        self,
+        store: RunDir,
+        *,
+        tokenizer_path: str,
+        prompts: PromptSettings,
+        engine: EngineSettings,
+        sampling: Sampling,
+        stall_timeout_s: float,
+        last_words: Path | None = None,
+    ):
+        self._tokenizer = load_tokenizer(tokenizer_path)
+        self._lock = threading.Lock()  # a fast tokenizer is not to be used by two threads
+        self._prompts = prompts.over(store, control_tokens(self._tokenizer))
+        self._last_words = last_words
+        watchdog = Watchdog(stall_timeout_s, last_words)
+        self._generator = VLLMGenerator(engine, sampling, alive=watchdog.alive, idle=watchdog.idle)
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        prompts: list[list[int]] = []
+        left_out: list[int] = []
+        for row in rows:
+            events = (row["profile"], row["history_item_ids"], row["history_ratings"])
+
+            def encode(skip: int, events: tuple[Any, ...] = events) -> list[int]:
+                return self._encode(self._prompts.text(*events, skip=skip))
+
+            token_ids, skipped = fit_history(encode, len(events[1]), self._generator.max_prompt)
+            prompts.append(token_ids)
+            left_out.append(skipped)
+        return self._answers(prompts, left_out, seeds, counts)
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
+        prompts = [self._encode(self._prompts.item(row["title"], row["attributes"])) for row in rows]
+        return self._answers(prompts, [0] * len(rows), seeds, [1] * len(rows))
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self._generator.alone()
+
+    def figures(self) -> EngineFigures:
+        return self._generator.figures()
+
+    def _encode(self, text: str) -> list[int]:
+        with self._lock:
+            return encode_chat(self._tokenizer, text)
+
+    def _answers(
+        self, prompts: list[list[int]], left_out: list[int], seeds: Sequence[int], counts: Sequence[int]
+    ) -> list[Texts]:
+        try:
+            answers = self._generator.generate(prompts, seeds, counts)
+        except EngineDied as error:
+            if self._last_words is not None:
+                with contextlib.suppress(OSError):
+                    self._last_words.write_text(str(error))
+            os._exit(
+                1
+            )  # Ray starts a new actor with a new engine and retries; an exception would end the job
+        return [
+            Texts(prompt, answer.samples, answer.reason, answer.detail, skipped)
+            for prompt, answer, skipped in zip(prompts, answers, left_out, strict=True)
+        ]
+
+
+class StatisticsTexts(_Plain):
+    """Texts counted from the histories; no model is loaded."""
+
+    def __init__(self, store: RunDir, *, like_at: float | None):
+        items = store.read("items", columns=["title", "attributes"])
+        self._generator = StatisticsGenerator(
+            items["title"].to_pylist(), items["attributes"].to_pylist(), like_at
+        )
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        items, ratings = ([row[name] for row in rows] for name in ("history_item_ids", "history_ratings"))
+        return [Texts([], samples) for samples in self._generator.generate(items, ratings, seeds, counts)]
+
+
+class TemplateTexts(_Plain):
+    """Filled-in sentences: simulated."""
+
+    def __init__(self, store: RunDir):
+        self._generator = TemplateGenerator()
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        items = [row["history_item_ids"] for row in rows]
+        return [Texts([], samples) for samples in self._generator.generate(items, seeds, counts)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How an actor builds its `TextWriter`, and what it occupies beside its share of CPUs.
+
+    items: whether it writes about items too. batch: samples that it works on at once; 0: no more than it is given.
+    """
+
+    build: Callable[..., TextWriter]
+    num_gpus: float = 0.0
+    env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
+    items: bool = False
+    batch: int = 0
+    dies: bool = False  # an engine in the actor's own process may end it
+
+
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for max_lora_rank
+
+
+def engine_settings(config: Config, store: RunDir, policy_round: int) -> EngineSettings:
+    """The engine that serves policy `policy_round`."""
+    weights = policy_weights(config, store, policy_round)
+    section = config.generate
+    return EngineSettings(
+        model=weights.merged or weights.base,
+        adapter=weights.adapter if weights.merged is None else None,
+        dtype=config.llm.dtype,
+        max_model_len=config.llm.max_model_len,
+        on_gpu=section.gpus_per_engine > 0,
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        tensor_parallel_size=section.tensor_parallel_size,
+        pipeline_parallel_size=section.pipeline_parallel_size,
+        max_num_seqs=section.max_num_seqs,
+        max_lora_rank=next(rank for rank in VLLM_LORA_RANKS if rank >= config.dpo.lora_rank),
+        extra=section.engine_args,
+    )
+
+
+def sampling_of(config: Config) -> Sampling:
+    section = config.generate
+    schema = factor_schema(FACTORS[config.prompt.factors]) if section.format == "json" else None
+    return Sampling(section.temperature, section.top_p, section.max_new_tokens, schema)
+
+
+def _policy_source(config: Config, store: RunDir, policy_round: int) -> Source:
+    build = partial(
+        PolicyTexts,
+        tokenizer_path=policy_weights(config, store, policy_round).base,
+        prompts=PromptSettings.of(config),
+        engine=engine_settings(config, store, policy_round),
+        sampling=sampling_of(config),
+        stall_timeout_s=config.generate.stall_timeout_s,
+    )
+    section = config.generate
+    return Source(
+        build, section.gpus_per_engine, engine_env(config), items=True, batch=section.max_num_seqs, dies=True
+    )
+
+
+def _statistics_source(config: Config, store: RunDir, policy_round: int) -> Source:
+    return Source(
+        partial(StatisticsTexts, like_at=config.data.positive_rating if config.prompt.ratings else None)
+    )
+
+
+def _template_source(config: Config, store: RunDir, policy_round: int) -> Source:
+    return Source(TemplateTexts)
+
+
+# llm.source -> what writes the texts of policy `policy_round`
+SOURCES: dict[str, Callable[[Config, RunDir, int], Source]] = {
+    "vllm": _policy_source,
+    "statistics": _statistics_source,
+    "template": _template_source,
+}
+
+
+def describes_items(config: Config) -> bool:
+    """Whether items get texts of their own from the source."""
+    return config.prompt.describe_items or (config.llm.source == "table" and bool(config.texts.items))
