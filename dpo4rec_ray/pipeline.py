@@ -32,6 +32,7 @@ from dpo4rec_ray.stages import (
     validate,
 )
 from dpo4rec_ray.stages.common import Outcome, say
+from dpo4rec_ray.stages.engines import release_engines
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +190,20 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     if not selection.narrow:
         write_json(store.root / "config.json", config.model_dump(mode="json"))
     runner = Runner(config, store, selection)
+    try:
+        last_round = _all_stages(runner)
+    finally:
+        release_engines()
+    if runner.selected("report", last_round):
+        return report.run(config, store, last_round, runner.log, total.seconds)
+    if not runner.matched:
+        raise UserError(f"no such step in this recipe: {selection.described}")
+    return {}
+
+
+def _all_stages(runner: Runner) -> int:
+    """Every stage in order; the last round that was trained."""
+    config, store = runner.config, runner.store
     for name in before_rounds(config):
         runner.step(name, 0)
     last_round = 0
@@ -205,11 +220,7 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
             say(f"round {round_id}: the held-out reward no longer improves; no further round")
             break
     runner.step("evaluate", last_round)
-    if runner.selected("report", last_round):
-        return report.run(config, store, last_round, runner.log, total.seconds)
-    if not runner.matched:
-        raise UserError(f"no such step in this recipe: {selection.described}")
-    return {}
+    return last_round
 
 
 class Runner:

@@ -254,7 +254,7 @@ class _Call:
             self.done.set()
 
 
-class _Gate:
+class Gate:
     """Any number of calls at once, or one that is alone."""
 
     def __init__(self) -> None:
@@ -295,7 +295,7 @@ class _Loop:
     """The thread that steps the engine, and the books it keeps."""
 
     def __init__(self, llm: LLM, alive: Callable[[], None], idle: Callable[[], None], start_s: float):
-        self.gate = _Gate()
+        self.gate = Gate()
         self._engine = llm.llm_engine
         self._alive, self._idle, self._start_s = alive, idle, start_s
         self._inbox: queue.SimpleQueue[tuple[_Call, int, _Job]] = queue.SimpleQueue()

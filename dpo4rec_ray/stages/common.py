@@ -163,6 +163,15 @@ def policy_weights(config: Config, store: RunDir, round_id: int) -> PolicyWeight
     return read_policy(store.path("policy", round_id))
 
 
+def merges_lora(config: Config) -> bool:
+    """Whether vLLM gets round r's policy as a merged folder; "auto" is the mode that was verified for the device."""
+    on_gpu = config.generate.gpus_per_engine > 0
+    return config.llm.lora_mode == "merged" or (config.llm.lora_mode == "auto" and not on_gpu)
+
+
+KEPT: dict[str, float] = {}  # CPUs and GPUs that engines hold between stages (stages/engines.py)
+
+
 def joined_cluster() -> bool:
     """Whether this job runs on a cluster that was there before it, and that may still grow."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
@@ -180,15 +189,17 @@ def check_room(what: str, num_cpus: float, num_gpus: float) -> None:
         return
     have = ray.cluster_resources()
     for kind, need in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if need > have.get(kind, 0):
+        free = have.get(kind, 0) - KEPT.get(kind, 0)
+        if need > free:
+            kept = f" free of {have.get(kind, 0):g} (generate.keep_engines)" if KEPT.get(kind) else ""
             raise UserError(
-                f"{what} need {need:g} {kind}s, this machine has {have.get(kind, 0):g}; lower the number of workers or "
+                f"{what} need {need:g} {kind}s, this machine has {free:g}{kept}; lower the number of workers or "
                 f"their share in the recipe (num_engines, num_workers, cpus_per_engine, gpus_per_worker, ...)"
             )
 
 
 def engine_env(config: Config) -> dict[str, str]:
-    """Environment of a vLLM worker; the CPU settings are the fast ones measured for in-process engines."""
+    """Environment of a vLLM worker; the CPU settings are the fast ones measured, unless the driver's environment has others."""
     env = dict(WORKER_ENV)
     if not config.generate.gpus_per_engine:
         env |= {
@@ -196,4 +207,5 @@ def engine_env(config: Config) -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": str(config.generate.kv_cache_gib),
         }
-    return env | {key: os.environ[key] for key in ("HF_HOME", "HF_HUB_OFFLINE") if key in os.environ}
+    passed_on = (*(name for name in env if name.startswith("VLLM_")), "HF_HOME", "HF_HUB_OFFLINE")
+    return env | {name: os.environ[name] for name in passed_on if name in os.environ}

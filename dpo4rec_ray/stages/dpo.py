@@ -11,7 +11,7 @@ import json
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, policy_weights, say, seed_of
+from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, merges_lora, policy_weights, say, seed_of
 from dpo4rec_ray.stages.train_policy import HELDOUT, dpo_loop, train_settings
 from dpo4rec_ray.stages.training import launch, read_metrics
 
@@ -53,8 +53,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         unit="steps",
     )
     weights = PolicyWeights(base=base, adapter=str(folder / "adapter"))
-    on_gpu = config.generate.gpus_per_engine > 0
-    if config.llm.lora_mode == "merged" or (config.llm.lora_mode == "auto" and not on_gpu):
+    if merges_lora(config):
         ray.get(merge.remote(base, weights.adapter, folder / "merged", config.llm.dtype))
         weights = PolicyWeights(base=base, adapter=weights.adapter, merged=str(folder / "merged"))
     steps = read_metrics(folder)

@@ -322,7 +322,7 @@ def engine_pool(
         worker,
         arguments,
         size=section.num_engines,
-        num_cpus=section.cpus_per_engine,
+        num_cpus=section.cpus_per_engine if source.num_cpus is None else source.num_cpus,
         num_gpus=source.num_gpus,
         env=source.env,
         shards_at_once=min(max(wanted, 2), MAX_SHARDS_AT_ONCE) if source.batch else 1,

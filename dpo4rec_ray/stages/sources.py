@@ -20,6 +20,7 @@ import pyarrow as pa
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.generator import (
+    Answer,
     Completion,
     EngineDied,
     EngineFigures,
@@ -41,7 +42,8 @@ from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.knowledge.template import TemplateGenerator
 from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.stages.common import WORKER_ENV, engine_env, policy_weights
+from dpo4rec_ray.stages.common import WORKER_ENV, engine_env, merges_lora, policy_weights
+from dpo4rec_ray.stages.engines import KeptGenerator, kept_engines
 
 Row = dict[str, Any]
 
@@ -160,6 +162,28 @@ class PromptSettings:
         )
 
 
+class Generator(Protocol):
+    """What `PolicyTexts` needs of an engine: a `VLLMGenerator` here, or a `KeptGenerator` elsewhere."""
+
+    max_prompt: int
+
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
+    ) -> list[Answer]: ...
+
+    def alone(self) -> AbstractContextManager[None]: ...
+
+    def figures(self) -> EngineFigures: ...
+
+
+def engine_here(
+    last_words: Path, *, engine: EngineSettings, sampling: Sampling, stall_timeout_s: float
+) -> VLLMGenerator:
+    """An engine in this process, with a watchdog beside it."""
+    watchdog = Watchdog(stall_timeout_s, last_words)
+    return VLLMGenerator(engine, sampling, alive=watchdog.alive, idle=watchdog.idle)
+
+
 class PolicyTexts:
     """Texts that a policy writes under vLLM."""
 
@@ -169,17 +193,15 @@ class PolicyTexts:
         *,
         tokenizer_path: str,
         prompts: PromptSettings,
-        engine: EngineSettings,
-        sampling: Sampling,
-        stall_timeout_s: float,
-        last_words: Path | None = None,
+        generator: Callable[[Path], Generator],
+        last_words: Path,
     ):
+        """generator: makes the engine, or finds one; takes the file for its last words."""
         self._tokenizer = load_tokenizer(tokenizer_path)
         self._lock = threading.Lock()  # a fast tokenizer is not to be used by two threads
         self._prompts = prompts.over(store, control_tokens(self._tokenizer))
         self._last_words = last_words
-        watchdog = Watchdog(stall_timeout_s, last_words)
-        self._generator = VLLMGenerator(engine, sampling, alive=watchdog.alive, idle=watchdog.idle)
+        self._generator = generator(last_words)
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
         prompts: list[list[int]] = []
@@ -215,9 +237,8 @@ class PolicyTexts:
         try:
             answers = self._generator.generate(prompts, seeds, counts)
         except EngineDied as error:
-            if self._last_words is not None:
-                with contextlib.suppress(OSError):
-                    self._last_words.write_text(str(error))
+            with contextlib.suppress(OSError):
+                self._last_words.write_text(str(error))
             os._exit(
                 1
             )  # Ray starts a new actor with a new engine and retries; an exception would end the job
@@ -261,6 +282,7 @@ class Source:
 
     build: Callable[..., TextWriter]
     num_gpus: float = 0.0
+    num_cpus: float | None = None  # None: generate.cpus_per_engine
     env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
     items: bool = False
     batch: int = 0
@@ -283,6 +305,7 @@ def engine_settings(config: Config, store: RunDir, policy_round: int) -> EngineS
         gpu_memory_utilization=section.gpu_memory_utilization,
         tensor_parallel_size=section.tensor_parallel_size,
         pipeline_parallel_size=section.pipeline_parallel_size,
+        lora=section.keep_engines and not merges_lora(config),  # for policies that are still to come
         max_num_seqs=section.max_num_seqs,
         max_lora_rank=next(rank for rank in VLLM_LORA_RANKS if rank >= config.dpo.lora_rank),
         extra=section.engine_args,
@@ -296,18 +319,31 @@ def sampling_of(config: Config) -> Sampling:
 
 
 def _policy_source(config: Config, store: RunDir, policy_round: int) -> Source:
+    section = config.generate
+    engine, sampling = engine_settings(config, store, policy_round), sampling_of(config)
+    env, num_gpus, num_cpus = engine_env(config), section.gpus_per_engine, None
+    if section.keep_engines:
+        actors = kept_engines(config, engine, sampling, store.root)
+        serving = (engine.model, engine.adapter)
+        generator: Callable[[Path], Generator] = partial(_kept_generator, engines=actors, serving=serving)
+        env, num_gpus, num_cpus = WORKER_ENV, 0.0, 0.1  # only prompts and files are left to do
+    else:
+        generator = partial(
+            engine_here, engine=engine, sampling=sampling, stall_timeout_s=section.stall_timeout_s
+        )
     build = partial(
         PolicyTexts,
         tokenizer_path=policy_weights(config, store, policy_round).base,
         prompts=PromptSettings.of(config),
-        engine=engine_settings(config, store, policy_round),
-        sampling=sampling_of(config),
-        stall_timeout_s=config.generate.stall_timeout_s,
+        generator=generator,
     )
-    section = config.generate
-    return Source(
-        build, section.gpus_per_engine, engine_env(config), items=True, batch=section.max_num_seqs, dies=True
-    )
+    return Source(build, num_gpus, num_cpus, env, items=True, batch=section.max_num_seqs, dies=True)
+
+
+def _kept_generator(
+    last_words: Path, *, engines: list[Any], serving: tuple[str, str | None]
+) -> KeptGenerator:
+    return KeptGenerator(engines, serving)
 
 
 def _statistics_source(config: Config, store: RunDir, policy_round: int) -> Source:

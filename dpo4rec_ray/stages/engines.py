@@ -1,0 +1,142 @@
+"""Engines that outlive a stage (`generate.keep_engines`): actors of the driver that sampling actors call.
+
+The same plain class as ever runs in them. A stage that serves other weights says so with each call, so that a warm engine
+changes policy in place, and one that was restarted after a crash finds the right one by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.knowledge.generator import (
+    Answer,
+    EngineDied,
+    EngineFigures,
+    EngineSettings,
+    Gate,
+    Sampling,
+    VLLMGenerator,
+)
+from dpo4rec_ray.knowledge.watchdog import Watchdog
+from dpo4rec_ray.stages import common
+
+CALLS_AT_ONCE = 32  # threads of an engine's actor: calls under way, claims and figures
+
+_kept: dict[str, tuple[Any, list[Any]]] = {}  # run folder -> what its engines are, and their actors
+
+
+class KeptEngine:
+    """One engine with its watchdog, as an actor of the driver."""
+
+    def __init__(self, engine: EngineSettings, sampling: Sampling, stall_timeout_s: float):
+        watchdog = Watchdog(stall_timeout_s)
+        self._generator = VLLMGenerator(engine, sampling, alive=watchdog.alive, idle=watchdog.idle)
+        self._claims = 0
+
+    def claim(self) -> int:
+        """Count one more user of this engine; how many it has."""
+        self._claims += 1
+        return self._claims
+
+    def claims(self, forget: bool = False) -> int:
+        self._claims = 0 if forget else self._claims
+        return self._claims
+
+    def max_prompt(self) -> int:
+        return self._generator.max_prompt
+
+    def generate(
+        self,
+        serving: tuple[str, str | None],
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        num_samples: Sequence[int],
+    ) -> list[Answer]:
+        """As `VLLMGenerator.generate`, by the weights (model, adapter)."""
+        self._generator.use(*serving)
+        return self._generator.generate(prompts, seeds, num_samples)
+
+    def figures(self) -> EngineFigures:
+        return self._generator.figures()
+
+
+class KeptGenerator:
+    """The nearest free `KeptEngine` from inside a sampling actor; called like a `VLLMGenerator`."""
+
+    def __init__(self, engines: Sequence[Any], serving: tuple[str, str | None]):
+        import ray
+
+        claims = ray.get([engine.claims.remote() for engine in engines])
+        self._engine = engines[claims.index(min(claims))]
+        ray.get(self._engine.claim.remote())
+        self.max_prompt: int = ray.get(self._engine.max_prompt.remote())
+        self._serving, self._gate = serving, Gate()
+
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
+    ) -> list[Answer]:
+        import ray
+        import ray.exceptions
+
+        with self._gate.shared():
+            try:
+                return ray.get(self._engine.generate.remote(self._serving, prompts, seeds, num_samples))
+            except ray.exceptions.RayActorError as error:  # Ray restarts it; who called tries again
+                raise EngineDied(f"the engine's process ended: {str(error).splitlines()[0]}") from None
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self._gate.alone()
+
+    def figures(self) -> EngineFigures:
+        import ray
+
+        return ray.get(self._engine.figures.remote())
+
+
+def kept_engines(config: Config, engine: EngineSettings, sampling: Sampling, folder: Path) -> list[Any]:
+    """The run's engines, started where there are none yet; nobody's at first."""
+    import ray
+
+    section = config.generate
+    base = replace(engine, adapter=None)
+    # Merged policies have the base's shape; an engine that is to take LoRA later has to be made for it.
+    same = (replace(base, model=""), sampling, section.num_engines)
+    known, actors = _kept.get(str(folder), (None, []))
+    if known != same:
+        release_engines()
+        actor = ray.remote(KeptEngine).options(
+            num_cpus=section.cpus_per_engine,
+            num_gpus=section.gpus_per_engine,
+            max_restarts=-1,
+            max_concurrency=CALLS_AT_ONCE,
+            runtime_env={"env_vars": common.engine_env(config)},
+        )
+        common.check_room(
+            f"{section.num_engines} engines",
+            section.num_engines * section.cpus_per_engine,
+            section.num_engines * section.gpus_per_engine,
+        )
+        actors = [actor.remote(base, sampling, section.stall_timeout_s) for _ in range(section.num_engines)]
+        _kept[str(folder)] = (same, actors)
+        common.KEPT.update(
+            CPU=section.num_engines * section.cpus_per_engine,
+            GPU=section.num_engines * section.gpus_per_engine,
+        )
+    ray.get([one.claims.remote(forget=True) for one in actors])  # waits until they are ready
+    return actors
+
+
+def release_engines() -> None:
+    """End them all and give back what they occupy."""
+    import ray
+
+    for _, actors in _kept.values():
+        for actor in actors:
+            ray.kill(actor)
+    _kept.clear()
+    common.KEPT.clear()

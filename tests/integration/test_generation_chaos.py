@@ -1,0 +1,129 @@
+"""Engines, actors and drivers killed or hung while users are sampled: in the end every user has exactly N samples."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dpo4rec_ray.artifacts import RunDir
+from tests.conftest import DEMO, ROOT, command, run_job
+from tests.integration.test_resume import AGENTS, still_runs
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
+
+NUM_SAMPLES = 10
+STEP = ["--only", "generate", "--round", "1"]
+RECIPE = [
+    DEMO,
+    "generate.users_per_shard=4",
+    "generate.num_engines=1",
+    "generate.max_num_seqs=64",  # a slow engine, so that there is time to kill it
+    f"generate.num_samples={NUM_SAMPLES}",
+    "generate.stall_timeout_s=10",
+]
+
+
+class Job:
+    """A driver under attack. own_process: whether the engine runs in a process of its own beside the actor's."""
+
+    def __init__(self, folder: Path, recipe: list[str], own_process: bool):
+        self.log = open(folder / "log.txt", "a")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command(*recipe, *STEP, f"run.root={folder}", "run.name=run"),
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "RAY_ADDRESS": "",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if own_process else "0",
+            },
+            stdout=self.log,
+            stderr=self.log,
+        )
+
+    def descendants(self, part: str) -> list[psutil.Process]:
+        """Processes below the driver whose command line holds `part`."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if part in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
+
+    def end(self, sent: signal.Signals) -> None:
+        """Send the driver a signal; nothing of it may be left."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(sent)
+        self.process.wait(timeout=120)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            alive = [child for child in children if still_runs(child)]
+            alive = [child for child in alive if not name_of(child).startswith(AGENTS)]
+            if not alive:
+                break
+            time.sleep(0.2)
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        assert not alive, f"still there a minute after the driver's end: {alive}"
+
+
+def name_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return process.name()
+    return ""
+
+
+def wait_for_progress(job: Job, generations: Path, more: int) -> bool:
+    """Until `more` new parts are there; False when the job came to its end before."""
+    goal = len(list(generations.glob("part-*.parquet"))) + more
+    deadline = time.monotonic() + 240
+    while len(list(generations.glob("part-*.parquet"))) < goal:
+        if job.process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "no progress for four minutes"
+        time.sleep(0.05)
+    return True
+
+
+def test_five_hundred_users_through_ten_kills(tmp_path: Path) -> None:
+    recipe = [*RECIPE, "sample.num_users=560"]
+    assert run_job(tmp_path, *recipe, "--only", "prepare").code == 0
+    store = RunDir(tmp_path / "run")
+    generations = store.path("generations", 1)
+    kinds = ["actor", "engine", "driver", "hang", "actor", "interrupt", "engine", "hang", "driver", "actor"]
+    rng = random.Random(0)
+    job = Job(tmp_path, recipe, own_process=True)
+    done: list[str] = []
+    for kind in kinds:
+        if not wait_for_progress(job, generations, 3):
+            break
+        time.sleep(rng.random())
+        if kind in ("driver", "interrupt"):
+            job.end(signal.SIGKILL if kind == "driver" else signal.SIGINT)
+            assert not (generations / "manifest.json").exists()
+            job = Job(tmp_path, recipe, own_process=len(done) % 4 < 2)
+        else:
+            actors = job.descendants("MapWorker(Map(ShardGenerator))")
+            engines = job.descendants("EngineCore") or actors  # in-process: actor and engine are one
+            (victim,) = engines if kind == "engine" else actors
+            victim.send_signal(signal.SIGSTOP if kind == "hang" else signal.SIGKILL)
+        done.append(kind)
+    assert len(done) == len(kinds), f"the work was done after {done}: too few kills"
+    assert job.process.wait(timeout=400) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    users = store.read("users", split=("train", "valid"), columns=["user_id"])["user_id"].to_pylist()
+    assert len(users) >= 500
+    table = store.read("generations", 1, columns=["user_id", "sample_id"])
+    counts = Counter(zip(table["user_id"].to_pylist(), table["sample_id"].to_pylist(), strict=True))
+    failed = store.failed("generations", 1).to_pylist()
+    assert not failed
+    assert counts == {(user, sample): 1 for user in users for sample in range(NUM_SAMPLES)}
+    print(f"{len(done)} kills ({done}), {len(users)} users, {len(table)} rows")
