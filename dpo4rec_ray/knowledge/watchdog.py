@@ -44,7 +44,8 @@ class Watchdog:
         self._tell(IDLE)
 
     def close(self) -> None:
-        self._pipe.close()
+        with contextlib.suppress(OSError):
+            self._pipe.close()
         self._process.wait(timeout=10)
 
     def _tell(self, sign: bytes) -> None:
@@ -58,7 +59,14 @@ def watch(pid: int, timeout_s: float, note: str) -> None:
     import psutil
 
     watched = psutil.Process(pid)
-    children: list[psutil.Process] = []
+    children: set[psutil.Process] = (
+        set()
+    )  # ever seen: a child of a child that died is nobody's descendant any more
+
+    def scan() -> None:
+        with contextlib.suppress(psutil.Error):
+            children.update(child for child in watched.children(recursive=True) if child.pid != os.getpid())
+
     deadline: float | None = None
     scanned = 0.0
     while True:
@@ -71,14 +79,12 @@ def watch(pid: int, timeout_s: float, note: str) -> None:
             deadline = now + timeout_s if signs.endswith(BUSY) else None
         if now - scanned > _SCAN_S:
             scanned = now
-            with contextlib.suppress(psutil.Error):
-                children = [child for child in watched.children(recursive=True) if child.pid != os.getpid()]
+            scan()
         if deadline is not None and now > deadline:
             if note:
                 with contextlib.suppress(OSError):
                     Path(note).write_text(f"no new token for {timeout_s:g} s")
-            with contextlib.suppress(psutil.Error):
-                children = [child for child in watched.children(recursive=True) if child.pid != os.getpid()]
+            scan()
             with contextlib.suppress(psutil.Error):
                 watched.kill()
             break

@@ -29,7 +29,7 @@ from dpo4rec_ray.stages.shards import (
     run_shards,
     shard_ranges,
 )
-from dpo4rec_ray.stages.sources import describes_items
+from dpo4rec_ray.stages.sources import cost_of, describes_items
 from dpo4rec_ray.stages.throughput import COUNTS, Throughput
 
 ITEMS_PER_SHARD = 2048
@@ -78,6 +78,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         say(f"  encode: {users['shortened']} prompts leave out their oldest events to fit llm.max_model_len")
     if counts["item"]["failed"]:
         say(f"  encode: {counts['item']['failed']} items got no text and are encoded by their own title")
+    figures |= cost_of(config, users + counts["item"])
     figures |= {**users, "simulated": config.llm.source == "template"}
     return Outcome(rows_in=num_users, rows_out=rows, figures=figures)
 
@@ -174,7 +175,7 @@ def _stream(
     label: str, unit: str, todo: list[tuple[int, int, int]], pools: list[Pool], total: int, already: int
 ) -> dict[str, Any]:
     """Run the shards; the engines' figures."""
-    throughput = Throughput()
+    throughput = Throughput(pools[0].size)
 
     def extra(answer: Row) -> str:
         throughput.add(answer)

@@ -20,6 +20,7 @@ from dpo4rec_ray.stages.common import Outcome, Progress, say
 from dpo4rec_ray.stages.reading import users_per_shard
 from dpo4rec_ray.stages.sampling import ShardGenerator, engine_pool
 from dpo4rec_ray.stages.shards import begin_shards, finished_shards, part_number, run_shards, shard_ranges
+from dpo4rec_ray.stages.sources import cost_of
 from dpo4rec_ray.stages.throughput import Throughput
 
 SPLITS = ("train", "valid")
@@ -52,7 +53,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         round_id=round_id,
         takes_part=takes_part,
     )
-    throughput = Throughput()
+    throughput = Throughput(section.num_engines)
 
     def extra(answer: dict[str, object]) -> str:
         throughput.add(answer)
@@ -77,6 +78,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         )
     figures = {
         **counts,
+        **cost_of(config, counts),
         "users": total - counts["failed"],
         "failed_by_reason": dict(reasons),
         "simulated": config.llm.source == "template",

@@ -104,6 +104,7 @@ class Sampler:
             totals["failed"] += bool(reason)
             totals["samples"] += len(samples)
             totals["tokens"] += sum(len(sample.token_ids) for sample in samples)
+            totals.update(one.usage)
             totals["clipped"] += sum(sample.finish_reason == "length" for sample in samples)
         self._gauges.count(totals)
         return kept, dict(totals)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ import pyarrow as pa
 
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.datasets.files import absolute, file_identity
 from dpo4rec_ray.knowledge.generator import (
     Answer,
     Completion,
@@ -37,12 +39,14 @@ from dpo4rec_ray.knowledge.prompts import (
     item_prompt,
     user_prompt,
 )
+from dpo4rec_ray.knowledge.remote import ApiKey, Endpoint, EndpointSettings
 from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
 from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.knowledge.template import TemplateGenerator
+from dpo4rec_ray.knowledge.text_table import TextTable, place_texts
 from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.stages.common import WORKER_ENV, engine_env, merges_lora, policy_weights
+from dpo4rec_ray.stages.common import WORKER_ENV, engine_env, merges_lora, policy_weights, say
 from dpo4rec_ray.stages.engines import KeptGenerator, kept_engines
 
 Row = dict[str, Any]
@@ -56,6 +60,7 @@ class Texts:
         prompt_token_ids: empty where the source reads no prompt.
         reason: why there are no samples: prompt_too_long, engine_error, ...; detail: in words.
         num_left_out: of the oldest events, for which the prompt had no room.
+        usage: what the source itself counted (throughput.COUNTS), tokens included where it gives no ids of them.
     """
 
     prompt_token_ids: list[int]
@@ -63,6 +68,7 @@ class Texts:
     reason: str = ""
     detail: str = ""
     num_left_out: int = 0
+    usage: Mapping[str, int] = field(default_factory=Counter)
 
 
 class TextWriter(Protocol):
@@ -273,6 +279,55 @@ class TemplateTexts(_Plain):
         return [Texts([], samples) for samples in self._generator.generate(items, seeds, counts)]
 
 
+class EndpointTexts(_Plain):
+    """Texts that an OpenAI-compatible endpoint writes."""
+
+    def __init__(
+        self, store: RunDir, *, prompts: PromptSettings, endpoint: EndpointSettings, sampling: Sampling
+    ):
+        self._prompts = prompts.over(store, ())
+        self._endpoint = Endpoint(endpoint, sampling)
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        names = ("profile", "history_item_ids", "history_ratings")
+        return self._texts(
+            [self._prompts.text(*(row[name] for name in names)) for row in rows], seeds, counts
+        )
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
+        prompts = [self._prompts.item(row["title"], row["attributes"]) for row in rows]
+        return self._texts(prompts, seeds, [1] * len(rows))
+
+    def _texts(self, prompts: Sequence[str], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        answers = self._endpoint.generate(prompts, seeds, counts)
+        return [Texts([], one.samples, one.reason, one.detail, usage=one.usage) for one in answers]
+
+
+class TableTexts(_Plain):
+    """Texts written elsewhere, as `place_texts` laid them out."""
+
+    def __init__(self, store: RunDir, *, users_file: Path, items_file: Path | None):
+        self._users = TextTable(users_file)
+        self._items = TextTable(items_file) if items_file else None
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        return [
+            _of_table(self._users, row["user_id"], count) for row, count in zip(rows, counts, strict=True)
+        ]
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
+        assert self._items is not None
+        return [_of_table(self._items, row["item_id"], 1) for row in rows]
+
+
+def _of_table(table: TextTable, subject_id: int, count: int) -> Texts:
+    """The first `count` texts of a subject."""
+    samples = [Completion([], text, "stop") for text in table.of(subject_id, count)]
+    if not samples:
+        return Texts([], [], "no_text")
+    return Texts([], samples, detail=f"{len(samples)} of {count} texts" if len(samples) < count else "")
+
+
 @dataclass(frozen=True)
 class Source:
     """How an actor builds its `TextWriter`, and what it occupies beside its share of CPUs.
@@ -356,9 +411,59 @@ def _template_source(config: Config, store: RunDir, policy_round: int) -> Source
     return Source(TemplateTexts)
 
 
+def _openai_source(config: Config, store: RunDir, policy_round: int) -> Source:
+    section, num_samples = config.openai, config.generate.num_samples
+    endpoint = EndpointSettings(
+        base_url=section.base_url,
+        model=section.model,
+        # By value: Ray writes the environment that it gives to workers into its logs.
+        key=ApiKey(os.environ.get(section.api_key_env, "")),
+        key_name=section.api_key_env,
+        max_concurrency=max(1, section.max_concurrency // config.generate.num_engines),
+        samples_per_request=section.samples_per_request,
+        max_retries=section.max_retries,
+        timeout_s=section.timeout_s,
+    )
+    build = partial(
+        EndpointTexts, prompts=PromptSettings.of(config), endpoint=endpoint, sampling=sampling_of(config)
+    )
+    batch = endpoint.max_concurrency * min(section.samples_per_request or num_samples, num_samples)
+    return Source(build, items=True, batch=batch)
+
+
+def _table_source(config: Config, store: RunDir, policy_round: int) -> Source:
+    """Lays the files' texts out in the run folder, where actors on any machine find them; says what is wrong with them."""
+    section, folder = config.texts, store.root / "texts"
+    files: dict[str, Path | None] = {"users_file": None, "items_file": None}
+    for subject, path, column in (
+        ("user", section.users, section.user),
+        ("item", section.items, section.item),
+    ):
+        if not path:
+            continue
+        known = store.read(f"{subject}s", columns=[f"{subject}_id", "raw_id"])
+        columns = (column, section.text)
+        made_from = (file_identity(absolute(path)), *columns, store.require(f"{subject}s").produced)
+        target = folder / f"{subject}s.arrow"
+        tally = place_texts(
+            path,
+            columns,
+            known["raw_id"].combine_chunks(),
+            known[f"{subject}_id"].to_numpy(),
+            target,
+            "\n".join(made_from),
+        )
+        if tally is not None and tally.left_out:
+            say(f"  texts.{subject}s {path}: {tally.texts} texts, left out: {tally.words}")
+        files[f"{subject}s_file"] = target
+    return Source(partial(TableTexts, **files), items=bool(section.items))
+
+
 # llm.source -> what writes the texts of policy `policy_round`
 SOURCES: dict[str, Callable[[Config, RunDir, int], Source]] = {
     "vllm": _policy_source,
+    "openai": _openai_source,
+    "table": _table_source,
     "statistics": _statistics_source,
     "template": _template_source,
 }
@@ -367,3 +472,12 @@ SOURCES: dict[str, Callable[[Config, RunDir, int], Source]] = {
 def describes_items(config: Config) -> bool:
     """Whether items get texts of their own from the source."""
     return config.prompt.describe_items or (config.llm.source == "table" and bool(config.texts.items))
+
+
+def cost_of(config: Config, counts: Mapping[str, int]) -> dict[str, float]:
+    """{"cost": ...} of an endpoint's tokens, in the currency of the prices; empty where there is no price."""
+    section = config.openai
+    if config.llm.source != "openai" or not (section.input_price or section.output_price):
+        return {}
+    cost = section.input_price * counts["prompt_tokens"] + section.output_price * counts["tokens"]
+    return {"cost": round(cost / 1e6, 6)}

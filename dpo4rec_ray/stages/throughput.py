@@ -9,13 +9,25 @@ from typing import Any
 Row = dict[str, Any]
 
 # Counts of a shard; kept in the notes of its part, so that a run that goes on knows those of its beginning.
-COUNTS = ("users", "samples", "tokens", "prompt_tokens", "clipped", "shortened", "invalid_json", "failed")
+COUNTS = (
+    "users",
+    "samples",
+    "tokens",
+    "prompt_tokens",
+    "clipped",
+    "shortened",
+    "invalid_json",
+    "failed",
+    "requests",
+    "retries",
+)
 
 
 class Throughput:
     """Adds up shards. `add` takes what a worker answers: COUNTS and, from an engine, its own figures."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_engines: int) -> None:
+        self._num_engines = num_engines  # that work at once; those that died and their successors are more
         self.total: Counter[str] = Counter()
         self._engines: dict[str, Row] = {}
         self._first = 0.0
@@ -24,7 +36,7 @@ class Throughput:
     def add(self, answer: Row) -> None:
         self.total.update({name: int(answer.get(name) or 0) for name in COUNTS})
         if answer.get("engine"):
-            self._engines[answer["engine"]] = answer
+            self._engines[answer["engine"]] = {**answer, "seen": time.monotonic()}
         if not self._first:  # rates count from the first result: before it workers were starting
             self._first, self._base = time.monotonic(), self.total.copy()
 
@@ -33,31 +45,38 @@ class Throughput:
         """For the progress line: rates, and how well each engine is used."""
         if not self._engines:
             seconds = time.monotonic() - self._first
-            samples = self.total["samples"] - self._base["samples"]
-            return f"{samples / seconds:,.0f} samples/s" if samples and seconds > 1 else ""
+            done = {name: self.total[name] - self._base[name] for name in ("samples", "tokens")}
+            rates = [f"{number / seconds:,.0f} {name}/s" for name, number in done.items() if number]
+            return ", ".join(rates) if seconds > 1 else ""
         # By the engines' own clocks: shards end in bunches, so that counting them overrates a short run.
-        engines = [row for _, row in sorted(self._engines.items())]
+        engines = list(self._engines.values())
+        span = sum(row["span_s"] for row in engines) / self._num_engines
         rates = [
-            f"{sum(row[f'engine_{name}'] / max(row['span_s'], 1e-9) for row in engines):,.0f} {name}/s"
+            f"{sum(row[f'engine_{name}'] for row in engines) / max(span, 1e-9):,.0f} {name}/s"
             for name in ("samples", "tokens")
         ]
-        busy, kv_cache = (" ".join(f"{row[name]:.0%}" for row in engines) for name in ("busy", "kv_cache"))
-        return ", ".join([*rates, f"engines busy {busy}", f"KV cache {kv_cache}"])
+        now = [row for row in engines if time.monotonic() - row["seen"] < _RECENT_S]
+        levels = [
+            f"{label} {min(row[name] for row in now):.0%} to {max(row[name] for row in now):.0%}"
+            if len(now) > 1
+            else f"{label} {now[0][name]:.0%}"
+            for name, label in (("busy", "engines busy"), ("kv_cache", "KV cache"))
+            if now
+        ]
+        return ", ".join([*rates, *levels])
 
     @property
     def figures(self) -> Row:
-        """For the manifest: the engines of this run, their rates by their own clocks."""
+        """For the manifest: the engines of this run and their rates, by their own clocks."""
         engines = {
             name: {key: round(float(row[key]), 4) for key in ENGINE_FIGURES}
-            | {"tokens_per_s": round(row["engine_tokens"] / max(row["span_s"], 1e-9), 1)}
             for name, row in sorted(self._engines.items())
         }
         if not engines:
             return {}
-        return {
-            "engines": engines,
-            "tokens_per_s": round(sum(row["tokens_per_s"] for row in engines.values()), 1),
-        }
+        tokens, span = (sum(row[name] for row in engines.values()) for name in ("engine_tokens", "span_s"))
+        return {"engines": engines, "tokens_per_s": round(tokens * self._num_engines / max(span, 1e-9), 1)}
 
 
 ENGINE_FIGURES = ("busy", "running", "kv_cache", "prefix_hits", "start_s", "span_s", "engine_tokens")
+_RECENT_S = 60.0  # an engine without an answer for so long is not shown: it may have been replaced

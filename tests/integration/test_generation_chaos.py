@@ -58,6 +58,14 @@ class Job:
                     found.append(child)
         return found
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.end(signal.SIGKILL)
+        self.log.close()
+
     def end(self, sent: signal.Signals) -> None:
         """Send the driver a signal; nothing of it may be left."""
         children = psutil.Process(self.process.pid).children(recursive=True)
@@ -101,24 +109,25 @@ def test_five_hundred_users_through_ten_kills(tmp_path: Path) -> None:
     generations = store.path("generations", 1)
     kinds = ["actor", "engine", "driver", "hang", "actor", "interrupt", "engine", "hang", "driver", "actor"]
     rng = random.Random(0)
-    job = Job(tmp_path, recipe, own_process=True)
     done: list[str] = []
-    for kind in kinds:
-        if not wait_for_progress(job, generations, 3):
-            break
-        time.sleep(rng.random())
-        if kind in ("driver", "interrupt"):
-            job.end(signal.SIGKILL if kind == "driver" else signal.SIGINT)
-            assert not (generations / "manifest.json").exists()
-            job = Job(tmp_path, recipe, own_process=len(done) % 4 < 2)
-        else:
-            actors = job.descendants("MapWorker(Map(ShardGenerator))")
-            engines = job.descendants("EngineCore") or actors  # in-process: actor and engine are one
-            (victim,) = engines if kind == "engine" else actors
-            victim.send_signal(signal.SIGSTOP if kind == "hang" else signal.SIGKILL)
-        done.append(kind)
-    assert len(done) == len(kinds), f"the work was done after {done}: too few kills"
-    assert job.process.wait(timeout=400) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    with contextlib.ExitStack() as jobs:
+        job = jobs.enter_context(Job(tmp_path, recipe, own_process=True))
+        for kind in kinds:
+            if not wait_for_progress(job, generations, 3):
+                break
+            time.sleep(rng.random())
+            if kind in ("driver", "interrupt"):
+                job.end(signal.SIGKILL if kind == "driver" else signal.SIGINT)
+                assert not (generations / "manifest.json").exists()
+                job = jobs.enter_context(Job(tmp_path, recipe, own_process=len(done) % 4 < 2))
+            else:
+                actors = job.descendants("MapWorker(Map(ShardGenerator))")
+                engines = job.descendants("EngineCore") or actors  # in-process: actor and engine are one
+                (victim,) = engines if kind == "engine" else actors
+                victim.send_signal(signal.SIGSTOP if kind == "hang" else signal.SIGKILL)
+            done.append(kind)
+        assert len(done) == len(kinds), f"the work was done after {done}: too few kills"
+        assert job.process.wait(timeout=400) == 0, (tmp_path / "log.txt").read_text()[-3000:]
     users = store.read("users", split=("train", "valid"), columns=["user_id"])["user_id"].to_pylist()
     assert len(users) >= 500
     table = store.read("generations", 1, columns=["user_id", "sample_id"])

@@ -94,9 +94,7 @@ def test_every_user_has_exactly_n_samples_or_a_reason(tiny_run: Finished) -> Non
     assert set(counts.values()) == {1}
     failed = RunDir(tiny_run.folder).failed("generations", 1)["subject_id"].to_pylist()
     sampled = {user for user, _ in counts}
-    assert sampled | set(failed) == {
-        user for user, split in users.items() if split != "test"
-    }
+    assert sampled | set(failed) == {user for user, split in users.items() if split != "test"}
     assert Counter(user for user, _ in counts) == dict.fromkeys(sampled, 3)
 
 

@@ -1,0 +1,107 @@
+"""Engines that stay warm between stages: the same texts as fresh ones, another policy without another start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.config import load_config
+from dpo4rec_ray.knowledge.generator import EngineDied
+from dpo4rec_ray.stages.engines import KeptGenerator, kept_engines, release_engines
+from dpo4rec_ray.stages.sources import engine_settings, sampling_of
+from tests.conftest import DEMO, ROOT, TINY, Finished, run_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+KEEP = [
+    "generate.keep_engines=true",
+    "generate.num_engines=1",
+    "generate.cpus_per_engine=0.4",
+    "encoder.cpus_per_worker=0.4",
+    "dpo.num_workers=1",
+]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    ray.init(
+        address="local", include_dashboard=False, log_to_driver=False, num_cpus=2, object_store_memory=2**27
+    )
+    yield
+    release_engines()
+    ray.shutdown()
+
+
+def other_policy(folder: Path) -> str:
+    """The bundled LLM with weights that say something else."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(ROOT / "dpo4rec_ray/policy/bundled", folder)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = {name: value * 0.8 for name, value in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_warm_engine_switches_and_a_killed_one_comes_back(local_ray: None, tmp_path: Path) -> None:
+    import ray
+
+    config = load_config(ROOT / DEMO, KEEP)
+    store = RunDir(tmp_path)
+    engine = engine_settings(config, store, 0)
+    other = other_policy(tmp_path / "other")
+    prompts, seeds, counts = [[1, 5, 6, 7, 8, 9], [1, 9, 8, 7]], [3, 4], [2, 2]
+
+    def texts(generator: KeptGenerator) -> list[list[str]]:
+        answers = generator.generate(prompts, seeds, counts)
+        return [[sample.text for sample in answer.samples] for answer in answers]
+
+    engines = kept_engines(config, engine, sampling_of(config), store.root)
+    assert kept_engines(config, engine, sampling_of(config), store.root) == engines
+    base = texts(KeptGenerator(engines, (engine.model, None)))
+    changed = texts(KeptGenerator(engines, (other, None)))
+    assert changed != base
+    assert texts(KeptGenerator(engines, (engine.model, None))) == base
+
+    generator = KeptGenerator(engines, (other, None))
+    ray.kill(engines[0], no_restart=False)
+    deadline = time.monotonic() + 120
+    found: Any = None
+    while found is None and time.monotonic() < deadline:
+        try:
+            found = texts(generator)
+        except EngineDied:
+            time.sleep(1)  # what the caller's own restart amounts to
+    assert found == changed, "a restarted engine serves what it is asked for, not what it was made with"
+
+
+@pytest.mark.slow
+def test_a_whole_run_starts_its_engines_once(tmp_path: Path, tiny_run: Finished) -> None:
+    done = run_job(tmp_path, DEMO, *TINY, *KEEP)
+    assert done.code == 0, done.stderr
+    stores = RunDir(done.folder), RunDir(tiny_run.folder)
+    for name, round_id in (("knowledge", 0), ("generations", 1)):
+        mine, theirs = (
+            sorted(store.read(name, round_id, columns=["text"])["text"].to_pylist()) for store in stores
+        )
+        assert mine == theirs, name
+    starts = [
+        next(iter(stores[0].require(name, round_id).figures["this_run"]["engines"].values()))
+        for name, round_id in (("knowledge", 0), ("generations", 1), ("knowledge", 1))
+    ]
+    assert len({start["start_s"] for start in starts}) == 1, "one start, seen by three stages"
+    before = sorted(stores[0].read("knowledge", 1, columns=["text"])["text"].to_pylist())
+    again = run_job(
+        tmp_path, DEMO, *TINY, *KEEP, "generate.keep_engines=false", "--only", "encode", "--round", "1"
+    )
+    assert again.code == 0, again.stderr
+    assert sorted(stores[0].read("knowledge", 1, columns=["text"])["text"].to_pylist()) == before
