@@ -69,7 +69,7 @@ class Sampler:
             self._write = source.build(store, last_words=note)
         else:
             self._write = source.build(store)
-        self._gauges = _Gauges(self._engine)
+        self._gauges = Gauges(self._engine)
 
     def texts(self, shard: int, ids: Sequence[int], ask: Callable[[slice], list[Texts]]) -> list[Texts]:
         """`ask` for the texts of all, or one by one after an engine died at this shard."""
@@ -262,7 +262,7 @@ def failure(texts: Texts, count: int) -> str:
     return "empty_text" if any(not sample.text.strip() for sample in texts.samples) else ""
 
 
-class _Gauges:
+class Gauges:
     """The same figures for Ray's dashboard and its Prometheus endpoint."""
 
     def __init__(self, engine: str):
