@@ -128,11 +128,74 @@ def test_five_hundred_users_through_ten_kills(tmp_path: Path) -> None:
             done.append(kind)
         assert len(done) == len(kinds), f"the work was done after {done}: too few kills"
         assert job.process.wait(timeout=400) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    assert len(store.read("users", split=("train", "valid"), columns=["user_id"])) >= 500
+    check_all_there(tmp_path)
+
+
+def check_all_there(folder: Path) -> None:
+    store = RunDir(folder / "run")
     users = store.read("users", split=("train", "valid"), columns=["user_id"])["user_id"].to_pylist()
-    assert len(users) >= 500
     table = store.read("generations", 1, columns=["user_id", "sample_id"])
     counts = Counter(zip(table["user_id"].to_pylist(), table["sample_id"].to_pylist(), strict=True))
-    failed = store.failed("generations", 1).to_pylist()
-    assert not failed
     assert counts == {(user, sample): 1 for user in users for sample in range(NUM_SAMPLES)}
-    print(f"{len(done)} kills ({done}), {len(users)} users, {len(table)} rows")
+    assert not len(store.failed("generations", 1))
+
+
+def test_a_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes with an engine each; one goes without a word, another comes."""
+    from ray.cluster_utils import Cluster
+
+    recipe = [*RECIPE, "sample.num_users=200", "generate.num_engines=2", "generate.cpus_per_engine=1"]
+    assert run_job(tmp_path, *recipe, "--only", "prepare").code == 0
+    generations = RunDir(tmp_path / "run").path("generations", 1)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27}, connect=False
+    )
+    try:
+        nodes = [cluster.add_node(num_cpus=1, object_store_memory=2**27) for _ in range(2)]
+        log = tmp_path / "log.txt"
+        with open(log, "w") as output:
+            job = subprocess.Popen(
+                command(*recipe, *STEP, f"run.root={tmp_path}", "run.name=run"),
+                cwd=ROOT,
+                env={**os.environ, "RAY_ADDRESS": cluster.address},
+                stdout=output,
+                stderr=output,
+            )
+            deadline = time.monotonic() + 300
+            while len(list(generations.glob("part-*.parquet"))) < 6:
+                assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.05)
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            time.sleep(5)
+            cluster.add_node(num_cpus=1, object_store_memory=2**27)
+            assert job.wait(timeout=400) == 0, log.read_text()[-3000:]
+    finally:
+        cluster.shutdown()
+    check_all_there(tmp_path)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        recipe = [*RECIPE, "sample.num_users=200"]
+        assert run_job(folder, *recipe, "--only", "prepare").code == 0
+        free = os.statvfs(folder)
+        (folder / "filler").write_bytes(b"\0" * (free.f_bavail * free.f_frsize - 150 * 1024))
+        full = run_job(folder, *recipe, *STEP)
+        assert full.code == 2, full.stderr
+        assert "no space left on the disk" in full.stderr and full.stderr.count("\n") == 1
+        done = len(list(RunDir(folder / "run").path("generations", 1).glob("part-*.parquet")))
+        assert 0 < done < 45
+        (folder / "filler").unlink()
+        again = run_job(folder, *recipe, *STEP)
+        assert again.code == 0 and "users kept from an interrupted run" in again.stdout
+        check_all_there(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
