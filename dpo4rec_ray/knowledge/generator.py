@@ -95,6 +95,9 @@ class EngineSettings:
             "disable_log_stats": False,
             "enable_prefix_caching": True,
             "max_num_seqs": self.max_num_seqs,
+            # JSON without spaces: small LLMs spend their tokens on line breaks where they may. Only the engine can be
+            # told; in a request's own parameters xgrammar does not look for it.
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
         if self.on_gpu:
             chosen["gpu_memory_utilization"] = self.gpu_memory_utilization
@@ -339,6 +342,11 @@ class _Loop:
             raise EngineDied(f"{type(self._died).__name__}: {self._died}") from self._died
 
     def _run(self) -> None:
+        import torch
+
+        # After torch.set_num_threads elsewhere, a new thread would follow only later, and vLLM's CPU kernels end the
+        # engine when the number changes between two of them.
+        torch.set_num_threads(torch.get_num_threads())
         try:
             while True:
                 self._admit()
@@ -377,7 +385,10 @@ class _Loop:
             self._engine.add_request(
                 name, {"prompt_token_ids": job.prompt}, job.params, lora_request=job.lora
             )
-        except (ValueError, TypeError) as error:  # this request is refused; the engine goes on
+        except Exception as error:
+            if type(error).__name__ == "EngineDeadError":
+                raise
+            # whatever else it is, this request is refused and the engine goes on
             call.put(index, Answer([], "engine_error", f"{type(error).__name__}: {error}"))
             return
         self._worked += time.monotonic() - began
@@ -389,6 +400,9 @@ class _Loop:
             Completion(list(sample.token_ids), sample.text, str(sample.finish_reason))
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
+        if any(sample.finish_reason == "error" for sample in samples):
+            call.put(index, Answer([], "engine_error", "the engine gave up this request; its log says why"))
+            return
         self._samples += len(samples)
         self._tokens += sum(len(sample.token_ids) for sample in samples)
         self._alive()
