@@ -33,6 +33,7 @@ def run(
     evaluated = json.loads((store.path("per_list") / FIGURES).read_text(encoding="utf-8"))
     summary: dict[str, Any] = {
         "generator": config.llm.source,
+        "simulated_texts": config.llm.source == "template",
         "trainer": f"deepspeed-zero{config.dpo.zero_stage}" if last_round else "none",
         "run": config.run.name,
         "seed": config.run.seed,
@@ -95,6 +96,13 @@ def _round(store: RunDir, round_id: int) -> dict[str, Any]:
         "users": generated.figures["users"],
         "samples": generated.rows,
         "failed": generated.figures["failed_by_reason"],
+        "generation": {
+            **{
+                name: generated.figures.get(name, 0)
+                for name in ("tokens", "shortened", "clipped", "invalid_json")
+            },
+            **generated.figures["this_run"],
+        },
         "pairs": pairs["pairs"],
         "dropped": pairs["dropped"],
         "heldout_reward_before": heldout["heldout_reward_before"],
@@ -109,6 +117,8 @@ def _round(store: RunDir, round_id: int) -> dict[str, Any]:
 
 def _print(summary: dict[str, Any]) -> None:
     print(f"\n{evaluation.printed(summary)}\n")
+    if summary["simulated_texts"]:
+        print('texts are simulated (llm.source = "template"): no figure here says anything about an LLM')
     for row in summary["rounds"]:
         low, high = row["heldout_reward_delta_ci95"]
         print(

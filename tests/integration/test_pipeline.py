@@ -38,7 +38,11 @@ def rows(run: Finished, name: str, round_id: int = 0) -> list[dict]:
 
 def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
     summary = tiny_run.summary
-    assert summary["generator"] == "vllm"
+    assert summary["generator"] == "vllm" and not summary["simulated_texts"]
+    generation = summary["rounds"][0]["generation"]
+    assert generation["tokens"] > 0 and generation["tokens_per_s"] > 0
+    for engine in generation["engines"].values():
+        assert 0 < engine["busy"] <= 1 and engine["start_s"] > 0 and engine["engine_tokens"] > 0
     assert summary["trainer"] == "deepspeed-zero2"
     assert [stage["stage"] for stage in summary["stages"]] == STAGES
     assert all(

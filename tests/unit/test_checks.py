@@ -108,3 +108,36 @@ def test_the_steps_before_the_rounds(overrides: list[str], steps: list[str]) -> 
 def test_settings_that_contradict_each_other(changes: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         checks.check_all(load_config("jobs/recipes/demo.toml", changes))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "generate.engine_args={max_num_sequences=8}",
+            r"max_num_sequences: vLLM [0-9.]+ has no such argument; did you mean",
+        ),
+        ('generate.engine_args={model="x"}', "engine_args.model is not set here; its place is llm.path"),
+        ("generate.engine_args={trust_remote_code=true}", "trust_remote_code is not set here; .* it is off"),
+        (
+            'generate.engine_args={load_format="pt"}',
+            "load_format = 'pt': other formats than safetensors, dummy",
+        ),
+    ],
+)
+def test_engine_arguments_are_those_of_the_installed_vllm(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check(override)
+
+
+def test_engine_arguments_that_vllm_knows() -> None:
+    check('generate.engine_args={block_size=16, load_format="dummy", seed=3}')
+
+
+def test_an_engine_of_several_processes_takes_whole_gpus() -> None:
+    parallel = "generate.tensor_parallel_size=2"
+    check(parallel)
+    with pytest.raises(
+        UserError, match="gpus_per_engine = 0.5, but tensor_parallel_size x pipeline_parallel_size = 2"
+    ):
+        check(parallel, "generate.gpus_per_engine=0.5")
