@@ -7,6 +7,9 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,14 @@ from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.rewards import reward_by_name
 from dpo4rec_ray.datasets import DATASETS
-from dpo4rec_ray.datasets.files import file_identity
+from dpo4rec_ray.datasets.files import absolute, file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.generator import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import FACTORS, PROMPT_VERSION
 from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
+from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
+from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
 from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.rerankers import RERANKERS
@@ -81,6 +86,14 @@ def check_all(config: Config, only: str = "") -> None:
         _check_model_folder("encoder.path", encoder)
     if has_policy(config):
         _check_policy(config)
+    elif config.llm.source == "openai":
+        _check_endpoint(config)
+    elif config.llm.source == "table":
+        _check_texts(config)
+    elif config.prompt.describe_items:
+        raise UserError(
+            f"prompt.describe_items = true, but llm.source = {config.llm.source!r} writes nothing about items; set it to false"
+        )
 
 
 def has_policy(config: Config) -> bool:
@@ -132,6 +145,54 @@ def _check_policy(config: Config) -> None:
         _check_model_folder("llm.path", path)
         _check_length(config, Path(path))
     load_tokenizer(path)  # of a hub name too: the download is small, and a wrong name shows now
+
+
+def _check_endpoint(config: Config) -> None:
+    """What requests are made of. A value that may be a secret in the wrong place is not repeated."""
+    section = config.openai
+    if not section.model:
+        raise UserError("openai.model is not set; give the name that the endpoint knows the model by")
+    try:
+        url = urllib.parse.urlsplit(section.base_url)
+    except ValueError:
+        url = urllib.parse.urlsplit("")
+    if url.username or url.password or url.query:
+        raise UserError(
+            "openai.base_url carries a user name, password or query, which would end up in config.json; leave them out and "
+            "put the key into the environment variable that openai.api_key_env names"
+        )
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise UserError(
+            f"openai.base_url = {section.base_url!r} is no http(s) address, such as http://127.0.0.1:8000/v1"
+        )
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", section.api_key_env):
+        raise UserError(
+            "openai.api_key_env is no name of an environment variable; put the key itself into that variable"
+        )
+    key = os.environ.get(section.api_key_env, "")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(
+            f"the environment variable {section.api_key_env} holds spaces, line ends or other characters that no key has"
+        )
+
+
+def _check_texts(config: Config) -> None:
+    """The files of texts and their columns."""
+    section = config.texts
+    if not section.users:
+        raise UserError(
+            'texts.users is not set; with llm.source = "table" it names the file of the users\' texts'
+        )
+    check_text_file("texts.users", section.users, section.user, section.text)
+    if section.users.endswith(KLG) and config.run.num_rounds:
+        raise UserError(
+            f"texts.users {section.users} holds one text per user, and a round compares generate.num_samples of them; "
+            "set run.num_rounds = 0, or give a .parquet or .jsonl with several rows per user"
+        )
+    if section.items:
+        check_text_file("texts.items", section.items, section.item, section.text)
+    elif config.prompt.describe_items:
+        raise UserError("prompt.describe_items = true, but texts.items names no file with the items' texts")
 
 
 def _check_no_redraws(config: Config) -> None:
@@ -234,6 +295,15 @@ def base_llm_identity(config: Config, store: RunDir) -> str:
     """Identity of policy 0: the bootstrap's production, a local folder's content, a hub name, or what stands in its place."""
     if config.llm.source == "statistics":
         return f"statistics {STATISTICS_VERSION}"
+    if config.llm.source == "template":
+        return f"template {TEMPLATE_VERSION}"
+    if config.llm.source == "openai":
+        return f"openai {config.openai.model}"
+    if config.llm.source == "table":
+        described = [
+            file_identity(absolute(path)) for path in (config.texts.users, config.texts.items) if path
+        ]
+        return f"table {hashlib.sha256(chr(10).join(described).encode()).hexdigest()[:16]}"
     if config.llm.path == "bootstrap":
         return store.require("base_llm").produced
     return _folder_or_name(base_llm_path(config, store))

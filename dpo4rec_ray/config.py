@@ -158,16 +158,19 @@ class OpenAISection(Section):
     base_url: str = "http://127.0.0.1:8000/v1"
     model: str = ""
     api_key_env: str = "OPENAI_API_KEY"  # name of the variable that holds the key; unset: none is sent
-    max_concurrency: int = Field(default=16, ge=1)  # requests under way, over all engines together
+    max_concurrency: int = Field(
+        default=16, ge=1
+    )  # requests under way, shared among generate.num_engines workers
     samples_per_request: int = Field(default=0, ge=0)  # 0: all N in one; 1 where the endpoint knows no `n`
-    max_retries: int = Field(default=6, ge=0)  # after 429, 5xx and lost connections, waiting longer each time
+    # After 429, 5xx, timeouts and lost connections, waiting 0.5 s to 8 s, or for as long as Retry-After says.
+    max_retries: int = Field(default=6, ge=0)
     timeout_s: float = Field(default=120, gt=0)  # of one request
     input_price: float = Field(default=0, ge=0)  # per million tokens, in any currency
     output_price: float = Field(default=0, ge=0)
 
 
 class TextsSection(Section):
-    """Texts written elsewhere; used when llm.source = "table". Parquet, JSONL, or KAR's .klg; columns for the first two."""
+    """Texts written elsewhere; used when llm.source = "table". .parquet or .jsonl with these columns, or KAR's .klg."""
 
     users: str = ""  # file of the texts about users; several rows of a user are its samples, in file order
     items: str = ""  # file of the texts about items; "": an item's own title and attributes

@@ -78,6 +78,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         say(f"  encode: {users['shortened']} prompts leave out their oldest events to fit llm.max_model_len")
     if counts["item"]["failed"]:
         say(f"  encode: {counts['item']['failed']} items got no text and are encoded by their own title")
+    items = {name: count for name, count in counts["item"].items() if name != "users"}
+    if items:
+        figures["items"] |= items
     figures |= cost_of(config, users + counts["item"])
     figures |= {**users, "simulated": config.llm.source == "template"}
     return Outcome(rows_in=num_users, rows_out=rows, figures=figures)

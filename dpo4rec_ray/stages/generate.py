@@ -70,7 +70,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if counts["failed"] == total:
         raise UserError(
             f"generate: no user got {section.num_samples} samples ({dict(reasons)}); "
-            "raise llm.max_model_len, lower data.max_history or check the LLM"
+            + (
+                "give texts.users that many rows per user, or set run.num_rounds = 0"
+                if config.llm.source == "table"
+                else "raise llm.max_model_len, lower data.max_history or check the LLM"
+            )
         )
     if counts["shortened"]:
         say(

@@ -89,6 +89,8 @@ def run_shards(
         sum(pool.size * pool.num_cpus for pool in pools),
         sum(pool.size * pool.num_gpus for pool in pools),
     )
+    # Else a worker's UserError comes back as Ray's own exception, whose cause is lost on the way between processes.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     # One table is one block, hence one task. (from_items merges them; a repartition would want a CPU of its own.)
     dataset = ray.data.from_arrow([pa.table({key: [value] for key, value in row.items()}) for row in rows])
     for pool in pools:

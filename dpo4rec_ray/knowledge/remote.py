@@ -1,0 +1,266 @@
+"""Prompts in, N completions out: any OpenAI-compatible chat endpoint, with bounded concurrency and with retries.
+
+Calls overlap: `generate` may be called from several threads; their requests share one pool of threads, so that one
+shard's first requests are under way while another's last ones are waited for. Requests that fail for a while (429, 5xx,
+lost connections, timeouts) are sent again by the client itself, which waits longer each time and heeds Retry-After.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.knowledge.generator import Completion, Sampling
+
+if TYPE_CHECKING:
+    from openai import APIError
+
+MAX_FAILED_IN_A_ROW = (
+    20  # requests, each after its retries: then it is the endpoint that is at fault, not a prompt
+)
+_TOO_LONG = re.compile(r"context.?(length|window)|too long|too many tokens", re.IGNORECASE)
+_SEED_STEP = 0x9E3779B1  # odd: the seeds of a user's requests are distinct
+_MAX_WORDS = 200  # characters of an endpoint's message that are kept
+
+
+class ApiKey:
+    """A key that does not show in what is printed, logged or raised. Empty: none is sent."""
+
+    def __init__(self, value: str):
+        self._value = value
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __repr__(self) -> str:
+        return "ApiKey(***)"
+
+    def reveal(self) -> str:
+        return self._value
+
+    def hide_in(self, text: str) -> str:
+        """`text` without the key, and without what looks like one: endpoints quote keys in part."""
+        text = text.replace(self._value, "***") if self._value else text
+        return re.sub(r"\bsk-\S+|(?<=Bearer )\S+", "***", text)
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """Where requests go and how many at once. key_name: of the environment variable, for messages."""
+
+    base_url: str
+    model: str
+    key: ApiKey
+    key_name: str
+    max_concurrency: int = 16
+    samples_per_request: int = 0  # 0: all of a prompt's samples in one request
+    max_retries: int = 6
+    timeout_s: float = 120
+
+
+@dataclass(frozen=True)
+class RemoteAnswer:
+    """An endpoint's samples for one prompt, or why there are none.
+
+    Attributes:
+        reason: prompt_too_long, endpoint_error, or empty; detail: in words, without the key.
+        usage: "prompt_tokens" and "tokens" (generated) as the endpoint counts them, "requests" with repeated ones, and
+            "retries", those that were repeated.
+    """
+
+    samples: list[Completion]
+    reason: str = ""
+    detail: str = ""
+    usage: Counter[str] = field(default_factory=Counter)
+
+
+class Endpoint:
+    """A client of one endpoint. Safe to call from many threads."""
+
+    def __init__(self, settings: EndpointSettings, sampling: Sampling):
+        from openai import Omit, OpenAI
+
+        self._settings, self._sampling = settings, sampling
+        self._client = OpenAI(
+            # without one the client would take OPENAI_API_KEY, wherever the request goes
+            api_key=settings.key.reveal() or "none",
+            base_url=settings.base_url,
+            timeout=settings.timeout_s,
+            max_retries=settings.max_retries,
+        )
+        self._headers = None if settings.key else {"Authorization": Omit()}
+        self._pool = ThreadPoolExecutor(settings.max_concurrency, thread_name_prefix="endpoint")
+        self._length_name = "max_tokens"
+        self._lock = threading.Lock()
+        self._failed_in_a_row = 0
+        self._fatal: UserError | None = None
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], num_samples: Sequence[int]
+    ) -> list[RemoteAnswer]:
+        """`num_samples` completions per prompt, each prompt one user message.
+
+        Raises:
+            UserError: the key, the model or the endpoint is wrong, or requests fail whatever is in them.
+        """
+        todo = [
+            [
+                self._pool.submit(self._request, prompt, part_seed, size)
+                for part_seed, size in self._parts(seed, n)
+            ]
+            for prompt, seed, n in zip(prompts, seeds, num_samples, strict=True)
+        ]
+        return [_joined([part.result() for part in parts]) for parts in todo]
+
+    def _parts(self, seed: int, count: int) -> list[tuple[int, int]]:
+        """(seed, samples) of each request for one prompt."""
+        size = self._settings.samples_per_request or count
+        return [
+            ((seed + _SEED_STEP * number) & 0x7FFFFFFF, min(size, count - low))
+            for number, low in enumerate(range(0, count, size))
+        ]
+
+    def _request(self, prompt: str, seed: int, count: int) -> RemoteAnswer:
+        from openai import APIError
+
+        if self._fatal is not None:
+            raise self._fatal
+        usage: Counter[str] = Counter()
+        try:
+            completion = self._create(prompt, seed, count, usage)
+        except APIError as error:
+            _count_requests(usage, error.request.headers.get("x-stainless-retry-count"))
+            reason, detail = self._reason(error)
+            self._note(failed=detail if reason == "endpoint_error" else "")
+            return RemoteAnswer([], reason, detail, usage)
+        found = getattr(completion, "choices", None)
+        if not found:  # an endpoint of another kind may answer with anything
+            self._note(failed="the answer is no chat completion")
+            return RemoteAnswer([], "endpoint_error", "the answer is no chat completion", usage)
+        self._note(failed="")
+        if completion.usage is not None:
+            usage["prompt_tokens"] += completion.usage.prompt_tokens or 0
+            usage["tokens"] += completion.usage.completion_tokens or 0
+        samples = [
+            Completion([], choice.message.content or "", str(choice.finish_reason))
+            for choice in found[:count]
+        ]
+        if len(samples) < count:
+            detail = f"{len(samples)} of {count} samples; does the endpoint know `n`? see openai.samples_per_request"
+            return RemoteAnswer(samples, "", detail, usage)
+        return RemoteAnswer(samples, usage=usage)
+
+    def _create(self, prompt: str, seed: int, count: int, usage: Counter[str]) -> Any:
+        """One request, sent again under the other name of the length limit where the endpoint asks for that."""
+        from openai import BadRequestError
+
+        sampling = self._sampling
+        arguments: dict[str, Any] = {
+            "model": self._settings.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed,
+            "extra_headers": self._headers,
+        }
+        if count > 1:
+            arguments["n"] = count
+        if sampling.schema is not None:
+            form = {"name": "factors", "strict": True, "schema": sampling.schema}
+            arguments["response_format"] = {"type": "json_schema", "json_schema": form}
+        create = self._client.chat.completions.with_raw_response.create
+        name = self._length_name
+        try:
+            raw = create(**arguments, **{name: sampling.max_new_tokens})
+        except BadRequestError as error:
+            if name != "max_tokens" or "max_completion_tokens" not in error.message:
+                raise
+            _count_requests(usage, error.request.headers.get("x-stainless-retry-count"))
+            self._length_name = "max_completion_tokens"
+            raw = create(**arguments, max_completion_tokens=sampling.max_new_tokens)
+        _count_requests(usage, raw.retries_taken)
+        try:
+            return raw.parse()
+        except ValueError:  # announced as JSON, but it is none
+            return None
+
+    def _reason(self, error: APIError) -> tuple[str, str]:
+        """(reason, detail) of a request that failed for good.
+
+        Raises:
+            UserError: no other request can do better.
+        """
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+        settings = self._settings
+        if isinstance(error, APITimeoutError):
+            return "endpoint_error", f"no answer within openai.timeout_s = {settings.timeout_s:g}"
+        if isinstance(error, APIConnectionError):
+            return "endpoint_error", f"no connection ({self._short(str(error.__cause__ or error))})"
+        if not isinstance(error, APIStatusError):
+            return "endpoint_error", self._short(error.message)
+        status, words = error.status_code, self._short(error.message)
+        where = f"endpoint {settings.base_url}"
+        if status == 401 and settings.key:
+            raise self._ends(f"{where} refuses the key in {settings.key_name} (401); set it to a valid one")
+        if status == 401:
+            raise self._ends(f"{where} wants a key (401); set the environment variable {settings.key_name}")
+        if status == 403:
+            raise self._ends(
+                f"{where} does not let the key in {settings.key_name} use openai.model = {settings.model!r} ({words})"
+            )
+        if status == 404:
+            raise self._ends(
+                f"{where}: openai.model = {settings.model!r} is not there ({words}); mend openai.model or openai.base_url"
+            )
+        if error.code == "insufficient_quota":
+            raise self._ends(f"{where}: the account behind {settings.key_name} has no credit left ({words})")
+        too_long = error.code == "context_length_exceeded" or _TOO_LONG.search(error.message)
+        if status in (400, 413, 422) and too_long:
+            return "prompt_too_long", words
+        return "endpoint_error", words
+
+    def _note(self, failed: str) -> None:
+        """Count failures in a row; `failed` in words, empty for an answer.
+
+        Raises:
+            UserError: too many of them.
+        """
+        with self._lock:
+            self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+            count = self._failed_in_a_row
+        if count >= MAX_FAILED_IN_A_ROW:
+            raise self._ends(
+                f"endpoint {self._settings.base_url}: {count} requests in a row failed, the last: {failed}; "
+                "see to the endpoint, then run again: finished shards are kept"
+            )
+
+    def _ends(self, words: str) -> UserError:
+        """The error that ends this and every later request."""
+        self._fatal = UserError(words)
+        return self._fatal
+
+    def _short(self, text: str) -> str:
+        """An endpoint's words on one line, without the key."""
+        return self._settings.key.hide_in(" ".join(text.split()))[:_MAX_WORDS]
+
+
+def _count_requests(usage: Counter[str], retries: int | str | None) -> None:
+    retries = int(retries or 0)
+    usage.update(requests=retries + 1, retries=retries)
+
+
+def _joined(parts: Sequence[RemoteAnswer]) -> RemoteAnswer:
+    """The answers to the requests for one prompt as one; a failed one decides for all, but what they cost is counted."""
+    usage = sum((part.usage for part in parts), Counter[str]())
+    failed = next((part for part in parts if part.reason), None)
+    if failed is not None:
+        return RemoteAnswer([], failed.reason, failed.detail, usage)
+    samples = [sample for part in parts for sample in part.samples]
+    return RemoteAnswer(samples, "", next((part.detail for part in parts if part.detail), ""), usage)
