@@ -28,6 +28,7 @@ from dpo4rec_ray.knowledge.prompts import FACTORS, PROMPT_VERSION
 from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
 from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
 from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
+from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.rerankers import RERANKERS
@@ -58,6 +59,8 @@ def check_all(config: Config, only: str = "") -> None:
             f"generate.max_new_tokens = {config.generate.max_new_tokens} leaves no room for a prompt in "
             f"llm.max_model_len = {config.llm.max_model_len}"
         )
+    if config.generate.format == "json":
+        factor_schema(FACTORS[config.prompt.factors], config.generate.max_new_tokens)
     if config.data.dataset == "table" and not config.table.rating and config.prompt.ratings:
         raise UserError(
             'table.rating = "" is implicit feedback: set prompt.ratings = false, or prompts show one star each'

@@ -140,7 +140,10 @@ class EngineDied(RuntimeError):
 
 
 class VLLMGenerator:
-    """One engine. Set the engine's environment before the process starts. Safe to call from many threads."""
+    """One engine. Set the engine's environment before the process starts. Safe to call from many threads.
+
+    Two in one process may take turns, not work at once: vLLM keeps the batch in hand in a global.
+    """
 
     def __init__(
         self,
@@ -204,6 +207,8 @@ class VLLMGenerator:
         with self.alone():
             if model != self._serving[0]:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+                if not self._engine.on_gpu:
+                    self._llm.apply_model(_pack_head)
             self._llm.reset_prefix_cache()
             self._lora = None
             if adapter is not None:
@@ -233,6 +238,15 @@ class VLLMGenerator:
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
         )
         return _Job(prompt, params, self._lora)
+
+
+def _pack_head(model: Any) -> None:
+    """On CPU the head multiplies by a packed copy of its weights; vLLM forgets it where the embedding is tied to it."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for layer in model.modules():
+        if isinstance(layer, VocabParallelEmbedding):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ _MARKS = re.compile(
 # "Assistant: ..." opens a turn for a model that was taught plain-text dialogue; so does a heading of ###.
 _ROLES = re.compile(r"\b(system|user|human|assistant|instruction|response)\s*:", re.IGNORECASE)
 _HEADINGS = re.compile(r"#{2,}")
+# Templates that know a switch obey, others ignore it. Qwen3 is told not to think aloud: samples have no room for it.
+# Llama 3.2 would write today's date: a run that goes on tomorrow would ask another question. It gets Llama 3.1's.
+_TEMPLATE_SWITCHES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+# Longer than titles are; past it one absurd text would push everything else out of the prompt.
+MAX_CHARS = 300
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, lone surrogate, line, paragraph
 
 
@@ -137,7 +142,8 @@ def clean_text(text: str, special_tokens: Sequence[str]) -> str:
 
     Compatibility characters are folded (NFKC), so that look-alikes of a mark are treated as the mark. Control
     and format characters and line breaks become a space, `"` becomes `'`, special tokens and marks of known
-    chat formats lose their delimiters, and role labels lose their colon.
+    chat formats lose their delimiters, and role labels lose their colon. At most MAX_CHARS characters stay; a
+    longer text is cut and ends in "...".
 
     special_tokens: `control_tokens(tokenizer)`, or the whole list where there is no tokenizer yet.
     """
@@ -171,9 +177,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     text = prompt
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        # Templates of thinking models know this switch (Qwen3), others ignore it: no room is left for thinking aloud.
         text = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            message, tokenize=False, add_generation_prompt=True, **_TEMPLATE_SWITCHES
         )
     # The template writes the special tokens; letting the tokenizer add its own would double the BOS.
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -196,11 +201,16 @@ def _event(title: str, rating: float, attributes: Sequence[str], *, show_rating:
 
 
 def _clean_once(text: str, tokens: Sequence[str]) -> str:
-    text = unicodedata.normalize("NFKC", _without_tokens(text, tokens))
+    text = unicodedata.normalize("NFKC", text)
     text = "".join(" " if unicodedata.category(char) in _UNSEEN else char for char in text)
+    text = _cut(" ".join(text.split()))
     text = _MARKS.sub(lambda match: match[match.lastgroup or 0], text)
     text = _ROLES.sub(r"\1 -", _HEADINGS.sub("#", text))
     return " ".join(_without_tokens(text, tokens).replace('"', "'").split())
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 3].rstrip() + "..."
 
 
 def _without_tokens(text: str, tokens: Sequence[str]) -> str:

@@ -7,14 +7,47 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.generator import Completion
 
+# Characters that a token is worth, on the safe side: English has about 4 in sentences, 3 in keys and punctuation.
+_CHARS_PER_TOKEN = {"sentence": 3, "key": 2}
+_MIN_CHARS, _MAX_CHARS = 16, 400  # of one string
+# Neither a quote nor a backslash nor a control character: xgrammar's own rule for bounded strings lets the last through.
+_CHAR, _BLACK = r'[^"\\\x00-\x1f\x7f-\x9f]', r'[^ "\\\x00-\x1f\x7f-\x9f]'
+_BLOCK = (
+    20  # xgrammar fails to compile one repeat of some hundreds; one of blocks it follows ten times as fast
+)
 
-def factor_schema(factors: Sequence[str]) -> dict[str, Any]:
-    """JSON schema of an object with one non-empty string per factor, all required, in this order."""
+
+def factor_schema(factors: Sequence[str], max_new_tokens: int = 256) -> dict[str, Any]:
+    """JSON schema of an object with one non-blank string per factor, all required, in this order.
+
+    Strings are bounded so that the object ends within max_new_tokens: a model that does not find an end is cut inside
+    a sentence, not inside the JSON. The bound is in `pattern`, as xgrammar takes no lengths beside one.
+
+    Raises:
+        UserError: max_new_tokens leaves no room for that many factors.
+    """
+    skeleton = len(json.dumps(dict.fromkeys(factors, ""), separators=(",", ":")))
+    tokens = max_new_tokens - skeleton // _CHARS_PER_TOKEN["key"]
+    chars = min(tokens * _CHARS_PER_TOKEN["sentence"] // len(factors), _MAX_CHARS)
+    if chars < _MIN_CHARS:
+        raise UserError(
+            f"generate.max_new_tokens {max_new_tokens}: too few for JSON with a string for each of {len(factors)} factors; "
+            "raise it, take prompt.factors with fewer, or generate.format = 'text'"
+        )
+    more = chars - 2
+    blocks = (more + 1) // _BLOCK - 1
+    rest = (
+        f"({_CHAR}{{{_BLOCK}}}){{0,{blocks}}}{_CHAR}{{0,{_BLOCK - 1}}}"
+        if more > 100
+        else f"{_CHAR}{{0,{more}}}"
+    )
+    pattern = f"^ ?{_BLACK}{rest}$"
     return {
         "type": "object",
-        "properties": {factor: {"type": "string", "minLength": 1} for factor in factors},
+        "properties": {factor: {"type": "string", "pattern": pattern} for factor in factors},
         "required": list(factors),
         "additionalProperties": False,
     }
@@ -28,9 +61,12 @@ def as_sentences(text: str, factors: Sequence[str]) -> str | None:
         return None
     if not isinstance(found, dict) or list(found) != list(factors):
         return None
-    if not all(isinstance(value, str) and value.strip() for value in found.values()):
+    if not all(isinstance(value, str) for value in found.values()):
         return None
-    return " ".join(f"{factor}: {' '.join(value.split()).rstrip('.')}." for factor, value in found.items())
+    sentences = {factor: " ".join(value.split()).rstrip(" .") for factor, value in found.items()}
+    if not all(sentences.values()):
+        return None
+    return " ".join(f"{factor}: {sentence}." for factor, sentence in sentences.items())
 
 
 def read_samples(samples: Sequence[Completion], factors: Sequence[str]) -> tuple[list[Completion], int]:

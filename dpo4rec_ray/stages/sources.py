@@ -369,7 +369,8 @@ def engine_settings(config: Config, store: RunDir, policy_round: int) -> EngineS
 
 def sampling_of(config: Config) -> Sampling:
     section = config.generate
-    schema = factor_schema(FACTORS[config.prompt.factors]) if section.format == "json" else None
+    factors = FACTORS[config.prompt.factors]
+    schema = factor_schema(factors, section.max_new_tokens) if section.format == "json" else None
     return Sampling(section.temperature, section.top_p, section.max_new_tokens, schema)
 
 

@@ -141,3 +141,9 @@ def test_an_engine_of_several_processes_takes_whole_gpus() -> None:
         UserError, match="gpus_per_engine = 0.5, but tensor_parallel_size x pipeline_parallel_size = 2"
     ):
         check(parallel, "generate.gpus_per_engine=0.5")
+
+
+def test_json_needs_room_for_its_factors() -> None:
+    check('generate.format="json"', "generate.max_new_tokens=64")
+    with pytest.raises(UserError, match="too few for JSON with a string for each of 9 factors"):
+        check('generate.format="json"', "generate.max_new_tokens=64", "prompt.factors=movies")

@@ -1,0 +1,332 @@
+"""The engine behind `VLLMGenerator`, on the bundled LLM: seeds, overlapping calls, refusals, a change of weights."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from dpo4rec_ray.artifacts import Manifest, RunDir
+from dpo4rec_ray.knowledge.generator import Answer, Sampling, VLLMGenerator
+from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
+from dpo4rec_ray.policy.model import add_lora, load_model, load_tokenizer, save_complete, save_merged
+from dpo4rec_ray.stages.sources import PolicyTexts, PromptSettings
+
+pytestmark = pytest.mark.vllm
+
+SAMPLING = Sampling(max_new_tokens=32)
+GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
+MAX_MODEL_LEN = 256
+NUM_PROMPTS, NUM_SAMPLES = 12, 4
+SEEDS = list(range(0, 100 * NUM_PROMPTS, 100))
+COUNTS = [NUM_SAMPLES] * NUM_PROMPTS
+Start = Callable[..., VLLMGenerator]
+
+
+@pytest.fixture(scope="module")
+def prompts(bundled: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(str(bundled))
+    titles = [f"Silent Harbor {i}" for i in range(NUM_PROMPTS)]
+    return [
+        encode_chat(tokenizer, user_prompt("", titles[:num], [5.0] * num, None, FACTORS["short"]))
+        for num in range(1, NUM_PROMPTS + 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def generator(start_engine: Start, bundled: Path) -> VLLMGenerator:
+    return start_engine(bundled, SAMPLING, max_model_len=MAX_MODEL_LEN)
+
+
+@pytest.fixture(scope="module")
+def answers(generator: VLLMGenerator, prompts: list[list[int]]) -> list[Answer]:
+    """What the rest is compared with: all prompts in one call."""
+    return generator.generate(prompts, SEEDS, COUNTS)
+
+
+@pytest.fixture(scope="module")
+def perturbed(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled LLM with other weights of the same shape."""
+    model = load_model(str(bundled), "float32")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    target = tmp_path_factory.mktemp("policies") / "perturbed"
+    save_complete(model, str(bundled), target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def adapter(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that changes what the bundled LLM says."""
+    torch.manual_seed(1)
+    model = add_lora(load_model(str(bundled), "float32"), rank=8, alpha=16)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("policies") / "adapter"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_every_prompt_gets_its_number_of_different_samples(answers: list[Answer]) -> None:
+    assert [len(answer.samples) for answer in answers] == COUNTS
+    assert all(0 < len(sample.token_ids) <= 32 for answer in answers for sample in answer.samples)
+    texts = {sample.text for answer in answers for sample in answer.samples}
+    assert len(texts) > NUM_PROMPTS * NUM_SAMPLES * 3 // 4
+
+
+def test_seeds_repeat_in_another_order_and_one_by_one(
+    generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    backwards = generator.generate(prompts[::-1], SEEDS[::-1], COUNTS)
+    assert backwards[::-1] == answers
+    single = [
+        generator.generate([prompt], [seed], [NUM_SAMPLES])[0]
+        for prompt, seed in zip(prompts, SEEDS, strict=True)
+    ]
+    assert single == answers
+
+
+def test_another_seed_gives_other_samples(
+    generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    others = generator.generate(prompts, [seed + 50 for seed in SEEDS], COUNTS)
+    assert all(other != answer for other, answer in zip(others, answers, strict=True))
+
+
+def test_seeds_repeat_when_calls_of_many_threads_overlap(
+    generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    together = threading.Barrier(4)
+
+    def ask(worker: int) -> list[list[Answer]]:
+        together.wait()
+        chosen = list(range(worker, NUM_PROMPTS, 4))
+        return [
+            generator.generate(
+                [prompts[i] for i in chosen], [SEEDS[i] for i in chosen], [NUM_SAMPLES] * len(chosen)
+            )
+            for _ in range(3)
+        ]
+
+    with ThreadPoolExecutor(4) as pool:
+        for worker, rounds in enumerate(pool.map(ask, range(4))):
+            assert rounds == [answers[worker::4]] * 3
+
+
+def test_alone_holds_other_calls_back(
+    generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    started = threading.Event()
+
+    def ask() -> tuple[list[Answer], float]:
+        started.set()
+        found = generator.generate(prompts[:1], SEEDS[:1], [NUM_SAMPLES])
+        return found, time.monotonic()
+
+    with ThreadPoolExecutor(1) as pool:
+        with generator.alone():
+            waiting = pool.submit(ask)
+            started.wait()
+            time.sleep(0.3)
+            assert not waiting.done()
+            assert generator.generate(prompts[1:2], SEEDS[1:2], [NUM_SAMPLES]) == answers[1:2]
+            left = time.monotonic()
+        found, done = waiting.result(timeout=60)
+    assert found == answers[:1]
+    assert done > left
+
+
+def test_alone_waits_for_calls_under_way(
+    generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(generator.generate, prompts, SEEDS, COUNTS)
+        while generator.figures().samples == 0 or not running.running():
+            time.sleep(0.001)
+        time.sleep(0.02)
+        with generator.alone():
+            assert running.result(timeout=1) == answers
+
+
+def test_a_refused_request_costs_only_itself(
+    generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    asked = [prompts[0], [1, 10**6], prompts[1]]  # no token has that id
+    first, refused, second = generator.generate(asked, [SEEDS[0], 7, SEEDS[1]], [NUM_SAMPLES] * 3)
+    assert [first, second] == answers[:2]
+    assert (refused.samples, refused.reason) == ([], "engine_error")
+    assert "1000000" in refused.detail or "vocab" in refused.detail
+
+
+def test_the_longest_prompt_that_leaves_room_is_taken_and_no_longer_one(generator: VLLMGenerator) -> None:
+    assert generator.max_prompt == MAX_MODEL_LEN - SAMPLING.max_new_tokens
+    fits, too_long = [1, *[10] * (generator.max_prompt - 1)], [1, *[10] * generator.max_prompt]
+    taken, refused = generator.generate([fits, too_long], [0, 0], [2, 2])
+    assert len(taken.samples) == 2
+    assert refused == Answer([], "prompt_too_long", "225 tokens, room for 224")
+
+
+def test_nothing_asked_nothing_answered(generator: VLLMGenerator) -> None:
+    assert generator.generate([], [], []) == []
+
+
+def test_figures_are_those_of_the_work_done(
+    start_engine: Start, bundled: Path, prompts: list[list[int]]
+) -> None:
+    began = time.monotonic()
+    generator = start_engine(bundled, SAMPLING, max_model_len=MAX_MODEL_LEN, max_num_seqs=16)
+    assert generator.figures().samples == 0
+    first, samples, tokens = time.monotonic(), 0, 0
+    while time.monotonic() - first < 2.5:  # the engine's own gauges are read once a second
+        for answer in generator.generate(prompts, SEEDS, COUNTS):
+            samples += len(answer.samples)
+            tokens += sum(len(sample.token_ids) for sample in answer.samples)
+    span = time.monotonic() - first
+    figures = generator.figures()
+    assert (figures.samples, figures.tokens) == (samples, tokens)
+    assert 0 < figures.start_s < first - began + 0.1
+    assert span - 0.2 < figures.span_s <= span
+    assert 0.8 < figures.busy <= 1.0
+    assert 1 < figures.running <= 16
+    assert 0 < figures.kv_cache < 1
+    # N samples share one prefill: of a prompt's whole blocks at most one in N is computed
+    assert 0.3 < figures.prefix_hits < 1
+
+
+def test_use_changes_the_weights_and_back(
+    generator: VLLMGenerator,
+    prompts: list[list[int]],
+    answers: list[Answer],
+    perturbed: Path,
+    bundled: Path,
+    start_engine: Start,
+) -> None:
+    generator.use(str(perturbed))
+    changed = generator.generate(prompts, SEEDS, COUNTS)
+    generator.use(str(bundled))
+    back = generator.generate(prompts, SEEDS, COUNTS)
+    fresh = start_engine(perturbed, SAMPLING, max_model_len=MAX_MODEL_LEN)
+    assert all(one != other for one, other in zip(changed, answers, strict=True))
+    assert changed == fresh.generate(prompts, SEEDS, COUNTS)
+    assert back == answers
+
+
+def test_use_waits_for_calls_under_way(
+    generator: VLLMGenerator,
+    prompts: list[list[int]],
+    answers: list[Answer],
+    perturbed: Path,
+    bundled: Path,
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(generator.generate, prompts, SEEDS, COUNTS)
+        time.sleep(0.02)
+        generator.use(str(perturbed))
+        assert running.result(timeout=1) == answers
+    generator.use(str(bundled))
+
+
+def test_a_lora_says_what_the_merged_model_says(
+    start_engine: Start,
+    bundled: Path,
+    adapter: Path,
+    prompts: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    merged = tmp_path / "merged"
+    save_merged(str(bundled), str(adapter), merged, "float32")
+    plain = start_engine(bundled, GREEDY, max_model_len=MAX_MODEL_LEN)
+    one_each = [1] * NUM_PROMPTS
+    base = plain.generate(prompts, SEEDS, one_each)
+    plain.use(str(merged))
+    expected = plain.generate(prompts, SEEDS, one_each)
+    assert all(one != other for one, other in zip(base, expected, strict=True))
+
+    served = start_engine(bundled, GREEDY, max_model_len=MAX_MODEL_LEN, lora=True, max_lora_rank=8)
+    assert served.generate(prompts, SEEDS, one_each) == base
+    served.use(str(bundled), str(adapter))
+    assert served.generate(prompts, SEEDS, one_each) == expected
+    served.use(str(bundled))
+    assert served.generate(prompts, SEEDS, one_each) == base
+
+
+# A user's prompt through `PolicyTexts` --------------------------------------------------------------------------------
+
+NUM_ITEMS = 40
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run folder with a catalogue and nothing else. Item 7's title is absurd."""
+    store = RunDir(tmp_path_factory.mktemp("run"))
+    ids = list(range(NUM_ITEMS))
+    table = {
+        "item_id": ids,
+        "raw_id": [str(i) for i in ids],
+        "title": ["<|end|>" * 2000 if i == 7 else f"Silent Harbor {i}" for i in ids],
+        "attributes": [[f"genre: {('comedy', 'drama')[i % 2]}"] for i in ids],
+    }
+    store.start("items")
+    store.write("items", pa.table(table))
+    store.finish(Manifest("items", "", NUM_ITEMS))
+    return store
+
+
+def user(num_events: int, profile: str = "") -> dict[str, object]:
+    """A row of `users` with the last `num_events` items but item 7 as history."""
+    items = [item for item in range(NUM_ITEMS) if item != 7][-num_events:] if num_events else []
+    return {"profile": profile, "history_item_ids": items, "history_ratings": [4.0] * num_events}
+
+
+def test_a_long_history_is_shortened_to_the_token(
+    generator: VLLMGenerator, store: RunDir, bundled: Path, tmp_path: Path
+) -> None:
+    texts = PolicyTexts(
+        store,
+        tokenizer_path=str(bundled),
+        prompts=PromptSettings("short", item_attributes=True, ratings=True, as_json=False),
+        generator=lambda _: generator,
+        last_words=tmp_path / "note.txt",
+    )
+    tokenizer = load_tokenizer(str(bundled))
+    room = generator.max_prompt
+
+    def ids(row: dict[str, Any], skip: int) -> list[int]:
+        kept = row["history_item_ids"][skip:]
+        titles = [f"Silent Harbor {item}" for item in kept]
+        attributes = [[f"genre: {('comedy', 'drama')[item % 2]}"] for item in kept]
+        text = user_prompt(row["profile"], titles, [4.0] * len(kept), attributes, FACTORS["short"])
+        return encode_chat(tokenizer, text)
+
+    rows = [user(0), user(3), user(20), user(30, "a student"), user(39)]
+    found = texts.users(rows, [1, 2, 3, 4, 5], [2] * 5)
+    shortened = 0
+    for row, one in zip(rows, found, strict=True):
+        num_events = len(row["history_item_ids"])
+        fewest = next(skip for skip in range(num_events + 1) if len(ids(row, skip)) <= room)
+        assert one.reason == ""
+        assert len(one.samples) == 2
+        assert one.num_left_out == fewest
+        assert one.prompt_token_ids == ids(row, fewest)
+        shortened += fewest > 0
+    assert shortened >= 2
+    assert found[0].num_left_out == found[1].num_left_out == 0
+
+    # an absurd title is cut, and costs its user neither the events before it nor those after
+    absurd = {"profile": "", "history_item_ids": [5, 7, 9], "history_ratings": [4.0] * 3}
+    [one] = texts.users([absurd], [6], [1])
+    assert (one.reason, len(one.samples)) == ("", 1)
+    prompt = tokenizer.decode(one.prompt_token_ids)
+    assert prompt.count("<|end|>") == 0
+    assert '"Silent Harbor 9"' in prompt
