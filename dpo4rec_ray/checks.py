@@ -26,9 +26,9 @@ from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.generator import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import FACTORS, PROMPT_VERSION
 from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
+from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
 from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
-from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.rerankers import RERANKERS

@@ -138,7 +138,7 @@ def test_an_engine_of_several_processes_takes_whole_gpus() -> None:
     parallel = "generate.tensor_parallel_size=2"
     check(parallel)
     with pytest.raises(
-        UserError, match="gpus_per_engine = 0.5, but tensor_parallel_size x pipeline_parallel_size = 2"
+        UserError, match=r"gpus_per_engine = 0\.5, but tensor_parallel_size x pipeline_parallel_size = 2"
     ):
         check(parallel, "generate.gpus_per_engine=0.5")
 
