@@ -74,6 +74,7 @@ fuzz: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python jobs/bench.py prepare
 	$(BIN)/python jobs/bench.py score
+	$(BIN)/python jobs/bench.py generate
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

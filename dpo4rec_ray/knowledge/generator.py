@@ -189,12 +189,6 @@ class VLLMGenerator:
             ]
         )
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nothing of other calls is in the engine inside this block."""
-        with self._loop.gate.alone():
-            yield
-
     def use(self, model: str, adapter: str | None = None) -> None:
         """Serve other weights of the same shape from now on, without a new start: a merged folder, or base and LoRA.
 
@@ -204,7 +198,9 @@ class VLLMGenerator:
             return
         from vllm.lora.request import LoRARequest
 
-        with self.alone():
+        with self._loop.gate.alone():
+            if (model, adapter) == self._serving:  # another thread was first
+                return
             if model != self._serving[0]:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
                 if not self._engine.on_gpu:
@@ -218,6 +214,10 @@ class VLLMGenerator:
 
     def figures(self) -> EngineFigures:
         return self._loop.figures()
+
+    def count_anew(self) -> None:
+        """Figures from now on; while nothing is under way."""
+        self._loop.count_anew()
 
     def _job(self, prompt: list[int], seed: int, count: int) -> _Job | Answer:
         if len(prompt) > self._max_prompt:
@@ -318,19 +318,24 @@ class _Loop:
         self._inbox: queue.SimpleQueue[tuple[_Call, int, _Job]] = queue.SimpleQueue()
         self._open: dict[str, tuple[_Call, int]] = {}
         self._died: BaseException | None = None
-        self._number = self._samples = self._tokens = 0
+        self._number, self._prefix_hits = 0, 0.0
+        self.count_anew()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def count_anew(self) -> None:
+        self._samples = self._tokens = 0
         self._first = self._last = self._worked = 0.0
         self._read_at, self._generated = 0.0, -1.0
-        self._weight = self._running = self._kv = self._prefix_hits = 0.0
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._weight = self._running = self._kv = 0.0
 
     def submit(self, jobs: Sequence[_Job | Answer]) -> list[Answer]:
         call = _Call(len(jobs))
         with self.gate.shared():
-            for index, job in enumerate(jobs):
+            for index, job in enumerate(jobs):  # before the engine's thread may put any
                 if isinstance(job, Answer):
                     call.put(index, job)
-                else:
+            for index, job in enumerate(jobs):
+                if not isinstance(job, Answer):
                     self._inbox.put((call, index, job))
             while call.missing and not call.done.wait(1.0):
                 self._raise_if_died()  # also where the loop ended before it saw this call
@@ -364,6 +369,10 @@ class _Loop:
         try:
             while True:
                 self._admit()
+                if (
+                    not self._open
+                ):  # all were refused: an engine in a process of its own would be waited for in vain
+                    continue
                 began = time.monotonic()
                 outputs = self._engine.step()
                 self._last = time.monotonic()

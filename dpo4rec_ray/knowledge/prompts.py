@@ -18,7 +18,7 @@ from dpo4rec_ray.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPT_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
+PROMPT_VERSION = 2  # raise it with any change of wording: texts of two versions are not comparable
 FACTORS = {
     "movies": [
         "genre",
@@ -147,7 +147,7 @@ def clean_text(text: str, special_tokens: Sequence[str]) -> str:
 
     special_tokens: `control_tokens(tokenizer)`, or the whole list where there is no tokenizer yet.
     """
-    tokens = sorted({token for token in special_tokens if token.strip()}, key=len, reverse=True)
+    tokens = _any_of(tuple(special_tokens))
     while True:  # taking one mark away may join two halves of another
         cleaned = _clean_once(text, tokens)
         if cleaned == text:
@@ -200,7 +200,7 @@ def _event(title: str, rating: float, attributes: Sequence[str], *, show_rating:
     return f'"{title}"{f" ({values})" if values else ""}{stars};'
 
 
-def _clean_once(text: str, tokens: Sequence[str]) -> str:
+def _clean_once(text: str, tokens: re.Pattern[str] | None) -> str:
     text = unicodedata.normalize("NFKC", text)
     text = "".join(" " if unicodedata.category(char) in _UNSEEN else char for char in text)
     text = _cut(" ".join(text.split()))
@@ -213,13 +213,21 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 3].rstrip() + "..."
 
 
-def _without_tokens(text: str, tokens: Sequence[str]) -> str:
+def _without_tokens(text: str, tokens: re.Pattern[str] | None) -> str:
     """Special tokens lose their delimiters; one that is a bare word is taken out: nothing else disarms it."""
-    for token in tokens:
-        if token.lower() in text.lower():
-            inner = " ".join(re.findall(r"\w+", token)).strip("_ ")
-            text = re.sub(re.escape(token), "" if inner == token else f" {inner} ", text, flags=re.IGNORECASE)
-    return text
+
+    def disarmed(match: re.Match[str]) -> str:
+        inner = " ".join(re.findall(r"\w+", match[0])).strip("_ ")
+        return "" if inner == match[0] else f" {inner} "
+
+    return tokens.sub(disarmed, text) if tokens else text
+
+
+@functools.lru_cache(maxsize=8)
+def _any_of(special_tokens: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Any of the tokens in either case, the longest first; None where there are none. Some tokenizers have thousands."""
+    tokens = sorted({token for token in special_tokens if token.strip()}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)), re.IGNORECASE) if tokens else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -148,8 +149,9 @@ class Endpoint:
             usage["prompt_tokens"] += completion.usage.prompt_tokens or 0
             usage["tokens"] += completion.usage.completion_tokens or 0
         samples = [
-            Completion([], choice.message.content or "", str(choice.finish_reason))
+            Completion([], _plain(getattr(getattr(choice, "message", None), "content", "")), _plain(reason))
             for choice in found[:count]
+            for reason in [str(getattr(choice, "finish_reason", ""))]
         ]
         if len(samples) < count:
             detail = f"{len(samples)} of {count} samples; does the endpoint know `n`? see openai.samples_per_request"
@@ -248,7 +250,15 @@ class Endpoint:
 
     def _short(self, text: str) -> str:
         """An endpoint's words on one line, without the key."""
-        return self._settings.key.hide_in(" ".join(text.split()))[:_MAX_WORDS]
+        return self._settings.key.hide_in(" ".join(_plain(text).split()))[:_MAX_WORDS]
+
+
+def _plain(value: object) -> str:
+    """An endpoint's text as one that can be stored and shown: what is none is empty, control characters are spaces."""
+    if not isinstance(value, str):
+        return ""
+    text = value.encode("utf-8", "replace").decode("utf-8")
+    return "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else " " for char in text)
 
 
 def _count_requests(usage: Counter[str], retries: int | str | None) -> None:

@@ -57,7 +57,7 @@ def as_sentences(text: str, factors: Sequence[str]) -> str | None:
     """'genre: likes comedies. era: ...', which is what is encoded; None where the text is not the JSON asked for."""
     try:
         found = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, absurdly deep, or with absurdly long numbers
         return None
     if not isinstance(found, dict) or list(found) != list(factors):
         return None

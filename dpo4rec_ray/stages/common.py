@@ -203,6 +203,8 @@ def engine_env(config: Config) -> dict[str, str]:
     env = dict(WORKER_ENV)
     if not config.generate.gpus_per_engine:
         env |= {
+            # more threads than cores stall everything
+            "OMP_NUM_THREADS": str(max(1, int(config.generate.cpus_per_engine))),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": str(config.generate.kv_cache_gib),

@@ -9,6 +9,7 @@ survive a kill.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +52,27 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if round_id == 0:
         figures["items"] = _encode_items(config, store, folder, len(ranges), done)
     num_valid = config.generate.num_samples if round_id else 1
-    writers = engine_pool(
-        config,
-        store,
-        TextSampler,
-        round_id,
-        "encode",
-        folder=str(folder),
-        samples_per_shard=size,
-        num_samples={"train": 1, "valid": num_valid, "test": 1},
-        round_id=round_id,
-    )
-    encoders = encoder_pool(
-        config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0
-    )
+
+    def pools() -> list[Pool]:
+        writers = engine_pool(
+            config,
+            store,
+            TextSampler,
+            round_id,
+            "encode",
+            folder=str(folder),
+            samples_per_shard=size,
+            num_samples={"train": 1, "valid": num_valid, "test": 1},
+            round_id=round_id,
+        )
+        arguments = {"folder": str(folder), "round_id": round_id, "subject": "user", "first_part": 0}
+        return [writers, encoder_pool(config, VectorWriter, **arguments)]
+
     todo = [(shard, *ranges[shard]) for shard in range(len(ranges)) if shard not in done]
     already = num_users - sum(high - low for _, low, high in todo)
     if already:
         say(f"  encode: {already} users kept from an interrupted run")
-    figures["this_run"] = _stream("encode", "users", todo, [writers, encoders], num_users, already)
+    figures["this_run"] = _stream("encode", "users", todo, pools, num_users, already)
     rows, counts = _account(folder)
     users = counts["user"]
     if users["failed"]:
@@ -154,39 +157,48 @@ def _encode_items(
     described = describes_items(config)
     ranges = shard_ranges(num_items, DESCRIBED_PER_SHARD if described else ITEMS_PER_SHARD)
     todo = [(shard, *ranges[shard]) for shard in range(len(ranges)) if first_part + shard not in done]
-    writers = Pool(ItemTexts, {"store": store}, size=1, num_cpus=0.1)
-    if described:
-        writers = engine_pool(
-            config,
-            store,
-            ItemSampler,
-            0,
-            "encode",
-            folder=str(folder),
-            samples_per_shard=DESCRIBED_PER_SHARD,
-            round_id=0,
-            first_part=first_part,
-        )
-    encoders = encoder_pool(
-        config, VectorWriter, folder=str(folder), round_id=0, subject="item", first_part=first_part
-    )
+
+    def pools() -> list[Pool]:
+        writers = Pool(ItemTexts, {"store": store}, size=1, num_cpus=0.1)
+        if described:
+            writers = engine_pool(
+                config,
+                store,
+                ItemSampler,
+                0,
+                "encode",
+                folder=str(folder),
+                samples_per_shard=DESCRIBED_PER_SHARD,
+                round_id=0,
+                first_part=first_part,
+            )
+        arguments = {"folder": str(folder), "round_id": 0, "subject": "item", "first_part": first_part}
+        return [writers, encoder_pool(config, VectorWriter, **arguments)]
+
     already = num_items - sum(high - low for _, low, high in todo)
-    return _stream("encode items", "items", todo, [writers, encoders], num_items, already)
+    return _stream("encode items", "items", todo, pools, num_items, already)
 
 
 def _stream(
-    label: str, unit: str, todo: list[tuple[int, int, int]], pools: list[Pool], total: int, already: int
+    label: str,
+    unit: str,
+    todo: list[tuple[int, int, int]],
+    pools: Callable[[], list[Pool]],
+    total: int,
+    already: int,
 ) -> dict[str, Any]:
-    """Run the shards; the engines' figures."""
-    throughput = Throughput(pools[0].size)
+    """Run the shards; the engines' figures. Where nothing is left to do no engine is started."""
+    if not todo:
+        return {}
+    placed = pools()
+    throughput = Throughput(placed[0].size)
 
     def extra(answer: Row) -> str:
         throughput.add(answer)
         return throughput.line
 
-    for _ in run_shards(
-        todo, pools, Progress(label, total, unit, already=already), already=already, extra=extra
-    ):
+    progress = Progress(label, total, unit, already=already)
+    for _ in run_shards(todo, placed, progress, already=already, extra=extra):
         pass
     return throughput.figures
 

@@ -6,8 +6,10 @@ changes policy in place, and one that was restarted after a crash finds the righ
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from dpo4rec_ray.knowledge.generator import (
     EngineDied,
     EngineFigures,
     EngineSettings,
-    Gate,
     Sampling,
     VLLMGenerator,
 )
@@ -26,6 +27,7 @@ from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.stages import common
 
 CALLS_AT_ONCE = 32  # threads of an engine's actor: calls under way, claims and figures
+MAX_RESTARTS = 50  # of one engine in a run
 
 _kept: dict[str, tuple[Any, list[Any]]] = {}  # run folder -> what its engines are, and their actors
 
@@ -36,16 +38,18 @@ class KeptEngine:
     def __init__(self, engine: EngineSettings, sampling: Sampling, stall_timeout_s: float):
         watchdog = Watchdog(stall_timeout_s)
         self._generator = VLLMGenerator(engine, sampling, alive=watchdog.alive, idle=watchdog.idle)
-        self._claims = 0
+        self._owner, self._lock = "", threading.Lock()
 
-    def claim(self) -> int:
-        """Count one more user of this engine; how many it has."""
-        self._claims += 1
-        return self._claims
+    def begin_stage(self) -> None:
+        """Nobody's, and with new figures."""
+        self._owner = ""
+        self._generator.count_anew()
 
-    def claims(self, forget: bool = False) -> int:
-        self._claims = 0 if forget else self._claims
-        return self._claims
+    def claim(self, owner: str) -> bool:
+        """Whether this engine is the owner's now; the same owner may ask again."""
+        with self._lock:
+            self._owner = self._owner or owner
+            return self._owner == owner
 
     def max_prompt(self) -> int:
         return self._generator.max_prompt
@@ -58,24 +62,33 @@ class KeptEngine:
         num_samples: Sequence[int],
     ) -> list[Answer]:
         """As `VLLMGenerator.generate`, by the weights (model, adapter)."""
-        self._generator.use(*serving)
-        return self._generator.generate(prompts, seeds, num_samples)
+        try:
+            self._generator.use(*serving)
+            return self._generator.generate(prompts, seeds, num_samples)
+        except EngineDied:
+            os._exit(1)  # Ray starts it again; a dead engine in a living process would be asked for ever
 
     def figures(self) -> EngineFigures:
         return self._generator.figures()
 
 
 class KeptGenerator:
-    """The nearest free `KeptEngine` from inside a sampling actor; called like a `VLLMGenerator`."""
+    """A sampling actor's own `KeptEngine`; called like a `VLLMGenerator`."""
 
-    def __init__(self, engines: Sequence[Any], serving: tuple[str, str | None]):
+    def __init__(self, engines: Sequence[Any], serving: tuple[str, str | None], owner: str):
+        """owner: stays the same when the sampling actor is restarted.
+
+        Raises:
+            RuntimeError: more owners than engines.
+        """
         import ray
 
-        claims = ray.get([engine.claims.remote() for engine in engines])
-        self._engine = engines[claims.index(min(claims))]
-        ray.get(self._engine.claim.remote())
+        mine = [engine for engine in engines if ray.get(engine.claim.remote(owner))][:1]
+        if not mine:
+            raise RuntimeError(f"none of {len(engines)} engines is free for {owner}")
+        (self._engine,) = mine
         self.max_prompt: int = ray.get(self._engine.max_prompt.remote())
-        self._serving, self._gate = serving, Gate()
+        self._serving, self._last = serving, EngineFigures()
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
@@ -83,19 +96,21 @@ class KeptGenerator:
         import ray
         import ray.exceptions
 
-        with self._gate.shared():
-            try:
-                return ray.get(self._engine.generate.remote(self._serving, prompts, seeds, num_samples))
-            except ray.exceptions.RayActorError as error:  # Ray restarts it; who called tries again
-                raise EngineDied(f"the engine's process ended: {str(error).splitlines()[0]}") from None
-
-    def alone(self) -> AbstractContextManager[None]:
-        return self._gate.alone()
+        # Other calls wait for an engine that is being restarted; this one must not be repeated unseen: its prompts may
+        # be what ended the engine, and who called knows how to find out.
+        generate = self._engine.generate.options(max_task_retries=0)
+        try:
+            return ray.get(generate.remote(self._serving, prompts, seeds, num_samples))
+        except ray.exceptions.RayActorError as error:
+            raise EngineDied(f"the engine's process ended: {str(error).splitlines()[0]}") from None
 
     def figures(self) -> EngineFigures:
         import ray
+        import ray.exceptions
 
-        return ray.get(self._engine.figures.remote())
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            self._last = ray.get(self._engine.figures.options(max_task_retries=0).remote())
+        return self._last
 
 
 def kept_engines(config: Config, engine: EngineSettings, sampling: Sampling, folder: Path) -> list[Any]:
@@ -112,7 +127,8 @@ def kept_engines(config: Config, engine: EngineSettings, sampling: Sampling, fol
         actor = ray.remote(KeptEngine).options(
             num_cpus=section.cpus_per_engine,
             num_gpus=section.gpus_per_engine,
-            max_restarts=-1,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=-1,
             max_concurrency=CALLS_AT_ONCE,
             runtime_env={"env_vars": common.engine_env(config)},
         )
@@ -127,7 +143,7 @@ def kept_engines(config: Config, engine: EngineSettings, sampling: Sampling, fol
             CPU=section.num_engines * section.cpus_per_engine,
             GPU=section.num_engines * section.gpus_per_engine,
         )
-    ray.get([one.claims.remote(forget=True) for one in actors])  # waits until they are ready
+    ray.get([one.begin_stage.remote() for one in actors])  # waits until they are ready
     return actors
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from dpo4rec_ray.artifacts import RunDir, part_notes
 from dpo4rec_ray.config import Config
@@ -31,6 +32,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     section = config.generate
     takes_part = partial(random_share, seed=config.run.seed, share=section.user_frac)
     wanted = users_per_shard(store, SPLITS, section.users_per_shard, takes_part)
+    total = int(wanted.sum())
+    if not total:
+        raise UserError(
+            f"generate: no training or validation user takes part; raise generate.user_frac = {section.user_frac:g}"
+        )
     ranges = shard_ranges(store.require("users").rows, section.users_per_shard)
     folder = store.path("generations", round_id)
     mark = f"{store.mark} {section.users_per_shard}"
@@ -41,30 +47,30 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if done:
         say(f"  generate: {already} users kept from an interrupted run")
     todo = [(shard, *ranges[shard]) for shard in np.flatnonzero(wanted).tolist() if shard not in done]
-    pool = engine_pool(
-        config,
-        store,
-        ShardGenerator,
-        round_id - 1,
-        "generate",
-        folder=str(folder),
-        samples_per_shard=section.num_samples * int(np.median(wanted[wanted > 0]) if wanted.any() else 1),
-        num_samples=dict.fromkeys(SPLITS, section.num_samples),
-        round_id=round_id,
-        takes_part=takes_part,
-    )
     throughput = Throughput(section.num_engines)
 
     def extra(answer: dict[str, object]) -> str:
         throughput.add(answer)
         return throughput.line
 
-    total = int(wanted.sum())
-    progress = Progress("generate", total, "users", already=already)
-    for _ in run_shards(todo, [pool], progress, already=already, extra=extra):
-        pass
+    if todo:  # else no engine is needed
+        pool = engine_pool(
+            config,
+            store,
+            ShardGenerator,
+            round_id - 1,
+            "generate",
+            folder=str(folder),
+            samples_per_shard=section.num_samples * int(np.median(wanted[wanted > 0])),
+            num_samples=dict.fromkeys(SPLITS, section.num_samples),
+            round_id=round_id,
+            takes_part=takes_part,
+        )
+        progress = Progress("generate", total, "users", already=already)
+        for _ in run_shards(todo, [pool], progress, already=already, extra=extra):
+            pass
     counts = _account(folder, wanted, section.num_samples)
-    reasons = Counter(store_reasons(folder))
+    reasons = _reasons(folder)
     if counts["failed"]:
         say(f"  generate: {counts['failed']} users without {section.num_samples} samples: {dict(reasons)}")
     if counts["failed"] == total:
@@ -91,10 +97,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     return Outcome(rows_in=total, rows_out=counts["rows"], figures=figures)
 
 
-def store_reasons(folder: Path) -> Counter[str]:
+def _reasons(folder: Path) -> Counter[str]:
     """How many failed for each reason, from an artifact's folder `failed`."""
-    import pyarrow.parquet as pq
-
     reasons: Counter[str] = Counter()
     for file in sorted((folder / "failed").glob("*.parquet")):
         reasons.update(pq.read_table(file, columns=["reason"])["reason"].to_pylist())

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dpo4rec_ray.artifacts import RunDir, write_part
+from dpo4rec_ray.artifacts import RunDir, part_file, part_notes, write_part
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.knowledge.generator import Gate
 from dpo4rec_ray.knowledge.prompts import FACTORS, item_text
 from dpo4rec_ray.knowledge.structured import read_samples
-from dpo4rec_ray.stages.attempts import Attempt, note_of
+from dpo4rec_ray.stages.attempts import Attempt, Start, note_of
 from dpo4rec_ray.stages.common import seed_of
 from dpo4rec_ray.stages.reading import UserRows
 from dpo4rec_ray.stages.shards import Pool
@@ -56,35 +57,43 @@ class Sampler:
         source: Source,
         seed: int,
         job: str,
+        num_engines: int = 1,
         json_factors: Sequence[str] | None = None,
     ):
         """folder: of the artifact that is written; job: changes with every start of the driver; json_factors: of texts
         that are JSON."""
-        self._store, self._folder, self._seed, self._job = store, folder, seed, job
+        self._folder, self._seed, self._job = folder, seed, job
         self._factors = json_factors
         self._engine = f"{socket.gethostname()}-{os.getpid()}"
+        self._dies, self._gate = source.dies, Gate()
         if source.dies:
-            note = note_of(folder, self._engine)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            self._write = source.build(store, last_words=note)
+            start = Start(folder, job, self._engine, num_engines)
+            self._write = source.build(store, last_words=note_of(folder, self._engine))
+            start.done()
         else:
             self._write = source.build(store)
         self._gauges = Gauges(self._engine)
 
     def texts(self, shard: int, ids: Sequence[int], ask: Callable[[slice], list[Texts]]) -> list[Texts]:
-        """`ask` for the texts of all, or one by one after an engine died at this shard."""
-        attempt = Attempt.begin(self._folder, shard, self._job)
-        if not attempt.deaths:
-            found = ask(slice(None))
+        """`ask` for the texts of all; after engines died at this shard alone, then one by one."""
+        if not self._dies:
+            return ask(slice(None))
+        attempt = Attempt.begin(self._folder, shard, self._job, self._engine)
+        if attempt.deaths < 2 and not attempt.alone:
+            with self._gate.alone() if attempt.deaths else self._gate.shared():
+                attempt.enter()
+                found = ask(slice(None))
         else:
             found = []
             for index, subject_id in enumerate(ids):
                 if attempt.poison(subject_id):
-                    found.append(Texts([], [], "engine_died", attempt.last_words or "its engine died twice"))
+                    words = attempt.last_words or "its engine died twice"
+                    found.append(Texts([], [], "engine_died", words))
                     continue
-                with self._write.alone():  # nobody else in the engine to blame, or to be blamed
-                    attempt.suspects(subject_id)
+                with self._gate.alone():  # nobody else in the engine to blame, or to be blamed
+                    attempt.enter(subject_id)
                     found += ask(slice(index, index + 1))
+                    attempt.leave()
         attempt.end()
         return found
 
@@ -116,19 +125,19 @@ class Sampler:
             return {"engine": ""}
         self._gauges.engine(figures.busy, figures.running, figures.kv_cache)
         row = asdict(figures)
-        return {
-            **row,
-            "engine_tokens": row.pop("tokens"),
-            "engine_samples": row.pop("samples"),
-            "engine": self._engine,
-        }
+        # not under the names that a shard's own counts have
+        done = {f"engine_{name}": row.pop(name) for name in ("tokens", "samples")}
+        return {**row, **done, "engine": self._engine}
 
     def write_failed(self, round_id: int, shard: int, ids: Sequence[int], texts: Sequence[Texts]) -> None:
         """Name who has no texts; before the part itself, whose presence means that the whole shard is accounted for."""
         rows = [(i, one) for i, one in zip(ids, texts, strict=True) if one.reason]
-        if not rows:
-            return
         folder = Path(self._folder) / "failed"
+        if not rows:
+            part_file(folder, shard).unlink(
+                missing_ok=True
+            )  # of an earlier try that was killed before its part
+            return
         folder.mkdir(exist_ok=True)
         table = {
             "round": [round_id] * len(rows),
@@ -182,6 +191,8 @@ class ShardGenerator(UserSampler):
 
     def __call__(self, row: Row) -> Row:
         shard = int(row["shard"])
+        if part_file(self._folder, shard).exists():  # by an actor that died before it could say so
+            return {"shard": shard, **part_notes(part_file(self._folder, shard))[1], **self.engine_row()}
         ids, texts, counts, totals = self.sample(shard, int(row["low"]), int(row["high"]))
         columns: dict[str, list[Any]] = {name: [] for name in _GENERATION_COLUMNS}
         for user_id, one, count in zip(ids, texts, counts, strict=True):
@@ -313,6 +324,7 @@ def engine_pool(
         "source": source,
         "seed": seed_of(config.run.seed, stage, policy_round),
         "job": uuid.uuid4().hex,
+        "num_engines": config.generate.num_engines,
         "json_factors": FACTORS[config.prompt.factors] if config.generate.format == "json" else None,
         **more,
     }

@@ -58,7 +58,13 @@ def finished_shards(folder: Path, mark: str) -> set[int]:
 def begin_shards(folder: Path, mark: str) -> None:
     """Name the work the folder's parts belong to, before the first is written."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "shards.mark").write_text(mark)
+    for left in folder.glob("*.tmp*"):  # of writers that were killed
+        left.unlink(missing_ok=True)
+    note, fresh = folder / "shards.mark", folder / "shards.mark.tmp"
+    if note.exists() and note.read_text() == mark:
+        return
+    fresh.write_text(mark)
+    fresh.replace(note)  # a mark cut short would throw away every finished shard
 
 
 def run_shards(

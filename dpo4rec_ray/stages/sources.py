@@ -10,8 +10,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,10 +81,6 @@ class TextWriter(Protocol):
         """One text about each row of the `items` table; asked for only where `Source.items` says so."""
         ...
 
-    def alone(self) -> AbstractContextManager[None]:
-        """While it is open, what other threads ask for waits."""
-        ...
-
     def figures(self) -> EngineFigures | None:
         """Of the engine, where there is one."""
         ...
@@ -96,9 +91,6 @@ class _Plain:
 
     def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
         raise NotImplementedError
-
-    def alone(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def figures(self) -> EngineFigures | None:
         return None
@@ -116,8 +108,10 @@ class CataloguePrompts:
         ratings: bool = True,
         as_json: bool = False,
     ):
+        tokens = tuple(special_tokens)
+
         def clean(text: str) -> str:
-            return clean_text(text, special_tokens)
+            return clean_text(text, tokens)
 
         self._clean, self._ratings, self._as_json = clean, ratings, as_json
         self.factors = FACTORS[factors]
@@ -177,8 +171,6 @@ class Generator(Protocol):
         self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
     ) -> list[Answer]: ...
 
-    def alone(self) -> AbstractContextManager[None]: ...
-
     def figures(self) -> EngineFigures: ...
 
 
@@ -227,9 +219,6 @@ class PolicyTexts:
         prompts = [self._encode(self._prompts.item(row["title"], row["attributes"])) for row in rows]
         return self._answers(prompts, [0] * len(rows), seeds, [1] * len(rows))
 
-    def alone(self) -> AbstractContextManager[None]:
-        return self._generator.alone()
-
     def figures(self) -> EngineFigures:
         return self._generator.figures()
 
@@ -245,9 +234,7 @@ class PolicyTexts:
         except EngineDied as error:
             with contextlib.suppress(OSError):
                 self._last_words.write_text(str(error))
-            os._exit(
-                1
-            )  # Ray starts a new actor with a new engine and retries; an exception would end the job
+            os._exit(1)  # Ray starts a new actor and retries; an exception would end the job
         return [
             Texts(prompt, answer.samples, answer.reason, answer.detail, skipped)
             for prompt, answer, skipped in zip(prompts, answers, left_out, strict=True)
@@ -289,10 +276,30 @@ class EndpointTexts(_Plain):
         self._endpoint = Endpoint(endpoint, sampling)
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
-        names = ("profile", "history_item_ids", "history_ratings")
-        return self._texts(
-            [self._prompts.text(*(row[name] for name in names)) for row in rows], seeds, counts
-        )
+        skips = [0] * len(rows)
+        found = self._texts([self._prompt(row, 0) for row in rows], seeds, counts)
+        # Nobody here knows the endpoint's tokens: what it finds too long is asked again with half of the events.
+        while long := [
+            i
+            for i, (one, row) in enumerate(zip(found, rows, strict=True))
+            if one.reason == "prompt_too_long" and skips[i] < len(row["history_item_ids"])
+        ]:
+            for i in long:
+                events = len(rows[i]["history_item_ids"])
+                skips[i] = events - (events - skips[i]) // 2
+            again = self._texts(
+                [self._prompt(rows[i], skips[i]) for i in long],
+                [seeds[i] for i in long],
+                [counts[i] for i in long],
+            )
+            for i, one in zip(long, again, strict=True):
+                found[i] = replace(
+                    one, num_left_out=skips[i], usage=Counter(found[i].usage) + Counter(one.usage)
+                )
+        return found
+
+    def _prompt(self, row: Row, skip: int) -> str:
+        return self._prompts.text(row["profile"], row["history_item_ids"], row["history_ratings"], skip)
 
     def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
         prompts = [self._prompts.item(row["title"], row["attributes"]) for row in rows]
@@ -399,7 +406,10 @@ def _policy_source(config: Config, store: RunDir, policy_round: int) -> Source:
 def _kept_generator(
     last_words: Path, *, engines: list[Any], serving: tuple[str, str | None]
 ) -> KeptGenerator:
-    return KeptGenerator(engines, serving)
+    import ray
+
+    actor = ray.get_runtime_context().get_actor_id()  # the same after a restart
+    return KeptGenerator(engines, serving, actor or "driver")
 
 
 def _statistics_source(config: Config, store: RunDir, policy_round: int) -> Source:

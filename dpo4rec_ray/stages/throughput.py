@@ -27,7 +27,7 @@ class Throughput:
     """Adds up shards. `add` takes what a worker answers: COUNTS and, from an engine, its own figures."""
 
     def __init__(self, num_engines: int) -> None:
-        self._num_engines = num_engines  # that work at once; those that died and their successors are more
+        self._num_engines = num_engines
         self.total: Counter[str] = Counter()
         self._engines: dict[str, Row] = {}
         self._first = 0.0
@@ -36,7 +36,11 @@ class Throughput:
     def add(self, answer: Row) -> None:
         self.total.update({name: int(answer.get(name) or 0) for name in COUNTS})
         if answer.get("engine"):
-            self._engines[answer["engine"]] = {**answer, "seen": time.monotonic()}
+            known = self._engines.get(answer["engine"])
+            newer = (
+                not known or answer["engine_tokens"] >= known["engine_tokens"]
+            )  # shards may end in another order
+            self._engines[answer["engine"]] = {**(answer if newer else known), "seen": time.monotonic()}
         if not self._first:  # rates count from the first result: before it workers were starting
             self._first, self._base = time.monotonic(), self.total.copy()
 
@@ -50,7 +54,7 @@ class Throughput:
             return ", ".join(rates) if seconds > 1 else ""
         # By the engines' own clocks: shards end in bunches, so that counting them overrates a short run.
         engines = list(self._engines.values())
-        span = sum(row["span_s"] for row in engines) / self._num_engines
+        span = sum(row["span_s"] for row in engines) / self._at_once
         rates = [
             f"{sum(row[f'engine_{name}'] for row in engines) / max(span, 1e-9):,.0f} {name}/s"
             for name in ("samples", "tokens")
@@ -75,7 +79,12 @@ class Throughput:
         if not engines:
             return {}
         tokens, span = (sum(row[name] for row in engines.values()) for name in ("engine_tokens", "span_s"))
-        return {"engines": engines, "tokens_per_s": round(tokens * self._num_engines / max(span, 1e-9), 1)}
+        return {"engines": engines, "tokens_per_s": round(tokens * self._at_once / max(span, 1e-9), 1)}
+
+    @property
+    def _at_once(self) -> int:
+        """Engines at work together: those that died and their successors are more, those that got no shard are not."""
+        return min(self._num_engines, len(self._engines))
 
 
 ENGINE_FIGURES = ("busy", "running", "kv_cache", "prefix_hits", "start_s", "span_s", "engine_tokens")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dpo4rec_ray.artifacts import Manifest, RunDir
-from dpo4rec_ray.knowledge.generator import Answer, Sampling, VLLMGenerator
+from dpo4rec_ray.knowledge.generator import Answer, Gate, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
 from dpo4rec_ray.policy.model import add_lora, load_model, load_tokenizer, save_complete, save_merged
 from dpo4rec_ray.stages.sources import PolicyTexts, PromptSettings
@@ -124,39 +124,30 @@ def test_seeds_repeat_when_calls_of_many_threads_overlap(
             assert rounds == [answers[worker::4]] * 3
 
 
-def test_alone_holds_other_calls_back(
-    generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
-) -> None:
-    started = threading.Event()
+def test_the_gate_lets_many_in_or_one_alone() -> None:
+    gate, inside, most, lock = Gate(), {"shared": 0, "alone": 0}, {"shared": 0, "alone": 0}, threading.Lock()
 
-    def ask() -> tuple[list[Answer], float]:
-        started.set()
-        found = generator.generate(prompts[:1], SEEDS[:1], [NUM_SAMPLES])
-        return found, time.monotonic()
+    def enter(how: str) -> None:
+        with gate.alone() if how == "alone" else gate.shared():
+            with lock:
+                inside[how] += 1
+                most[how] = max(most[how], inside[how])
+                assert not inside["alone"] or inside == {"shared": 0, "alone": 1}
+            time.sleep(0.02)
+            with lock:
+                inside[how] -= 1
 
-    with ThreadPoolExecutor(1) as pool:
-        with generator.alone():
-            waiting = pool.submit(ask)
-            started.wait()
-            time.sleep(0.3)
-            assert not waiting.done()
-            assert generator.generate(prompts[1:2], SEEDS[1:2], [NUM_SAMPLES]) == answers[1:2]
-            left = time.monotonic()
-        found, done = waiting.result(timeout=60)
-    assert found == answers[:1]
-    assert done > left
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(enter, ["shared", "shared", "shared", "alone"] * 9))
+    assert most["shared"] > 1 and most["alone"] == 1
 
 
-def test_alone_waits_for_calls_under_way(
-    generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
-) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(generator.generate, prompts, SEEDS, COUNTS)
-        while generator.figures().samples == 0 or not running.running():
-            time.sleep(0.001)
-        time.sleep(0.02)
-        with generator.alone():
-            assert running.result(timeout=1) == answers
+def test_who_is_alone_may_still_ask() -> None:
+    gate = Gate()
+    with gate.alone(), gate.shared():
+        pass
+    with gate.shared():
+        pass
 
 
 def test_a_refused_request_costs_only_itself(

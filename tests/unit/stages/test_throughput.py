@@ -34,6 +34,12 @@ def test_a_replaced_engine_is_no_second_one() -> None:
     assert done.figures["tokens_per_s"] == pytest.approx(100)
 
 
+def test_an_engine_that_got_no_shard_does_no_work() -> None:
+    done = Throughput(num_engines=8)
+    done.add(answer("a", 100, 1.0))
+    assert done.figures["tokens_per_s"] == pytest.approx(100)
+
+
 def test_without_engines_there_is_nothing_to_say() -> None:
     done = Throughput(num_engines=1)
     assert done.line == ""
