@@ -9,15 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import pyarrow as pa
 import pytest
 
+from dpo4rec_ray.artifacts import Manifest, RunDir
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.generator import Sampling
 from dpo4rec_ray.knowledge.remote import MAX_FAILED_IN_A_ROW, ApiKey, Endpoint, EndpointSettings, RemoteAnswer
 from dpo4rec_ray.knowledge.structured import factor_schema
+from dpo4rec_ray.stages.sources import EndpointTexts, PromptSettings
 
 KEY = "key-that-nobody-may-see"
 Body = dict[str, Any]
@@ -340,3 +344,63 @@ def test_a_key_does_not_show() -> None:
     settings = EndpointSettings("http://127.0.0.1/v1", "toy", ApiKey(KEY), "TOY_KEY")
     assert KEY not in repr(settings) and KEY not in str(settings.key) and KEY not in f"{settings.key}"
     assert cloudpickle.loads(cloudpickle.dumps(settings)).key.reveal() == KEY
+
+
+@pytest.mark.parametrize("content", ["\ud83d broken", ["a", "list"], 7, {"text": "x"}])
+def test_odd_content_can_be_stored(server: Server, content: Any) -> None:
+    def answer(body: Body, number: int) -> Reply:
+        status, found, headers = completion(body)
+        found["choices"][0]["message"]["content"] = content
+        return status, json.dumps(found), {**headers, "Content_Type": "application/json"}
+
+    server.answer = answer
+    found = one(server.endpoint(max_retries=0))
+    for sample in found.samples:
+        sample.text.encode("utf-8")
+        assert sample.text in ("? broken", "")
+
+
+def test_a_terminal_gets_no_commands(server: Server) -> None:
+    server.answer = lambda body, number: error(400, "no \x1b[2Jway")
+    assert "\x1b" not in one(server.endpoint(max_retries=0)).detail
+
+
+def test_a_prompt_that_is_too_long_loses_its_oldest_events(server: Server, tmp_path: Path) -> None:
+    """The endpoint takes five titles and no more; a user whose profile alone is too long is named."""
+    store = RunDir(tmp_path)
+    store.start("items")
+    columns = {
+        "item_id": range(40),
+        "raw_id": map(str, range(40)),
+        "title": (f"Film {i:02d}" for i in range(40)),
+    }
+    items = pa.table(
+        {**{name: list(values) for name, values in columns.items()}, "attributes": [["genre: x"]] * 40}
+    )
+    store.write("items", items)
+    store.finish(Manifest("items", "", 40))
+
+    def answer(body: Body, number: int) -> Reply:
+        prompt = body["messages"][0]["content"]
+        if prompt.count("Film") > 5 or "endless" in prompt:
+            return error(400, "maximum context length is 5 films", "context_length_exceeded")
+        return completion(body)
+
+    server.answer = answer
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    writer = EndpointTexts(
+        store,
+        prompts=PromptSettings("short", item_attributes=False, ratings=True, as_json=False),
+        endpoint=EndpointSettings(url, "toy", ApiKey(KEY), "TOY_KEY"),
+        sampling=_PLAIN,
+    )
+    rows = [
+        {"profile": profile, "history_item_ids": list(range(n)), "history_ratings": [4.0] * n}
+        for profile, n in (("", 3), ("", 20), ("endless", 4))
+    ]
+    short, long, endless = writer.users(rows, [1, 2, 3], [2, 2, 2])
+    assert (len(short.samples), short.num_left_out) == (2, 0)
+    assert (len(long.samples), long.num_left_out) == (2, 15), "20 -> 10 -> 5 events"
+    assert all("Film 19" in sample.text and "Film 14" not in sample.text for sample in long.samples)
+    assert long.usage["requests"] == 3, "what was refused is counted too"
+    assert (endless.samples, endless.reason) == ([], "prompt_too_long")
