@@ -329,7 +329,8 @@ def engine_pool(
         **more,
     }
     section = config.generate
-    # Two batches' worth of samples, and at least two shards: one is worked on while another ends or begins.
+    # Two batches' worth of samples, and two shards more: a shard ends with its longest sample, and until then the next
+    # ones must not run out.
     wanted = math.ceil(2 * source.batch / max(1, samples_per_shard)) if source.batch else 1
     return Pool(
         worker,
@@ -338,6 +339,6 @@ def engine_pool(
         num_cpus=section.cpus_per_engine if source.num_cpus is None else source.num_cpus,
         num_gpus=source.num_gpus,
         env=source.env,
-        shards_at_once=min(max(wanted, 2), MAX_SHARDS_AT_ONCE) if source.batch else 1,
+        shards_at_once=min(max(wanted, 2) + 2, MAX_SHARDS_AT_ONCE) if source.batch else 1,
         max_restarts=-1 if source.dies else 3,  # `attempts` bounds them by what they are about
     )
