@@ -6,6 +6,7 @@ chat template in its style. No file of the published models is used.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,6 +256,22 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 SMALL_CACHE = {"num_gpu_blocks_override": 256}
 
 
+def _calm_llvmlite(patch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.32 asks everything in every module for its __dict__; llvmlite, which ranx brings, answers with a C function."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is None:
+        return
+    kind = type(ffi.lib)
+    answer = kind.__getattr__
+
+    def only_functions(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return answer(self, name)
+
+    patch.setattr(kind, "__getattr__", only_functions)
+
+
 @pytest.fixture(scope="module")
 def start_engine() -> Iterator[Callable[..., VLLMGenerator]]:
     """(model, sampling, **EngineSettings) -> an engine in this process; afterwards it is as it was, but for memory."""
@@ -274,6 +291,7 @@ def start_engine() -> Iterator[Callable[..., VLLMGenerator]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
+        _calm_llvmlite(patch)
 
         def start(
             model: Path | str, sampling: Sampling, max_model_len: int = 512, **settings: Any
