@@ -1,0 +1,175 @@
+"""Attention over groups (policy.groups): a completion sees its prompt and itself, and nothing beside them is computed.
+
+Registered with transformers as an attention implementation, so any model that takes one can share prefixes. On the CPU
+each group costs two SDPA calls: its prompt with itself (causal), its completions with the whole group (masked). On a GPU
+one FlexAttention call with a block mask skips every block that nobody sees.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dpo4rec_ray.policy.groups import Layout, Place
+
+NAME = "dpo4rec_groups"
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    groups: Layout,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [R, H, T, D], key and value [R, H / n, T, D] -> ([R, T, H, D], None).
+
+    attention_mask is ignored: `groups` says who sees whom. sliding_window: a token sees the `sliding_window` last
+    positions of its own sequence, itself included. softcap: scores are cap * tanh(scores / cap) (Gemma 2).
+    """
+    if query.is_cuda:
+        output = _flex(query, key, value, groups, scaling, sliding_window, softcap)
+        return output.transpose(1, 2).contiguous(), None
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (one.repeat_interleave(repeats, dim=1) for one in (key, value))
+    rows = []
+    for row in range(query.shape[0]):
+        own = [place for place in groups.places if place.row == row]
+        sizes = [place.stop - place.start for place in own]
+        padding = query.shape[2] - sum(sizes)
+        # split, not slices: its gradient is one concatenation instead of a zero-filled tensor per slice
+        sizes.append(padding)
+        parts = zip(*(one[row : row + 1].split(sizes, dim=2) for one in (query, key, value)), strict=True)
+        outputs = []
+        for place, (q, k, v) in zip([*own, None], parts, strict=True):
+            if place is None:
+                outputs.append(torch.zeros_like(q))  # padding
+            elif softcap:
+                outputs.append(_by_hand(q, k, v, _mask(groups, place, sliding_window), scaling, softcap))
+            else:
+                outputs.extend(_two_calls(q, k, v, groups, place, sliding_window, scaling, dropout))
+        rows.append(torch.cat(outputs, dim=2))
+    return torch.cat(rows).transpose(1, 2).contiguous(), None
+
+
+def _two_calls(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: Layout,
+    place: Place,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+) -> list[torch.Tensor]:
+    longest = place.prompt + max(place.completions)
+    window = window if window and window < longest else None
+    options = {"scale": scaling, "dropout_p": dropout}
+    if window:
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(groups, place, window), **options)]
+    own, rest = q.split([place.prompt, q.shape[2] - place.prompt], dim=2)
+    prompt = F.scaled_dot_product_attention(
+        own, k[:, :, : place.prompt], v[:, :, : place.prompt], is_causal=True, **options
+    )
+    mask = _mask(groups, place, None)[place.prompt :]
+    return [prompt, F.scaled_dot_product_attention(rest, k, v, attn_mask=mask, **options)]
+
+
+def _mask(groups: Layout, place: Place, window: int | None) -> torch.Tensor:
+    """[n, n] of one group: True where the row's token may see the column's."""
+    known = groups.cache.get((place, window))
+    if known is None:
+        span = slice(place.start, place.stop)
+        positions, parts = groups.positions[place.row, span], groups.part_ids[place.row, span]
+        distance = positions[:, None] - positions
+        known = (distance >= 0) & ((parts == 0) | (parts[:, None] == parts))
+        if window:
+            known &= distance < window
+        groups.cache[place, window] = known
+    return known
+
+
+def _by_hand(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """SDPA has no soft cap."""
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: Layout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rows, _, width, _ = query.shape
+    mask = groups.cache.get(("flex", window))
+    if mask is None:
+        positions, group_ids, part_ids = groups.positions, groups.group_ids, groups.part_ids
+
+        def seen(row: torch.Tensor, _head: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            together = group_ids[row, one] == group_ids[row, other]
+            distance = positions[row, one] - positions[row, other]
+            before = (distance >= 0) & (distance < (window or width))
+            return together & before & ((part_ids[row, other] == 0) | (part_ids[row, one] == part_ids[row, other]))
+
+        mask = create_block_mask(seen, rows, None, width, width, device=str(query.device))
+        groups.cache["flex", window] = mask
+
+    def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    run = _compiled() if query.is_cuda else flex_attention
+    return run(
+        query,
+        key,
+        value,
+        score_mod=capped if softcap else None,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+@cache
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def use_grouped_attention(model: Any) -> None:
+    """Switch a transformers model to `grouped_attention`; its forward then needs `groups=Layout`.
+
+    Raises:
+        ValueError: the model's code takes no other attention.
+    """
+    from transformers import AttentionInterface
+
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"{type(model).__name__} takes no attention but its own")
+    AttentionInterface.register(NAME, grouped_attention)
+    model.set_attn_implementation(NAME)

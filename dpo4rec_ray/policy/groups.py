@@ -1,0 +1,167 @@
+"""Prompts with the completions that continue them, laid out as tensors without repeating or padding what is shared.
+
+The chosen and the rejected texts of a user have one prompt. Stored once, it is computed once ("Accelerating Direct
+Preference Optimization with Prefix Sharing", arXiv 2410.20305): a group is its prompt followed by its completions, and a
+completion sees the prompt and itself, never its neighbours. With packing, all groups of a micro-batch follow each other in
+one row; without, each has its own, padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+TokenIds = Sequence[int]
+# FlexAttention's kernels take blocks of 128 tokens; rows are padded to whole ones on a GPU.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and k completions of it, in token ids."""
+
+    prompt: TokenIds
+    completions: Sequence[TokenIds]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.completions))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a group lies: its row, its first column, and the lengths of its parts in their order."""
+
+    row: int
+    start: int
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prompt + sum(self.completions)
+
+
+@dataclass
+class Layout:
+    """What attention must know of a batch of groups: who may see whom."""
+
+    places: list[Place]
+    positions: torch.Tensor  # [R, T] position of each token in its own sequence (prompt + completion)
+    group_ids: torch.Tensor  # [R, T] running number of the group, -1 for padding
+    part_ids: torch.Tensor  # [R, T] 0 for the prompt, 1.. for the completions
+    # masks by (kind, place, window): the same in every layer
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device | str) -> Layout:
+        return replace(
+            self,
+            positions=self.positions.to(device),
+            group_ids=self.group_ids.to(device),
+            part_ids=self.part_ids.to(device),
+            cache={},
+        )
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """S completions in R rows of T columns, and which hidden states predict which of their M tokens.
+
+    Completions are numbered in the order of the groups, and within a group in its own order.
+    """
+
+    token_ids: torch.Tensor  # [R, T] long
+    layout: Layout
+    predictors: torch.Tensor  # [M] long, place in the flattened [R * T] of the token before
+    targets: torch.Tensor  # [M] long, token ids
+    sequence_ids: torch.Tensor  # [M] long, number of the completion
+    lengths: torch.Tensor  # [S] long, tokens of each completion
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model computes, padding excluded."""
+        return sum(place.stop - place.start for place in self.layout.places)
+
+    def to(self, device: torch.device | str) -> GroupBatch:
+        moved = (getattr(self, name).to(device) for name in ("token_ids", "predictors", "targets", "sequence_ids"))
+        token_ids, predictors, targets, sequence_ids = moved
+        return GroupBatch(
+            token_ids, self.layout.to(device), predictors, targets, sequence_ids, self.lengths.to(device)
+        )
+
+
+def collate_groups(
+    groups: Sequence[Group], pad_id: int, *, packing: bool, multiple_of: int = 1
+) -> GroupBatch:
+    """Lay out groups: in one row (packing), or each in a row of its own.
+
+    Args:
+        groups: every prompt and every completion holds at least one token.
+        pad_id: any valid token id.
+        packing: all groups in one row.
+        multiple_of: the rows' width is padded to a multiple of it.
+
+    Raises:
+        ValueError: a prompt or a completion is empty.
+    """
+    rows: list[list[int]] = []
+    places: list[Place] = []
+    for group in groups:
+        if not group.prompt or not all(group.completions) or not group.completions:
+            raise ValueError("a group needs a prompt and completions of at least one token each")
+        if not rows or not packing:
+            rows.append([])
+        start = len(rows[-1])
+        places.append(
+            Place(len(rows) - 1, start, len(group.prompt), tuple(len(one) for one in group.completions))
+        )
+        rows[-1].extend(group.prompt)
+        for completion in group.completions:
+            rows[-1].extend(completion)
+    width = max(map(len, rows))
+    width = -(-width // multiple_of) * multiple_of
+    token_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        token_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    positions = torch.zeros_like(token_ids)
+    group_ids = torch.full_like(token_ids, -1)
+    part_ids = torch.zeros_like(token_ids)
+    predictors, sequence_ids, lengths = [], [], []
+    for number, place in enumerate(places):
+        offset = place.row * width
+        column = place.start + place.prompt
+        positions[place.row, place.start : column] = torch.arange(place.prompt)
+        group_ids[place.row, place.start : place.stop] = number
+        for part, length in enumerate(place.completions, start=1):
+            span = slice(column, column + length)
+            positions[place.row, span] = torch.arange(place.prompt, place.prompt + length)
+            part_ids[place.row, span] = part
+            # the prompt's last token predicts the first of every completion
+            first = torch.tensor([offset + place.start + place.prompt - 1])
+            predictors.append(torch.cat([first, torch.arange(offset + column, offset + column + length - 1)]))
+            sequence_ids.append(torch.full((length,), len(lengths)))
+            lengths.append(length)
+            column += length
+    flat = token_ids.flatten()
+    columns = torch.cat(
+        [
+            torch.arange(place.row * width + place.start + place.prompt, place.row * width + place.stop)
+            for place in places
+        ]
+    )
+    return GroupBatch(
+        token_ids,
+        Layout(places, positions, group_ids, part_ids),
+        torch.cat(predictors),
+        flat[columns],
+        torch.cat(sequence_ids),
+        torch.tensor(lengths),
+    )
+
+
+def apart(groups: Sequence[Group]) -> list[Group]:
+    """The same completions, each with a prompt of its own: what a batch costs without prefix sharing."""
+    return [Group(group.prompt, [completion]) for group in groups for completion in group.completions]

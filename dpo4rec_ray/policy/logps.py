@@ -1,0 +1,140 @@
+"""log pi(completion | prompt), the only thing that DPO asks of a model, and the three ways to compute less for it.
+
+Plain: padded rows and the model's own attention and head. Otherwise groups of policy.groups: shared prompts, packed rows,
+and a head that is applied to the hidden states which predict completion tokens, a chunk of tokens at a time, so that no
+tensor of tokens x vocabulary is ever held.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dpo4rec_ray.core.losses import sequence_logps
+from dpo4rec_ray.policy.attention import use_grouped_attention
+from dpo4rec_ray.policy.batch import TokenBatch, completion_logits
+from dpo4rec_ray.policy.groups import GroupBatch
+
+
+class CompletionLogps(torch.nn.Module):
+    """batch -> sums of log-probabilities over each completion, EOS included: [S], float32."""
+
+    def __init__(self, model: Any, *, grouped: bool = False, chunk_tokens: int = 0, sharded: bool = False):
+        """
+        Args:
+            model: a transformers causal LM, or one with peft's LoRA in it.
+            grouped: batches are GroupBatch, else TokenBatch.
+            chunk_tokens: completion tokens per application of the head; 0: all at once (grouped only).
+            sharded: weights are partitioned (ZeRO-3): the head may be used through its forward only.
+
+        Raises:
+            ValueError: grouped, and the model takes no other attention than its own.
+        """
+        super().__init__()
+        self.model = model
+        self._grouped, self._chunk_tokens, self._sharded = grouped, chunk_tokens, sharded
+        if grouped:
+            use_grouped_attention(bare(model))
+
+    def forward(self, batch: TokenBatch | GroupBatch) -> torch.Tensor:
+        if isinstance(batch, TokenBatch):
+            return sequence_logps(*completion_logits(self.model, batch))
+        hidden = bare(self.model).get_decoder()(
+            input_ids=batch.token_ids,
+            position_ids=batch.layout.positions,
+            groups=batch.layout,
+            use_cache=False,
+        ).last_hidden_state
+        predicting = hidden.flatten(0, 1)[batch.predictors]  # [M, H]
+        token_logps = self._head(predicting, batch.targets)
+        sums = token_logps.new_zeros(len(batch.lengths))
+        return sums.index_add(0, batch.sequence_ids, token_logps)
+
+    def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """[M, H], [M] -> log p of the targets [M], float32."""
+        head = bare(self.model).get_output_embeddings()
+        cap = getattr(bare(self.model).config.get_text_config(), "final_logit_softcapping", None)
+        size = self._chunk_tokens or len(targets)
+        chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
+        weight = getattr(head, "weight", None)
+        frozen = not (self._sharded or weight is None or weight.requires_grad)
+        if frozen and type(head) is torch.nn.Linear and head.bias is None:
+            found = [FrozenHead.apply(states, head.weight, ids, cap) for states, ids in chunks]
+        elif self._chunk_tokens and torch.is_grad_enabled():
+            found = [
+                checkpoint(_head_logps, head, states, ids, cap, use_reentrant=False) for states, ids in chunks
+            ]
+        else:
+            found = [_head_logps(head, states, ids, cap) for states, ids in chunks]
+        return torch.cat(found)
+
+
+class FrozenHead(torch.autograd.Function):
+    """log softmax(W h)[target] under a head that is not trained: the gradient is made in the forward pass.
+
+    d logp / d h = W[target] - softmax(W h) W, one vector per token, is all that backward needs: logits [M, V] live for one
+    chunk only, and nothing is computed twice. (Liger's fused losses do this for a mean; here backward weighs tokens.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None
+    ) -> torch.Tensor:
+        logits = (hidden @ weight.t()).float()
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        at_target = logits.gather(1, targets[:, None])
+        log_total = logits.logsumexp(dim=1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            slope = 1 - (logits / cap) ** 2 if cap else None
+            shares = logits.sub_(log_total).exp_()
+            if slope is None:
+                gradient = weight[targets] - shares.to(weight.dtype) @ weight
+            else:
+                at = slope.gather(1, targets[:, None]).to(weight.dtype)
+                gradient = at * weight[targets] - (shares * slope).to(weight.dtype) @ weight
+            ctx.save_for_backward(gradient)
+        return (at_target - log_total).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+def _head_logps(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, cap: float | None
+) -> torch.Tensor:
+    logits = head(hidden).float()
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def bare(model: Any) -> Any:
+    """The transformers model inside peft's wrapper, LoRA included; a model without one is itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def check_head(model: Any, token_ids: torch.Tensor) -> None:
+    """Compare head(decoder(x)) with the model's own logits; some models scale or shift between the two.
+
+    token_ids: [1, T]. The model's attention must still be its own.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    inner = bare(model)
+    own = inner(input_ids=token_ids, use_cache=False).logits.float()
+    hidden = inner.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
+    ours = inner.get_output_embeddings()(hidden).float()
+    cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:
+        ours = cap * torch.tanh(ours / cap)
+    difference = (own - ours).abs().max().item()
+    if not difference <= 1e-2 * own.abs().max().item():
+        raise ValueError(f"{type(inner).__name__} changes its head's logits (by up to {difference:.3g})")
