@@ -305,6 +305,9 @@ class PairSection(Section):
 
     rule: str = "best_vs_worst"
     min_margin: float = Field(default=0.0, ge=0)
+    num_rejected: int = Field(
+        default=1, ge=1
+    )  # the worst texts, up to as many: pairs of one chosen and k rejected
     # Rewards are pulled towards their user's mean by how far they can be trusted, so that min_margin is in units of what
     # can be expected to hold on other lists.
     shrinkage: bool = False
@@ -314,6 +317,7 @@ class TrainerSection(Section):
     """What DPO and the supervised bootstrap share: one trainer runs both."""
 
     lr: float = Field(default=5e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two end at 0
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=2, ge=1)  # sequences or pairs per worker and micro-step
     accumulation: int = Field(default=8, ge=1)
@@ -322,16 +326,85 @@ class TrainerSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     num_workers: int = Field(default=2, ge=1)
     gpus_per_worker: float = Field(default=0, ge=0)
-    zero_stage: Literal[0, 1, 2] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2  # 3 partitions the weights too: no worker holds the whole model
+    offload_optimizer: bool = False  # its states to the CPU's memory
+    offload_params: bool = False  # the partitioned weights as well (zero_stage 3)
+    activation_checkpointing: bool = (
+        False  # compute activations again in the backward pass instead of keeping them
+    )
+    deepspeed: str = ""  # a JSON file merged over the DeepSpeed config that these keys make
+    checkpoint_every: int = Field(
+        default=50, ge=1
+    )  # optimiser steps; a killed worker continues from the last
+    max_failures: int = Field(default=3, ge=0)  # restarts of the workers, each from the last checkpoint
 
 
 class DPOSection(TrainerSection):
-    """Direct preference optimisation with LoRA (method.md section 5)."""
+    """Direct preference optimisation (method.md section 5)."""
 
+    placement = frozenset(
+        {"gpus_per_worker", "min_workers", "checkpoint_every", "max_failures", "storage_path", "trackers"}
+    )
     beta: float = Field(default=0.01, gt=0)
-    reference: Literal["previous", "base"] = "previous"  # round r's reference: policy r-1, or the base model
+    loss: Literal["sigmoid", "robust", "ipo", "ipo_norm", "hinge", "sigmoid_norm", "softmax"] = "sigmoid"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)  # of sigmoid (cDPO), sigmoid_norm and robust
+    nll_weight: float = Field(default=0.0, ge=0)  # adds this times the chosen texts' NLL per token
+    # Where the reference's log-probabilities come from: computed once and stored beside the pairs, or from the model in
+    # training with its LoRA off, at every step.
+    reference: Literal["cached", "lora_off"] = "cached"
+    reference_policy: Literal["previous", "base"] = (
+        "previous"  # round r's reference: policy r-1, or the base model
+    )
+    tuning: Literal["lora", "full"] = "lora"
     lora_rank: int = Field(default=16, ge=1)
     lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_targets: tuple[str, ...] = ("all-linear",)  # or names of modules: q_proj, v_proj, ...
+    lora_init: str = "default"  # or "gaussian": both start at exactly the base model
+    quantize: Literal["none", "4bit"] = "none"  # QLoRA: the frozen base in 4 bits (bitsandbytes, GPU)
+    max_length: int = Field(
+        default=0, ge=0
+    )  # tokens of prompt and text; longer pairs are dropped. 0: llm.max_model_len
+    # What a step costs; none of these changes the result beyond rounding.
+    prefix_sharing: bool = True  # a pair's texts share one pass over their prompt
+    packing: bool = True  # the pairs of a micro-batch in one row, without padding
+    length_sorted: bool = True  # pairs of like length in a step
+    chunk_tokens: int = Field(
+        default=512, ge=0
+    )  # tokens whose logits are held at once; 0: all of a micro-batch
+    eval_every: int = Field(default=0, ge=0)  # steps between looks at the held-out pairs; 0: only at the end
+    patience: int = Field(default=0, ge=0)  # looks without a lower held-out loss before it stops; 0: never
+    max_kl_per_token: float = Field(default=0.5, gt=0)  # a warning, not a stop
+    min_workers: int = Field(default=0, ge=0)  # go on with as few, where a node is lost; 0: num_workers
+    storage_path: str = ""  # of checkpoints: a folder all nodes see, or s3://...; empty: in the run
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DPOSection:
+        if self.lora_init not in ("default", "gaussian"):
+            raise ValueError(
+                f"lora_init = {self.lora_init!r} changes the base weights, so that the saved LoRA alone would not be the "
+                'policy; use "default" or "gaussian"'
+            )
+        if self.tuning == "full" and self.reference == "lora_off":
+            raise ValueError('tuning = "full" has no LoRA to switch off; use reference = "cached"')
+        if self.tuning == "full" and self.quantize != "none":
+            raise ValueError('quantize needs tuning = "lora": 4-bit weights are not trained')
+        if self.quantize != "none" and (not self.gpus_per_worker or self.zero_stage == 3):
+            raise ValueError("quantize needs gpus_per_worker > 0 and zero_stage below 3")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "sigmoid_norm"):
+            raise ValueError(f"loss = {self.loss!r} has no label_smoothing; set it to 0")
+        if self.patience and not self.eval_every:
+            raise ValueError("patience needs eval_every > 0")
+        if self.offload_params and self.zero_stage != 3:
+            raise ValueError("offload_params needs zero_stage = 3")
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers = {self.min_workers} is above num_workers = {self.num_workers}")
+        if 0 < self.min_workers < self.num_workers and self.zero_stage:
+            raise ValueError(
+                "min_workers below num_workers needs zero_stage = 0: the other stages' checkpoints belong to one number of workers"
+            )
+        return self
 
 
 class BootstrapSection(TrainerSection):

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from dpo4rec_ray.errors import UserError
 
-SCHEMA_VERSION = 2  # raise it when a column changes meaning: manifests carry it, so old artifacts are redone
+SCHEMA_VERSION = 3  # raise it when a column changes meaning: manifests carry it, so old artifacts are redone
 
 EVALUATED_METRICS = ("ndcg", "map_paper", "map", "mrr", "hr")  # of core.metrics, at each of
 EVALUATED_AT = (1, 3, 5, 10)
@@ -102,9 +102,18 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("split", pa.string()),
             ("prompt_token_ids", _TOKENS),
             ("chosen_token_ids", _TOKENS),
-            ("rejected_token_ids", _TOKENS),
+            # one or more rejected texts, worst first
+            ("rejected_token_ids", pa.list_(_TOKENS)),
             ("chosen_reward", pa.float32()),
-            ("rejected_reward", pa.float32()),
+            ("rejected_reward", pa.list_(pa.float32())),
+        ]
+    ),
+    # Beside the pairs, one file per reference and part, in the pairs' order: sums over completion tokens.
+    "reference_logps": pa.schema(
+        [
+            ("user_id", pa.int64()),
+            ("chosen_logp", pa.float32()),
+            ("rejected_logp", pa.list_(pa.float32())),
         ]
     ),
     # Reward of fresh samples of the validation users under the policies before and after a round.

@@ -1,8 +1,7 @@
-"""Losses: log-probabilities of completions and DPO for the language model, ranking losses for the rerankers.
+"""Log-probabilities of completions for the language model, ranking losses for the rerankers.
 
-Departs from the paper: nothing in DPO (sums over completion tokens, sigmoid loss). `listwise_softmax` is the
-plain softmax cross-entropy, not SetRank's ReLU form as KAR codes it, whose gradient is zero for every logit
-<= 0.
+Departs from the paper: `listwise_softmax` is the plain softmax cross-entropy, not SetRank's ReLU form as KAR codes it,
+whose gradient is zero for every logit <= 0.
 """
 
 from __future__ import annotations
@@ -35,39 +34,6 @@ def sequence_logps(logits: Tensor, token_ids: Tensor, completion_mask: Tensor) -
     logits: [B, T, V]; token_ids, completion_mask: [B, T] -> [B], float32 (float64 for float64 logits).
     """
     return token_logps(logits, token_ids, completion_mask).sum(dim=1)
-
-
-def nll_loss(logits: Tensor, token_ids: Tensor, completion_mask: Tensor) -> Tensor:
-    """Negative log-likelihood, the mean over all completion tokens of the batch (0.0 if there are none).
-
-    logits: [B, T, V]; token_ids, completion_mask: [B, T] -> scalar.
-    """
-    num_tokens = completion_mask[:, 1:].bool().sum().clamp(min=1)
-    return -token_logps(logits, token_ids, completion_mask).sum() / num_tokens
-
-
-def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO's sigmoid loss (Rafailov et al., arXiv 2305.18290, eq. 7), per pair.
-
-    L = -log sigmoid(beta * [(log pi(y1|x) - log ref(y1|x)) - (log pi(y2|x) - log ref(y2|x))]), y1 chosen, y2
-    rejected. When the policy equals the reference every loss is ln 2.
-
-    Args:
-        policy_chosen: [B] sums of log-probabilities under the policy; the other three likewise.
-        policy_rejected: [B].
-        ref_chosen: [B], under the frozen reference.
-        ref_rejected: [B].
-        beta: strength of the pull towards the reference.
-
-    Returns:
-        losses [B]; chosen and rejected rewards [B], beta * (log pi - log ref), detached.
-    """
-    chosen_ratio = policy_chosen - ref_chosen
-    rejected_ratio = policy_rejected - ref_rejected
-    losses = -F.logsigmoid(beta * (chosen_ratio - rejected_ratio))
-    return losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
 
 
 def pointwise_bce(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

@@ -61,5 +61,30 @@ def best_vs_worst(
     return chosen, rejected
 
 
+def worst_samples(
+    rewards: npt.NDArray[Any],
+    completions: Sequence[Sequence[int]],
+    pair: tuple[int, int],
+    count: int,
+    min_margin: float,
+) -> list[int]:
+    """Up to `count` rejected samples beside one chosen, worst first (S-DPO, arXiv 2406.09215).
+
+    pair: (chosen, rejected) of a rule. Each of the others lies below the chosen by more than 0 and at least `min_margin`, and
+    no text comes twice.
+    """
+    chosen, rejected = pair
+    found, seen = [rejected], {tuple(completions[chosen]), tuple(completions[rejected])}
+    for place in np.argsort(rewards, kind="stable").tolist():
+        gap = float(rewards[chosen]) - float(rewards[place])
+        text = tuple(completions[place])
+        if len(found) >= count or gap <= 0 or gap < min_margin:
+            break
+        if text not in seen:
+            found.append(place)
+            seen.add(text)
+    return found
+
+
 Pairing = Callable[[npt.NDArray[Any], Sequence[Sequence[int]], float], tuple[int, int] | Drop]
 PAIRINGS: dict[str, Pairing] = {"best_vs_worst": best_vs_worst}

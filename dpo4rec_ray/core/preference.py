@@ -26,14 +26,15 @@ class Ratios:
 
     @property
     def margin(self) -> Tensor:
-        """[B, K] chosen less rejected."""
-        return self.chosen[:, None] - self.rejected
+        """[B, K] chosen less rejected, 0.0 where there is none: NaN would come back from there as a gradient."""
+        return (self.chosen[:, None] - self.rejected).masked_fill(~self.mask, 0.0)
 
     @property
     def margin_per_token(self) -> Tensor:
         """[B, K] the same of means over tokens."""
         chosen = self.chosen / self.chosen_length.clamp(min=1)
-        return chosen[:, None] - self.rejected / self.rejected_length.clamp(min=1)
+        margin = chosen[:, None] - self.rejected / self.rejected_length.clamp(min=1)
+        return margin.masked_fill(~self.mask, 0.0)
 
 
 # (ratios, beta, label_smoothing) -> losses [B]

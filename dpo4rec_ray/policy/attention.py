@@ -130,11 +130,17 @@ def _flex(
     if mask is None:
         positions, group_ids, part_ids = groups.positions, groups.group_ids, groups.part_ids
 
-        def seen(row: torch.Tensor, _head: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        def seen(
+            row: torch.Tensor, _head: torch.Tensor, one: torch.Tensor, other: torch.Tensor
+        ) -> torch.Tensor:
             together = group_ids[row, one] == group_ids[row, other]
             distance = positions[row, one] - positions[row, other]
             before = (distance >= 0) & (distance < (window or width))
-            return together & before & ((part_ids[row, other] == 0) | (part_ids[row, one] == part_ids[row, other]))
+            return (
+                together
+                & before
+                & ((part_ids[row, other] == 0) | (part_ids[row, one] == part_ids[row, other]))
+            )
 
         mask = create_block_mask(seen, rows, None, width, width, device=str(query.device))
         groups.cache["flex", window] = mask

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo4rec_ray.core.losses import sequence_logps
-
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -22,6 +20,16 @@ class TokenBatch:
     attention_mask: torch.Tensor  # [B, T] long, 0 = padding
     completion_mask: torch.Tensor  # [B, T] bool
     num_completion: int
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B] completion tokens."""
+        return self.completion_mask.sum(-1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model computes, padding excluded."""
+        return int(self.attention_mask.sum())
 
     def to(self, device: torch.device | str) -> TokenBatch:
         return TokenBatch(
@@ -48,16 +56,6 @@ def collate(
     return TokenBatch(token_ids, attention_mask, completion_mask, max(len(c) for c in completions))
 
 
-def collate_pairs(
-    prompts: Sequence[Sequence[int]],
-    chosen: Sequence[Sequence[int]],
-    rejected: Sequence[Sequence[int]],
-    pad_id: int,
-) -> TokenBatch:
-    """B preference pairs as 2B sequences: rows 0..B-1 chosen, rows B..2B-1 rejected."""
-    return collate([*prompts, *prompts], [*chosen, *rejected], pad_id)
-
-
 def completion_logits(
     model: torch.nn.Module, batch: TokenBatch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,8 +70,3 @@ def completion_logits(
         use_cache=False,
     )
     return output.logits, batch.token_ids[:, -keep:], batch.completion_mask[:, -keep:]
-
-
-def completion_logps(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
-    """log pi(completion | prompt) per sequence, EOS included: [B]."""
-    return sequence_logps(*completion_logits(model, batch))

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 
 TokenIds = Sequence[int]
-# FlexAttention's kernels take blocks of 128 tokens; rows are padded to whole ones on a GPU.
-BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,9 @@ class GroupBatch:
         return sum(place.stop - place.start for place in self.layout.places)
 
     def to(self, device: torch.device | str) -> GroupBatch:
-        moved = (getattr(self, name).to(device) for name in ("token_ids", "predictors", "targets", "sequence_ids"))
+        moved = (
+            getattr(self, name).to(device) for name in ("token_ids", "predictors", "targets", "sequence_ids")
+        )
         token_ids, predictors, targets, sequence_ids = moved
         return GroupBatch(
             token_ids, self.layout.to(device), predictors, targets, sequence_ids, self.lengths.to(device)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpo4rec_ray.core.losses import sequence_logps
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.attention import use_grouped_attention
 from dpo4rec_ray.policy.batch import TokenBatch, completion_logits
 from dpo4rec_ray.policy.groups import GroupBatch
@@ -42,12 +43,16 @@ class CompletionLogps(torch.nn.Module):
     def forward(self, batch: TokenBatch | GroupBatch) -> torch.Tensor:
         if isinstance(batch, TokenBatch):
             return sequence_logps(*completion_logits(self.model, batch))
-        hidden = bare(self.model).get_decoder()(
-            input_ids=batch.token_ids,
-            position_ids=batch.layout.positions,
-            groups=batch.layout,
-            use_cache=False,
-        ).last_hidden_state
+        hidden = (
+            bare(self.model)
+            .get_decoder()(
+                input_ids=batch.token_ids,
+                position_ids=batch.layout.positions,
+                groups=batch.layout,
+                use_cache=False,
+            )
+            .last_hidden_state
+        )
         predicting = hidden.flatten(0, 1)[batch.predictors]  # [M, H]
         token_logps = self._head(predicting, batch.targets)
         sums = token_logps.new_zeros(len(batch.lengths))
@@ -120,15 +125,19 @@ def bare(model: Any) -> Any:
 
 
 @torch.no_grad()
-def check_head(model: Any, token_ids: torch.Tensor) -> None:
-    """Compare head(decoder(x)) with the model's own logits; some models scale or shift between the two.
+def check_grouped(model: Any) -> None:
+    """Make sure that log-probabilities can be computed in groups; to be asked before `CompletionLogps` is made.
 
-    token_ids: [1, T]. The model's attention must still be its own.
+    Compares head(decoder(x)) with the model's own logits: some models scale or shift between the two.
 
     Raises:
-        ValueError: the logits differ.
+        UserError: the model takes no other attention than its own, or changes its head's logits.
     """
     inner = bare(model)
+    advice = "set dpo.prefix_sharing = false and dpo.packing = false"
+    if not getattr(inner, "_supports_attention_backend", False):
+        raise UserError(f"{type(inner).__name__} takes no attention but its own; {advice}")
+    token_ids = torch.arange(8, device=inner.device)[None] % inner.config.get_text_config().vocab_size
     own = inner(input_ids=token_ids, use_cache=False).logits.float()
     hidden = inner.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
     ours = inner.get_output_embeddings()(hidden).float()
@@ -137,4 +146,6 @@ def check_head(model: Any, token_ids: torch.Tensor) -> None:
         ours = cap * torch.tanh(ours / cap)
     difference = (own - ours).abs().max().item()
     if not difference <= 1e-2 * own.abs().max().item():
-        raise ValueError(f"{type(inner).__name__} changes its head's logits (by up to {difference:.3g})")
+        raise UserError(
+            f"{type(inner).__name__} changes its head's logits (by up to {difference:.3g}); {advice}"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dpo4rec_ray.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POLICY_FILE = "policy.json"
@@ -85,31 +87,125 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def load_model(path: str, dtype: str) -> PreTrainedModel:
-    """A causal LM in the given dtype ("float32", "bfloat16", "float16"), on the CPU."""
+def load_model(
+    path: str, dtype: str, *, zero3: dict[str, Any] | None = None, quantize: str = "none"
+) -> PreTrainedModel:
+    """A causal LM in the given dtype ("float32", "bfloat16", "float16"), on the CPU.
+
+    Args:
+        path: folder or hub name.
+        dtype: of the weights.
+        zero3: DeepSpeed's config, if the weights are to be partitioned over the workers as they are read (ZeRO-3): no
+            worker holds the whole model.
+        quantize: "4bit" for QLoRA's NF4, on this worker's GPU.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+    options: dict[str, Any] = {}
+    if quantize == "4bit":
+        options = {"quantization_config": _four_bits(dtype), "device_map": {"": torch.cuda.current_device()}}
+    if zero3 is not None:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        # from_pretrained asks a weak reference to this object: it must live until the weights are read
+        partitioned = HfDeepSpeedConfig(zero3)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True, **options
+    )
+    if zero3 is not None:
+        del partitioned
+    return model
+
+
+def _four_bits(dtype: str) -> Any:
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            'dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set dpo.quantize = "none"'
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
 
 
-def add_lora(model: PreTrainedModel, rank: int, alpha: int) -> Any:
-    """Put LoRA on every linear layer but the output head; only its weights train."""
+def add_lora(
+    model: PreTrainedModel,
+    rank: int,
+    alpha: int,
+    dropout: float = 0.0,
+    targets: Sequence[str] = ("all-linear",),
+    init: str = "default",
+) -> Any:
+    """Put LoRA on the named modules ("all-linear": every linear layer but the output head); only its weights train.
+
+    init: "default" or "gaussian"; both leave the model as it is until the first step.
+
+    Raises:
+        UserError: no module has such a name.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    names = list(targets)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=TaskType.CAUSAL_LM
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=names[0] if names == ["all-linear"] else names,
+        init_lora_weights=True if init == "default" else init,
+        task_type=TaskType.CAUSAL_LM,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"dpo.lora_targets = {names}: {str(error).splitlines()[0][:200]}") from None
 
 
 def load_lora(model: PreTrainedModel, adapter: str) -> Any:
-    """Continue training an existing LoRA (reference "base", rounds after the first)."""
+    """Continue training an existing LoRA (reference_policy "base", rounds after the first)."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep one hidden state per layer and compute the rest again in the backward pass."""
+    model.enable_input_require_grads()  # else a frozen embedding ends the graph of the first layer
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def gathered_state(model: torch.nn.Module, rank: int, *, trained_only: bool) -> dict[str, torch.Tensor]:
+    """Whole weights by name on rank 0, nothing elsewhere; every worker must call it. Partitioned ones (ZeRO-3) one by one."""
+    import deepspeed
+
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank == 0:
+                found[name] = parameter.detach().cpu().clone()
+    return found
+
+
+def save_adapter(model: Any, state: dict[str, torch.Tensor], tokenizer_path: str, target: Path) -> None:
+    """Save a peft model's LoRA from its gathered weights, so that a killed save leaves no folder that looks complete."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=state)
+    load_tokenizer(tokenizer_path).save_pretrained(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
 
 
 def save_merged(base: str, adapter: str, target: Path, dtype: str) -> None:
@@ -120,8 +216,13 @@ def save_merged(base: str, adapter: str, target: Path, dtype: str) -> None:
     save_complete(model.merge_and_unload(), base, target)
 
 
-def save_complete(model: PreTrainedModel, tokenizer_path: str, target: Path) -> None:
-    """Save a model and its tokenizer so that a killed save leaves no folder that looks complete."""
+def save_complete(
+    model: PreTrainedModel, tokenizer_path: str, target: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Save a model and its tokenizer so that a killed save leaves no folder that looks complete.
+
+    state: its weights by name, where the model itself holds parts of them only.
+    """
     from transformers import GenerationConfig
 
     temporary = target.with_name(target.name + ".tmp")
@@ -131,7 +232,7 @@ def save_complete(model: PreTrainedModel, tokenizer_path: str, target: Path) -> 
     model.generation_config = GenerationConfig(
         bos_token_id=stops.bos_token_id, eos_token_id=stops.eos_token_id, pad_token_id=stops.pad_token_id
     )
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
     load_tokenizer(tokenizer_path).save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

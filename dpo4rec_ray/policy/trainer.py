@@ -1,239 +1,222 @@
-"""The training loop under DeepSpeed, for two objectives: DPO on preference pairs, and supervised texts.
+"""The training loop under DeepSpeed ZeRO, for any objective of policy.objectives.
 
-One process per worker calls `train`; torch.distributed is already initialised (Ray Train does it). Every rank walks
-the same seeded order and takes its share of each micro-batch, so that 1 and 2 workers see the same examples.
+One process per worker; torch.distributed is already initialised (Ray Train does it). The rows of a step do not depend on
+how many workers share them (policy.order), and a state that was saved after step k continues with step k + 1.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo4rec_ray.core.losses import dpo_loss, nll_loss
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.batch import TokenBatch, collate, collate_pairs, completion_logits, completion_logps
+from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
+from dpo4rec_ray.policy.logps import CompletionLogps
+from dpo4rec_ray.policy.objectives import Objective, Row
+from dpo4rec_ray.policy.order import Order
 
-Row = dict[str, Any]
 Figures = dict[str, float]
+# How far the first DPO loss may be from ln 2: float32 is exact, the others round logits of sums over hundreds of tokens.
+FIRST_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimiser and schedule. `batch_size` counts rows per worker and micro-step."""
+    """Optimiser, schedule and sharding. `batch_size` counts rows per worker and micro-step, `effective` rows per step."""
 
     lr: float
     epochs: int
     batch_size: int
-    accumulation: int
+    effective: int
     warmup_frac: float
     weight_decay: float
     max_grad_norm: float
     zero_stage: int
     dtype: str
     seed: int
+    schedule: str = "cosine"
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    on_gpu: bool = False
 
 
-class SupervisedObjective:
-    """Mean negative log-likelihood of the completion tokens. Rows: prompt_token_ids, completion_token_ids."""
+class Trainer:
+    """One worker's part in a training.
 
-    dropout = True
-
-    def __init__(self, pad_id: int):
-        self._pad_id = pad_id
-
-    def collate(self, rows: list[Row]) -> TokenBatch:
-        prompts = [row["prompt_token_ids"] for row in rows]
-        return collate(prompts, [row["completion_token_ids"] for row in rows], self._pad_id)
-
-    def __call__(self, model: torch.nn.Module, batch: TokenBatch) -> tuple[torch.Tensor, Figures]:
-        loss = nll_loss(*completion_logits(model, batch))
-        return loss, {"loss": loss.item()}
-
-
-class DPOObjective:
-    """DPO with the LoRA switched off as reference (paper eq. 1). Rows: prompt, chosen and rejected token ids."""
-
-    dropout = False  # policy and reference must see the same network, or the first loss is not ln 2
-
-    def __init__(self, pad_id: int, beta: float):
-        self._pad_id, self._beta = pad_id, beta
-
-    def collate(self, rows: list[Row]) -> TokenBatch:
-        columns = ([row[f"{name}_token_ids"] for row in rows] for name in ("prompt", "chosen", "rejected"))
-        return collate_pairs(*columns, self._pad_id)
-
-    def __call__(self, model: torch.nn.Module, batch: TokenBatch) -> tuple[torch.Tensor, Figures]:
-        policy = completion_logps(model, batch)
-        with torch.no_grad(), _peft(model).disable_adapter():
-            reference = completion_logps(model, batch)
-        half = len(policy) // 2
-        losses, chosen, rejected = dpo_loss(
-            policy[:half], policy[half:], reference[:half], reference[half:], self._beta
-        )
-        lengths = batch.completion_mask.sum(-1)
-        ratio = (policy - reference).detach()
-        figures = {
-            "loss": losses.mean().item(),
-            "chosen_reward": chosen.mean().item(),
-            "rejected_reward": rejected.mean().item(),
-            "margin": (chosen - rejected).mean().item(),
-            "accuracy": (chosen > rejected).float().mean().item(),
-            "chosen_logp": policy[:half].mean().item(),
-            "rejected_logp": policy[half:].mean().item(),
-            # Schulman's k3 estimate on the stored samples, which the reference (policy r-1) drew:
-            # KL(ref || policy) per token, never negative
-            "kl_per_token": ((ratio.exp() - 1 - ratio).sum() / lengths.sum()).item(),
-            "chosen_length": lengths[:half].float().mean().item(),
-            "rejected_length": lengths[half:].float().mean().item(),
-        }
-        return losses.mean(), figures
-
-
-def _peft(model: torch.nn.Module) -> Any:
-    return getattr(model, "module", model)  # the DeepSpeed engine keeps the peft model in .module
-
-
-def train(
-    model: torch.nn.Module,
-    rows: list[Row],
-    objective: SupervisedObjective | DPOObjective,
-    settings: TrainSettings,
-    *,
-    on_step: Callable[[int, int, Figures], None],
-    expect_first_loss: float | None = None,
-) -> None:
-    """Train `model` in place. `on_step(step, num_steps, figures)` is called on every rank after each optimiser step.
-
-    Raises:
-        UserError: the first loss is not `expect_first_loss` to 1e-3 (policy and reference differ at the start),
-            or a loss is not finite.
+    >>> trainer = Trainer(model, rows, objective, settings)
+    >>> trainer.load(folder)            # to continue
+    >>> trainer.run(on_step)
     """
-    import deepspeed
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    micro_per_epoch = math.ceil(len(rows) / (settings.batch_size * world))
-    num_micro = micro_per_epoch * settings.epochs
-    accumulation = min(settings.accumulation, num_micro)
-    num_steps = math.ceil(
-        num_micro / accumulation
-    )  # the last step is filled up from one more pass over the rows
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(num_steps, settings.warmup_frac))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config=_deepspeed_config(settings, accumulation),
-        dist_init_required=False,
-    )
-    engine.train()
-    engine.module.train(objective.dropout)
-    step, sums, parts, tokens, started = 0, {}, 0, 0, time.monotonic()
-    for index, share in enumerate(_shares(len(rows), settings, rank, world)):
-        if index == num_steps * accumulation:
-            break
-        batch = objective.collate([rows[i] for i in share]).to(engine.device)
-        loss, figures = objective(engine, batch)
-        if index == 0 and expect_first_loss is not None:
-            _check_first_loss(figures["loss"], expect_first_loss)
-        if not math.isfinite(figures["loss"]):
-            raise RuntimeError(
-                f"step {step}: the loss is {figures['loss']}; lower the learning rate or use float32"
-            )
-        engine.backward(loss)
-        engine.step()
-        sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
-        parts += 1
-        tokens += int(batch.attention_mask.sum())
-        if parts < accumulation:
-            continue
-        step += 1
-        mean = _mean_over_ranks({key: value / parts for key, value in sums.items()}, engine.device)
-        norm = engine.get_global_grad_norm()
-        mean["grad_norm"] = float(norm) if norm is not None else float("nan")
-        mean["lr"] = schedule.get_last_lr()[0]
-        mean["tokens_per_s"] = tokens * world / (time.monotonic() - started)
-        on_step(step, num_steps, mean)
-        sums, parts, tokens, started = {}, 0, 0, time.monotonic()
+    def __init__(
+        self,
+        model: CompletionLogps,
+        rows: Sequence[Row],
+        objective: Objective,
+        settings: TrainSettings,
+        *,
+        lengths: Sequence[int] | None = None,
+        extra: dict[str, Any] | None = None,
+    ):
+        """
+        Args:
+            model: its weights that require gradients are trained in place.
+            rows: all rows of all workers.
+            lengths: tokens per row, to make steps of like lengths; None keeps the drawn order.
+            extra: merged over DeepSpeed's config.
+
+        Raises:
+            UserError: no rows, or `extra` contradicts the settings.
+        """
+        import deepspeed
+
+        if not len(rows):
+            raise UserError("nothing to train on: 0 rows")
+        self._rows, self._objective, self._settings = rows, objective, settings
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self.order = Order(len(rows), settings.effective, settings.epochs, settings.seed, lengths)
+        self._accumulation = self.order.micro_batches(settings.batch_size, self._world)
+        self.step = 0  # steps that are done
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
+        factor = schedule_factor(settings.schedule, self.order.num_steps, settings.warmup_frac)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        without_dropout(model)
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=self._schedule,
+            config=deepspeed_config(settings, self._accumulation, extra or {}),
+            dist_init_required=False,
+        )
+
+    def save(self, folder: Path) -> None:
+        """This worker's part of a state to continue from. Every worker calls it, each with a folder of its own."""
+        self.engine.save_checkpoint(
+            str(folder), tag="state", client_state={"step": self.step}, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path) -> None:
+        """Continue after the step that was saved. DeepSpeed's files are pickles: load only what this project has written."""
+        _, state = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        self.step = state["step"]
+
+    def run(
+        self,
+        on_step: Callable[[int, int, Figures], bool],
+        *,
+        expect_first_loss: float | None = None,
+    ) -> None:
+        """Train to the end, or until `on_step(step, num_steps, figures)` answers True; all workers must answer the same.
+
+        `step` counts from 1; figures are means over the rows of the step, over all workers.
+
+        Raises:
+            UserError: the first loss is not `expect_first_loss` (policy and reference differ at the start).
+            RuntimeError: a loss is not finite.
+        """
+        engine, settings = self.engine, self._settings
+        engine.train()
+        started = time.monotonic()
+        for step in self.order.steps(settings.batch_size, self._rank, self._world, self.step):
+            sums: Figures = {}
+            for micro, share in enumerate(step.shares):
+                # where the rows do not go round, a worker repeats one without weight: all must take part in the exchange
+                rows = [self._rows[i] for i in share or step.rows[:1]]
+                batch = self._objective.collate(rows).to(engine.device)
+                # LoRA's dropout: the same whether the run was interrupted or not
+                torch.manual_seed(settings.seed + 1_000_003 * step.index + 1009 * micro + self._rank)
+                loss, found = self._objective(engine, batch)
+                weight = self._accumulation * self._world / len(step.rows) if share else 0.0
+                engine.backward(loss * weight)
+                engine.step()
+                if share:
+                    found["tokens"] = float(batch.tokens.num_tokens)
+                    sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
+            mean = {key: value / len(step.rows) for key, value in self._total(sums).items()}
+            step_tokens = mean.pop("tokens") * len(step.rows)
+            if not math.isfinite(mean["loss"]):
+                raise RuntimeError(
+                    f"step {step.index + 1}: the loss is {mean['loss']}; lower the learning rate or use float32"
+                )
+            if step.index == 0 and expect_first_loss is not None:
+                _check_first_loss(mean["loss"], expect_first_loss, FIRST_LOSS_TOLERANCE[settings.dtype])
+            norm = engine.get_global_grad_norm()
+            mean["grad_norm"] = float(norm) if norm is not None else float("nan")
+            mean["lr"] = self._schedule.get_last_lr()[0]
+            now = time.monotonic()
+            mean["tokens_per_s"] = step_tokens / (now - started)
+            mean["pairs_per_s"] = len(step.rows) / (now - started)
+            self.step = step.index + 1
+            stop = on_step(self.step, self.order.num_steps, mean)
+            started = time.monotonic()
+            if stop:
+                return
+
+    @torch.no_grad()
+    def evaluate(self, rows: Sequence[Row], batch_size: int) -> Figures:
+        """Means over held-out rows, spread over the workers; empty when there are no rows."""
+        if not len(rows):
+            return {}
+        training = self.engine.module.training
+        self.engine.eval()
+        share = list(range(self._rank, len(rows), self._world))
+        sums: Figures = {}
+        # every worker makes as many calls: under ZeRO-3 each is an exchange
+        calls = math.ceil(math.ceil(len(rows) / self._world) / batch_size)
+        for call in range(calls):
+            own = share[call * batch_size : (call + 1) * batch_size]
+            batch = self._objective.collate([rows[i] for i in own or [0]]).to(self.engine.device)
+            _, found = self._objective(self.engine, batch)
+            if own:
+                sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
+        self.engine.train(training)
+        return {key: value / len(rows) for key, value in self._total(sums).items()}
+
+    def _total(self, sums: Figures) -> Figures:
+        """Sums over the workers; one that had no rows has no names either."""
+        if self._world == 1:
+            return sums
+        everyone: list[Any] = [None] * self._world
+        dist.all_gather_object(everyone, sums)
+        names = max(everyone, key=len)
+        return {name: math.fsum(one.get(name, 0.0) for one in everyone) for name in names}
 
 
-@torch.no_grad()
-def evaluate_pairs(
-    model: torch.nn.Module, rows: list[Row], objective: DPOObjective, batch_size: int
-) -> Figures:
-    """Mean DPO figures over held-out pairs, spread over the ranks; empty when there are no rows."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    device = next(model.parameters()).device
-    if not rows:
-        return {}
-    model.eval()
-    share = [rows[i % len(rows)] for i in range(rank, max(len(rows), world), world)]
-    totals: Figures = {}
-    for start in range(0, len(share), batch_size):
-        part = share[start : start + batch_size]
-        _, figures = objective(model, objective.collate(part).to(device))
-        totals = {key: totals.get(key, 0.0) + value * len(part) for key, value in figures.items()}
-    weighted = {**totals, "_rows": float(len(share))}
-    mean = _mean_over_ranks(weighted, device)
-    return {key: mean[key] / mean["_rows"] for key in totals}
-
-
-def _shares(num_rows: int, settings: TrainSettings, rank: int, world: int) -> Iterator[list[int]]:
-    """This rank's rows of every micro-batch, epoch after epoch; the last micro-batch is filled up from the front."""
-    size = settings.batch_size * world
-    for epoch in range(settings.epochs + 1):
-        order = np.random.default_rng([settings.seed, epoch]).permutation(num_rows)
-        order = np.resize(order, math.ceil(num_rows / size) * size)
-        for start in range(0, len(order), size):
-            yield order[
-                start + rank * settings.batch_size : start + (rank + 1) * settings.batch_size
-            ].tolist()
-
-
-def _check_first_loss(loss: float, expected: float) -> None:
-    if abs(loss - expected) > 1e-3:
+def _check_first_loss(loss: float, expected: float, tolerance: float) -> None:
+    if abs(loss - expected) > tolerance:
         raise UserError(
             f"the first DPO loss is {loss:.6f}, not ln 2 = {expected:.6f}: policy and reference differ before training; "
-            "a wrong base folder, or a LoRA that does not start at zero, would do that"
+            "a wrong base folder, stale reference log-probabilities or a LoRA that does not start at zero would do that"
         )
 
 
-def _warmup_cosine(num_steps: int, warmup_frac: float) -> Callable[[int], float]:
-    warmup = max(1, round(num_steps * warmup_frac))
+def schedule_factor(schedule: str, num_steps: int, warmup_frac: float) -> Callable[[int], float]:
+    """The learning rate's factor in each step (from 0): a linear warm-up that starts above 0, then transformers' schedules."""
+    warmup = round(num_steps * warmup_frac)
 
     def factor(step: int) -> float:
         if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, num_steps - warmup)
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+            return (step + 1) / (warmup + 1)
+        done = min((step - warmup) / max(1, num_steps - warmup), 1.0)
+        if schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if schedule == "linear" else 1.0
 
     return factor
 
 
-def _mean_over_ranks(figures: Figures, device: torch.device) -> Figures:
-    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return dict(zip(figures, (values / dist.get_world_size()).tolist(), strict=True))
-
-
-def _deepspeed_config(settings: TrainSettings, accumulation: int) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": settings.batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeedCPUAdam would compile for minutes
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-    if settings.dtype != "float32":
-        config["bf16" if settings.dtype == "bfloat16" else "fp16"] = {"enabled": True}
-    return config
+def without_dropout(model: torch.nn.Module) -> None:
+    """Switch off every dropout but LoRA's: policy and reference must see the same network, or the first loss is not ln 2."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

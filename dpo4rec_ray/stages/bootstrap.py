@@ -63,17 +63,15 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     launch(
         supervised_loop,
         {
+            "config": config,
             "settings": train_settings(section, "float32", seed_of(config.run.seed, "bootstrap")),
             "tokenizer": str(work / "tokenizer"),
             "rows": str(work / "rows.parquet"),
-            "hidden_size": section.hidden_size,
-            "num_layers": section.num_layers,
             "folder": str(folder),
             "target": str(work / "model"),
         },
         folder=folder,
-        num_workers=section.num_workers,
-        gpus_per_worker=section.gpus_per_worker,
+        section=section,
         label="bootstrap",
         unit="steps",
     )

@@ -1,19 +1,22 @@
-"""DPO of round r: policy r-1 plus LoRA on the round's pairs, under Ray Train and DeepSpeed ZeRO.
+"""DPO of round r: policy r-1 trained on the round's pairs, under Ray Train and DeepSpeed ZeRO.
 
-The result is a peft adapter folder, and for an engine that is faster with whole weights (vLLM on CPU) also the merged
-model. A round that builds on a policy that was not merged merges it first.
+The result is a peft adapter folder or, with full fine-tuning, a model folder; for an engine that is faster with whole
+weights (vLLM on CPU) the LoRA is merged too. A round that builds on a policy that was not merged merges it first.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.artifacts import RunDir, folder_hash
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
 from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, merges_lora, policy_weights, say, seed_of
-from dpo4rec_ray.stages.train_policy import HELDOUT, dpo_loop, train_settings
-from dpo4rec_ray.stages.training import launch, read_metrics
+from dpo4rec_ray.stages.reference import cached_reference
+from dpo4rec_ray.stages.train_policy import ADAPTER, FULL, HELDOUT, TRAINED, DPOTask, dpo_loop, train_settings
+from dpo4rec_ray.stages.training import WARNINGS, begin, launch, read_metrics
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -21,56 +24,88 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     import ray
 
     section = config.dpo
-    folder = store.start("policy", round_id)
+    folder = begin(store, "policy", round_id)
     # in a worker: the driver may be a small machine
     merge = ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": WORKER_ENV})(save_merged)
     before = policy_weights(config, store, round_id - 1)
-    from_base = section.reference == "base" and round_id > 1
-    if from_base:
+    continues = section.reference_policy == "base" and round_id > 1
+    if continues and section.tuning == "lora":
         base = before.base
     elif before.adapter and not before.merged:
-        ray.get(merge.remote(before.base, before.adapter, folder / "start", config.llm.dtype))
+        if not (folder / "start").exists():
+            ray.get(merge.remote(before.base, before.adapter, folder / "start", config.llm.dtype))
         base = str(folder / "start")
     else:
         base = before.whole
-    launch(
-        dpo_loop,
-        {
-            "settings": train_settings(section, config.llm.dtype, seed_of(config.run.seed, "dpo", round_id)),
-            "store": store,
-            "folder": str(folder),
-            "base": base,
-            "continue_from": before.adapter if from_base else None,
-            "lora_rank": section.lora_rank,
-            "lora_alpha": section.lora_alpha,
-            "beta": section.beta,
-            "round_id": round_id,
-        },
-        folder=folder,
-        num_workers=section.num_workers,
-        gpus_per_worker=section.gpus_per_worker,
-        label="dpo",
-        unit="steps",
-    )
-    weights = PolicyWeights(base=base, adapter=str(folder / "adapter"))
-    if merges_lora(config):
+    frozen = policy_weights(config, store, 0).base if section.reference_policy == "base" else base
+    reference = None
+    if section.reference == "cached":
+        reference = str(cached_reference(config, store, round_id, frozen))
+    if not (folder / TRAINED).exists():
+        task = DPOTask(
+            config=config,
+            store=store,
+            round_id=round_id,
+            folder=str(folder),
+            base=base,
+            adapter=before.adapter if continues else None,
+            reference=reference,
+            moved=continues,
+            settings=train_settings(section, config.llm.dtype, seed_of(config.run.seed, "dpo", round_id)),
+            deepspeed=read_extra(section.deepspeed),
+        )
+        launch(dpo_loop, {"task": task}, folder=folder, section=section, label="dpo", unit="steps")
+    weights = PolicyWeights(base=base, adapter=str(folder / ADAPTER))
+    if section.tuning == "full":
+        weights = PolicyWeights(base=str(folder / FULL))
+    elif merges_lora(config):
         ray.get(merge.remote(base, weights.adapter, folder / "merged", config.llm.dtype))
         weights = PolicyWeights(base=base, adapter=weights.adapter, merged=str(folder / "merged"))
+    figures = _figures(config, store, round_id)
+    write_policy(
+        folder,
+        weights,
+        {
+            "round": round_id,
+            "base_hash": folder_hash(base),
+            "pairs": store.require("pairs", round_id).fingerprint,
+            "settings": section.model_dump(mode="json"),
+            "figures": figures,
+        },
+    )
+    pairs = figures["pairs"]
+    return Outcome(
+        rows_in=pairs["train"] + pairs["train_too_long"], rows_out=figures["steps"], figures=figures
+    )
+
+
+def _figures(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
+    """What the workers left in the folder, as one table of figures; the lines that a user should read are said."""
+    folder, section = store.path("policy", round_id), config.dpo
     steps = read_metrics(folder)
     heldout = json.loads((folder / HELDOUT).read_text(encoding="utf-8"))
-    pairs = store.require("pairs", round_id).figures
-    figures = {
+    trained = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
+    warnings = [line for step in steps for line in step.get(WARNINGS, [])]
+    if heldout:
+        say(f"  dpo: accuracy on {trained['pairs']['valid']} held-out pairs {heldout['accuracy']:.3f}")
+    too_long = trained["pairs"]["train_too_long"] + trained["pairs"]["valid_too_long"]
+    if too_long:
+        say(f"  dpo: {too_long} pairs are longer than {trained['max_length']} tokens and were left out")
+    for line in warnings:
+        say(f"  dpo: {line}")
+    return {
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "accuracy": heldout.get("accuracy"),
         "margin": heldout.get("margin"),
+        "heldout_loss": heldout.get("loss"),
         "train_accuracy": steps[-1]["accuracy"],
         "kl_per_token": steps[-1]["kl_per_token"],
+        "pairs_per_s": steps[-1]["pairs_per_s"],
+        "peak_memory_mb": max(step["peak_memory_mb"] for step in steps),
         "steps": len(steps),
-        "reference": "base LLM" if section.reference == "base" else f"policy {round_id - 1}",
+        "reference": "base LLM" if section.reference_policy == "base" else f"policy {round_id - 1}",
         "zero_stage": section.zero_stage,
+        "warnings": warnings,
+        **trained,
     }
-    write_policy(folder, weights, {"round": round_id, "beta": section.beta, "figures": figures})
-    if heldout:
-        say(f"  dpo: accuracy on {pairs['heldout_pairs']} held-out pairs {heldout['accuracy']:.3f}")
-    return Outcome(rows_in=pairs["pairs"], rows_out=len(steps), figures=figures)

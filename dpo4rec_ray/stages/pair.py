@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.pairing import PAIRINGS, Drop
+from dpo4rec_ray.core.pairing import PAIRINGS, Drop, worst_samples
 from dpo4rec_ray.core.rewards import list_noise, shrink
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.common import Outcome, say
@@ -59,7 +59,10 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
                 dropped[split][found.value] += 1
                 continue
             kept[split] += 1
-            best, worst = found
+            best, _ = found
+            rejected = worst_samples(
+                own_reward, told_apart, found, config.pair.num_rejected, config.pair.min_margin
+            )
             prompt = own["prompt_token_ids"][0].as_py()
             values = (
                 round_id,
@@ -67,9 +70,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
                 split,
                 prompt,
                 completions[best],
-                completions[worst],
+                [completions[one] for one in rejected],
                 own_reward[best],
-                own_reward[worst],
+                [float(own_reward[one]) for one in rejected],
             )
             for name, value in zip(_COLUMNS, values, strict=True):
                 columns[name].append(value)

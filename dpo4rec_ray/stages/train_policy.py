@@ -1,19 +1,29 @@
-"""The Ray Train loop that runs both DPO and the supervised bootstrap: same trainer, another objective."""
+"""The Ray Train loops: DPO, and the supervised bootstrap; one trainer, two objectives."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_ray.artifacts import RunDir
-from dpo4rec_ray.config import TrainerSection
-from dpo4rec_ray.policy.trainer import TrainSettings
-from dpo4rec_ray.stages.training import MetricsFile
+import numpy as np
+import pyarrow as pa
 
-HELDOUT = "heldout.json"
+from dpo4rec_ray.artifacts import RunDir, write_json
+from dpo4rec_ray.config import Config, TrainerSection
+from dpo4rec_ray.core.watch import Watch
+from dpo4rec_ray.policy.trainer import Figures, Trainer, TrainSettings
+from dpo4rec_ray.stages.reference import read_reference
+from dpo4rec_ray.stages.training import WARNINGS, MetricsFile, read_metrics
+
+HELDOUT = "heldout.json"  # figures of the saved policy on the held-out pairs
+TRAINED = "trained.json"  # written last: the policy is saved
+LOOKS = "looks.json"  # the held-out loss at every look
+ADAPTER, FULL = "adapter", "full"
 
 
 def train_settings(section: TrainerSection, dtype: str, seed: int) -> TrainSettings:
@@ -21,50 +31,96 @@ def train_settings(section: TrainerSection, dtype: str, seed: int) -> TrainSetti
         lr=section.lr,
         epochs=section.epochs,
         batch_size=section.batch_size,
-        accumulation=section.accumulation,
+        effective=section.batch_size * section.accumulation * section.num_workers,
         warmup_frac=section.warmup_frac,
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         zero_stage=section.zero_stage,
         dtype=dtype,
         seed=seed,
+        schedule=section.schedule,
+        offload_optimizer=section.offload_optimizer,
+        offload_params=section.offload_params,
+        on_gpu=section.gpus_per_worker > 0,
     )
 
 
+@dataclass(frozen=True)
+class DPOTask:
+    """What a DPO worker needs to know."""
+
+    config: Config
+    store: RunDir
+    round_id: int
+    folder: str
+    base: str  # the model that training starts from
+    adapter: str | None  # a LoRA on it that is trained on
+    reference: str | None  # folder of the stored log-probabilities; None: the model with its LoRA off
+    moved: bool  # the start is not the reference, so the first loss is not ln 2
+    settings: TrainSettings
+    deepspeed: dict[str, Any]
+
+
 def dpo_loop(arguments: dict[str, Any]) -> None:
-    """One DPO worker: `base` + LoRA on the round's training pairs, then the held-out pairs, then rank 0 saves."""
+    """One DPO worker: trains on the round's pairs, looks at the held-out ones, and rank 0 saves."""
     from ray import train
 
-    from dpo4rec_ray.policy.model import add_lora, load_lora, load_model, load_tokenizer
-    from dpo4rec_ray.policy.trainer import DPOObjective, evaluate_pairs
-    from dpo4rec_ray.policy.trainer import train as train_model
+    from dpo4rec_ray.policy.objectives import DPOObjective
+    from dpo4rec_ray.policy.reference import batch_layout
+    from dpo4rec_ray.policy.rows import ArrowRows
 
     _quiet()
-    settings: TrainSettings = arguments["settings"]
-    store: RunDir = arguments["store"]
-    folder, rank = Path(arguments["folder"]), train.get_context().get_world_rank()
-    tokenizer = load_tokenizer(arguments["base"])
-    base = load_model(arguments["base"], settings.dtype)
-    if arguments["continue_from"]:
-        model, expected = load_lora(base, arguments["continue_from"]), None  # the policy has moved: not ln 2
-    else:
-        model, expected = add_lora(base, arguments["lora_rank"], arguments["lora_alpha"]), math.log(2)
-    objective = DPOObjective(tokenizer.pad_token_id or 0, arguments["beta"])
-    pairs = {
-        split: store.read("pairs", arguments["round_id"], split=split).to_pylist()
-        for split in ("train", "valid")
-    }
-    metrics = MetricsFile(folder, rank)
+    task: DPOTask = arguments["task"]
+    section, settings, folder = task.config.dpo, task.settings, Path(task.folder)
+    rank = train.get_context().get_world_rank()
+    pairs, lengths, counts, max_length = _pairs(task)
+    layout = batch_layout(
+        task.base,
+        prefix_sharing=section.prefix_sharing,
+        packing=section.packing,
+        on_gpu=settings.on_gpu,
+    )
+    objective = DPOObjective(layout, section.beta, section.loss, section.label_smoothing, section.nll_weight)
+    rows = {split: ArrowRows(table) for split, table in pairs.items()}
+    trainer = Trainer(
+        _policy(task, layout.grouped),
+        rows["train"],
+        objective,
+        settings,
+        lengths=lengths["train"] if section.length_sorted else None,
+        extra=task.deepspeed,
+    )
+    exact = section.loss == "sigmoid" and not task.moved and not section.nll_weight
+    saver = _Saver(task, trainer, rank)
+    looks = Looks(folder, rank)
 
-    def on_step(step: int, num_steps: int, figures: dict[str, float]) -> None:
-        metrics.write({"step": step, "num_steps": num_steps, **figures, "peak_memory_mb": _peak_memory_mb()})
+    def look(step: int) -> bool:
+        """Judge the policy on the held-out pairs and keep it if it is the best; whether it is time to stop."""
+        heldout = trainer.evaluate(rows["valid"], section.batch_size)
+        best = looks.add(step, heldout.get("loss", math.nan))
+        if best or not heldout:
+            saver.save(heldout)
+        return bool(section.patience) and looks.since_best >= section.patience
 
-    train_model(model, pairs["train"], objective, settings, on_step=on_step, expect_first_loss=expected)
-    heldout = evaluate_pairs(model, pairs["valid"], objective, settings.batch_size)
+    def on_step(step: int, num_steps: int, figures: Figures) -> bool:
+        last = step == num_steps
+        return look(step) if not last and section.eval_every and step % section.eval_every == 0 else False
+
+    _fit(
+        trainer,
+        task.config,
+        section,
+        folder,
+        rank,
+        on_step,
+        expect_first_loss=math.log(2) if exact else None,
+    )
+    if not looks.stopped(section.patience):
+        if not section.eval_every:
+            looks.forget()
+        look(trainer.order.num_steps)
     if rank == 0:
-        model.save_pretrained(folder / "adapter")
-        tokenizer.save_pretrained(folder / "adapter")
-        (folder / HELDOUT).write_text(json.dumps(heldout), encoding="utf-8")
+        write_json(folder / TRAINED, {"pairs": counts, "max_length": max_length, "looks": looks.losses})
 
 
 def supervised_loop(arguments: dict[str, Any]) -> None:
@@ -75,29 +131,189 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     from dpo4rec_ray.policy.bootstrap import small_llama_config
-    from dpo4rec_ray.policy.model import load_tokenizer, save_complete
-    from dpo4rec_ray.policy.trainer import SupervisedObjective
-    from dpo4rec_ray.policy.trainer import train as train_model
+    from dpo4rec_ray.policy.logps import CompletionLogps
+    from dpo4rec_ray.policy.model import gathered_state, load_tokenizer, save_complete
+    from dpo4rec_ray.policy.objectives import BatchLayout, SupervisedObjective
+    from dpo4rec_ray.policy.rows import ArrowRows
 
     _quiet()
     settings: TrainSettings = arguments["settings"]
+    config: Config = arguments["config"]
     rank = train.get_context().get_world_rank()
     tokenizer = load_tokenizer(arguments["tokenizer"])
     torch.manual_seed(settings.seed)  # every rank starts from the same weights
-    config = small_llama_config(
-        len(tokenizer), hidden_size=arguments["hidden_size"], num_layers=arguments["num_layers"]
+    model = AutoModelForCausalLM.from_config(
+        small_llama_config(
+            len(tokenizer),
+            hidden_size=config.bootstrap.hidden_size,
+            num_layers=config.bootstrap.num_layers,
+        )
     )
-    model = AutoModelForCausalLM.from_config(config)
-    metrics = MetricsFile(arguments["folder"], rank)
-
-    def on_step(step: int, num_steps: int, figures: dict[str, float]) -> None:
-        metrics.write({"step": step, "num_steps": num_steps, **figures})
-
-    objective = SupervisedObjective(tokenizer.pad_token_id)
-    rows = pq.read_table(arguments["rows"]).to_pylist()
-    train_model(model, rows, objective, settings, on_step=on_step)
+    objective = SupervisedObjective(BatchLayout(tokenizer.pad_token_id))
+    rows = ArrowRows(pq.read_table(arguments["rows"]))
+    trainer = Trainer(CompletionLogps(model), rows, objective, settings)
+    _fit(trainer, config, config.bootstrap, Path(arguments["folder"]), rank, lambda *_: False)
+    state = gathered_state(model, rank, trained_only=False)
     if rank == 0:
-        save_complete(model, arguments["tokenizer"], Path(arguments["target"]))
+        save_complete(model, arguments["tokenizer"], Path(arguments["target"]), state)
+
+
+def _fit(
+    trainer: Trainer,
+    config: Config,
+    section: TrainerSection,
+    folder: Path,
+    rank: int,
+    on_step: Any,
+    *,
+    expect_first_loss: float | None = None,
+) -> None:
+    """Run the trainer: continue from Ray Train's checkpoint if there is one, save others, and keep the figures."""
+    from ray import train
+
+    from dpo4rec_ray.policy.trackers import TRACKERS
+
+    checkpoint = train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as saved:
+            trainer.load(Path(saved))
+    metrics = MetricsFile(folder, rank, after=trainer.step)
+    max_kl = getattr(section, "max_kl_per_token", math.inf)
+    watch = Watch(trainer.order.num_steps, max_kl) if rank == 0 else None
+    trackers = []
+    if rank == 0:
+        for name in getattr(section, "trackers", ()):
+            run_name = f"{config.run.name}-{folder.parent.name}"
+            trackers.append(TRACKERS[name](folder, run_name, section.model_dump(mode="json")))
+        for line in read_metrics(folder):
+            watch.see(line["step"], line)
+
+    def after_step(step: int, num_steps: int, figures: Figures) -> bool:
+        own = {**figures, "peak_memory_mb": _peak_memory_mb()}
+        found = watch.see(step, own) if watch else []
+        metrics.write({"step": step, "num_steps": num_steps, **own, **({WARNINGS: found} if found else {})})
+        for tracker in trackers:
+            tracker.log(step, own)
+        stop = on_step(step, num_steps, figures)
+        if step % section.checkpoint_every == 0 and step < num_steps and not stop:
+            with tempfile.TemporaryDirectory() as place:
+                trainer.save(Path(place))
+                train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(place))
+        return stop
+
+    try:
+        trainer.run(after_step, expect_first_loss=expect_first_loss)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+class Looks:
+    """The held-out losses so far; rank 0 keeps them for a training that is continued."""
+
+    def __init__(self, folder: Path, rank: int):
+        self._file, self._rank = folder / LOOKS, rank
+        self.losses: dict[int, float] = {}
+        if self._file.exists():
+            stored = json.loads(self._file.read_text(encoding="utf-8"))
+            self.losses = {int(step): math.nan if loss is None else loss for step, loss in stored.items()}
+
+    def add(self, step: int, loss: float) -> bool:
+        """Note a look; whether none was better. Looks beyond the step a training continued from are redone."""
+        self.losses = {known: value for known, value in self.losses.items() if known < step}
+        best = all(not loss > other for other in self.losses.values())
+        self.losses[step] = loss
+        if self._rank == 0:
+            write_json(self._file, self.losses)
+        return best
+
+    def forget(self) -> None:
+        self.losses = {}
+
+    @property
+    def since_best(self) -> int:
+        """Looks after the best one."""
+        steps = sorted(self.losses)
+        best = min(steps, key=lambda step: (self.losses[step], step))
+        return len(steps) - 1 - steps.index(best)
+
+    def stopped(self, patience: int) -> bool:
+        return bool(patience and self.losses) and self.since_best >= patience
+
+
+class _Saver:
+    """Saves the policy as it is, with its figures on the held-out pairs; every worker takes part."""
+
+    def __init__(self, task: DPOTask, trainer: Trainer, rank: int):
+        self._task, self._trainer, self._rank = task, trainer, rank
+
+    def save(self, heldout: Figures) -> None:
+        import torch.distributed as dist
+
+        from dpo4rec_ray.policy.model import gathered_state, save_adapter, save_complete
+
+        model, folder = self._trainer.engine.module.model, Path(self._task.folder)
+        full = self._task.config.dpo.tuning == "full"
+        state = gathered_state(model, self._rank, trained_only=not full)
+        if self._rank == 0:
+            if full:
+                save_complete(model, self._task.base, folder / FULL, state)
+            else:
+                save_adapter(model, state, self._task.base, folder / ADAPTER)
+            write_json(folder / HELDOUT, heldout)
+        dist.barrier()
+
+
+def _policy(task: DPOTask, grouped: bool) -> Any:
+    """The model to train, ready for the trainer."""
+    from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
+    from dpo4rec_ray.policy.logps import CompletionLogps, check_grouped
+    from dpo4rec_ray.policy.model import add_lora, checkpoint_activations, load_lora, load_model
+
+    section, settings = task.config.dpo, task.settings
+    sharded = settings.zero_stage == 3
+    zero3 = deepspeed_config(settings, 1, task.deepspeed) if sharded else None
+    model: Any = load_model(task.base, settings.dtype, zero3=zero3, quantize=section.quantize)
+    if grouped and not sharded:
+        check_grouped(model)
+    if section.tuning == "lora":
+        if task.adapter:
+            model = load_lora(model, task.adapter)
+        else:
+            import torch
+
+            torch.manual_seed(settings.seed)  # every worker draws the same LoRA
+            model = add_lora(
+                model,
+                section.lora_rank,
+                section.lora_alpha,
+                section.lora_dropout,
+                section.lora_targets,
+                section.lora_init,
+            )
+    if section.activation_checkpointing:
+        checkpoint_activations(model)
+    return CompletionLogps(model, grouped=grouped, chunk_tokens=section.chunk_tokens, sharded=sharded)
+
+
+def _pairs(task: DPOTask) -> tuple[dict[str, pa.Table], dict[str, np.ndarray], dict[str, int], int]:
+    """The round's pairs by split, less those that are too long; their lengths; counts of both; and the limit."""
+    from dpo4rec_ray.policy.rows import pair_lengths, with_reference
+
+    pairs = task.store.read("pairs", task.round_id)
+    if task.reference:
+        pairs = with_reference(pairs, read_reference(task.reference))
+    max_length = task.config.dpo.max_length or task.config.llm.max_model_len
+    total, longest = pair_lengths(pairs)
+    splits = np.asarray(pairs["split"])
+    tables, lengths, counts = {}, {}, {}
+    for split in ("train", "valid"):
+        chosen = (splits == split) & (longest <= max_length)
+        tables[split] = pairs.filter(pa.array(chosen))
+        lengths[split] = total[chosen]
+        counts[split] = int(chosen.sum())
+        counts[f"{split}_too_long"] = int(((splits == split) & (longest > max_length)).sum())
+    return tables, lengths, counts, max_length
 
 
 def _quiet() -> None:

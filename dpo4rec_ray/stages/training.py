@@ -6,6 +6,7 @@ driver follows that file, because a worker's own output stays in Ray's logs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -13,11 +14,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo4rec_ray.artifacts import MANIFEST, RunDir
+from dpo4rec_ray.config import TrainerSection
 from dpo4rec_ray.stages.common import WORKER_ENV, Progress, check_room, joined_cluster
 
 METRICS = "metrics.jsonl"
+WARNINGS = "warnings"  # of a step, beside its figures
 # Two data-parallel CPU processes; DeepSpeed reads LOCAL_SIZE and must not look for a GPU.
 CPU_TRAIN_ENV = {**WORKER_ENV, "DS_ACCELERATOR": "cpu"}
+
+
+def begin(store: RunDir, name: str, round_id: int = 0) -> Path:
+    """The artifact's folder: as an interrupted run of the same work left it, to continue, or empty."""
+    folder = store.path(name, round_id)
+    note = folder / "training.mark"
+    same = note.exists() and note.read_text() == store.mark and not (folder / MANIFEST).exists()
+    store.start(name, round_id, keep=same)
+    note.write_text(store.mark)
+    return folder
 
 
 def launch(
@@ -25,35 +39,39 @@ def launch(
     arguments: dict[str, Any],
     *,
     folder: Path,
-    num_workers: int,
-    gpus_per_worker: float,
+    section: TrainerSection,
     label: str,
     unit: str,
 ) -> None:
     """Run `loop(arguments)` on every worker of a TorchTrainer and print a line every few seconds until it ends.
 
+    Workers that die are started again from the last checkpoint, `max_failures` times; called again with the same folder
+    after the driver died, it goes on from there too.
+
     Raises:
         ray.train.TrainingFailedError: a worker failed; its own exception is inside.
         UserError: more workers than this machine can hold.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
-    gpu = gpus_per_worker > 0
-    check_room(f"{num_workers} workers of {label}", num_workers, num_workers * gpus_per_worker)
+    num_workers, gpu = section.num_workers, section.gpus_per_worker > 0
+    fewest = getattr(section, "min_workers", 0) or num_workers
+    check_room(f"{fewest} workers of {label}", fewest, fewest * section.gpus_per_worker)
     worker_env = dict(WORKER_ENV) if gpu else {**CPU_TRAIN_ENV, "LOCAL_SIZE": str(num_workers)}
-    storage = folder / "ray_train"
+    storage = _storage(section, folder)
     trainer = _trainer_class()(
         loop,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
+            num_workers=num_workers if fewest == num_workers else (fewest, num_workers),
             use_gpu=gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": gpus_per_worker} if gpu else {})},
+            resources_per_worker={"CPU": 1, **({"GPU": section.gpus_per_worker} if gpu else {})},
         ),
         run_config=RunConfig(
             name=label,
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=section.max_failures, controller_failure_limit=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": worker_env},
         ),
     )
@@ -65,7 +83,26 @@ def launch(
     finally:
         stop.set()
         follower.join(timeout=5)
-        shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own bookkeeping; our results are beside it
+    _remove(storage)  # checkpoints and Ray Train's own bookkeeping; our results are beside it
+
+
+def _storage(section: TrainerSection, folder: Path) -> str:
+    """Where checkpoints go: a folder, or a URI, of this training alone."""
+    place = getattr(section, "storage_path", "")
+    if not place:
+        return str(folder / "ray_train")
+    return f"{place.rstrip('/')}/{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+
+
+def _remove(storage: str) -> None:
+    from pyarrow.fs import FileSystem, FileType
+
+    if "://" not in storage:
+        shutil.rmtree(storage, ignore_errors=True)
+        return
+    filesystem, path = FileSystem.from_uri(storage)
+    if filesystem.get_file_info(path).type == FileType.Directory:
+        filesystem.delete_dir(path)
 
 
 def _trainer_class() -> type:
@@ -109,8 +146,12 @@ def wait_for_epochs(tasks: Sequence[Any], file: Path, label: str, total: int) ->
 class MetricsFile:
     """Appends figures to metrics.jsonl; ranks other than 0 write nothing."""
 
-    def __init__(self, folder: str | Path, rank: int):
+    def __init__(self, folder: str | Path, rank: int, after: int = 0):
+        """after: steps that a continued training has behind it; what was written beyond them is redone."""
         self._file = Path(folder) / METRICS if rank == 0 else None
+        if self._file is not None:
+            kept = [line for line in read_metrics(Path(folder)) if line["step"] <= after]
+            self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, figures: dict[str, Any]) -> None:
         if self._file is not None:
@@ -123,7 +164,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     file = folder / METRICS
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    # a writer that was killed may have left half a line
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _follow(file: Path, label: str, unit: str, stop: threading.Event) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dpo4rec_ray.artifacts import RunDir
-from dpo4rec_ray.policy.batch import collate, completion_logps
+from dpo4rec_ray.policy.batch import collate
+from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import load_model, read_policy
 from tests.conftest import DEMO, TINY, Finished, run_job
 
@@ -145,8 +146,8 @@ def test_pairs_are_the_best_and_the_worst(tiny_run: Finished) -> None:
     assert summary["pairs"] + sum(summary["dropped"].values()) == train_users
     for pair in pairs:
         assert pair["chosen_reward"] == max(rewards[pair["user_id"]])
-        assert pair["rejected_reward"] == min(rewards[pair["user_id"]])
-        assert pair["chosen_token_ids"] != pair["rejected_token_ids"]
+        assert pair["rejected_reward"] == [min(rewards[pair["user_id"]])]
+        assert [pair["chosen_token_ids"]] != pair["rejected_token_ids"]
 
 
 def test_the_saved_adapter_and_the_merged_folder_are_the_same_policy(tiny_run: Finished) -> None:
@@ -158,9 +159,9 @@ def test_the_saved_adapter_and_the_merged_folder_are_the_same_policy(tiny_run: F
     batch = collate([p["prompt_token_ids"] for p in pairs], [p["chosen_token_ids"] for p in pairs], 0)
     base = load_model(weights.base, "float32").eval()
     with torch.no_grad():
-        before = completion_logps(base, batch)
-        merged = completion_logps(load_model(weights.merged, "float32").eval(), batch)
-        adapted = completion_logps(PeftModel.from_pretrained(base, weights.adapter).eval(), batch)
+        before = CompletionLogps(base)(batch)
+        merged = CompletionLogps(load_model(weights.merged, "float32").eval())(batch)
+        adapted = CompletionLogps(PeftModel.from_pretrained(base, weights.adapter).eval())(batch)
     torch.testing.assert_close(adapted, merged, atol=1e-4, rtol=0)
     assert (adapted - before).abs().max() > 1e-4
 
@@ -242,7 +243,7 @@ def test_two_rounds_with_lora_requests(tmp_path: Path) -> None:
     batch = collate([p["prompt_token_ids"] for p in pairs], [p["chosen_token_ids"] for p in pairs], 0)
     with torch.no_grad():
         base, start = (
-            completion_logps(load_model(path, "float32").eval(), batch) for path in (first.base, second.base)
+            CompletionLogps(load_model(path, "float32").eval())(batch) for path in (first.base, second.base)
         )
     assert (start - base).abs().max() > 1e-4
     assert {row["system"] for row in done.summary["evaluation"]} >= {"dpo4rec-round1", "dpo4rec-round2"}

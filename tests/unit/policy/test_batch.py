@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo4rec_ray.policy.batch import collate, collate_pairs, completion_logps
+from dpo4rec_ray.policy.batch import collate
+from dpo4rec_ray.policy.logps import CompletionLogps
 
 PROMPTS = [[1, 5, 6, 7, 8], [1, 9]]
 COMPLETIONS = [[10, 11, 2], [12, 13, 14, 15, 2]]
@@ -36,16 +37,9 @@ def test_logps_do_not_depend_on_padding_or_on_logits_to_keep() -> None:
     """Against log-softmax of each unpadded sequence alone."""
     model = tiny_model()
     with torch.no_grad():
-        found = completion_logps(model, collate(PROMPTS, COMPLETIONS, pad_id=0))
+        found = CompletionLogps(model)(collate(PROMPTS, COMPLETIONS, pad_id=0))
         for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
             ids = torch.tensor([prompt + completion])
             logps = model(ids).logits.log_softmax(-1)[0]
             expected = sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(completion))
             torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
-
-
-def test_pairs_are_chosen_then_rejected() -> None:
-    batch = collate_pairs(PROMPTS, COMPLETIONS, [[3, 2], [4, 2]], pad_id=0)
-    assert batch.token_ids.shape[0] == 4
-    assert batch.token_ids[1, -5:].tolist() == [12, 13, 14, 15, 2]
-    assert batch.token_ids[2, -2:].tolist() == [3, 2]

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo4rec_ray.core.losses import dpo_loss
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.batch import collate_pairs, completion_logps
+from dpo4rec_ray.policy.batch import collate
+from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import add_lora
-from dpo4rec_ray.policy.trainer import DPOObjective, SupervisedObjective, TrainSettings, evaluate_pairs, train
+from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedObjective
+from dpo4rec_ray.policy.trainer import Trainer, TrainSettings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +33,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def settings(**changes: object) -> TrainSettings:
     values = {
-        "lr": 1e-2, "epochs": 1, "batch_size": 8, "accumulation": 1, "warmup_frac": 0.0, "weight_decay": 0.0,
+        "lr": 1e-2, "epochs": 1, "batch_size": 8, "effective": 8, "warmup_frac": 0.0, "weight_decay": 0.0,
         "max_grad_norm": 1e9, "zero_stage": 2, "dtype": "float32", "seed": 3,
     }  # fmt: skip
     return TrainSettings(**{**values, **changes})  # type: ignore[arg-type]
@@ -62,48 +63,71 @@ def pairs(count: int) -> list[dict]:
         {
             "prompt_token_ids": [1, *tokens(6 + i % 3)],
             "chosen_token_ids": [*tokens(4), 2],
-            "rejected_token_ids": [*tokens(3 + i % 2), 2],
+            "rejected_token_ids": [[*tokens(3 + i % 2), 2]],
         }
         for i in range(count)
     ]
 
 
-def fit_dpo(rows: list[dict], **changes: object) -> tuple[torch.nn.Module, list[dict[str, float]]]:
+def lora_model() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = add_lora(base_model(), rank=4, alpha=8)
+    return add_lora(base_model(), rank=4, alpha=8)
+
+
+PLAIN = BatchLayout(0)
+
+
+def fit_dpo(
+    rows: list[dict], layout: BatchLayout = PLAIN, **changes: object
+) -> tuple[Trainer, list[dict[str, float]]]:
     figures: list[dict[str, float]] = []
-    train(
-        model,
-        rows,
-        DPOObjective(pad_id=0, beta=0.1),
-        settings(**changes),
-        on_step=lambda step, total, found: figures.append(found),
-        expect_first_loss=math.log(2),
-    )
-    return model, figures
+    model = CompletionLogps(lora_model(), grouped=layout.grouped, chunk_tokens=7)
+    trainer = Trainer(model, rows, DPOObjective(layout, beta=0.1), settings(**changes))
+    trainer.run(lambda step, total, found: bool(figures.append(found)), expect_first_loss=math.log(2))
+    return trainer, figures
 
 
-def lora_weights(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+def lora_weights(model: torch.nn.Module | Trainer) -> torch.Tensor:
+    module = model.engine.module if isinstance(model, Trainer) else model
+    return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
 
 
-def test_dpo_starts_at_ln2_and_learns_its_pairs() -> None:
+LAYOUTS = [
+    PLAIN,
+    BatchLayout(0, prefix_sharing=True),
+    BatchLayout(0, packing=True),
+    BatchLayout(0, prefix_sharing=True, packing=True),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dpo_starts_at_ln2_and_learns_its_pairs(layout: BatchLayout) -> None:
     rows = pairs(8)
-    model, figures = fit_dpo(rows, epochs=15)
+    trainer, figures = fit_dpo(rows, layout, epochs=15)
     assert figures[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert figures[0]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
     assert figures[-1]["loss"] < 0.6
     assert figures[-1]["accuracy"] == 1.0
-    heldout = evaluate_pairs(model, rows, DPOObjective(0, 0.1), batch_size=3)
-    assert heldout["accuracy"] == 1.0
+    assert trainer.evaluate(rows, batch_size=3)["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts_take_the_same_steps(layout: BatchLayout) -> None:
+    rows = pairs(12)
+    plain, plain_figures = fit_dpo(rows, epochs=3, batch_size=2)
+    other, other_figures = fit_dpo(rows, layout, epochs=3, batch_size=2)
+    for one, another in zip(plain_figures, other_figures, strict=True):
+        assert one["loss"] == pytest.approx(another["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(another["grad_norm"], rel=1e-4)
+    torch.testing.assert_close(lora_weights(plain), lora_weights(other), atol=1e-4, rtol=1e-3)
 
 
 def test_one_by_eight_equals_eight_by_one() -> None:
-    """Accumulating 8 single pairs takes the same steps as one batch of 8."""
-    rows = pairs(16)
-    wide, wide_figures = fit_dpo(rows, batch_size=8, accumulation=1, epochs=2)
-    narrow, narrow_figures = fit_dpo(rows, batch_size=1, accumulation=8, epochs=2)
-    assert len(wide_figures) == len(narrow_figures) == 4
+    """Accumulating 8 single pairs takes the same steps as one batch of 8, the short last step of an epoch included."""
+    rows = pairs(19)
+    wide, wide_figures = fit_dpo(rows, batch_size=8, epochs=2)
+    narrow, narrow_figures = fit_dpo(rows, batch_size=1, epochs=2)
+    assert len(wide_figures) == len(narrow_figures) == 6
     for one, other in zip(wide_figures, narrow_figures, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
@@ -111,43 +135,62 @@ def test_one_by_eight_equals_eight_by_one() -> None:
 
 
 def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
-    model = add_lora(base_model(), rank=4, alpha=8)
+    model = lora_model()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(BatchLayout(0), 0.1), settings())
     with pytest.raises(UserError, match="not ln 2"):
-        train(
-            model,
-            pairs(8),
-            DPOObjective(0, 0.1),
-            settings(),
-            on_step=lambda *_: None,
-            expect_first_loss=math.log(2),
-        )
+        trainer.run(lambda *_: False, expect_first_loss=math.log(2))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage: int) -> None:
+    rows = pairs(12)
+    whole, figures = fit_dpo(rows, epochs=4, batch_size=2, zero_stage=zero_stage)
+    first = Trainer(
+        CompletionLogps(lora_model()),
+        rows,
+        DPOObjective(BatchLayout(0), 0.1),
+        settings(epochs=4, batch_size=2, zero_stage=zero_stage),
+    )
+    first.run(lambda step, *_: step == 3)
+    first.save(tmp_path)
+    again: list[dict[str, float]] = []
+    second = Trainer(
+        CompletionLogps(lora_model()),
+        rows,
+        DPOObjective(BatchLayout(0), 0.1),
+        settings(epochs=4, batch_size=2, zero_stage=zero_stage),
+    )
+    second.load(tmp_path)
+    assert second.step == 3
+    second.run(lambda step, total, found: bool(again.append(found)))
+    assert [one["loss"] for one in again] == [one["loss"] for one in figures[3:]]
+    assert torch.equal(lora_weights(second), lora_weights(whole))
 
 
 def test_first_steps_equal_a_plain_pytorch_loop() -> None:
     """Losses and weights of 4 steps against AdamW written out here, with a deep copy of the model as reference."""
     rows = pairs(8)
     engine_model, figures = fit_dpo(rows, batch_size=8, epochs=4)
-    torch.manual_seed(0)
-    model = add_lora(base_model(), rank=4, alpha=8)
+    model = lora_model()
     reference = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
     )
     losses = []
+    prompts = [row["prompt_token_ids"] for row in rows]
+    sides = ([row["chosen_token_ids"] for row in rows], [row["rejected_token_ids"][0] for row in rows])
     for step in range(4):
-        for group in optimizer.param_groups:  # warm-up of one step, then cosine to 5 %
-            group["lr"] = 1e-2 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * max(step - 1, 0) / 3)))
-        batch = collate_pairs(
-            *([row[f"{n}_token_ids"] for row in rows] for n in ("prompt", "chosen", "rejected")), 0
-        )
-        policy = completion_logps(model, batch)
+        for group in optimizer.param_groups:  # no warm-up, cosine to 0
+            group["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4))
+        policy = [CompletionLogps(model)(collate(prompts, side, 0)) for side in sides]
         with torch.no_grad():
-            frozen = completion_logps(reference, batch)
-        loss = dpo_loss(policy[:8], policy[8:], frozen[:8], frozen[8:], 0.1)[0].mean()
+            frozen = [CompletionLogps(reference)(collate(prompts, side, 0)) for side in sides]
+        margin = (policy[0] - frozen[0]) - (policy[1] - frozen[1])
+        loss = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -162,17 +205,14 @@ def test_supervised_learns_its_rows() -> None:
         for p in pairs(8)
     ]
     figures: list[dict[str, float]] = []
-    train(
-        base_model(),
-        rows,
-        SupervisedObjective(0),
-        settings(epochs=30),
-        on_step=lambda step, total, found: figures.append(found),
+    trainer = Trainer(
+        CompletionLogps(base_model()), rows, SupervisedObjective(BatchLayout(0)), settings(epochs=30)
     )
+    trainer.run(lambda step, total, found: bool(figures.append(found)))
     assert len(figures) == 30
     assert figures[-1]["loss"] < 0.5 * figures[0]["loss"]
 
 
-def test_fewer_rows_than_an_accumulation_still_make_a_step(tmp_path: Path) -> None:
-    _, figures = fit_dpo(pairs(3), batch_size=2, accumulation=64)
+def test_fewer_rows_than_an_accumulation_still_make_a_step() -> None:
+    _, figures = fit_dpo(pairs(3), batch_size=2, effective=128)
     assert len(figures) == 1

@@ -73,7 +73,7 @@ def test_shrunk_rewards_decide_who_gives_a_pair(
     assert 0 < len(rows) < (np.ptp(rewards, axis=1) >= 1.0).sum()
     for user, row in rows.items():
         assert row["chosen_token_ids"] == [user, int(rewards[user].argmax())]
-        assert row["rejected_token_ids"] == [user, int(rewards[user].argmin())]
+        assert row["rejected_token_ids"] == [[user, int(rewards[user].argmin())]]
         assert row["chosen_reward"] == pytest.approx(shrunk[user].max(), rel=1e-6)
     assert outcome.figures["dropped"] == {"below_min_margin": 25 - sum(user < 25 for user in rows)}
 

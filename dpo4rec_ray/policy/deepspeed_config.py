@@ -1,0 +1,100 @@
+"""The DeepSpeed config that the recipe's keys make, and a user's own JSON merged over it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo4rec_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from dpo4rec_ray.policy.trainer import TrainSettings
+
+# DeepSpeed's key -> the recipe's: these have one owner, and a file that says otherwise is refused.
+OWNED = {
+    "train_batch_size": "batch_size, accumulation and num_workers",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer": "lr and weight_decay",
+    "scheduler": "schedule and warmup_frac",
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer": "offload_optimizer",
+    "zero_optimization.offload_param": "offload_params",
+    "bf16.enabled": "llm.dtype",
+    "fp16.enabled": "llm.dtype",
+    "managed_gradient_accumulation": "accumulation",
+}
+
+
+def deepspeed_config(settings: TrainSettings, accumulation: int, extra: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's config for one training; `extra` (see `read_extra`) adds what the recipe has no key for.
+
+    Raises:
+        UserError: `extra` sets what a key of the recipe sets, to another value.
+    """
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": settings.on_gpu}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": settings.on_gpu}
+    if settings.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": settings.on_gpu}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": zero,
+        # torch's AdamW everywhere: DeepSpeed's own for offloaded states is compiled on first use, for minutes
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if settings.dtype != "float32":
+        config["bf16" if settings.dtype == "bfloat16" else "fp16"] = {"enabled": True}
+    _refuse_contradictions(config, extra)
+    return _merged(config, extra)
+
+
+def read_extra(path: str) -> dict[str, Any]:
+    """A user's DeepSpeed JSON; empty for no path.
+
+    Raises:
+        UserError: not a readable JSON object.
+    """
+    if not path:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"dpo.deepspeed {path}: not a readable JSON file ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"dpo.deepspeed {path}: must hold a JSON object, not {type(found).__name__}")
+    return found
+
+
+def _refuse_contradictions(config: dict[str, Any], extra: dict[str, Any]) -> None:
+    for key, owner in OWNED.items():
+        theirs, ours = _at(extra, key), _at(config, key)
+        if theirs is None or theirs == "auto" or theirs == ours or (theirs is False and ours is None):
+            continue
+        raise UserError(
+            f"dpo.deepspeed: {key} = {json.dumps(theirs)} contradicts the recipe ({json.dumps(ours)}); "
+            f"leave it out and set {owner} in [dpo]"
+        )
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in over.items():
+        if value == "auto":  # transformers' word for "as the trainer has it"
+            continue
+        mine = found.get(key)
+        found[key] = _merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return found

@@ -1,0 +1,183 @@
+"""What a training step minimises: DPO on preference pairs, or the likelihood of texts.
+
+An objective turns rows into a batch and a batch into a sum over its rows, never a mean: the trainer divides by the rows of
+the whole step, so that micro-batches and workers may share them out in any way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, Ratios, chosen_nll
+from dpo4rec_ray.policy.batch import TokenBatch, collate
+from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
+from dpo4rec_ray.policy.logps import CompletionLogps
+
+Row = dict[str, Any]
+Sums = dict[str, float]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How completions become tensors. None of it changes a log-probability beyond rounding."""
+
+    pad_id: int
+    prefix_sharing: bool = False
+    packing: bool = False
+    multiple_of: int = 1
+
+    @property
+    def grouped(self) -> bool:
+        return self.prefix_sharing or self.packing
+
+    def collate(self, groups: list[Group]) -> TokenBatch | GroupBatch:
+        """Completions in the order of the groups."""
+        if self.grouped:
+            own = groups if self.prefix_sharing else apart(groups)
+            return collate_groups(own, self.pad_id, packing=self.packing, multiple_of=self.multiple_of)
+        single = apart(groups)
+        return collate([one.prompt for one in single], [one.completions[0] for one in single], self.pad_id)
+
+
+@dataclass
+class Batch:
+    """A micro-batch: what the model reads, and what the loss needs beside it."""
+
+    tokens: TokenBatch | GroupBatch
+    counts: list[int]  # completions per row
+    reference: torch.Tensor | None = None  # [S] log-probabilities, where they are stored
+
+    def to(self, device: torch.device | str) -> Batch:
+        reference = None if self.reference is None else self.reference.to(device)
+        return Batch(self.tokens.to(device), self.counts, reference)
+
+
+class SupervisedObjective:
+    """Negative log-likelihood of the completions, the mean over a row's tokens. Rows: prompt_token_ids, completion_token_ids."""
+
+    def __init__(self, layout: BatchLayout):
+        self._layout = layout
+
+    def collate(self, rows: list[Row]) -> Batch:
+        groups = [Group(row["prompt_token_ids"], [row["completion_token_ids"]]) for row in rows]
+        return Batch(self._layout.collate(groups), [1] * len(rows))
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Sums]:
+        losses = -model(batch.tokens) / batch.tokens.lengths
+        return losses.sum(), {"loss": losses.sum().item()}
+
+
+class DPOObjective:
+    """A preference loss against a reference. Rows: prompt, chosen and rejected token ids, and perhaps their reference
+    log-probabilities (chosen_logp, rejected_logp); without, the model with its LoRA off is the reference."""
+
+    def __init__(
+        self,
+        layout: BatchLayout,
+        beta: float,
+        loss: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        nll_weight: float = 0.0,
+    ):
+        self._layout, self._beta = layout, beta
+        self._loss, self._label_smoothing, self._nll_weight = (
+            PREFERENCE_LOSSES[loss],
+            label_smoothing,
+            nll_weight,
+        )
+
+    def collate(self, rows: list[Row]) -> Batch:
+        groups = [pair_group(row) for row in rows]
+        reference = None
+        if "chosen_logp" in rows[0]:
+            stored = [logp for row in rows for logp in (row["chosen_logp"], *row["rejected_logp"])]
+            reference = torch.tensor(stored, dtype=torch.float32)
+        return Batch(self._layout.collate(groups), [len(group.completions) for group in groups], reference)
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Sums]:
+        policy = model(batch.tokens)
+        reference = batch.reference
+        if reference is None:
+            with torch.no_grad(), _peft(model).disable_adapter():
+                reference = model(batch.tokens)
+        ratios = ratios_of(policy - reference, batch.tokens.lengths, batch.counts)
+        losses = self._loss(ratios, self._beta, self._label_smoothing)
+        starts = torch.tensor([0, *batch.counts[:-1]]).cumsum(0)
+        if self._nll_weight:
+            losses = losses + self._nll_weight * chosen_nll(policy[starts], ratios.chosen_length)
+        return losses.sum(), self._figures(ratios, policy.detach(), losses.detach(), starts)
+
+    @torch.no_grad()
+    def _figures(
+        self, ratios: Ratios, policy: torch.Tensor, losses: torch.Tensor, starts: torch.Tensor
+    ) -> Sums:
+        mask = ratios.mask
+        per_pair = mask.sum(dim=1)
+
+        def mean(values: torch.Tensor) -> torch.Tensor:  # [B, K] -> [B] over the rejected that are there
+            return values.masked_fill(~mask, 0.0).sum(dim=1) / per_pair
+
+        policy_rejected = torch.zeros_like(ratios.rejected)
+        others = torch.ones(len(policy), dtype=torch.bool, device=policy.device)
+        others[starts] = False
+        policy_rejected[mask] = policy[others]
+        every = torch.cat([ratios.chosen[:, None], ratios.rejected], dim=1)
+        there = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
+        k3 = (every.exp() - 1 - every).masked_fill(~there, 0.0)
+        tokens = torch.cat([ratios.chosen_length[:, None], ratios.rejected_length], dim=1).masked_fill(
+            ~there, 0
+        )
+        sums = {
+            "loss": losses,
+            "chosen_reward": self._beta * ratios.chosen,
+            "rejected_reward": self._beta * mean(ratios.rejected),
+            "margin": self._beta * mean(ratios.margin),
+            "accuracy": mean((ratios.margin > 0).float()),
+            "chosen_logp": policy[starts],
+            "rejected_logp": mean(policy_rejected),
+            # Schulman's k3 estimate on the stored samples, which the reference (policy r-1) drew:
+            # KL(ref || policy) per token, never negative
+            "kl_per_token": k3.sum(dim=1) / tokens.sum(dim=1),
+            "chosen_length": ratios.chosen_length.float(),
+            "rejected_length": mean(ratios.rejected_length.float()),
+        }
+        names, values = list(sums), torch.stack([value.detach().float().sum() for value in sums.values()])
+        return dict(zip(names, values.tolist(), strict=True))
+
+
+Objective = SupervisedObjective | DPOObjective
+
+
+def pair_group(row: Row) -> Group:
+    """A pair's prompt with its chosen text, then its rejected ones."""
+    return Group(row["prompt_token_ids"], [row["chosen_token_ids"], *row["rejected_token_ids"]])
+
+
+def ratios_of(log_ratios: torch.Tensor, lengths: torch.Tensor, counts: list[int]) -> Ratios:
+    """[S] log-ratios and lengths of completions, chosen before rejected in each row -> `Ratios` of B rows.
+
+    counts: completions per row (1 + its rejected).
+    """
+    most = max(counts) - 1
+    sizes = torch.tensor(counts, device=log_ratios.device)
+    mask = torch.arange(most, device=log_ratios.device) < (sizes - 1)[:, None]
+    starts = sizes.cumsum(0) - sizes
+    places = (starts[:, None] + 1 + torch.arange(most, device=log_ratios.device)).clamp(
+        max=len(log_ratios) - 1
+    )
+    return Ratios(
+        chosen=log_ratios[starts],
+        rejected=log_ratios[places].masked_fill(~mask, 0.0),
+        mask=mask,
+        chosen_length=lengths[starts],
+        rejected_length=lengths[places].masked_fill(~mask, 0),
+    )
+
+
+def _peft(model: Any) -> Any:
+    """The peft model inside DeepSpeed's engine and our module."""
+    inner = getattr(model, "module", model)
+    return inner.model if isinstance(inner, CompletionLogps) else inner

@@ -1,0 +1,57 @@
+"""The reference's log-probabilities of all pairs, computed once: training then holds one model and runs it once a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dpo4rec_ray.policy.logps import CompletionLogps, check_grouped
+from dpo4rec_ray.policy.model import load_model, load_tokenizer
+from dpo4rec_ray.policy.objectives import BatchLayout, pair_group
+from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths
+
+# Computed together; without gradients only the hidden states of one layer are alive.
+TOKENS_AT_ONCE = 8192
+
+
+class ReferenceScorer:
+    """pairs -> log pi_ref of their texts, in the pairs' order."""
+
+    def __init__(self, model: str, dtype: str, layout: BatchLayout, chunk_tokens: int):
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        inner = load_model(model, dtype).to(self._device).eval()
+        self._layout = layout
+        if layout.grouped:
+            check_grouped(inner)
+        self._model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=chunk_tokens)
+
+    @torch.no_grad()
+    def __call__(self, pairs: pa.Table) -> pa.Table:
+        """A `pairs` table -> a `reference_logps` table."""
+        rows, (total, _) = ArrowRows(pairs), pair_lengths(pairs)
+        found: list[list[float]] = [[] for _ in range(len(rows))]
+        order = np.argsort(-total, kind="stable")
+        place = 0
+        while place < len(order):
+            count = max(1, TOKENS_AT_ONCE // max(1, int(total[order[place]])))
+            own = order[place : place + count].tolist()
+            groups = [pair_group(rows[i]) for i in own]
+            logps = self._model(self._layout.collate(groups).to(self._device)).float().tolist()
+            for i, group in zip(own, groups, strict=True):
+                size = len(group.completions)
+                found[i], logps = logps[:size], logps[size:]
+            place += count
+        return pa.table(
+            {
+                "user_id": pairs["user_id"],
+                "chosen_logp": pa.array([one[0] for one in found], pa.float32()),
+                "rejected_logp": pa.array([one[1:] for one in found], pa.list_(pa.float32())),
+            }
+        )
+
+
+def batch_layout(tokenizer_path: str, *, prefix_sharing: bool, packing: bool, on_gpu: bool) -> BatchLayout:
+    """The layout of a recipe's switches. FlexAttention's kernels want whole blocks of 128 tokens."""
+    pad_id = load_tokenizer(tokenizer_path).pad_token_id
+    return BatchLayout(pad_id or 0, prefix_sharing, packing, multiple_of=128 if on_gpu else 1)

@@ -1,0 +1,111 @@
+"""Each tracker for real: TensorBoard's files are read back, MLflow's from its database, W&B's from its offline record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.policy.trackers import TRACKERS
+
+SETTINGS = {"loss": "sigmoid", "beta": 0.01, "deepspeed": {"zero_optimization": {"stage": 2}}}
+# Logs steps argv[3] to argv[4] and then neither closes nor ends.
+WORKER = """
+import sys, time
+from pathlib import Path
+from dpo4rec_ray.policy.trackers import TRACKERS
+name, folder, first, last = sys.argv[1:]
+tracker = TRACKERS[name](Path(folder), "run-01", {settings!r})
+for step in range(int(first), int(last) + 1):
+    tracker.log(step, {{"loss": step / 8, "lr": 1e-5}})
+print("logged", flush=True)
+time.sleep(600)
+""".format(settings=SETTINGS)
+
+
+def killed_after(name: str, folder: Path, first: int, last: int, wait_s: float = 0.0) -> None:
+    """A worker that logs these steps and is killed."""
+    command = [sys.executable, "-c", WORKER, name, str(folder), str(first), str(last)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line == "logged\n" for line in process.stdout)
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGKILL)
+
+
+def write(name: str, folder: Path, first: int, last: int) -> None:
+    """A worker that logs these steps and comes to its end; its losses are those of any other, plus 100."""
+    tracker = TRACKERS[name](folder, "run-01", SETTINGS)
+    for step in range(first, last + 1):
+        tracker.log(step, {"loss": 100 + step / 8, "lr": 1e-5})
+    tracker.close()
+
+
+def records(file: Path) -> list[bytes]:
+    """The payloads of a file in TFRecord format: length (8 bytes), its checksum (4), payload, checksum (4)."""
+    data, found, at = file.read_bytes(), [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        found.append(data[at + 12 : at + 12 + size])
+        at += 16 + size
+    return found
+
+
+def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of the folder: files by name; a session's start drops its step and those after it."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    series: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted((folder / "tensorboard").iterdir()):
+        for record in records(file):
+            event = Event.FromString(record)
+            if event.session_log.status == SessionLog.START:
+                series = {
+                    tag: [point for point in points if point[0] < event.step]
+                    for tag, points in series.items()
+                }
+            for value in event.summary.value:
+                series.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return series
+
+
+def test_tensorboard_after_a_kill_shows_every_step_once(tmp_path: Path) -> None:
+    """Killed at step 6, continued from a checkpoint at step 3: steps 4 to 6 are those of the second worker."""
+    killed_after("tensorboard", tmp_path, 1, 6, wait_s=2.5)  # it writes every second
+    write("tensorboard", tmp_path, 4, 8)
+    expected = [(step, step / 8) for step in (1, 2, 3)] + [(step, 100 + step / 8) for step in (4, 5, 6, 7, 8)]
+    found = shown(tmp_path)
+    assert found["loss"] == expected
+    assert [step for step, _ in found["lr"]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [step for step, _ in found["settings/text_summary"]] == [0]
+
+
+def test_tensorboard_files_of_one_second_stay_apart_and_in_order(tmp_path: Path) -> None:
+    for first in (1, 3, 5):
+        write("tensorboard", tmp_path, first, first + 1)
+    assert [step for step, _ in shown(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_reads_it_as_we_do(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    write("tensorboard", tmp_path, 1, 5)
+    write("tensorboard", tmp_path, 3, 6)
+    reader = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert [(event.step, event.value) for event in reader.Scalars("loss")] == shown(tmp_path)["loss"]
+    text = reader.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert json.loads(text) == SETTINGS
+
+
+def test_a_training_without_steps_leaves_no_events(tmp_path: Path) -> None:
+    TRACKERS["tensorboard"](tmp_path, "run-01", SETTINGS).close()
+    assert list(tmp_path.iterdir()) == []
