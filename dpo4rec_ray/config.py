@@ -316,6 +316,9 @@ class PairSection(Section):
 class TrainerSection(Section):
     """What DPO and the supervised bootstrap share: one trainer runs both."""
 
+    placement = frozenset(
+        {"gpus_per_worker", "checkpoint_every", "max_failures", "storage_path", "trackers", "min_workers"}
+    )
     lr: float = Field(default=5e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two end at 0
     epochs: int = Field(default=3, ge=1)
@@ -337,14 +340,13 @@ class TrainerSection(Section):
         default=50, ge=1
     )  # optimiser steps; a killed worker continues from the last
     max_failures: int = Field(default=3, ge=0)  # restarts of the workers, each from the last checkpoint
+    storage_path: str = ""  # of checkpoints: a folder all nodes see, or s3://...; empty: in the run
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
 
 
 class DPOSection(TrainerSection):
     """Direct preference optimisation (method.md section 5)."""
 
-    placement = frozenset(
-        {"gpus_per_worker", "min_workers", "checkpoint_every", "max_failures", "storage_path", "trackers"}
-    )
     beta: float = Field(default=0.01, gt=0)
     loss: Literal["sigmoid", "robust", "ipo", "ipo_norm", "hinge", "sigmoid_norm", "softmax"] = "sigmoid"
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)  # of sigmoid (cDPO), sigmoid_norm and robust
@@ -376,8 +378,6 @@ class DPOSection(TrainerSection):
     patience: int = Field(default=0, ge=0)  # looks without a lower held-out loss before it stops; 0: never
     max_kl_per_token: float = Field(default=0.5, gt=0)  # a warning, not a stop
     min_workers: int = Field(default=0, ge=0)  # go on with as few, where a node is lost; 0: num_workers
-    storage_path: str = ""  # of checkpoints: a folder all nodes see, or s3://...; empty: in the run
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> DPOSection:
@@ -402,7 +402,7 @@ class DPOSection(TrainerSection):
             raise ValueError(f"min_workers = {self.min_workers} is above num_workers = {self.num_workers}")
         if 0 < self.min_workers < self.num_workers and self.zero_stage:
             raise ValueError(
-                "min_workers below num_workers needs zero_stage = 0: the other stages' checkpoints belong to one number of workers"
+                "min_workers below num_workers needs zero_stage = 0: checkpoints of the others belong to one number of workers"
             )
         return self
 

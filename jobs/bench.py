@@ -1,4 +1,4 @@
-"""Measure a stage against its peer in the same run: python jobs/bench.py prepare|score|generate [--help].
+"""Measure a stage against its peer in the same run: python jobs/bench.py prepare|score|generate|dpo [--help].
 
 Prints a Markdown table and writes the figures as JSON. Every measured program is a process of its own; memory is the
 summed resident size of its whole process tree, sampled four times a second.
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bench_dpo
 import psutil
 
 from dpo4rec_ray.artifacts import Manifest, RunDir
@@ -74,10 +75,14 @@ def main() -> int:
     generate.add_argument(
         "--simulated", default="100000,1000000", help="users that `simulated` writes template texts for"
     )
+    dpo = stages.add_parser("dpo", help="pairs per second and first steps, against TRL's DPOTrainer")
+    dpo.add_argument("--folder", default="runs/bench", help="for models, pairs and results")
+    dpo.add_argument("--parts", default=",".join(bench_dpo.PARTS), help="each writes its own figures")
+    dpo.add_argument("--repeats", type=int, default=3, help="of peer and trainer in turn; medians are shown")
+    dpo.add_argument("--steps", type=int, default=8, help="optimiser steps of 8 pairs that are timed, plus one")
     options = parser.parse_args()
-    return {"prepare": bench_prepare, "score": bench_score, "generate": bench_generate}[options.stage](
-        options
-    )
+    stage = {"prepare": bench_prepare, "score": bench_score, "generate": bench_generate, "dpo": bench_training}
+    return stage[options.stage](options)
 
 
 def bench_prepare(options: argparse.Namespace) -> int:
@@ -120,6 +125,16 @@ def bench_score(options: argparse.Namespace) -> int:
             f"{row['share in encoder and forward']:.1%} | {row['metrics_s']} | {row['peak_mib']:,} |"
         )
     write_figures(folder / "score.json", found)
+    return 0
+
+
+def bench_training(options: argparse.Namespace) -> int:
+    """Every part of jobs/bench_dpo.py that is asked for."""
+    folder = Path(options.folder).resolve() / "dpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = bench_dpo.Bench(folder, options.repeats, options.steps + 1)
+    for part in options.parts.split(","):
+        write_figures(folder / f"{part}.json", bench_dpo.PARTS[part](bench))
     return 0
 
 

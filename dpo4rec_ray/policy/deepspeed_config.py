@@ -55,8 +55,8 @@ def deepspeed_config(settings: TrainSettings, accumulation: int, extra: dict[str
     return _merged(config, extra)
 
 
-def read_extra(path: str) -> dict[str, Any]:
-    """A user's DeepSpeed JSON; empty for no path.
+def read_extra(path: str, section: str = "dpo") -> dict[str, Any]:
+    """A user's DeepSpeed JSON; empty for no path. section: of the recipe that names it.
 
     Raises:
         UserError: not a readable JSON object.
@@ -66,9 +66,9 @@ def read_extra(path: str) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"dpo.deepspeed {path}: not a readable JSON file ({error})") from None
+        raise UserError(f"{section}.deepspeed {path}: not a readable JSON file ({error})") from None
     if not isinstance(found, dict):
-        raise UserError(f"dpo.deepspeed {path}: must hold a JSON object, not {type(found).__name__}")
+        raise UserError(f"{section}.deepspeed {path}: must hold a JSON object, not {type(found).__name__}")
     return found
 
 
@@ -78,8 +78,8 @@ def _refuse_contradictions(config: dict[str, Any], extra: dict[str, Any]) -> Non
         if theirs is None or theirs == "auto" or theirs == ours or (theirs is False and ours is None):
             continue
         raise UserError(
-            f"dpo.deepspeed: {key} = {json.dumps(theirs)} contradicts the recipe ({json.dumps(ours)}); "
-            f"leave it out and set {owner} in [dpo]"
+            f"the DeepSpeed file's {key} = {json.dumps(theirs)} contradicts the recipe ({json.dumps(ours)}); "
+            f"leave it out there and set {owner} in the recipe"
         )
 
 

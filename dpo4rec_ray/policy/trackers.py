@@ -32,7 +32,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]):
         """Raises UserError: the package is missing."""
-        self._writer_class = _imported("tensorboard", "tensorboardX").SummaryWriter
+        self._writer_class = import_tracker("tensorboard").SummaryWriter
         self._folder, self._settings = folder / "tensorboard", settings
         self._writer: Any = None
 
@@ -74,7 +74,7 @@ class MLflow:
     def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]):
         """Raises UserError: the package is missing, the server gives no run, or the run to continue is gone."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of the package's use, to its makers
-        mlflow = _imported("mlflow", "mlflow")
+        mlflow = import_tracker("mlflow")
         self._error = mlflow.exceptions.MlflowException
         self._metric = mlflow.entities.Metric
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
@@ -128,7 +128,7 @@ class WeightsAndBiases:
 
     def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]):
         """Raises UserError: the package is missing, or W&B gives no run (no key, no network)."""
-        wandb = _imported("wandb", "wandb")
+        wandb = import_tracker("wandb")
         self._run_file = _RunFile(folder / "wandb.json")
         try:
             self._run = wandb.init(
@@ -191,7 +191,16 @@ class _RunFile:
         return f"check {variable} and the network{again}"
 
 
-def _imported(tracker: str, module: str) -> Any:
+MODULES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
+
+
+def import_tracker(tracker: str) -> Any:
+    """The package of a tracker; asked before anything is computed, and again where it is used.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    module = MODULES[tracker]
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dpo4rec_ray.stages.training import WARNINGS, MetricsFile, read_metrics
 HELDOUT = "heldout.json"  # figures of the saved policy on the held-out pairs
 TRAINED = "trained.json"  # written last: the policy is saved
 LOOKS = "looks.json"  # the held-out loss at every look
+CONTINUED = "continued.txt"  # the steps from whose checkpoints a training went on
 ADAPTER, FULL = "adapter", "full"
 
 
@@ -108,10 +110,10 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
 
     _fit(
         trainer,
-        task.config,
         section,
         folder,
-        rank,
+        f"{task.config.run.name}-round{task.round_id}",
+        Watch(trainer.order.num_steps, section.max_kl_per_token).see,
         on_step,
         expect_first_loss=math.log(2) if exact else None,
     )
@@ -120,7 +122,14 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
             looks.forget()
         look(trainer.order.num_steps)
     if rank == 0:
-        write_json(folder / TRAINED, {"pairs": counts, "max_length": max_length, "looks": looks.losses})
+        continued = (folder / CONTINUED).read_text().split() if (folder / CONTINUED).exists() else []
+        trained = {
+            "pairs": counts,
+            "max_length": max_length,
+            "looks": looks.losses,
+            "continued_after": [int(step) for step in continued],
+        }
+        write_json(folder / TRAINED, trained)
 
 
 def supervised_loop(arguments: dict[str, Any]) -> None:
@@ -131,6 +140,7 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     from dpo4rec_ray.policy.bootstrap import small_llama_config
+    from dpo4rec_ray.policy.deepspeed_config import read_extra
     from dpo4rec_ray.policy.logps import CompletionLogps
     from dpo4rec_ray.policy.model import gathered_state, load_tokenizer, save_complete
     from dpo4rec_ray.policy.objectives import BatchLayout, SupervisedObjective
@@ -151,8 +161,10 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
     )
     objective = SupervisedObjective(BatchLayout(tokenizer.pad_token_id))
     rows = ArrowRows(pq.read_table(arguments["rows"]))
-    trainer = Trainer(CompletionLogps(model), rows, objective, settings)
-    _fit(trainer, config, config.bootstrap, Path(arguments["folder"]), rank, lambda *_: False)
+    extra = read_extra(config.bootstrap.deepspeed, "bootstrap")
+    trainer = Trainer(CompletionLogps(model), rows, objective, settings, extra=extra)
+    folder = Path(arguments["folder"])
+    _fit(trainer, config.bootstrap, folder, f"{config.run.name}-bootstrap", lambda *_: [], lambda *_: False)
     state = gathered_state(model, rank, trained_only=False)
     if rank == 0:
         save_complete(model, arguments["tokenizer"], Path(arguments["target"]), state)
@@ -160,11 +172,11 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
 
 def _fit(
     trainer: Trainer,
-    config: Config,
     section: TrainerSection,
     folder: Path,
-    rank: int,
-    on_step: Any,
+    run_name: str,
+    warnings_of: Callable[[int, Figures], list[str]],
+    on_step: Callable[[int, int, Figures], bool],
     *,
     expect_first_loss: float | None = None,
 ) -> None:
@@ -173,24 +185,25 @@ def _fit(
 
     from dpo4rec_ray.policy.trackers import TRACKERS
 
+    rank = train.get_context().get_world_rank()
     checkpoint = train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as saved:
             trainer.load(Path(saved))
+        if rank == 0:
+            with open(folder / CONTINUED, "a", encoding="utf-8") as lines:
+                lines.write(f"{trainer.step}\n")
     metrics = MetricsFile(folder, rank, after=trainer.step)
-    max_kl = getattr(section, "max_kl_per_token", math.inf)
-    watch = Watch(trainer.order.num_steps, max_kl) if rank == 0 else None
     trackers = []
     if rank == 0:
-        for name in getattr(section, "trackers", ()):
-            run_name = f"{config.run.name}-{folder.parent.name}"
-            trackers.append(TRACKERS[name](folder, run_name, section.model_dump(mode="json")))
-        for line in read_metrics(folder):
-            watch.see(line["step"], line)
+        settings = section.model_dump(mode="json")
+        trackers = [TRACKERS[name](folder, run_name, settings) for name in section.trackers]
+        for line in read_metrics(folder):  # what a continued training has seen
+            warnings_of(line["step"], line)
 
     def after_step(step: int, num_steps: int, figures: Figures) -> bool:
         own = {**figures, "peak_memory_mb": _peak_memory_mb()}
-        found = watch.see(step, own) if watch else []
+        found = warnings_of(step, own) if rank == 0 else []
         metrics.write({"step": step, "num_steps": num_steps, **own, **({WARNINGS: found} if found else {})})
         for tracker in trackers:
             tracker.log(step, own)
@@ -201,11 +214,9 @@ def _fit(
                 train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(place))
         return stop
 
-    try:
-        trainer.run(after_step, expect_first_loss=expect_first_loss)
-    finally:
-        for tracker in trackers:
-            tracker.close()
+    trainer.run(after_step, expect_first_loss=expect_first_loss)
+    for tracker in trackers:
+        tracker.close()
 
 
 class Looks:

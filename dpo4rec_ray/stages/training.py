@@ -16,10 +16,12 @@ from typing import Any
 
 from dpo4rec_ray.artifacts import MANIFEST, RunDir
 from dpo4rec_ray.config import TrainerSection
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.common import WORKER_ENV, Progress, check_room, joined_cluster
 
 METRICS = "metrics.jsonl"
 WARNINGS = "warnings"  # of a step, beside its figures
+REFUSED = "refused.txt"  # why a worker would not train: the user's mistake
 # Two data-parallel CPU processes; DeepSpeed reads LOCAL_SIZE and must not look for a GPU.
 CPU_TRAIN_ENV = {**WORKER_ENV, "DS_ACCELERATOR": "cpu"}
 
@@ -42,25 +44,28 @@ def launch(
     section: TrainerSection,
     label: str,
     unit: str,
+    min_workers: int = 0,
 ) -> None:
     """Run `loop(arguments)` on every worker of a TorchTrainer and print a line every few seconds until it ends.
 
     Workers that die are started again from the last checkpoint, `max_failures` times; called again with the same folder
-    after the driver died, it goes on from there too.
+    after the driver died, it goes on from there too. min_workers: go on with as few where there are no more; 0: with all.
 
     Raises:
         ray.train.TrainingFailedError: a worker failed; its own exception is inside.
-        UserError: more workers than this machine can hold.
+        UserError: more workers than this machine can hold, or a worker raised one.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
     num_workers, gpu = section.num_workers, section.gpus_per_worker > 0
-    fewest = getattr(section, "min_workers", 0) or num_workers
+    fewest = min_workers or num_workers
     check_room(f"{fewest} workers of {label}", fewest, fewest * section.gpus_per_worker)
     worker_env = dict(WORKER_ENV) if gpu else {**CPU_TRAIN_ENV, "LOCAL_SIZE": str(num_workers)}
     storage = _storage(section, folder)
+    refused = folder / REFUSED
+    refused.unlink(missing_ok=True)
     trainer = _trainer_class()(
-        loop,
+        _telling(loop, refused),
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=num_workers if fewest == num_workers else (fewest, num_workers),
@@ -83,15 +88,31 @@ def launch(
     finally:
         stop.set()
         follower.join(timeout=5)
+    if refused.exists():
+        raise UserError(refused.read_text(encoding="utf-8"))
     _remove(storage)  # checkpoints and Ray Train's own bookkeeping; our results are beside it
+
+
+def _telling(loop: Callable[[dict[str, Any]], None], refused: Path) -> Callable[[dict[str, Any]], None]:
+    """The loop, with a user's mistake written to a file: Ray Train would try it again, `max_failures` times."""
+
+    def told(arguments: dict[str, Any]) -> None:
+        from ray import train
+
+        try:
+            loop(arguments)
+        except UserError as error:
+            if train.get_context().get_world_rank() == 0:
+                refused.write_text(str(error), encoding="utf-8")
+
+    return told
 
 
 def _storage(section: TrainerSection, folder: Path) -> str:
     """Where checkpoints go: a folder, or a URI, of this training alone."""
-    place = getattr(section, "storage_path", "")
-    if not place:
+    if not section.storage_path:
         return str(folder / "ray_train")
-    return f"{place.rstrip('/')}/{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    return f"{section.storage_path.rstrip('/')}/{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
 
 
 def _remove(storage: str) -> None:

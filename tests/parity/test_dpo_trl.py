@@ -1,15 +1,20 @@
-"""Our DPO loss and gradient against one batch of TRL's DPOTrainer (1.16), sigmoid loss, same token ids.
+"""Our losses and gradients against TRL's DPOTrainer (1.16): one batch, the same token ids, float32.
 
-TRL tokenises the prompt alone and prompt + completion + EOS, takes the common prefix as the prompt, pads
-right, sums the log-probabilities of the completion tokens, EOS included, and means -log sigmoid over the
-pairs.
+TRL tokenises the prompt alone and prompt + completion + EOS, takes the common prefix as the prompt, pads right, runs
+chosen and rejected apart and sums the log-probabilities of the completion tokens, EOS included. Ours takes the way it
+trains: shared prompts in one packed row, a head in chunks, reference log-probabilities given.
+
+Where the two differ by definition: TRL's "ipo" is our ipo_norm; its "sft" term weighs tokens, ours pairs; its "sigmoid"
+ignores label_smoothing, so that conservative DPO has no counterpart but "aot" on a batch of one pair; and it has one
+rejected per prompt.
 """
 
 from __future__ import annotations
 
-import copy
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,26 +23,32 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from dpo4rec_ray.core.losses import dpo_loss, sequence_logps
+from dpo4rec_ray.policy.groups import Group, collate_groups
+from dpo4rec_ray.policy.logps import CompletionLogps
+from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
 
+Pair = tuple[str, str, str]
 BETA = 0.3
+BOS, EOS = 1, 2
 TEXT = "the a user likes drama comedy films of old new long short and with hope"
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *TEXT.split()]
-PAIRS = [  # prompt, chosen, rejected: lengths differ on both sides of a pair and between pairs
+PAIRS: list[Pair] = [  # prompt, chosen, rejected: lengths differ on both sides of a pair and between pairs
     ("the user likes", " drama films with hope", " short comedy"),
     ("a user likes old films and", " new films", " long films of drama and hope"),
     ("the", " user", " a new user with the old hope"),
 ]
+SAME_LENGTH: list[Pair] = [
+    ("the user likes", " drama films", " short comedy"),
+    ("a user likes old films and", " new films", " old hope"),
+]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Whole words, one BOS in front."""
     words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", WORDS.index("<s>"))]
-    )
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
@@ -54,82 +65,211 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).float()
+
+
+@dataclass
+class Outcome:
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    figures: dict[str, float]
+
+    def assert_equals(self, other: Outcome) -> None:
+        """Loss to 1e-5 relative, gradients to 1e-5 of the largest."""
+        assert self.loss == pytest.approx(other.loss, rel=1e-5)
+        assert self.gradients.keys() == other.gradients.keys()
+        largest = max(gradient.abs().max().item() for gradient in other.gradients.values())
+        assert largest > 1e-3
+        for name, gradient in other.gradients.items():
+            difference = (self.gradients[name] - gradient).abs().max().item()
+            assert difference <= 1e-5 * largest, f"{name}: off by {difference / largest:.2g}"
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+
+def trl_trainer(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], **settings: Any
+) -> DPOTrainer:
+    return DPOTrainer(
+        model=tiny_llama(seed=0),
+        ref_model=tiny_llama(seed=1),
+        args=DPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=len(pairs),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            dataloader_pin_memory=False,
+            **{"beta": BETA, **settings},
+        ),
+        train_dataset=Dataset.from_list(
+            [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+        ),
+        processing_class=tokenizer,
+    )
+
+
+def step_of(trainer: DPOTrainer) -> Outcome:
+    """One batch of all pairs."""
+    loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    loss.backward()
+    figures = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return Outcome(loss.item(), gradients_of(trainer.model), figures)
+
+
+@pytest.fixture
+def trl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """(pairs, **DPOConfig) -> `Outcome`"""
+    return lambda pairs, **settings: step_of(trl_trainer(tmp_path, tokenizer, pairs, **settings))
 
 
 def encode(text: str) -> list[int]:
     return [WORDS.index(word) for word in text.split()]
 
 
-def logps(model: LlamaForCausalLM, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """Sums over completion tokens [B] of one right-padded batch, wider than TRL's."""
-    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    width = max(map(len, rows)) + 3
-    token_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    places = torch.arange(width)
-    real = places < torch.tensor([[len(row)] for row in rows])
-    completion = real & (places >= torch.tensor([[len(prompt)] for prompt in prompts]))
-    return sequence_logps(
-        model(input_ids=token_ids, attention_mask=real.long()).logits, token_ids, completion
-    )
-
-
-def test_loss_rewards_and_gradient_equal_trl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    policy, reference = tiny_llama(seed=0), tiny_llama(seed=1)
-    ours = copy.deepcopy(policy)
-    trainer = DPOTrainer(
-        model=policy,
-        ref_model=reference,
-        args=DPOConfig(
-            output_dir=str(tmp_path),
-            beta=BETA,
-            loss_type=["sigmoid"],
-            per_device_train_batch_size=len(PAIRS),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=Dataset.from_list(
-            [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in PAIRS]
-        ),
-        processing_class=tokenizer,
-    )
-    prompts = [[1, *encode(prompt)] for prompt, _, _ in PAIRS]
-    chosen = [[*encode(text), 2] for _, text, _ in PAIRS]
-    rejected = [[*encode(text), 2] for _, _, text in PAIRS]
-    assert trainer.train_dataset is not None
-    assert trainer.train_dataset["prompt_ids"][:] == prompts
-    assert trainer.train_dataset["chosen_ids"][:] == chosen
-    assert trainer.train_dataset["rejected_ids"][:] == rejected
-
-    trl_loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
-    trl_loss.backward()
-
+def row_of(prompt: str, chosen: str, *rejected: str) -> dict[str, Any]:
+    """A row as the trainer reads it, with the reference's log-probabilities."""
+    group = Group([BOS, *encode(prompt)], [[*encode(text), EOS] for text in (chosen, *rejected)])
     with torch.no_grad():
-        ref_chosen, ref_rejected = logps(reference, prompts, chosen), logps(reference, prompts, rejected)
-    policy_chosen, policy_rejected = logps(ours, prompts, chosen), logps(ours, prompts, rejected)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        policy_chosen, policy_rejected, ref_chosen, ref_rejected, BETA
-    )
-    losses.mean().backward()
+        logps = CompletionLogps(tiny_llama(seed=1), grouped=True)(collate_groups([group], 0, packing=True))
+    first, *others = group.completions
+    return {
+        "prompt_token_ids": group.prompt,
+        "chosen_token_ids": first,
+        "rejected_token_ids": others,
+        "chosen_logp": logps[0].item(),
+        "rejected_logp": logps[1:].tolist(),
+    }
 
-    assert abs(losses.mean().item() - math.log(2)) > 0.05  # the policy is not the reference
-    assert losses.mean().item() == pytest.approx(trl_loss.item(), abs=1e-5)
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    assert metrics["logps/chosen"] == pytest.approx(policy_chosen.mean().item(), abs=1e-4)
-    assert metrics["logps/rejected"] == pytest.approx(policy_rejected.mean().item(), abs=1e-4)
-    assert metrics["rewards/chosen"] == pytest.approx(chosen_rewards.mean().item(), abs=1e-5)
-    assert metrics["rewards/rejected"] == pytest.approx(rejected_rewards.mean().item(), abs=1e-5)
-    assert metrics["rewards/accuracies"] == pytest.approx(
-        (chosen_rewards > rejected_rewards).float().mean().item()
+
+def ours(rows: list[tuple[str, ...]] | list[Pair], **settings: Any) -> Outcome:
+    """The same step by our objective: the mean over the rows."""
+    objective = DPOObjective(
+        BatchLayout(0, prefix_sharing=True, packing=True), **{"beta": BETA, "loss": "sigmoid", **settings}
     )
-    for (name, mine), theirs in zip(ours.named_parameters(), policy.parameters(), strict=True):
-        torch.testing.assert_close(
-            mine.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    model = tiny_llama(seed=0)
+    total, sums = objective(
+        CompletionLogps(model, grouped=True, chunk_tokens=7),
+        objective.collate([row_of(*row) for row in rows]),
+    )
+    (total / len(rows)).backward()
+    figures = {name: value / len(rows) for name, value in sums.items()}
+    return Outcome(total.item() / len(rows), gradients_of(model), figures)
+
+
+def test_the_same_tokens_count(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """TRL's ids are ours, and its completion mask holds the completion and its EOS: what lengths are counted from."""
+    trainer = trl_trainer(tmp_path, tokenizer, PAIRS)
+    rows = [row_of(*pair) for pair in PAIRS]
+    assert trainer.train_dataset is not None
+    assert trainer.train_dataset["prompt_ids"][:] == [row["prompt_token_ids"] for row in rows]
+    assert trainer.train_dataset["chosen_ids"][:] == [row["chosen_token_ids"] for row in rows]
+    assert [[ids] for ids in trainer.train_dataset["rejected_ids"][:]] == [
+        row["rejected_token_ids"] for row in rows
+    ]
+    batch = next(iter(trainer.get_train_dataloader()))
+    counted = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    completions = [row["chosen_token_ids"] for row in rows] + [row["rejected_token_ids"][0] for row in rows]
+    assert sorted(counted) == sorted(completions)  # the loader shuffles
+    assert all(ids[-1] == EOS for ids in counted)
+
+
+def test_the_figures_are_trls(trl: Any) -> None:
+    """Log-probabilities, rewards, margin and accuracy; the policy is not the reference."""
+    theirs, found = trl(PAIRS, loss_type=["sigmoid"]).figures, ours(PAIRS)
+    assert abs(found.loss - math.log(2)) > 0.05
+    for name, theirs_name in {
+        "chosen_logp": "logps/chosen",
+        "rejected_logp": "logps/rejected",
+        "chosen_reward": "rewards/chosen",
+        "rejected_reward": "rewards/rejected",
+        "margin": "rewards/margins",
+        "accuracy": "rewards/accuracies",
+    }.items():
+        assert found.figures[name] == pytest.approx(theirs[theirs_name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("loss", "loss_type", "smoothing"),
+    [
+        ("sigmoid", "sigmoid", 0.0),
+        ("hinge", "hinge", 0.0),
+        ("ipo_norm", "ipo", 0.0),
+        ("robust", "robust", 0.1),
+        ("sigmoid_norm", "sigmoid_norm", 0.0),
+        ("softmax", "sigmoid", 0.0),  # S-DPO with one rejected is DPO
+    ],
+)
+def test_loss_and_gradient_equal_trl(trl: Any, loss: str, loss_type: str, smoothing: float) -> None:
+    theirs = trl(PAIRS, loss_type=[loss_type], label_smoothing=smoothing)
+    ours(PAIRS, loss=loss, label_smoothing=smoothing).assert_equals(theirs)
+
+
+def test_ipo_on_sums_is_trls_with_another_beta(trl: Any) -> None:
+    """TRL divides each log-ratio by its length: (m / L - 1 / (2 beta))^2 where all lengths are L.
+
+    That is (m - L / (2 beta))^2 / L^2, ours on sums with beta / L, divided by L^2. With other lengths the two put
+    different weights on the two texts of a pair, and no beta makes them equal.
+    """
+    length = len(encode(SAME_LENGTH[0][1])) + 1  # EOS
+    theirs = trl(SAME_LENGTH, loss_type=["ipo"])
+    found = ours(SAME_LENGTH, loss="ipo", beta=BETA / length)
+    scaled = Outcome(
+        found.loss / length**2,
+        {name: gradient / length**2 for name, gradient in found.gradients.items()},
+        found.figures,
+    )
+    scaled.assert_equals(theirs)
+
+
+def test_conservative_dpo_is_trls_aot_on_one_pair(trl: Any) -> None:
+    """ "aot" sorts the log-ratios of a batch before it takes margins; of one pair there is nothing to sort."""
+    for pair in PAIRS:
+        theirs = trl([pair], loss_type=["aot"], label_smoothing=0.1)
+        ours([pair], label_smoothing=0.1).assert_equals(theirs)
+
+
+def test_trls_sigmoid_ignores_the_smoothing(trl: Any) -> None:
+    theirs = trl(PAIRS, loss_type=["sigmoid"], label_smoothing=0.1)
+    ours(PAIRS, label_smoothing=0.0).assert_equals(theirs)
+    assert abs(ours(PAIRS, label_smoothing=0.1).loss - theirs.loss) > 1e-2
+
+
+def test_the_nll_term_of_one_pair_is_trls(trl: Any) -> None:
+    for pair in PAIRS:
+        theirs = trl([pair], loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
+        ours([pair], nll_weight=0.5).assert_equals(theirs)
+
+
+def test_the_nll_term_of_a_batch_weighs_tokens_in_trl(trl: Any) -> None:
+    """Ours is the mean over pairs (RPO, eq. 2); times its number of tokens over the mean one, a pair's term is TRL's."""
+    lengths = [len(encode(chosen)) + 1 for _, chosen, _ in PAIRS]
+    terms = [ours([pair], nll_weight=0.5).loss - ours([pair]).loss for pair in PAIRS]
+    theirs = trl(PAIRS, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5]).loss - ours(PAIRS).loss
+    by_tokens = sum(term * length for term, length in zip(terms, lengths, strict=True)) / sum(lengths)
+    assert theirs == pytest.approx(by_tokens, rel=1e-5)
+    found = ours(PAIRS, nll_weight=0.5).loss - ours(PAIRS).loss
+    assert found == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert abs(found - theirs) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("loss", "loss_type"),
+    [("sigmoid", "sigmoid"), ("hinge", "hinge"), ("ipo_norm", "ipo"), ("sigmoid_norm", "sigmoid_norm")],
+)
+def test_k_rejected_are_k_pairs_of_trl(trl: Any, loss: str, loss_type: str) -> None:
+    """One row with three rejected against a batch of its three pairs."""
+    prompt, chosen, rejected = PAIRS[0]
+    texts = [rejected, " films of old hope", " a"]
+    theirs = trl([(prompt, chosen, text) for text in texts], loss_type=[loss_type])
+    ours([(prompt, chosen, *texts)], loss=loss).assert_equals(theirs)

@@ -16,8 +16,10 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo4rec_ray.core.losses import sequence_logps
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.batch import TokenBatch, collate
+from dpo4rec_ray.policy.attention import NAME
+from dpo4rec_ray.policy.batch import TokenBatch, collate, completion_logits
 from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps, FrozenHead, bare, check_grouped
 from dpo4rec_ray.policy.model import add_lora
@@ -29,14 +31,11 @@ TOLERANCE = 1e-5
 def draw_groups(seed: int, *shapes: tuple[int, ...]) -> list[Group]:
     """A group per shape (prompt, completion, ...), each a number of tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        Group(
-            *(lambda prompt, *rest: (prompt, rest))(
-                *(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in shape)
-            )
-        )
-        for shape in shapes
-    ]
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    return [Group(tokens(prompt), [tokens(length) for length in lengths]) for prompt, *lengths in shapes]
 
 
 # k = 3, 1, 2 completions; all but one sequence are longer than the window of 8
@@ -65,13 +64,6 @@ def _start(family: str, lora: bool) -> Any:
 def start(family: str, lora: bool) -> Any:
     """A copy of the family's model, with a LoRA that changes it or trained in full: paths switch a model in place."""
     return copy.deepcopy(_start(family, lora))
-
-
-def plain_path(model: Any) -> CompletionLogps:
-    """transformers' SDPA drops Gemma 2's soft cap; its own eager attention does not."""
-    if getattr(bare(model).config, "attn_logit_softcapping", None):
-        bare(model).set_attn_implementation("eager")
-    return CompletionLogps(model)
 
 
 @dataclass
@@ -106,7 +98,7 @@ def ask(logps: CompletionLogps, batch: TokenBatch | GroupBatch) -> Answer:
 
 @functools.cache
 def plain(family: str, lora: bool) -> Answer:
-    return ask(plain_path(start(family, lora)), plain_batch(GROUPS))
+    return ask(CompletionLogps(start(family, lora)), plain_batch(GROUPS))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -203,22 +195,25 @@ def test_order_and_padding_do_not_matter(family: str) -> None:
             torch.testing.assert_close(padded, before, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("family", ["mistral-window", "gemma2", "gemma3"])
-def test_windows_and_soft_caps_are_felt(family: str) -> None:
-    """The families that have them give other values without: the comparisons above compare something."""
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mistral-window", "sliding_window"),
+        ("gemma2", "sliding_window"),
+        ("gemma2", "attn_logit_softcapping"),
+        ("gemma2", "final_logit_softcapping"),
+        ("gemma3", "sliding_window"),
+    ],
+)
+def test_windows_and_soft_caps_are_felt(family: str, name: str) -> None:
+    """Without, other values: the comparisons above compare something."""
     (longest,) = draw_groups(2, (2 * WINDOW, 2 * WINDOW))
-    with_them = logps_of(CompletionLogps(start(family, lora=False), grouped=True), [longest])
-    for name in ("sliding_window", "attn_logit_softcapping"):
-        model = start(family, lora=False)
-        if family == "gemma3" and name == "attn_logit_softcapping":
-            continue  # Gemma 3 has none
-        if getattr(model.config, name) is None:
-            continue
-        for layer in model.get_decoder().layers:
-            setattr(layer.self_attn, name, None)
-        setattr(model.config, name, None)
-        without = logps_of(CompletionLogps(model, grouped=True), [longest])
-        assert (without - with_them).abs().item() > 1e-2
+    whole = logps_of(CompletionLogps(start(family, lora=False), grouped=True), [longest])
+    model = start(family, lora=False)
+    for part in (model.config, *(layer.self_attn for layer in model.get_decoder().layers)):
+        setattr(part, name, None)
+    without = logps_of(CompletionLogps(model, grouped=True), [longest])
+    assert (without - whole).abs().item() > 0.1
 
 
 def reference_head(
@@ -380,11 +375,27 @@ SIZES = {
         transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2),
         # short convolutions run over neighbours: what a completion sees is not attention's to say
         transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+        # a learned sink takes a share of every softmax
+        transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
     ],
     ids=lambda config: config.model_type,
 )
 def test_check_grouped_refuses_what_it_cannot_compute(config: Any) -> None:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with pytest.raises(UserError, match="prefix_sharing = false"):
         check_grouped(model)
+    assert model.config._attn_implementation != NAME
+
+
+def test_the_plain_path_keeps_gemma_2s_soft_cap() -> None:
+    """transformers' SDPA, its default, leaves it out without a word; its own eager attention does not."""
+    model, batch = start("gemma2", lora=False), plain_batch(GROUPS)
+    assert model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        dropped = sequence_logps(*completion_logits(model, batch))
+        found = CompletionLogps(model)(batch)
+        eager = start("gemma2", lora=False)
+        eager.set_attn_implementation("eager")
+        torch.testing.assert_close(found, sequence_logps(*completion_logits(eager, batch)))
+    assert (found - dropped).abs().max().item() > 0.5

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,18 @@ time.sleep(600)
 """.format(settings=SETTINGS)
 
 
-def killed_after(name: str, folder: Path, first: int, last: int, wait_s: float = 0.0) -> None:
-    """A worker that logs these steps and is killed."""
+def killed_after(
+    name: str, folder: Path, first: int, last: int, seen: Callable[[], bool] = lambda: True
+) -> None:
+    """A worker that logs these steps and is killed, as soon as they are `seen` outside."""
     command = [sys.executable, "-c", WORKER, name, str(folder), str(first), str(last)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any(line == "logged\n" for line in process.stdout)
-        time.sleep(wait_s)
+        deadline = time.monotonic() + 30
+        while not seen():
+            assert time.monotonic() < deadline, "what was logged is not written"
+            time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
 
 
@@ -49,13 +55,13 @@ def write(name: str, folder: Path, first: int, last: int) -> None:
 
 
 def records(file: Path) -> list[bytes]:
-    """The payloads of a file in TFRecord format: length (8 bytes), its checksum (4), payload, checksum (4)."""
+    """The payloads of a file in TFRecord format: length (8 bytes), its checksum (4), payload, checksum (4); less a last one half written."""
     data, found, at = file.read_bytes(), [], 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 8], "little")
         found.append(data[at + 12 : at + 12 + size])
         at += 16 + size
-    return found
+    return found if at == len(data) else found[:-1]
 
 
 def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -78,7 +84,7 @@ def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_after_a_kill_shows_every_step_once(tmp_path: Path) -> None:
     """Killed at step 6, continued from a checkpoint at step 3: steps 4 to 6 are those of the second worker."""
-    killed_after("tensorboard", tmp_path, 1, 6, wait_s=2.5)  # it writes every second
+    killed_after("tensorboard", tmp_path, 1, 6, seen=lambda: len(shown(tmp_path).get("lr", [])) == 6)
     write("tensorboard", tmp_path, 4, 8)
     expected = [(step, step / 8) for step in (1, 2, 3)] + [(step, 100 + step / 8) for step in (4, 5, 6, 7, 8)]
     found = shown(tmp_path)
@@ -109,3 +115,40 @@ def test_tensorboard_reads_it_as_we_do(tmp_path: Path) -> None:
 def test_a_training_without_steps_leaves_no_events(tmp_path: Path) -> None:
     TRACKERS["tensorboard"](tmp_path, "run-01", SETTINGS).close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(autouse=True)
+def own_settings_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a developer's tracking server nor an account."""
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "WANDB_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
+    """Killed at step 6, continued from step 3: steps 4 to 6 stay those of the first worker, in one run with its settings."""
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    killed_after("mlflow", tmp_path, 1, 6)
+    write("mlflow", tmp_path, 4, 8)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("dpo4rec-ray").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "run-01"
+    assert run.data.params == {"loss": "sigmoid", "beta": "0.01", "deepspeed.zero_optimization.stage": "2"}
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [
+        *((step, step / 8) for step in range(1, 7)), *((step, 100 + step / 8) for step in (7, 8))
+    ]  # fmt: skip
+
+
+def test_mlflow_names_no_password_of_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:hunter2@127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"tracker mlflow: .*check MLFLOW_TRACKING_URI") as raised:
+        TRACKERS["mlflow"](tmp_path, "run-01", SETTINGS)
+    assert "hunter2" not in str(raised.value) + "".join(capfd.readouterr())
+    assert "\n" not in str(raised.value)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo4rec_ray.errors import UserError
@@ -22,13 +19,7 @@ from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedO
 from dpo4rec_ray.policy.trainer import Trainer, TrainSettings
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def settings(**changes: object) -> TrainSettings:

@@ -1,0 +1,236 @@
+"""The dpo stage on the pairs of a finished run: real Ray Train, real DeepSpeed, two processes on gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.policy.logps import CompletionLogps
+from dpo4rec_ray.policy.model import load_model, read_policy
+from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
+from dpo4rec_ray.policy.rows import ArrowRows
+from tests.conftest import DEMO, ROOT, TINY, Finished, command, run_job
+
+pytestmark = pytest.mark.ray
+
+STEP = ["--only", "dpo", "--round", "1"]
+# 4 pairs a step whatever the workers are; steps that are slow and many enough to be interrupted
+SMALL = ["dpo.epochs=3", "dpo.checkpoint_every=3", "dpo.lr=0.002", "dpo.chunk_tokens=1"]
+ONE = ["dpo.num_workers=1", "dpo.batch_size=4", "dpo.accumulation=1", "dpo.zero_stage=0"]
+TWO = ["dpo.num_workers=2", "dpo.batch_size=1", "dpo.accumulation=2"]
+
+
+def copied(tiny_run: Finished, folder: Path) -> Path:
+    """The finished run without its policy."""
+    shutil.copytree(tiny_run.folder, folder / "run")
+    shutil.rmtree(folder / "run/rounds/01/policy")
+    return folder
+
+
+def train(tiny_run: Finished, folder: Path, *changes: str) -> Finished:
+    return run_job(copied(tiny_run, folder), DEMO, *TINY, *SMALL, *changes, *STEP)
+
+
+def policy_folder(done: Finished) -> Path:
+    return done.folder / "rounds/01/policy"
+
+
+def figures(done: Finished) -> dict[str, Any]:
+    return json.loads((policy_folder(done) / "manifest.json").read_text())["figures"]
+
+
+def weights(done: Finished, name: str = "adapter/adapter_model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(policy_folder(done) / name)
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.numel() > 0
+        torch.testing.assert_close(value, other[name], atol=atol, rtol=0)
+
+
+def heldout_loss(done: Finished, model: torch.nn.Module) -> float:
+    """What the saved policy's loss on the held-out pairs is, by the plain path and a reference computed here."""
+    store = RunDir(done.folder)
+    rows = list(ArrowRows(store.read("pairs", 1, split="valid")))
+    objective = DPOObjective(BatchLayout(0), beta=0.1)  # the demo's
+    batch = objective.collate(rows)
+    base = CompletionLogps(load_model(str(ROOT / "dpo4rec_ray/policy/bundled"), "float32"))
+    with torch.no_grad():
+        batch.reference = base(batch.tokens)
+        loss, _ = objective(CompletionLogps(model), batch)
+    return loss.item() / len(rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    done = train(tiny_run, tmp_path_factory.mktemp("undisturbed"), *ONE)
+    assert done.code == 0, done.stderr
+    return done
+
+
+def test_the_saved_adapter_is_what_was_trained(undisturbed: Finished) -> None:
+    from peft import PeftModel
+
+    found = figures(undisturbed)
+    assert found["first_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert found["last_loss"] < found["first_loss"]
+    assert found["continued_after"] == []
+    policy = read_policy(policy_folder(undisturbed))
+    base = load_model(policy.base, "float32")
+    adapted = PeftModel.from_pretrained(base, policy.adapter)
+    assert heldout_loss(undisturbed, adapted) == pytest.approx(found["heldout_loss"], abs=1e-5)
+    assert heldout_loss(undisturbed, load_model(policy.merged, "float32")) == pytest.approx(
+        found["heldout_loss"], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "zero_stage",
+    [3, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)],
+)
+def test_two_workers_with_zero_train_the_same_adapter(
+    tiny_run: Finished, undisturbed: Finished, tmp_path: Path, zero_stage: int
+) -> None:
+    done = train(tiny_run, tmp_path, *TWO, f"dpo.zero_stage={zero_stage}")
+    assert done.code == 0, done.stderr
+    assert_same_weights(weights(done), weights(undisturbed), atol=1e-5)
+    assert figures(done)["heldout_loss"] == pytest.approx(figures(undisturbed)["heldout_loss"], abs=1e-5)
+
+
+def test_full_fine_tuning_partitioned_saves_whole_weights(tiny_run: Finished, tmp_path: Path) -> None:
+    """ZeRO-3 on two workers against one worker without ZeRO, activation checkpointing on; and the folder reloads."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    full = ["dpo.tuning=full", "dpo.lr=0.0005"]
+    one = train(tiny_run, tmp_path / "one", *ONE, *full)
+    two = train(tiny_run, tmp_path / "two", *TWO, *full, "dpo.zero_stage=3", "dpo.activation_checkpointing=true")
+    assert one.code == two.code == 0, one.stderr + two.stderr
+    name = "full/model.safetensors"
+    assert_same_weights(weights(two, name), weights(one, name), atol=2e-5)
+    policy = read_policy(policy_folder(two))
+    assert policy.adapter is None and policy.whole == policy.base == str(policy_folder(two) / "full")
+    reloaded = heldout_loss(two, load_model(policy.base, "float32"))
+    assert reloaded == pytest.approx(figures(two)["heldout_loss"], abs=1e-5)
+    base = load_file(ROOT / "dpo4rec_ray/policy/bundled/model.safetensors")
+    moved = weights(two, name)
+    assert any((moved[name] - value).abs().max() > 1e-4 for name, value in base.items())
+
+
+def workers_of(process: subprocess.Popen[Any]) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def steps_done(folder: Path) -> int:
+    file = folder / "run/rounds/01/policy/metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def start(folder: Path, *changes: str) -> subprocess.Popen[Any]:
+    return subprocess.Popen(
+        command(DEMO, *TINY, *SMALL, *changes, *STEP, f"run.root={folder}", "run.name=run"),
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": "", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_steps(process: subprocess.Popen[Any], folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while steps_done(folder) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_and_a_killed_driver_change_nothing(
+    tiny_run: Finished, undisturbed: Finished, tmp_path: Path
+) -> None:
+    """Both continue from the last checkpoint, and the weights at the end are those of the run that nobody disturbed."""
+    copied(tiny_run, tmp_path)
+    process = start(tmp_path, *ONE)
+    wait_for_steps(process, tmp_path, 4)
+    for worker in workers_of(process):
+        worker.send_signal(signal.SIGKILL)
+    wait_for_steps(process, tmp_path, 7)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(children, timeout=60)
+    done = run_job(tmp_path, DEMO, *TINY, *SMALL, *ONE, *STEP)
+    assert done.code == 0, done.stderr
+    continued = figures(done)["continued_after"]
+    assert len(continued) == 2 and all(step >= 3 for step in continued)
+    assert_same_weights(weights(done), weights(undisturbed), atol=1e-6)
+    lines = (policy_folder(done) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, figures(done)["steps"] + 1))
+
+
+def test_long_pairs_are_counted_and_training_stops_when_it_no_longer_helps(
+    tiny_run: Finished, tmp_path: Path
+) -> None:
+    store = RunDir(tiny_run.folder)
+    pairs = store.read("pairs", 1).to_pylist()
+    longest = [
+        len(row["prompt_token_ids"])
+        + max(len(row["chosen_token_ids"]), *(len(one) for one in row["rejected_token_ids"]))
+        for row in pairs
+    ]
+    limit = sorted(longest)[len(longest) // 2]
+    done = train(
+        tiny_run,
+        tmp_path,
+        *ONE,
+        f"dpo.max_length={limit}",
+        "dpo.lr=0.5",  # far too much: the held-out loss rises
+        "dpo.eval_every=1",
+        "dpo.patience=2",
+        "dpo.epochs=20",
+    )
+    assert done.code == 0, done.stderr
+    found = figures(done)
+    too_long = found["pairs"]["train_too_long"] + found["pairs"]["valid_too_long"]
+    assert too_long == sum(length > limit for length in longest) > 0
+    assert f"{too_long} pairs are longer than {limit} tokens" in done.stdout
+    looks = {int(step): loss for step, loss in found["looks"].items()}
+    best = min(looks, key=lambda step: looks[step])
+    assert max(looks) == best + 2 < 20  # stopped two looks after the best
+    assert found["heldout_loss"] == looks[best]  # and the best was kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["dpo.max_length=3"], "0 rows"),
+        (['dpo.lora_targets=["nothing_like_it"]'], "dpo.lora_targets"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    tiny_run: Finished, tmp_path: Path, changes: list[str], told: str
+) -> None:
+    done = train(tiny_run, tmp_path, *ONE, *changes)
+    assert done.code == 2
+    assert told in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
