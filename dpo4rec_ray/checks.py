@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re

@@ -79,9 +79,16 @@ def main() -> int:
     dpo.add_argument("--folder", default="runs/bench", help="for models, pairs and results")
     dpo.add_argument("--parts", default=",".join(bench_dpo.PARTS), help="each writes its own figures")
     dpo.add_argument("--repeats", type=int, default=3, help="of peer and trainer in turn; medians are shown")
-    dpo.add_argument("--steps", type=int, default=8, help="optimiser steps of 8 pairs that are timed, plus one")
+    dpo.add_argument(
+        "--steps", type=int, default=8, help="optimiser steps of 8 pairs that are timed, plus one"
+    )
     options = parser.parse_args()
-    stage = {"prepare": bench_prepare, "score": bench_score, "generate": bench_generate, "dpo": bench_training}
+    stage = {
+        "prepare": bench_prepare,
+        "score": bench_score,
+        "generate": bench_generate,
+        "dpo": bench_training,
+    }
     return stage[options.stage](options)
 
 
@@ -132,7 +139,10 @@ def bench_training(options: argparse.Namespace) -> int:
     """Every part of jobs/bench_dpo.py that is asked for."""
     folder = Path(options.folder).resolve() / "dpo"
     folder.mkdir(parents=True, exist_ok=True)
-    bench = bench_dpo.Bench(folder, options.repeats, options.steps + 1)
+    bench = bench_dpo.Bench(folder, options.repeats, options.steps + 1, "8b" if options.gpu else "11m")
+    if options.gpu:
+        write_figures(folder / "gpu.json", bench_dpo.gpu(bench))
+        return 0
     for part in options.parts.split(","):
         write_figures(folder / f"{part}.json", bench_dpo.PARTS[part](bench))
     return 0

@@ -29,14 +29,18 @@ class Bench:
     folder: Path
     repeats: int
     steps: int
+    shape: str = "11m"
 
     def data(self, prompt: list[int], completion: list[int], rows: int, num_rejected: int = 1) -> str:
         """Folder of a model and pairs, made once."""
-        name = f"pairs-{prompt[0]}-{prompt[1]}-{completion[0]}-{completion[1]}-{rows}-{num_rejected}"
+        name = f"{self.shape}-{prompt[0]}-{prompt[1]}-{completion[0]}-{completion[1]}-{rows}-{num_rejected}"
         folder = self.folder / name
         if not (folder / "pairs.parquet").exists():
             shape = {"prompt": prompt, "completion": completion, "rows": rows, "num_rejected": num_rejected}
-            run("make", {"folder": str(folder), **shape})
+            run("make", {"folder": str(folder), "shape": self.shape, **shape})
+        if not (folder / "reference.parquet").exists():
+            made = run("reference", {"folder": str(folder), "shape": self.shape})
+            print(f"reference: {made}", file=sys.stderr, flush=True)
         return str(folder)
 
 
@@ -195,6 +199,42 @@ def workers(bench: Bench) -> Found:
                     "of final weights": f"{largest:.1e}",
                 }
             )
+            print(found[-1], file=sys.stderr, flush=True)
+    print_table(found)
+    return found
+
+
+def gpu(bench: Bench) -> Found:
+    """An 8B-shaped Llama in bfloat16 on one GPU: LoRA and full (ZeRO-3, optimizer offloaded), with and without sharing.
+
+    Model FLOPs: 2 per weight and token forwards and again backwards to the activations, 2 more where weights are trained; of
+    989 TFLOP/s, an H200's dense bfloat16 peak. Tokens are those computed, so that sharing raises pairs/s and not these.
+    """
+    folder = bench.data([600, 600], [256, 256], rows=8 * bench.steps)
+    weights = 8.03e9
+    found: Found = []
+    for tuning, more, flops in (
+        ("lora", {"zero_stage": 0}, 4),
+        ("full", {"zero_stage": 3, "offload": True, "checkpointing": True}, 8),
+    ):
+        for name, on in (
+            ("all on", ALL_ON),
+            ("no sharing", {**ALL_ON, "prefix_sharing": False}),
+            ("plain", PLAIN),
+        ):
+            spec = {
+                **COMMON,
+                **on,
+                **more,
+                "folder": folder,
+                "shape": "8b",
+                "steps": bench.steps,
+                "tuning": tuning,
+            }
+            row = run("ours", spec, threads=os.cpu_count() or 1)
+            used = row["tokens_per_s"] * flops * weights / 989e12
+            shown = {key: row[key] for key in ("pairs_per_s", "tokens_per_s", "peak_mb")}
+            found.append({"tuning": tuning, "switches": name, **shown, "of the peak": f"{used:.0%}"})
             print(found[-1], file=sys.stderr, flush=True)
     print_table(found)
     return found

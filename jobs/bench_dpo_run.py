@@ -1,6 +1,7 @@
-"""One measured DPO training: python jobs/bench_dpo_run.py make|trl|ours SPEC (JSON). Prints one JSON line.
+"""One measured DPO training: python jobs/bench_dpo_run.py make|reference|trl|ours SPEC (JSON). Prints one JSON line.
 
 make: a random Llama of about 11 million parameters, a tokenizer of whole words, and pairs of random tokens.
+reference: their log-probabilities under that Llama, in a process of its own as the stage does it.
 trl: TRL's DPOTrainer over these pairs with cached reference log-probabilities; ours: this project's trainer. Both take the
 rows of every step in the same order, start from the same LoRA, and report each step's loss, gradient norm and seconds.
 """
@@ -21,12 +22,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 VOCABULARY = 8192
+SHAPES = {
+    "11m": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    # Llama 3.1 8B
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
 WORDS = 4  # the first ids are <pad> <s> </s> <unk>
 
 
 def main() -> int:
     what, spec = sys.argv[1], json.loads(sys.argv[2])
-    answer = {"make": make, "trl": run_trl, "ours": run_ours}[what](spec)
+    answer = {"make": make, "reference": run_reference, "trl": run_trl, "ours": run_ours}[what](spec)
     print(json.dumps(answer))
     return 0
 
@@ -43,24 +63,18 @@ def make(spec: dict[str, Any]) -> dict[str, Any]:
     folder = Path(spec["folder"])
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        **SHAPES[spec.get("shape", "11m")],
         max_position_embeddings=2048,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config)
+    with torch.device("cuda" if spec.get("shape") == "8b" else "cpu"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16 if spec.get("shape") == "8b" else torch.float32)
     model.save_pretrained(folder)
     names = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS, VOCABULARY))]
-    words = Tokenizer(
-        models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>")
-    )
+    words = Tokenizer(models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     PreTrainedTokenizerFast(
@@ -103,12 +117,25 @@ def step_order(spec: dict[str, Any], lengths: Any = None) -> Any:
     return Order(rows, spec["batch_size"] * spec["accumulation"], 1, seed=0, lengths=lengths)
 
 
+def run_reference(spec: dict[str, Any]) -> dict[str, Any]:
+    """Write reference.parquet beside the pairs."""
+    from dpo4rec_ray.policy.objectives import BatchLayout
+    from dpo4rec_ray.policy.reference import ReferenceScorer
+
+    folder, began = Path(spec["folder"]), time.monotonic()
+    dtype = "bfloat16" if spec.get("shape") == "8b" else "float32"
+    layout = BatchLayout(0, prefix_sharing=True, packing=True, multiple_of=128 if dtype == "bfloat16" else 1)
+    pairs = pq.read_table(folder / "pairs.parquet")
+    pq.write_table(ReferenceScorer(str(folder), dtype, layout, 512)(pairs), folder / "reference.parquet")
+    return {"pairs": len(pairs), "seconds": round(time.monotonic() - began, 1)}
+
+
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """spec: folder, batch_size, accumulation, steps, beta, loss, label_smoothing, zero_stage, and the switches
-    prefix_sharing, packing, length_sorted, chunk_tokens; rank and world with `port` for several workers."""
-    rank, world = spec.get("rank", 0), spec.get("world", 1)
+    """spec: folder, batch_size, accumulation, steps, beta, loss, label_smoothing, tuning, zero_stage, offload, and the switches
+    prefix_sharing, packing, length_sorted, chunk_tokens, checkpointing; rank and world with `port` for several workers."""
+    rank, world, gpu = spec.get("rank", 0), spec.get("world", 1), spec.get("shape") == "8b"
     os.environ.update(
-        DS_ACCELERATOR="cpu",
+        **({} if gpu else {"DS_ACCELERATOR": "cpu"}),
         LOCAL_SIZE=str(world),
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -118,20 +145,22 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     )
     import logging
 
+    import torch
     import torch.distributed as dist
     from deepspeed.utils import logger
 
+    from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
     from dpo4rec_ray.policy.logps import CompletionLogps
-    from dpo4rec_ray.policy.model import gathered_state, load_model
+    from dpo4rec_ray.policy.model import add_lora, checkpoint_activations, gathered_state, load_model
     from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
-    from dpo4rec_ray.policy.reference import ReferenceScorer
     from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths, with_reference
     from dpo4rec_ray.policy.trainer import Trainer, TrainSettings
 
     logger.setLevel(logging.ERROR)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    pairs = pq.read_table(Path(spec["folder"]) / "pairs.parquet")
-    layout = BatchLayout(0, spec["prefix_sharing"], spec["packing"])
+    dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world)
+    folder = Path(spec["folder"])
+    pairs = pq.read_table(folder / "pairs.parquet")
+    layout = BatchLayout(0, spec["prefix_sharing"], spec["packing"], multiple_of=128 if gpu else 1)
     settings = TrainSettings(
         lr=spec["lr"],
         schedule="constant",
@@ -142,21 +171,23 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         weight_decay=0.0,
         max_grad_norm=1.0,
         zero_stage=spec.get("zero_stage", 0),
-        dtype="float32",
+        dtype="bfloat16" if gpu else "float32",
         seed=0,
+        offload_optimizer=spec.get("offload", False),
+        on_gpu=gpu,
     )
-    began = time.monotonic()
-    reference = ReferenceScorer(spec["folder"], "float32", layout, spec["chunk_tokens"])(pairs)
-    reference_s = time.monotonic() - began
     sharded = settings.zero_stage == 3
-    lora = spec.get("tuning", "lora") == "lora"
-    inner = lora_model(spec) if lora else load_model(spec["folder"], "float32")
-    model = CompletionLogps(
-        inner, grouped=layout.grouped, chunk_tokens=spec["chunk_tokens"], sharded=sharded
-    )
+    zero3 = deepspeed_config(settings, 1, {}) if sharded else None
+    inner: Any = load_model(str(folder), settings.dtype, zero3=zero3)
+    if spec.get("tuning", "lora") == "lora":
+        torch.manual_seed(0)
+        inner = add_lora(inner, rank=8, alpha=16)
+    if spec.get("checkpointing"):
+        checkpoint_activations(inner)
+    model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=spec["chunk_tokens"], sharded=sharded)
     trainer = Trainer(
         model,
-        ArrowRows(with_reference(pairs, reference)),
+        ArrowRows(with_reference(pairs, pq.read_table(folder / "reference.parquet"))),
         DPOObjective(layout, spec["beta"], spec["loss"], spec.get("label_smoothing", 0.0)),
         settings,
         lengths=pair_lengths(pairs)[0] if spec["length_sorted"] else None,
@@ -171,20 +202,20 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         return step == spec["steps"]
 
     trainer.run(on_step)
-    state = gathered_state(trainer.engine.module, rank, trained_only=True)
-    weights = float(sum(tensor.double().abs().sum().item() for tensor in state.values()))
-    if spec.get("weights") and rank == 0:
+    if spec.get("weights"):
         from safetensors.torch import save_file
 
-        save_file(state, spec["weights"])
+        state = gathered_state(trainer.engine.module, rank, trained_only=True)
+        if rank == 0:
+            save_file(state, spec["weights"])
+    tokens = float(np.median([one["tokens_per_s"] for one in steps[1:] or steps]))
     return {
         **rates(spec, times),
+        "tokens_per_s": round(tokens),
         "losses": [one["loss"] for one in steps],
         "grad_norms": [one["grad_norm"] for one in steps],
-        "reference_s": round(reference_s, 2),
-        "peak_mb": round(memory_mb()),
+        "peak_mb": round(torch.cuda.max_memory_allocated() / 2**20 if gpu else memory_mb()),
         "before_mb": round(before),
-        "weights": weights,
     }
 
 

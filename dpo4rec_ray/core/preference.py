@@ -110,5 +110,5 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "sigmoid_norm": sigmoid_norm,
     "softmax": softmax,
 }
-# These read label_smoothing; the others would ignore it.
+# These read label_smoothing, and are ln 2 for each pair where policy equals reference; the others ignore it.
 SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")

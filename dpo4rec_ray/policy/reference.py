@@ -12,7 +12,7 @@ from dpo4rec_ray.policy.objectives import BatchLayout, pair_group
 from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths
 
 # Computed together; without gradients only the hidden states of one layer are alive.
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 4096
 
 
 class ReferenceScorer:

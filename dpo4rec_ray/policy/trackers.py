@@ -13,8 +13,9 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dpo4rec_ray.errors import UserError
 
@@ -64,72 +65,99 @@ class TensorBoard:
         return writer
 
 
-class MLflow:
+class _Run:
+    """A tracker's run: the same after a restart, every step once, and given up where it fails on the way."""
+
+    name: ClassVar[str]
+
+    def __init__(self, folder: Path):
+        self._run_file = _RunFile(folder / f"{self.name}.json")
+        self._failed = False
+
+    def log(self, step: int, figures: Figures) -> None:
+        """The figures of optimiser step `step`, counted from 1."""
+        if step > self._run_file.step and self._attempt(
+            lambda: self._send(step, figures), f"from step {step} on"
+        ):
+            self._run_file.note(step)
+
+    def close(self) -> None:
+        """The training is complete."""
+        self._attempt(self._end, "at the end")
+
+    def _attempt(self, call: Callable[[], None], when: str) -> bool:
+        if not self._failed:
+            try:
+                call()
+            except (
+                Exception
+            ) as error:  # the tracker's, its network's, its database's: none is worth a training
+                self._failed = True
+                logger.warning("tracker %s: %s; nothing is sent %s", self.name, _reason(error), when)
+        return not self._failed
+
+    def _send(self, step: int, figures: Figures) -> None:
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        raise NotImplementedError
+
+
+class MLflow(_Run):
     """A run in the experiment MLFLOW_EXPERIMENT_NAME on MLFLOW_TRACKING_URI; without that, in `folder`/mlflow.db.
 
     MLflow keeps every value that it is given for a step, and none can be taken back: steps that are computed again
     after a resume are left out, since they repeat the first ones.
     """
 
+    name = "mlflow"
+
     def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]):
         """Raises UserError: the package is missing, the server gives no run, or the run to continue is gone."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of the package's use, to its makers
-        mlflow = import_tracker("mlflow")
-        self._error = mlflow.exceptions.MlflowException
-        self._metric = mlflow.entities.Metric
+        self._mlflow = import_tracker(self.name)
+        super().__init__(folder)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
-        self._run_file = _RunFile(folder / "mlflow.json")
-        self._failed = False
         try:
-            self._client = mlflow.MlflowClient(tracking_uri=uri)
+            self._client = self._mlflow.MlflowClient(tracking_uri=uri)
             if self._run_file.run_id:
                 self._client.update_run(self._run_file.run_id, status="RUNNING")
             else:
-                self._start(run_name, settings, mlflow.entities.Param)
-        except self._error as error:
-            raise UserError(
-                f"tracker mlflow: {_reason(error)}; {self._run_file.advice('MLFLOW_TRACKING_URI')}"
-            ) from None
+                self._run_file.start(self._start(run_name, settings))
+        except self._mlflow.exceptions.MlflowException as error:
+            raise self._run_file.refused(self.name, error, "MLFLOW_TRACKING_URI") from None
 
-    def log(self, step: int, figures: Figures) -> None:
-        """The figures of optimiser step `step`, counted from 1."""
-        if self._failed or step <= self._run_file.step:
-            return
-        now = int(time.time() * 1000)
-        metrics = [self._metric(name, float(value), now, step) for name, value in figures.items()]
-        try:
-            self._client.log_batch(self._run_file.run_id, metrics=metrics)
-        except self._error as error:
-            self._failed = True
-            logger.warning("tracker mlflow: %s; no figures are sent from step %d on", _reason(error), step)
-        else:
-            self._run_file.note(step)
-
-    def close(self) -> None:
-        """The training is complete."""
-        if not self._failed:
-            self._client.set_terminated(self._run_file.run_id, "FINISHED")
-
-    def _start(self, run_name: str, settings: dict[str, Any], param: Any) -> None:
+    def _start(self, run_name: str, settings: dict[str, Any]) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         run_id = self._client.create_run(experiment, run_name=run_name).info.run_id
-        self._client.log_batch(run_id, params=[param(key, value) for key, value in _flat(settings).items()])
-        self._run_file.start(run_id)
+        params = [self._mlflow.entities.Param(key, value) for key, value in _flat(settings).items()]
+        self._client.log_batch(run_id, params=params)
+        return run_id
+
+    def _send(self, step: int, figures: Figures) -> None:
+        now = int(time.time() * 1000)
+        entity = self._mlflow.entities.Metric
+        metrics = [entity(name, float(value), now, step) for name, value in figures.items()]
+        self._client.log_batch(self._run_file.run_id, metrics=metrics)
+
+    def _end(self) -> None:
+        self._client.set_terminated(self._run_file.run_id, "FINISHED")
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(_Run):
     """A run in W&B's project WANDB_PROJECT; key, server and mode from WANDB_API_KEY, WANDB_BASE_URL and WANDB_MODE.
 
-    With WANDB_MODE=offline it is written below `folder`/wandb, for `wandb sync`. Neither console output nor code is taken.
-    W&B refuses earlier steps: those that are computed again after a resume are left out.
+    With WANDB_MODE=offline it is written below `folder`/wandb, for `wandb sync`. Console output, code and command line
+    are not taken. W&B refuses earlier steps: those that are computed again after a resume are left out.
     """
+
+    name = "wandb"
 
     def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]):
         """Raises UserError: the package is missing, or W&B gives no run (no key, no network)."""
-        wandb = import_tracker("wandb")
-        self._run_file = _RunFile(folder / "wandb.json")
+        wandb = import_tracker(self.name)
+        super().__init__(folder)
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -138,23 +166,20 @@ class WeightsAndBiases:
                 config=settings,
                 id=self._run_file.run_id or None,
                 resume="allow",
-                settings=wandb.Settings(console="off", disable_git=True, disable_code=True),
+                # "meta" holds the command line, and a Ray worker's has the cluster's password
+                settings=wandb.Settings(
+                    console="off", disable_git=True, disable_code=True, x_disable_meta=True
+                ),
             )
         except wandb.Error as error:
-            raise UserError(
-                f"tracker wandb: {_reason(error)}; {self._run_file.advice('WANDB_API_KEY')}"
-            ) from None
+            raise self._run_file.refused(self.name, error, "WANDB_API_KEY") from None
         if not self._run_file.run_id:
             self._run_file.start(self._run.id)
 
-    def log(self, step: int, figures: Figures) -> None:
-        """The figures of optimiser step `step`, counted from 1."""
-        if step > self._run_file.step:
-            self._run.log(figures, step=step, commit=True)
-            self._run_file.note(step)
+    def _send(self, step: int, figures: Figures) -> None:
+        self._run.log(figures, step=step, commit=True)
 
-    def close(self) -> None:
-        """The training is complete."""
+    def _end(self) -> None:
         self._run.finish()
 
 
@@ -186,11 +211,13 @@ class _RunFile:
         temporary.write_text(json.dumps({"run_id": self.run_id, "step": step}), encoding="utf-8")
         os.replace(temporary, self._file)
 
-    def advice(self, variable: str) -> str:
+    def refused(self, tracker: str, error: Exception, variable: str) -> UserError:
         again = f", or remove {self._file} to start another run than {self.run_id}" if self.run_id else ""
-        return f"check {variable} and the network{again}"
+        return UserError(f"tracker {tracker}: {_reason(error)}; check {variable} and the network{again}")
 
 
+# What the packages would tell their makers of their use and their errors.
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
 MODULES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 
 
@@ -201,6 +228,8 @@ def import_tracker(tracker: str) -> Any:
         UserError: it is not installed.
     """
     module = MODULES[tracker]
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     try:
         return importlib.import_module(module)
     except ImportError as error:

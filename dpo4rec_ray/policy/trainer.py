@@ -127,6 +127,7 @@ class Trainer:
         started = time.monotonic()
         for step in self.order.steps(settings.batch_size, self._rank, self._world, self.step):
             sums: Figures = {}
+            norm: torch.Tensor | None = None
             for micro, share in enumerate(step.shares):
                 # where the rows do not go round, a worker repeats one without weight: all must take part in the exchange
                 rows = [self._rows[i] for i in share or step.rows[:1]]
@@ -136,6 +137,8 @@ class Trainer:
                 loss, found = self._objective(engine, batch)
                 weight = self._accumulation * self._world / len(step.rows) if share else 0.0
                 engine.backward(loss * weight)
+                if engine.is_gradient_accumulation_boundary():
+                    norm = self._plain_norm()
                 engine.step()
                 if share:
                     found["tokens"] = float(batch.tokens.num_tokens)
@@ -148,8 +151,7 @@ class Trainer:
                 )
             if step.index == 0 and expect_first_loss is not None:
                 _check_first_loss(mean["loss"], expect_first_loss, FIRST_LOSS_TOLERANCE[settings.dtype])
-            norm = engine.get_global_grad_norm()
-            mean["grad_norm"] = float(norm) if norm is not None else float("nan")
+            mean["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
             mean["lr"] = self._schedule.get_last_lr()[0]
             now = time.monotonic()
             mean["tokens_per_s"] = step_tokens / (now - started)
@@ -179,6 +181,13 @@ class Trainer:
                 sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
         self.engine.train(training)
         return {key: value / len(rows) for key, value in self._total(sums).items()}
+
+    def _plain_norm(self) -> torch.Tensor | None:
+        """Norm of the step's gradients before clipping where DeepSpeed keeps none (stage 0 in float32); else None."""
+        if self._settings.zero_stage or self._settings.dtype != "float32":
+            return None
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _total(self, sums: Figures) -> Figures:
         """Sums over the workers; one that had no rows has no names either."""

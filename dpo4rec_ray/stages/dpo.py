@@ -54,7 +54,15 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             settings=train_settings(section, config.llm.dtype, seed_of(config.run.seed, "dpo", round_id)),
             deepspeed=read_extra(section.deepspeed),
         )
-        launch(dpo_loop, {"task": task}, folder=folder, section=section, label="dpo", unit="steps", min_workers=section.min_workers)
+        launch(
+            dpo_loop,
+            {"task": task},
+            folder=folder,
+            section=section,
+            label="dpo",
+            unit="steps",
+            min_workers=section.min_workers,
+        )
     weights = PolicyWeights(base=base, adapter=str(folder / ADAPTER))
     if section.tuning == "full":
         weights = PolicyWeights(base=str(folder / FULL))

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from dpo4rec_ray.artifacts import RunDir, write_json
 from dpo4rec_ray.config import Config, TrainerSection
+from dpo4rec_ray.core.preference import SMOOTHED
 from dpo4rec_ray.core.watch import Watch
 from dpo4rec_ray.policy.trainer import Figures, Trainer, TrainSettings
 from dpo4rec_ray.stages.reference import read_reference
@@ -92,7 +93,8 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
         lengths=lengths["train"] if section.length_sorted else None,
         extra=task.deepspeed,
     )
-    exact = section.loss == "sigmoid" and not task.moved and not section.nll_weight
+    # each pair's loss is ln 2 where policy equals reference
+    exact = section.loss in SMOOTHED and not task.moved and not section.nll_weight
     saver = _Saver(task, trainer, rank)
     looks = Looks(folder, rank)
 

@@ -88,8 +88,8 @@ def launch(
     finally:
         stop.set()
         follower.join(timeout=5)
-    if refused.exists():
-        raise UserError(refused.read_text(encoding="utf-8"))
+        if refused.exists():
+            raise UserError(refused.read_text(encoding="utf-8")) from None
     _remove(storage)  # checkpoints and Ray Train's own bookkeeping; our results are beside it
 
 
@@ -99,11 +99,14 @@ def _telling(loop: Callable[[dict[str, Any]], None], refused: Path) -> Callable[
     def told(arguments: dict[str, Any]) -> None:
         from ray import train
 
+        if refused.exists():
+            return
         try:
             loop(arguments)
         except UserError as error:
-            if train.get_context().get_world_rank() == 0:
-                refused.write_text(str(error), encoding="utf-8")
+            refused.write_text(str(error), encoding="utf-8")
+            if train.get_context().get_world_size() > 1:
+                raise  # the others may be waiting for this one
 
     return told
 

@@ -100,7 +100,12 @@ def test_the_saved_adapter_is_what_was_trained(undisturbed: Finished) -> None:
 
 @pytest.mark.parametrize(
     "zero_stage",
-    [3, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)],
+    [
+        3,
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+    ],
 )
 def test_two_workers_with_zero_train_the_same_adapter(
     tiny_run: Finished, undisturbed: Finished, tmp_path: Path, zero_stage: int
@@ -117,7 +122,9 @@ def test_full_fine_tuning_partitioned_saves_whole_weights(tiny_run: Finished, tm
     (tmp_path / "two").mkdir()
     full = ["dpo.tuning=full", "dpo.lr=0.0005"]
     one = train(tiny_run, tmp_path / "one", *ONE, *full)
-    two = train(tiny_run, tmp_path / "two", *TWO, *full, "dpo.zero_stage=3", "dpo.activation_checkpointing=true")
+    two = train(
+        tiny_run, tmp_path / "two", *TWO, *full, "dpo.zero_stage=3", "dpo.activation_checkpointing=true"
+    )
     assert one.code == two.code == 0, one.stderr + two.stderr
     name = "full/model.safetensors"
     assert_same_weights(weights(two, name), weights(one, name), atol=2e-5)

@@ -14,28 +14,31 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.trackers import TRACKERS
+from dpo4rec_ray.policy.trackers import MODULES, TRACKERS
 
 SETTINGS = {"loss": "sigmoid", "beta": 0.01, "deepspeed": {"zero_optimization": {"stage": 2}}}
-# Logs steps argv[3] to argv[4] and then neither closes nor ends.
-WORKER = """
+# Prints, logs steps argv[3] to argv[4] and then neither closes nor ends.
+WORKER = f"""
 import sys, time
 from pathlib import Path
 from dpo4rec_ray.policy.trackers import TRACKERS
-name, folder, first, last = sys.argv[1:]
-tracker = TRACKERS[name](Path(folder), "run-01", {settings!r})
+name, folder, first, last = sys.argv[1:5]
+tracker = TRACKERS[name](Path(folder), "run-01", {SETTINGS!r})
+print("a user's words", flush=True)
 for step in range(int(first), int(last) + 1):
     tracker.log(step, {{"loss": step / 8, "lr": 1e-5}})
 print("logged", flush=True)
 time.sleep(600)
-""".format(settings=SETTINGS)
+"""
 
 
 def killed_after(
     name: str, folder: Path, first: int, last: int, seen: Callable[[], bool] = lambda: True
 ) -> None:
     """A worker that logs these steps and is killed, as soon as they are `seen` outside."""
-    command = [sys.executable, "-c", WORKER, name, str(folder), str(first), str(last)]
+    # a Ray worker's command line looks like this
+    secret = "--redis-password=hunter2"
+    command = [sys.executable, "-c", WORKER, name, str(folder), str(first), str(last), secret]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any(line == "logged\n" for line in process.stdout)
@@ -55,7 +58,10 @@ def write(name: str, folder: Path, first: int, last: int) -> None:
 
 
 def records(file: Path) -> list[bytes]:
-    """The payloads of a file in TFRecord format: length (8 bytes), its checksum (4), payload, checksum (4); less a last one half written."""
+    """The payloads of a TFRecord file: length (8 bytes), its checksum (4), payload, checksum (4).
+
+    Less a last one that is half written.
+    """
     data, found, at = file.read_bytes(), [], 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 8], "little")
@@ -152,3 +158,103 @@ def test_mlflow_names_no_password_of_its_server(
         TRACKERS["mlflow"](tmp_path, "run-01", SETTINGS)
     assert "hunter2" not in str(raised.value) + "".join(capfd.readouterr())
     assert "\n" not in str(raised.value)
+
+
+def test_mlflow_run_taken_away_is_a_warning_and_later_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it trains, somebody deletes the run: the training goes on. A training that is continued asks what to do."""
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    tracker = TRACKERS["mlflow"](tmp_path, "run-01", SETTINGS)
+    tracker.log(1, {"loss": 0.5})
+    run_id = json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
+    mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").delete_run(run_id)
+    for step in (2, 3):
+        tracker.log(step, {"loss": 0.5})
+    tracker.close()
+    (warning,) = [text.getMessage() for text in caplog.records if text.name == "dpo4rec_ray.policy.trackers"]
+    assert warning.startswith("tracker mlflow: ")
+    assert warning.endswith("nothing is sent from step 2 on")
+    assert json.loads((tmp_path / "mlflow.json").read_text()) == {"run_id": run_id, "step": 1}
+    with pytest.raises(UserError, match=f"remove .*mlflow.json to start another run than {run_id}"):
+        TRACKERS["mlflow"](tmp_path, "run-01", SETTINGS)
+
+
+def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    for text in ('{"run_id": "7", "st', "[]", '{"run_id": "7", "step": "many"}'):
+        (tmp_path / "mlflow.json").write_text(text)
+        with pytest.raises(UserError, match=r"mlflow.json: not a tracker's run"):
+            TRACKERS["mlflow"](tmp_path, "run-01", SETTINGS)
+
+
+def wandb_records(file: Path) -> list[bytes]:
+    """The records of a .wandb file: LevelDB's log format in blocks of 32 KiB behind a header of 7 bytes.
+
+    A record lies in pieces of checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last) and data.
+    """
+    data, found, at = file.read_bytes(), [], 7
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768  # a piece's head does not fit the rest of the block
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if kind in (1, 2):
+            found.append(b"")
+        found[-1] += data[at + 7 : at + 7 + size]
+        at += 7 + size
+    return found
+
+
+def wandb_losses(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of all offline runs below the folder, in order."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: list[tuple[int, float]] = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for record in map(Record.FromString, wandb_records(file)):
+            row = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            if "loss" in row:
+                found.append((int(row["_step"]), float(row["loss"])))
+    return found
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path: Path) -> None:
+    """Killed at step 6, continued from step 3, offline: `wandb sync` finds every step once, and nothing but figures."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    killed_after("wandb", tmp_path, 1, 6, seen=lambda: len(wandb_losses(tmp_path)) == 6)
+    write("wandb", tmp_path, 4, 8)
+    assert wandb_losses(tmp_path) == [
+        *((step, step / 8) for step in range(1, 7)), *((step, 100 + step / 8) for step in (7, 8))
+    ]  # fmt: skip
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    run_id = json.loads((tmp_path / "wandb.json").read_text())["run_id"]
+    assert {file.name for file in files if file.suffix == ".wandb"} == {f"run-{run_id}.wandb"}
+    content = b"".join(file.read_bytes() for file in files)
+    assert b"sigmoid" in content
+    assert b"hunter2" not in content
+    assert b"user's words" not in content
+
+
+def test_wandb_without_a_key_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"tracker wandb: .*check WANDB_API_KEY and the network") as raised:
+        TRACKERS["wandb"](tmp_path, "run-01", SETTINGS)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "module"), MODULES.items())
+def test_a_missing_package_is_named(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]  # how Python marks a module as absent
+    with pytest.raises(UserError, match=rf"{name} needs the package {module} .*; pip install {module}, or"):
+        TRACKERS[name](tmp_path, "run-01", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_tracker_has_its_package() -> None:
+    assert MODULES.keys() == TRACKERS.keys()

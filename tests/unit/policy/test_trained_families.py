@@ -93,12 +93,16 @@ def test_trains_alike_with_and_without_sharing_and_reloads(family: str, tuning: 
         state = gathered_state(model, 0, trained_only=tuning == "lora")
         model.save_pretrained(target, state_dict=state)
         if tuning == "lora":
-            reloaded: Any = PeftModel.from_pretrained(load_model(str(tmp_path / "base"), "float32"), str(target))
+            reloaded: Any = PeftModel.from_pretrained(
+                load_model(str(tmp_path / "base"), "float32"), str(target)
+            )
         else:
             reloaded = load_model(str(target), "float32")
         saved.append(logits(reloaded))
         torch.testing.assert_close(saved[-1], logits(model), atol=1e-6, rtol=0)
         assert (saved[-1] - before).abs().max() > 1e-3
-    # one rejected text: ln 2, two: ln 3
-    assert losses[0][0] == pytest.approx((math.log(2) + math.log(3)) / 2, abs=1e-5)
+    first = next(trainer.order.steps(2, 0, 1)).rows
+    # policy equals reference: ln 2 with one rejected text, ln 3 with two
+    expected = sum(math.log(1 + len(pairs[i]["rejected_token_ids"])) for i in first) / len(first)
+    assert losses[0][0] == pytest.approx(expected, abs=1e-5)
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)

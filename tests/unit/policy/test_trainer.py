@@ -18,7 +18,6 @@ from dpo4rec_ray.policy.model import add_lora
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedObjective
 from dpo4rec_ray.policy.trainer import Trainer, TrainSettings
 
-
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
@@ -123,6 +122,18 @@ def test_one_by_eight_equals_eight_by_one() -> None:
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     torch.testing.assert_close(lora_weights(wide), lora_weights(narrow), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_zero_stages_take_the_same_steps(zero_stage: int) -> None:
+    rows = pairs(12)
+    second, second_figures = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=2, max_grad_norm=0.05)
+    own, figures = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=zero_stage, max_grad_norm=0.05)
+    for one, other in zip(second_figures, figures, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4) and one["grad_norm"] > 0.05
+    if zero_stage < 3:  # there the weights are partitioned
+        torch.testing.assert_close(lora_weights(second), lora_weights(own), atol=1e-5, rtol=0)
 
 
 def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
