@@ -40,12 +40,9 @@ class CompletionLogps(torch.nn.Module):
         inner = bare(model)
         if grouped:
             use_grouped_attention(inner)
-        elif inner.config._attn_implementation == "sdpa" and getattr(
-            inner.config.get_text_config(), "attn_logit_softcapping", None
-        ):
-            inner.set_attn_implementation(
-                "eager"
-            )  # SDPA has no soft cap, and transformers leaves it out (Gemma 2)
+        elif inner.config._attn_implementation == "sdpa" and _softcap(inner, "attn"):
+            # SDPA has no soft cap, and transformers leaves it out without a word (Gemma 2)
+            inner.set_attn_implementation("eager")
 
     def forward(self, batch: TokenBatch | GroupBatch) -> torch.Tensor:
         if isinstance(batch, TokenBatch):
@@ -68,7 +65,7 @@ class CompletionLogps(torch.nn.Module):
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """[M, H], [M] -> log p of the targets [M], float32."""
         head = bare(self.model).get_output_embeddings()
-        cap = getattr(bare(self.model).config.get_text_config(), "final_logit_softcapping", None)
+        cap = _softcap(bare(self.model), "final")
         size = self._chunk_tokens or len(targets)
         chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
         weight = getattr(head, "weight", None)
@@ -124,6 +121,11 @@ def _head_logps(
     if cap:
         logits = cap * torch.tanh(logits / cap)
     return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def _softcap(model: Any, of: str) -> float | None:
+    """Gemma's bound on the scores of attention ("attn") or of the head ("final"); None: there is none."""
+    return getattr(model.config.get_text_config(), f"{of}_logit_softcapping", None)
 
 
 def bare(model: Any) -> Any:

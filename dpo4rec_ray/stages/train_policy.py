@@ -195,7 +195,8 @@ def _fit(
         if rank == 0:
             with open(folder / CONTINUED, "a", encoding="utf-8") as lines:
                 lines.write(f"{trainer.step}\n")
-    metrics = MetricsFile(folder, rank, after=trainer.step)
+    metrics = MetricsFile(folder, rank)
+    metrics.go_on_after(trainer.step)
     trackers = []
     if rank == 0:
         settings = section.model_dump(mode="json")

@@ -170,11 +170,13 @@ def wait_for_epochs(tasks: Sequence[Any], file: Path, label: str, total: int) ->
 class MetricsFile:
     """Appends figures to metrics.jsonl; ranks other than 0 write nothing."""
 
-    def __init__(self, folder: str | Path, rank: int, after: int = 0):
-        """after: steps that a continued training has behind it; what was written beyond them is redone."""
+    def __init__(self, folder: str | Path, rank: int):
         self._file = Path(folder) / METRICS if rank == 0 else None
+
+    def go_on_after(self, step: int) -> None:
+        """Drop what an interrupted training wrote beyond the step that it is continued from."""
         if self._file is not None:
-            kept = [line for line in read_metrics(Path(folder)) if line["step"] <= after]
+            kept = [line for line in read_metrics(self._file.parent) if line["step"] <= step]
             self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, figures: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,14 +237,21 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path) -> None:
     assert b"user's words" not in content
 
 
-def test_wandb_without_a_key_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_a_key_says_what_to_do(tmp_path: Path) -> None:
+    """In a process of its own: W&B reads its environment once."""
     pytest.importorskip("wandb", reason="wandb is not installed")
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"tracker wandb: .*check WANDB_API_KEY and the network") as raised:
-        TRACKERS["wandb"](tmp_path, "run-01", SETTINGS)
-    assert "\n" not in str(raised.value)
+    away = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "NETRC": str(tmp_path / "none")}
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, "wandb", str(tmp_path), "1", "1"],
+        env={**os.environ, **away},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r".*UserError: tracker wandb: .*; check WANDB_API_KEY and the network$", last), last
 
 
 @pytest.mark.parametrize(("name", "module"), MODULES.items())
