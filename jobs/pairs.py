@@ -60,7 +60,7 @@ PAIRS_PER_PART = 8192
 Pair = dict[str, Any]  # a row of the artifact `pairs`
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jobs/pairs.py", description="Export and import preference pairs.")
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="write the pairs of a run for another trainer")
@@ -79,9 +79,9 @@ def main() -> int:
     )
     for command in (out, into):
         command.add_argument("--verbose", action="store_true", help="show all logs, and tracebacks")
-    options, more = parser.parse_known_args()  # overrides may stand behind the options
+    options, more = parser.parse_known_args(arguments)  # overrides may stand behind the options
     if options.command == "export" or any(text.startswith("-") for text in more):
-        options = parser.parse_args()
+        options = parser.parse_args(arguments)
     else:
         options.files += more
     call = export_pairs if options.command == "export" else import_pairs

@@ -89,9 +89,8 @@ class _Run:
         if not self._failed:
             try:
                 call()
-            except (
-                Exception
-            ) as error:  # the tracker's, its network's, its database's: none is worth a training
+            # the tracker's own errors, its network's, its database's: none is worth a training
+            except Exception as error:
                 self._failed = True
                 logger.warning("tracker %s: %s; nothing is sent %s", self.name, _reason(error), when)
         return not self._failed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from dpo4rec_ray.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer, read_policy
-from dpo4rec_ray.policy.preference_files import FORMATS, OWN, pairs_table
+from dpo4rec_ray.policy.preference_files import OWN, pairs_table, read_row
 from tests.conftest import ROOT, Finished
 
 BUNDLED = ROOT / "dpo4rec_ray" / "policy" / "bundled"
@@ -28,7 +30,7 @@ QUESTION = (
 )
 TEXTS = [
     "Likes comedy, era 1990s.",
-    "Likes crime.",
+    "Likes mystery of the 1980s.",
     "Likes nothing of it",
     "Prefers drama; no comedy at all.",
 ]
@@ -116,6 +118,19 @@ def write_run(folder: Path, pairs: list[dict[str, Any]], round_id: int = 1, **ch
     return store
 
 
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """The job's main in this process: a start of Python for every mistake would take minutes."""
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    pairs = importlib.import_module("pairs")
+
+    def call(*arguments: str) -> Finished:
+        code = pairs.main(list(arguments))
+        return Finished(ROOT, code, *capsys.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("made") / "run"
@@ -126,7 +141,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def exported(made: Run, target: Path, form: str, split: str = "train") -> list[dict[str, Any]]:
     good(job(target, "export", str(made.folder), "--format", form, "--out", str(target), "--split", split))
-    return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    return lines_of(target)
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def test_export_says_what_texts_do_not_give_back(made: Run, tmp_path: Path) -> None:
@@ -191,8 +210,6 @@ def test_trl_tokenises_the_export_to_the_stored_ids(made: Run, tmp_path: Path) -
 def test_prompts_inside_plain_texts_are_cut_as_trl_cuts_them() -> None:
     from trl.data_utils import extract_prompt
 
-    from dpo4rec_ray.policy.preference_files import read_row
-
     for chosen, rejected in [
         ("The sky is blue.", "The sky is green."),
         ("The sky is blue.", "The sky is black."),
@@ -206,8 +223,9 @@ def test_prompts_inside_plain_texts_are_cut_as_trl_cuts_them() -> None:
 
 
 @pytest.mark.parametrize("form", ["nemo", "sharegpt"])
-def test_layouts_hold_every_pair(made: Run, tmp_path: Path, form: str) -> None:
-    rows = exported(made, tmp_path / "pairs.jsonl", form)
+def test_layouts_hold_every_pair(made: Run, tmp_path: Path, form: str, main: Callable[..., Finished]) -> None:
+    good(main("export", str(made.folder), "--format", form, "--out", str(tmp_path / "pairs.jsonl")))
+    rows = lines_of(tmp_path / "pairs.jsonl")
     expected = [
         (pair["user_id"], ids)
         for pair in made.pairs
@@ -222,11 +240,9 @@ def test_layouts_hold_every_pair(made: Run, tmp_path: Path, form: str) -> None:
     assert all(set(OWN) <= set(row) for row in rows)
 
 
-def test_what_cannot_be_exported(made: Run, tmp_path: Path) -> None:
-    def export(folder: Path, *more: str) -> Finished:
-        return job(
-            tmp_path, "export", str(folder), "--format", "trl", "--out", str(tmp_path / "x.jsonl"), *more
-        )
+def test_what_cannot_be_exported(made: Run, tmp_path: Path, main: Callable[..., Finished]) -> None:
+    def export(folder: Path, *more: str, out: str = "x.jsonl") -> Finished:
+        return main("export", str(folder), "--format", "trl", "--out", str(tmp_path / out), *more)
 
     one_line(export(tmp_path / "nothing"), "not a run folder", "config.json")
     one_line(export(made.folder, "--round", "3"), "rounds/03/pairs", "missing")
@@ -248,10 +264,7 @@ def test_what_cannot_be_exported(made: Run, tmp_path: Path) -> None:
     one_line(export(tmp_path / "none", "--split", "valid"), "no valid pair")
     (tmp_path / "none" / "config.json").write_text("{")
     one_line(export(tmp_path / "none"), "config.json")
-    done = job(
-        tmp_path, "export", str(made.folder), "--format", "trl", "--out", str(tmp_path / "no" / "x.jsonl")
-    )
-    one_line(done, "--out", "folder that is there")
+    one_line(export(made.folder, out="no/x.jsonl"), "--out", "folder that is there")
     assert list(tmp_path.glob("*.jsonl*")) == []
 
 
@@ -367,9 +380,9 @@ def test_an_imported_run_can_be_exported(imported: Imported, tmp_path: Path) -> 
     assert len({row["user_id"] for row in rows}) == imported.store.require("pairs", 1).figures["pairs"]
 
 
-def test_what_cannot_be_imported(tmp_path: Path) -> None:
+def test_what_cannot_be_imported(tmp_path: Path, main: Callable[..., Finished]) -> None:
     def load(*arguments: str, out: str = "run", llm: str = str(BUNDLED)) -> Finished:
-        return job(tmp_path, "import", *arguments, "--llm", llm, "--out", str(tmp_path / out))
+        return main("import", *arguments, "--llm", llm, "--out", str(tmp_path / out))
 
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
@@ -378,16 +391,33 @@ def test_what_cannot_be_imported(tmp_path: Path) -> None:
     one_line(load(str(file), "dpo.bata=0.1"), "dpo.bata", "beta")
     one_line(load(str(file), "run.name=other"), "run.name", "--out")
     one_line(load(str(file), llm="bootstrap"), "bootstrap")
-    one_line(load(str(file), llm=str(tmp_path)), "config.json")
     one_line(load(str(file), out="."), "something else")
-    array = tmp_path / "array.jsonl"
-    array.write_text('[{"prompt": "p", "chosen": "a", "rejected": "b"}]')
-    one_line(load(str(array)), "JSON array")
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text("\n".join(BAD_LINES))
-    one_line(load(str(bad)), "no pair to train on", "2 x not a JSON object (bad.jsonl:1, bad.jsonl:4)")
+    with pytest.raises(SystemExit, match="2"):
+        load(str(file), "--heldout", "1")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"prompt": "p", "chosen": "a", "rejected": "b"}]', ["JSON array", "jq"]),
+        (
+            "\n".join(BAD_LINES),
+            ["no pair to train on", "2 x not a JSON object (pairs.jsonl:1, pairs.jsonl:4)"],
+        ),
+    ],
+)
+def test_files_without_a_pair(tmp_path: Path, content: str, words: list[str]) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(content)
+    one_line(
+        job(tmp_path, "import", str(file), "--llm", str(BUNDLED), "--out", str(tmp_path / "run")), *words
+    )
     assert not list((tmp_path / "run").rglob("manifest.json"))
-    share = load(str(file), "--heldout", "1")
-    assert share.code == 2
-    assert "not a share" in share.stderr
-    assert sorted(FORMATS) == ["nemo", "sharegpt", "trl"]
+
+
+def test_a_folder_that_is_no_llm(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    (tmp_path / "llm").mkdir()
+    out = str(tmp_path / "run")
+    one_line(job(tmp_path, "import", str(file), "--llm", str(tmp_path / "llm"), "--out", out), "config.json")

@@ -399,3 +399,11 @@ def test_the_plain_path_keeps_gemma_2s_soft_cap() -> None:
         eager.set_attn_implementation("eager")
         torch.testing.assert_close(found, sequence_logps(*completion_logits(eager, batch)))
     assert (found - dropped).abs().max().item() > 0.5
+
+
+def test_check_grouped_refuses_what_is_not_a_number() -> None:
+    model = start("llama", lora=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="by up to nan"):
+        check_grouped(model)
