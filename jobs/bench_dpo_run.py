@@ -184,7 +184,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         inner = add_lora(inner, rank=8, alpha=16)
     if spec.get("checkpointing"):
         checkpoint_activations(inner)
-    model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=spec["chunk_tokens"], sharded=sharded)
+    model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=spec["chunk_tokens"])
     trainer = Trainer(
         model,
         ArrowRows(with_reference(pairs, pq.read_table(folder / "reference.parquet"))),

@@ -23,20 +23,19 @@ from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
 class CompletionLogps(torch.nn.Module):
     """batch -> sums of log-probabilities over each completion, EOS included: [S], float32."""
 
-    def __init__(self, model: Any, *, grouped: bool = False, chunk_tokens: int = 0, sharded: bool = False):
+    def __init__(self, model: Any, *, grouped: bool = False, chunk_tokens: int = 0):
         """
         Args:
             model: a transformers causal LM, or one with peft's LoRA in it.
             grouped: batches are GroupBatch, else TokenBatch.
             chunk_tokens: completion tokens per application of the head; 0: all at once (grouped only).
-            sharded: weights are partitioned (ZeRO-3): the head may be used through its forward only.
 
         Raises:
             ValueError: grouped, and the model takes no other attention than its own.
         """
         super().__init__()
         self.model = model
-        self._grouped, self._chunk_tokens, self._sharded = grouped, chunk_tokens, sharded
+        self._chunk_tokens = chunk_tokens
         inner = bare(model)
         if grouped:
             use_grouped_attention(inner)
@@ -63,22 +62,40 @@ class CompletionLogps(torch.nn.Module):
         return sums.index_add(0, batch.sequence_ids, token_logps)
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """[M, H], [M] -> log p of the targets [M], float32."""
-        head = bare(self.model).get_output_embeddings()
-        cap = _softcap(bare(self.model), "final")
-        size = self._chunk_tokens or len(targets)
-        chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
-        weight = getattr(head, "weight", None)
-        frozen = not (self._sharded or weight is None or weight.requires_grad)
-        if frozen and type(head) is torch.nn.Linear and head.bias is None:
-            found = [FrozenHead.apply(states, head.weight, ids, cap) for states, ids in chunks]
-        elif self._chunk_tokens and torch.is_grad_enabled():
-            found = [
-                checkpoint(_head_logps, head, states, ids, cap, use_reentrant=False) for states, ids in chunks
-            ]
-        else:
-            found = [_head_logps(head, states, ids, cap) for states, ids in chunks]
-        return torch.cat(found)
+        """[M, H], [M] -> log p of the targets [M], float32.
+
+        The head is called once whatever M is: where weights are partitioned (ZeRO-3), each call of a module is an exchange
+        between the workers, and these have different numbers of tokens.
+        """
+        inner = bare(self.model)
+        head = inner.get_output_embeddings()
+        cap = _softcap(inner, "final")
+        if type(head) is not torch.nn.Linear:  # LoRA on the head, or something of the model's own
+            return _logps(head(hidden), targets, cap)
+        own = head.forward
+        # through the module and not beside it: its hooks bring a partitioned weight together, backwards too
+        head.forward = lambda states: _linear_logps(head, states, targets, cap, self._chunk_tokens)
+        try:
+            return head(hidden)
+        finally:
+            head.forward = own
+
+
+def _linear_logps(
+    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, cap: float | None, chunk_tokens: int
+) -> torch.Tensor:
+    """As `CompletionLogps._head`, a chunk of tokens at a time."""
+    size = chunk_tokens or len(targets)
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    if not head.weight.requires_grad and head.bias is None:
+        return torch.cat([FrozenHead.apply(states, head.weight, ids, cap) for states, ids in chunks])
+
+    def logps(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return _logps(F.linear(states, head.weight, head.bias), ids, cap)
+
+    if chunk_tokens and torch.is_grad_enabled():
+        return torch.cat([checkpoint(logps, states, ids, use_reentrant=False) for states, ids in chunks])
+    return torch.cat([logps(states, ids) for states, ids in chunks])
 
 
 class FrozenHead(torch.autograd.Function):
@@ -114,10 +131,8 @@ class FrozenHead(torch.autograd.Function):
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None
 
 
-def _head_logps(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, cap: float | None
-) -> torch.Tensor:
-    logits = head(hidden).float()
+def _logps(logits: torch.Tensor, targets: torch.Tensor, cap: float | None) -> torch.Tensor:
+    logits = logits.float()
     if cap:
         logits = cap * torch.tanh(logits / cap)
     return -F.cross_entropy(logits, targets, reduction="none")

@@ -155,7 +155,7 @@ class WeightsAndBiases(_Run):
 
     def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]):
         """Raises UserError: the package is missing, or W&B gives no run (no key, no network)."""
-        wandb = import_tracker(self.name)
+        self._wandb = wandb = import_tracker(self.name)
         super().__init__(folder)
         try:
             self._run = wandb.init(
@@ -180,6 +180,7 @@ class WeightsAndBiases(_Run):
 
     def _end(self) -> None:
         self._run.finish()
+        self._wandb.teardown()  # its process writes on after finish(), and Ray ends a worker's children with it
 
 
 TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}

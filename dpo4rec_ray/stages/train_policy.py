@@ -307,7 +307,7 @@ def _policy(task: DPOTask, grouped: bool) -> Any:
             )
     if section.activation_checkpointing:
         checkpoint_activations(model)
-    return CompletionLogps(model, grouped=grouped, chunk_tokens=section.chunk_tokens, sharded=sharded)
+    return CompletionLogps(model, grouped=grouped, chunk_tokens=section.chunk_tokens)
 
 
 def _pairs(task: DPOTask) -> tuple[dict[str, pa.Table], dict[str, np.ndarray], dict[str, int], int]:

@@ -331,7 +331,7 @@ def test_other_sets_are_tokenised_once(imported: Imported) -> None:
     assert len({pair["user_id"] for pair in others}) == 40
     held_out = sum(pair["split"] == "valid" for pair in others)
     assert 4 <= held_out <= 20  # 0.3 of 40, by a hash
-    text = tokenizer.decode(others[0]["rejected_token_ids"])
+    text = tokenizer.decode(others[0]["rejected_token_ids"][0])
     assert text.startswith("Bad 0 ")
     assert "Say yes" in text
 
