@@ -148,7 +148,7 @@ class WeightsAndBiases(_Run):
     """A run in W&B's project WANDB_PROJECT; key, server and mode from WANDB_API_KEY, WANDB_BASE_URL and WANDB_MODE.
 
     With WANDB_MODE=offline it is written below `folder`/wandb, for `wandb sync`. Console output, code and command line
-    are not taken. W&B refuses earlier steps: those that are computed again after a resume are left out.
+    are not taken. W&B leaves out the steps that it has; those are computed again after a resume, and repeat the first.
     """
 
     name = "wandb"
@@ -165,15 +165,20 @@ class WeightsAndBiases(_Run):
                 config=settings,
                 id=self._run_file.run_id or None,
                 resume="allow",
-                # "meta" holds the command line, and a Ray worker's has the cluster's password
                 settings=wandb.Settings(
-                    console="off", disable_git=True, disable_code=True, x_disable_meta=True
+                    console="off",
+                    disable_git=True,
+                    disable_code=True,
+                    x_disable_meta=True,  # the command line, and a Ray worker's has the cluster's password
+                    x_transaction_log_flush_interval=1.0,  # seconds: what a killed worker loses, offline
                 ),
             )
         except wandb.Error as error:
             raise self._run_file.refused(self.name, error, "WANDB_API_KEY") from None
         if not self._run_file.run_id:
             self._run_file.start(self._run.id)
+        elif not self._run.offline:
+            self._run_file.step = 0  # the server knows what it has
 
     def _send(self, step: int, figures: Figures) -> None:
         self._run.log(figures, step=step, commit=True)
