@@ -33,7 +33,7 @@ from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
 from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.deepspeed_config import deepspeed_config, read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.policy.trackers import import_tracker
+from dpo4rec_ray.policy.trackers import check_tracker
 from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
 from dpo4rec_ray.stages.common import base_llm_path
@@ -165,7 +165,7 @@ def check_training(config: Config) -> None:
     """
     section = config.dpo
     for name in section.trackers:
-        import_tracker(name)
+        check_tracker(name)
     if section.quantize == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set "none"')
     for where, one in (("dpo", section), ("bootstrap", config.bootstrap)):

@@ -112,8 +112,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "reference_logps": pa.schema(
         [
             ("user_id", pa.int64()),
-            ("chosen_logp", pa.float32()),
-            ("rejected_logp", pa.list_(pa.float32())),
+            ("chosen_logp", pa.float64()),
+            ("rejected_logp", pa.list_(pa.float64())),
         ]
     ),
     # Reward of fresh samples of the validation users under the policies before and after a round.

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.groups import Layout, Place
 
 NAME = "dpo4rec_groups"
+WITHOUT_GROUPS = "set dpo.prefix_sharing = false and dpo.packing = false"
 
 
 def grouped_attention(
@@ -171,11 +173,11 @@ def use_grouped_attention(model: Any) -> None:
     """Switch a transformers model to `grouped_attention`; its forward then needs `groups=Layout`.
 
     Raises:
-        ValueError: the model's code takes no other attention.
+        UserError: the model's code takes no other attention, or does not part the decoder from the head.
     """
     from transformers import AttentionInterface
 
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{type(model).__name__} takes no attention but its own")
+    if not getattr(model, "_supports_attention_backend", False) or model.get_decoder() is model:
+        raise UserError(f"{type(model).__name__} takes no attention but its own; {WITHOUT_GROUPS}")
     AttentionInterface.register(NAME, grouped_attention)
     model.set_attn_implementation(NAME)

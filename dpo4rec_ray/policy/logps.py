@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo4rec_ray.core.losses import sequence_logps
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.attention import use_grouped_attention
+from dpo4rec_ray.policy.attention import NAME, WITHOUT_GROUPS, use_grouped_attention
 from dpo4rec_ray.policy.batch import TokenBatch, collate, completion_logits
 from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
 
 
 class CompletionLogps(torch.nn.Module):
-    """batch -> sums of log-probabilities over each completion, EOS included: [S], float32."""
+    """batch -> sums of log-probabilities over each completion, EOS included: [S], float64."""
 
     def __init__(self, model: Any, *, grouped: bool = False, chunk_tokens: int = 0):
         """
@@ -31,7 +31,7 @@ class CompletionLogps(torch.nn.Module):
             chunk_tokens: completion tokens per application of the head; 0: all at once (grouped only).
 
         Raises:
-            ValueError: grouped, and the model takes no other attention than its own.
+            UserError: grouped, and the model takes no other attention than its own.
         """
         super().__init__()
         self.model = model
@@ -58,8 +58,8 @@ class CompletionLogps(torch.nn.Module):
         )
         predicting = hidden.flatten(0, 1)[batch.predictors]  # [M, H]
         token_logps = self._head(predicting, batch.targets)
-        sums = token_logps.new_zeros(len(batch.lengths))
-        return sums.index_add(0, batch.sequence_ids, token_logps)
+        sums = token_logps.new_zeros(len(batch.lengths), dtype=torch.float64)
+        return sums.index_add(0, batch.sequence_ids, token_logps.double())
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """[M, H], [M] -> log p of the targets [M], float32.
@@ -150,7 +150,8 @@ def bare(model: Any) -> Any:
 
 @torch.no_grad()
 def check_grouped(model: Any) -> None:
-    """Make sure that log-probabilities can be computed in groups; to be asked before `CompletionLogps` is made.
+    """Make sure that log-probabilities can be computed in groups. Where weights are partitioned (ZeRO-3), every worker
+    must ask, after DeepSpeed has hooked itself into the model.
 
     Compares two packed groups with the plain path: some models scale their head's logits, some add to attention what
     `grouped_attention` leaves out (sinks), some mix neighbouring tokens outside of it (convolutions, state spaces).
@@ -159,15 +160,14 @@ def check_grouped(model: Any) -> None:
         UserError: the model takes no other attention than its own, or its log-probabilities differ.
     """
     inner = bare(model)
-    advice = "set dpo.prefix_sharing = false and dpo.packing = false"
-    if not getattr(inner, "_supports_attention_backend", False):
-        raise UserError(f"{type(inner).__name__} takes no attention but its own; {advice}")
     size = inner.config.get_text_config().vocab_size
     ids = (torch.arange(48) * 7919 % size).tolist()
     groups = [Group(ids[:10], [ids[10:18], ids[18:24]]), Group(ids[24:32], [ids[32:40], ids[40:48]])]
     alone = apart(groups)
     padded = collate([one.prompt for one in alone], [one.completions[0] for one in alone], pad_id=0)
     own, training = inner.config._attn_implementation, inner.training
+    if own == NAME:
+        inner.set_attn_implementation("eager")
     inner.eval()
     try:
         plain = CompletionLogps(inner)(padded.to(inner.device))
@@ -181,5 +181,6 @@ def check_grouped(model: Any) -> None:
     # what goes wrong is wrong by percents; half precision rounds to .4 %, of which sums keep .1 %
     if not difference <= (1e-4 if inner.dtype == torch.float32 else 2e-2):
         raise UserError(
-            f"{type(inner).__name__} gives other log-probabilities in groups (by up to {difference:.2%}); {advice}"
+            f"{type(inner).__name__} gives other log-probabilities in groups (by up to {difference:.2%}); "
+            f"{WITHOUT_GROUPS}"
         )

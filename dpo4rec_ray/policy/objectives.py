@@ -94,7 +94,7 @@ class DPOObjective:
         reference = None
         if "chosen_logp" in rows[0]:
             stored = [logp for row in rows for logp in (row["chosen_logp"], *row["rejected_logp"])]
-            reference = torch.tensor(stored, dtype=torch.float32)
+            reference = torch.tensor(stored, dtype=torch.float64)
         return Batch(self._layout.collate(groups), [len(group.completions) for group in groups], reference)
 
     def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Sums]:
@@ -126,10 +126,10 @@ class DPOObjective:
         policy_rejected[mask] = policy[others]
         every = torch.cat([ratios.chosen[:, None], ratios.rejected], dim=1)
         there = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
-        k3 = (every.exp() - 1 - every).masked_fill(~there, 0.0)
-        tokens = torch.cat([ratios.chosen_length[:, None], ratios.rejected_length], dim=1).masked_fill(
-            ~there, 0
-        )
+        tokens = torch.cat([ratios.chosen_length[:, None], ratios.rejected_length], dim=1)
+        per_token = every / tokens.clamp(min=1)
+        # expm1 of a whole text's log-ratio would be infinite beyond 88 nats
+        k3 = ((per_token.expm1() - per_token) * tokens).masked_fill(~there, 0.0)
         sums = {
             "loss": losses,
             "chosen_reward": self._beta * ratios.chosen,
@@ -138,13 +138,13 @@ class DPOObjective:
             "accuracy": mean((ratios.margin > 0).float()),
             "chosen_logp": policy[starts],
             "rejected_logp": mean(policy_rejected),
-            # Schulman's k3 estimate on the stored samples, which the reference (policy r-1) drew:
-            # KL(ref || policy) per token, never negative
-            "kl_per_token": k3.sum(dim=1) / tokens.sum(dim=1),
+            # Schulman's k3 estimate of KL(ref || policy), never negative, on the stored samples, which the reference
+            # (policy r-1) drew; of each text's mean log-ratio per token
+            "kl_per_token": k3.sum(dim=1) / tokens.masked_fill(~there, 0).sum(dim=1),
             "chosen_length": ratios.chosen_length.float(),
             "rejected_length": mean(ratios.rejected_length.float()),
         }
-        names, values = list(sums), torch.stack([value.detach().float().sum() for value in sums.values()])
+        names, values = list(sums), torch.stack([value.detach().double().sum() for value in sums.values()])
         return dict(zip(names, values.tolist(), strict=True))
 
 

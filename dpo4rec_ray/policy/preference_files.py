@@ -123,7 +123,6 @@ def read_rows(file: Path) -> Iterator[tuple[str, Fields | None, bytes]]:
 def _json_rows(file: Path) -> Iterator[tuple[int, Fields | None, bytes]]:
     with open(file, "rb") as handle:
         for number, line in enumerate(handle, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not line.strip():
                 continue
             try:

@@ -37,7 +37,7 @@ class ReferenceScorer:
             count = max(1, TOKENS_AT_ONCE // max(1, int(total[order[place]])))
             own = order[place : place + count].tolist()
             groups = [pair_group(rows[i]) for i in own]
-            logps = self._model(self._layout.collate(groups).to(self._device)).float().tolist()
+            logps = self._model(self._layout.collate(groups).to(self._device)).tolist()
             for i, group in zip(own, groups, strict=True):
                 size = len(group.completions)
                 found[i], logps = logps[:size], logps[size:]
@@ -45,8 +45,8 @@ class ReferenceScorer:
         return pa.table(
             {
                 "user_id": pairs["user_id"],
-                "chosen_logp": pa.array([one[0] for one in found], pa.float32()),
-                "rejected_logp": pa.array([one[1:] for one in found], pa.list_(pa.float32())),
+                "chosen_logp": pa.array([one[0] for one in found], pa.float64()),
+                "rejected_logp": pa.array([one[1:] for one in found], pa.list_(pa.float64())),
             }
         )
 

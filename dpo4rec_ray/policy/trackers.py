@@ -8,6 +8,7 @@ metrics.jsonl stays the record: a tracker that fails on the way is left, not the
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -227,21 +228,29 @@ MODULES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 
 
 def import_tracker(tracker: str) -> Any:
-    """The package of a tracker; asked before anything is computed, and again where it is used.
+    """The package of a tracker.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    check_tracker(tracker)
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    return importlib.import_module(MODULES[tracker])
+
+
+def check_tracker(tracker: str) -> None:
+    """Whether its package is there, without the seconds that an import takes; asked before anything is computed.
 
     Raises:
         UserError: it is not installed.
     """
     module = MODULES[tracker]
-    for variable, value in QUIET.items():
-        os.environ.setdefault(variable, value)
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
+    if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"dpo.trackers: {tracker} needs the package {module} ({error}); "
+            f"dpo.trackers: {tracker} needs the package {module}, which is not installed; "
             f'pip install {module}, or pip install "dpo4rec-ray[tracking]" for all trackers'
-        ) from None
+        )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -68,6 +68,7 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     """One DPO worker: trains on the round's pairs, looks at the held-out ones, and rank 0 saves."""
     from ray import train
 
+    from dpo4rec_ray.policy.logps import check_grouped
     from dpo4rec_ray.policy.objectives import DPOObjective
     from dpo4rec_ray.policy.reference import batch_layout
     from dpo4rec_ray.policy.rows import ArrowRows
@@ -93,6 +94,8 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
         lengths=lengths["train"] if section.length_sorted else None,
         extra=task.deepspeed,
     )
+    if layout.grouped and settings.zero_stage == 3:
+        check_grouped(trainer.engine.module.model)
     # each pair's loss is ln 2 where policy equals reference
     exact = section.loss in SMOOTHED and not task.moved and not section.nll_weight
     saver = _Saver(task, trainer, rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -177,7 +178,9 @@ class MetricsFile:
         """Drop what an interrupted training wrote beyond the step that it is continued from."""
         if self._file is not None:
             kept = [line for line in read_metrics(self._file.parent) if line["step"] <= step]
-            self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary = self._file.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self._file)
 
     def write(self, figures: dict[str, Any]) -> None:
         if self._file is not None:

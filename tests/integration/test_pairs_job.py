@@ -421,3 +421,25 @@ def test_a_folder_that_is_no_llm(tmp_path: Path) -> None:
     (tmp_path / "llm").mkdir()
     out = str(tmp_path / "run")
     one_line(job(tmp_path, "import", str(file), "--llm", str(tmp_path / "llm"), "--out", out), "config.json")
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_pairs_that_vllm_sampled(tiny_run: Finished, tmp_path: Path, main: Callable[..., Finished]) -> None:
+    """Every pair of a real run is written, and its lines are taken for what was sampled."""
+    target = tmp_path / "pairs.jsonl"
+    good(main("export", str(tiny_run.folder), "--format", "trl", "--out", str(target)))
+    codec = importlib.import_module("pairs")._codec(str(BUNDLED))
+    lines = iter(lines_of(target))
+    for pair in RunDir(tiny_run.folder).read("pairs", 1, split="train").to_pylist():
+        for rejected in pair["rejected_token_ids"]:
+            line = next(lines)
+            found = codec.encode(read_row(line, "trl"))
+            assert [found.prompt, found.chosen, *found.rejected] == [
+                pair["prompt_token_ids"],
+                pair["chosen_token_ids"],
+                rejected,
+            ]
+            assert not found.tokenized
+            assert line["prompt"][0]["content"].startswith("History: ")
+    assert next(lines, None) is None

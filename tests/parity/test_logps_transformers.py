@@ -52,7 +52,9 @@ def test_sequence_logps_is_the_models_own_loss(
         mask = torch.arange(len(ids))[None] >= prompt
         output = model(input_ids=token_ids, labels=token_ids.masked_fill(~mask, -100))
         ours = sequence_logps(output.logits, token_ids, mask)
-        torch.testing.assert_close(ours, -output.loss[None] * (len(ids) - prompt), atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(
+            ours.float(), -output.loss[None] * (len(ids) - prompt), atol=1e-5, rtol=1e-6
+        )
 
 
 @torch.no_grad()
@@ -80,4 +82,4 @@ def test_padding_changes_nothing(
         log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
         expected = torch.stack([log_probs[t - 1, ids[t]] for t in range(prompt, len(ids))])
         torch.testing.assert_close(per_token[row][mask[row, 1:]], expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(summed[row], expected.sum(), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(summed[row], expected.sum().double(), atol=2e-5, rtol=1e-5)

@@ -26,13 +26,15 @@ def test_token_and_sequence_logps_by_hand() -> None:
     mask = torch.tensor([[False, False, True, True]])
     expected = torch.tensor([[0.0, math.log(1 / 2), math.log(1 / 4)]])
     torch.testing.assert_close(token_logps(LOGITS, TOKEN_IDS, mask), expected)
-    torch.testing.assert_close(sequence_logps(LOGITS, TOKEN_IDS, mask), torch.tensor([-math.log(8)]))
+    torch.testing.assert_close(sequence_logps(LOGITS, TOKEN_IDS, mask), torch.tensor([-math.log(8)]).double())
 
 
 def test_first_token_has_no_prediction() -> None:
     """With every token in the mask the sum holds three terms, not four: ln(3/4 * 1/2 * 1/4) = ln(3/32)."""
     mask = torch.ones(1, 4, dtype=torch.long)
-    torch.testing.assert_close(sequence_logps(LOGITS, TOKEN_IDS, mask), torch.tensor([math.log(3 / 32)]))
+    torch.testing.assert_close(
+        sequence_logps(LOGITS, TOKEN_IDS, mask), torch.tensor([math.log(3 / 32)]).double()
+    )
 
 
 def test_logps_ignore_what_padded_places_hold() -> None:
@@ -40,23 +42,21 @@ def test_logps_ignore_what_padded_places_hold() -> None:
     logits = torch.cat([torch.full((1, 2, 2), math.nan), LOGITS, torch.full((1, 2, 2), math.inf)], dim=1)
     token_ids = torch.tensor([[1, 0, 0, 1, 1, 0, 1, 1]])
     mask = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 0]])
-    torch.testing.assert_close(sequence_logps(logits, token_ids, mask), torch.tensor([-math.log(8)]))
+    torch.testing.assert_close(sequence_logps(logits, token_ids, mask), torch.tensor([-math.log(8)]).double())
     finite = torch.nan_to_num(logits, posinf=9.0).requires_grad_()
     sequence_logps(finite, token_ids, mask).sum().backward()
     assert finite.grad is not None
     assert finite.grad.abs().sum(dim=2).flatten().nonzero().flatten().tolist() == [3, 4]
 
 
-def test_logps_accumulate_in_float32() -> None:
-    """4,000 tokens of -ln 2 from bfloat16 logits: a bfloat16 sum would stall far above -2,772."""
-    logits = torch.zeros(1, 4001, 2, dtype=torch.bfloat16)
-    value = sequence_logps(logits, torch.zeros(1, 4001, dtype=torch.long), torch.ones(1, 4001))
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, torch.tensor([-4000 * math.log(2)]))
-    assert (
-        sequence_logps(logits.double(), torch.zeros(1, 4001, dtype=torch.long), torch.ones(1, 4001)).dtype
-        == torch.float64
-    )
+def test_logps_add_up_in_float64() -> None:
+    """4,000 tokens of -ln 2, from bfloat16 logits too: float32 is off by its steps of 2e-4, bfloat16 would stall."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        logits = torch.zeros(1, 4001, 2, dtype=dtype)
+        value = sequence_logps(logits, torch.zeros(1, 4001, dtype=torch.long), torch.ones(1, 4001))
+        assert value.dtype == torch.float64
+        exact = -4000 * torch.tensor([2.0], dtype=torch.promote_types(dtype, torch.float32)).log().double()
+        torch.testing.assert_close(value, exact, atol=1e-9, rtol=0)
 
 
 def test_pointwise_bce_by_hand() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BloomConfig, BloomForCausalLM
 
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.attention import NAME, _flex, grouped_attention, use_grouped_attention
 from dpo4rec_ray.policy.groups import Group, GroupBatch, collate_groups
 from tests.families import tiny_model
@@ -219,7 +220,7 @@ def test_masks_are_made_once_for_all_layers() -> None:
 def test_a_model_without_the_interface_is_refused() -> None:
     """BLOOM's attention adds biases by distance (ALiBi), in code of its own."""
     model = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))
-    with pytest.raises(ValueError, match="BloomForCausalLM takes no attention but its own"):
+    with pytest.raises(UserError, match="BloomForCausalLM takes no attention but its own"):
         use_grouped_attention(model)
     assert model.config._attn_implementation != NAME
 

@@ -42,4 +42,4 @@ def test_logps_do_not_depend_on_padding_or_on_logits_to_keep() -> None:
             ids = torch.tensor([prompt + completion])
             logps = model(ids).logits.log_softmax(-1)[0]
             expected = sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(completion))
-            torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(found[row], expected.double(), atol=1e-5, rtol=0)

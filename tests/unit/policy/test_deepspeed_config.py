@@ -78,5 +78,5 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(UserError, match=r"bad\.json"):
         read_extra(str(tmp_path / "bad.json"))
-    with pytest.raises(UserError, match="missing.json"):
+    with pytest.raises(UserError, match=r"missing\.json"):
         read_extra(str(tmp_path / "missing.json"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +84,7 @@ class Answer:
 def ask(logps: CompletionLogps, batch: TokenBatch | GroupBatch) -> Answer:
     """Completions weigh differently, so that a mix-up of two shows in the gradients."""
     values = logps(batch)
-    assert values.dtype == torch.float32
+    assert values.dtype == torch.float64
     weights = torch.linspace(-1.0, 2.0, len(values))
     (values * weights).sum().backward()
     gradients = {
@@ -379,6 +378,8 @@ SIZES = {
         transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
         # a learned sink takes a share of every softmax
         transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+        # its decoder is not parted from its head
+        transformers.Llama4TextConfig(**SIZES, intermediate_size_mlp=48, head_dim=8, num_local_experts=2),
     ],
     ids=lambda config: config.model_type,
 )

@@ -479,6 +479,21 @@ def test_a_reward_that_is_no_number() -> None:
         assert math.isnan(found.rejected_reward[0])
 
 
+def test_a_prompt_that_is_spelled_otherwise_is_counted() -> None:
+    """Its texts are those of a prompt that its tokenizer spells itself, its ids are kept."""
+    codec = codec_of("bundled")
+    pair = pair_of("bundled")
+    head, tail = pair["prompt_token_ids"][:2], pair["prompt_token_ids"][-1:]
+    (usual,) = write_rows(pair, codec, "nemo")
+    text = "Likes mystery"
+    pair["prompt_token_ids"] = [*head, *spelled("bundled", text), *tail]
+    ((line, same),) = write_rows(pair, codec, "nemo")
+    assert (usual[1], same) == (True, False)
+    assert line["context"][0]["content"] == text
+    found = codec.encode(read_row(line, "nemo"))
+    assert (found.prompt, found.tokenized) == (pair["prompt_token_ids"], False)
+
+
 def test_prompts_of_several_turns_are_not_written() -> None:
     pair = {**pair_of("qwen2.5"), "prompt_token_ids": codec_of("qwen2.5").encode_prompt(HISTORY)}
     with pytest.raises(BadRow, match=NOT_ONE_TURN):
@@ -515,6 +530,14 @@ def test_ids_of_another_llm_are_not_used() -> None:
 @pytest.mark.parametrize("field", ["prompt_token_ids", "chosen_token_ids", "rejected_token_ids"])
 def test_ids_that_are_none(field: str, odd: Any) -> None:
     assert codec_of("bundled").encode(read_row({**line_of("bundled"), field: odd}, "trl")).tokenized
+
+
+def test_ids_beyond_the_vocabulary_are_not_used() -> None:
+    """They decode to nothing, so that the texts alone would not tell."""
+    codec, line = codec_of("bundled"), line_of("bundled")
+    line["chosen_token_ids"].insert(1, 10**6)
+    assert codec.answer_text(line["chosen_token_ids"]) == GOOD
+    assert codec.encode(read_row(line, "trl")).tokenized
 
 
 def test_control_tokens_inside_a_stored_prompt_are_not_used() -> None:
