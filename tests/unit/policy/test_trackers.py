@@ -259,7 +259,7 @@ def test_a_missing_package_is_named(
     name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]  # how Python marks a module as absent
-    with pytest.raises(UserError, match=rf"{name} needs the package {module} .*; pip install {module}, or"):
+    with pytest.raises(UserError, match=rf"{name} needs the package {module}, .*; pip install {module}, or"):
         TRACKERS[name](tmp_path, "run-01", SETTINGS)
     assert list(tmp_path.iterdir()) == []
 
