@@ -137,6 +137,67 @@ def test_full_fine_tuning_partitioned_saves_whole_weights(tiny_run: Finished, tm
     assert any((moved[name] - value).abs().max() > 1e-4 for name, value in base.items())
 
 
+def test_options_that_change_no_weight(tiny_run: Finished, undisturbed: Finished, tmp_path: Path) -> None:
+    """Another reference, another layout, sharded and offloaded states, checkpoints elsewhere, trackers, a DeepSpeed file."""
+    pytest.importorskip("mlflow")
+    extra = tmp_path / "deepspeed.json"
+    extra.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 10_000}}))
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    done = train(
+        tiny_run,
+        tmp_path,
+        *ONE,
+        "dpo.zero_stage=2",
+        "dpo.offload_optimizer=true",
+        'dpo.reference="lora_off"',
+        "dpo.prefix_sharing=false",
+        "dpo.packing=false",
+        f'dpo.deepspeed="{extra}"',
+        f'dpo.storage_path="file://{checkpoints}"',
+        'dpo.trackers=["tensorboard", "mlflow"]',
+    )
+    assert done.code == 0, done.stderr
+    assert_same_weights(weights(done), weights(undisturbed), atol=1e-5)
+    assert list(checkpoints.rglob("*.pt")) == []  # removed with the last step
+    folder = policy_folder(done)
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "mlflow.db").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sharding",
+    [["dpo.zero_stage=1"], ["dpo.zero_stage=3", "dpo.offload_params=true", "dpo.offload_optimizer=true"]],
+    ids=["zero1", "zero3-offload"],
+)
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_half_precision(tiny_run: Finished, tmp_path: Path, sharding: list[str], tuning: str) -> None:
+    done = train(tiny_run, tmp_path, *TWO, *sharding, 'llm.dtype="bfloat16"', f'dpo.tuning="{tuning}"')
+    assert done.code == 0, done.stderr
+    found = figures(done)
+    assert found["first_loss"] == pytest.approx(0.693147, abs=2e-2)
+    assert found["last_loss"] < found["first_loss"]
+    name = "adapter/adapter_model.safetensors" if tuning == "lora" else "full/model.safetensors"
+    assert all(value.numel() for value in weights(done, name).values())
+    reloaded = heldout_loss(done, load_model(read_policy(policy_folder(done)).whole, "float32"))
+    assert reloaded == pytest.approx(found["heldout_loss"], abs=2e-2)
+
+
+@pytest.mark.slow
+def test_a_second_round_against_the_base_llm(tmp_path: Path) -> None:
+    """reference_policy "base": round 2 trains round 1's LoRA on, against the LLM that round 1 started from."""
+    done = run_job(tmp_path, DEMO, *TINY, *ONE, "run.rounds=2", 'dpo.reference_policy="base"')
+    assert done.code == 0, done.stderr
+    first, second = (read_policy(done.folder / f"rounds/0{number}/policy") for number in (1, 2))
+    assert first.base == second.base
+    manifest = json.loads((done.folder / "rounds/02/policy/manifest.json").read_text())
+    assert manifest["figures"]["reference"] == "base LLM"
+    one, two = (load_file(Path(policy.adapter) / "adapter_model.safetensors") for policy in (first, second))
+    assert one.keys() == two.keys()
+    assert any((one[name] - two[name]).abs().max() > 1e-5 for name in one)
+
+
 def workers_of(process: subprocess.Popen[Any]) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -153,11 +214,11 @@ def steps_done(folder: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def start(folder: Path, *changes: str) -> subprocess.Popen[Any]:
+def start(folder: Path, *changes: str, address: str = "") -> subprocess.Popen[Any]:
     return subprocess.Popen(
         command(DEMO, *TINY, *SMALL, *changes, *STEP, f"run.root={folder}", "run.name=run"),
         cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": "", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"},
+        env={**os.environ, "RAY_ADDRESS": address, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

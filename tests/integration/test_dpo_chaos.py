@@ -62,6 +62,34 @@ def test_killed_workers_change_nothing(tiny_run: Finished, tmp_path: Path, worke
     assert_same_weights(weights(done), weights(undisturbed), atol=1e-6)
 
 
+def test_fewer_workers_after_a_lost_node(tiny_run: Finished, tmp_path: Path) -> None:
+    """Two nodes with a worker each; one goes without a word. The other goes on alone, to the weights of both."""
+    from ray.cluster_utils import Cluster
+
+    recipe = [*TWO, *LONG, "dpo.zero_stage=0", "dpo.min_workers=1"]
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = train(tiny_run, tmp_path / "undisturbed", *recipe)
+    assert undisturbed.code == 0, undisturbed.stderr
+    folder = tmp_path / "disturbed"
+    folder.mkdir()
+    copied(tiny_run, folder)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27}, connect=False
+    )
+    try:
+        nodes = [cluster.add_node(num_cpus=1, object_store_memory=2**27) for _ in range(2)]
+        process = start(folder, *recipe, address=cluster.address)
+        wait_for_steps(process, folder, 8)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        output = process.communicate(timeout=500)[0]
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, output
+    done = Finished(folder / "run", 0, output, "")
+    assert len(figures(done)["continued_after"]) == 1
+    assert_same_weights(weights(done), weights(undisturbed), atol=1e-5)
+
+
 def wait_for_fewer(process: object, folder: Path, before: int, total: int) -> None:
     """Until the new workers have begun: the lines beyond the checkpoint are gone, or there are more."""
     import time
