@@ -9,14 +9,15 @@ them, so that an import of an export is exact; the last line printed counts text
 the file:
     trl: `DPOTrainer(train_dataset=load_dataset("json", data_files=FILE, split="train"))`. With a chat template the
         texts are messages, and `chat_template_kwargs` holds its arguments; without, they are plain.
-    nemo: NeMo-RL's PreferenceDataset, `data.dataset_name: PreferenceDataset`, `data.train_data_path: FILE`.
+    nemo: NeMo-RL's PreferenceDataset (`context`, `completions` by `rank`).
     sharegpt: LLaMA-Factory, in dataset_info.json `"pairs": {"file_name": FILE, "formatting": "sharegpt", "ranking": true,
         "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}}`.
 
 import reads JSON lines or Parquet in these layouts, writes the pairs of round 1 of a new run folder, and runs DPO on
 them; the same command goes on where it stopped. A plain prompt is one user turn. Texts go through the LLM's chat
 template; the token ids of an exported line are used when they belong to its texts under this LLM. Rows that give no
-pair are counted by reason and set aside in RUN_FOLDER/pairs-rejected.jsonl, where `jq -r .line` gives them back.
+pair, or one longer than dpo.max_length, are counted by reason and set aside in RUN_FOLDER/pairs-rejected.jsonl, where
+`jq -r .line` gives them back.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import run as job
 from pydantic import ValidationError
@@ -44,14 +47,15 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.preference_files import (
     FORMATS,
     NOT_AN_OBJECT,
+    NOT_ONE_TURN,
     BadRow,
     ChatCodec,
-    pairs_table,
+    Fields,
     read_row,
     read_rows,
     write_rows,
 )
-from dpo4rec_ray.schemas import SCHEMA_VERSION
+from dpo4rec_ray.schemas import SCHEMA_VERSION, SCHEMAS
 
 SPLITS = ("train", "valid")
 RECIPE = "import.toml"  # in the run folder: what it was made for
@@ -80,9 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (out, into):
         command.add_argument("--verbose", action="store_true", help="show all logs, and tracebacks")
     options, more = parser.parse_known_args(arguments)  # overrides may stand behind the options
-    if options.command == "export" or any(text.startswith("-") for text in more):
-        options = parser.parse_args(arguments)
-    else:
+    if more and (options.command == "export" or any(text.startswith("-") for text in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
         options.files += more
     call = export_pairs if options.command == "export" else import_pairs
     return job.guarded(lambda: call(options), options.verbose)
@@ -101,6 +105,8 @@ def export_pairs(options: argparse.Namespace) -> int:
     from dpo4rec_ray.stages.common import base_llm_path, say
 
     store, target = RunDir(options.run), Path(options.out)
+    if target.is_dir() or not target.parent.is_dir():
+        raise UserError(f"--out {target}: cannot be written; name a file in a folder that is there")
     config = _config_of(store)
     round_id = _round(store, options.round)
     codec = _codec(base_llm_path(config, store))
@@ -112,23 +118,16 @@ def export_pairs(options: argparse.Namespace) -> int:
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not counts["lines"]:
             raise UserError(
-                f"{store.path('pairs', round_id)}: no {options.split} pair can be written "
-                f"({dict(counts) or 'there is none'})"
+                f"{store.path('pairs', round_id)}: no {options.split} pair can be written; {counts['left out']} {NOT_ONE_TURN}"
             )
         os.replace(temporary, target)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(
-            f"--out {target}: cannot be written ({error.strerror}); name a file in a folder that is there"
-        ) from None
     finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-    left_out = {
-        reason: count for reason, count in counts.items() if reason not in ("lines", "pairs", "otherwise")
-    }
+        temporary.unlink(missing_ok=True)
     say(
-        f"export: {counts['lines']} lines of {counts['pairs']} pairs, left out {left_out or 'none'}, {target}"
+        f"export: {counts['lines']} lines of {counts['pairs']} pairs, left out {counts['left out'] or 'none'}, {target}"
     )
+    if counts["left out"]:
+        say(f"  left out: {NOT_ONE_TURN}")
     say(
         f"  {counts['otherwise']} lines hold a text that would be tokenised otherwise than it was sampled, or was cut at "
         "generate.max_new_tokens; their token ids are as sampled"
@@ -139,27 +138,27 @@ def export_pairs(options: argparse.Namespace) -> int:
 def _exported(
     store: RunDir, round_id: int, split: str, codec: ChatCodec, form: str, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """The lines of every pair; counts: of lines, pairs, lines that texts do not give back, and of reasons for none."""
+    """The lines of every pair; counts: of lines, pairs, pairs left out, and lines that texts do not give back."""
     for file in store.files("pairs", round_id):
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=256):
-                for pair in batch.to_pylist():
-                    if pair["split"] != split:
-                        continue
-                    if not pair["prompt_token_ids"]:
-                        raise UserError(
-                            f'{file}: these pairs hold no token ids; only texts of llm.source = "vllm" have them'
-                        )
-                    try:
-                        rows = list(write_rows(pair, codec, form))
-                    except BadRow as error:
-                        counts[str(error)] += 1
-                        continue
-                    counts["pairs"] += 1
-                    for row, same in rows:
-                        counts["lines"] += 1
-                        counts["otherwise"] += not same
-                        yield row
+            batches = parquet.iter_batches(batch_size=256)
+            for pair in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
+                if pair["split"] != split:
+                    continue
+                if not pair["prompt_token_ids"]:
+                    raise UserError(
+                        f'{file}: these pairs hold no token ids; only texts of llm.source = "vllm" have them'
+                    )
+                try:
+                    rows = list(write_rows(pair, codec, form))
+                except BadRow:
+                    counts["left out"] += 1
+                    continue
+                counts["pairs"] += 1
+                for row, same in rows:
+                    counts["lines"] += 1
+                    counts["otherwise"] += not same
+                    yield row
 
 
 def _config_of(store: RunDir) -> Config:
@@ -228,15 +227,18 @@ def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
         )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
         raise UserError(f"--out {folder}: holds something else than an import; name a new folder")
-    path = (
-        str(Path(llm).expanduser().resolve()) if llm != "bundled" and Path(llm).expanduser().exists() else llm
-    )
+    local = Path(llm).expanduser()
+    path = str(local.resolve()) if llm != "bundled" and local.exists() else llm
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out {folder}: a file is in its place; name a folder") from None
     values = {"run": {"root": str(folder.parent), "name": folder.name}, "llm": {"path": path}}
     text = "# written by jobs/pairs.py import\n"
     for section, keys in values.items():
-        text += f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in keys.items())
+        text += f"[{section}]\n" + "".join(lines)
     (folder / RECIPE).write_text(text, encoding="utf-8")
     config = load_config(folder / RECIPE, changes)
     for section, keys in values.items():
@@ -270,32 +272,31 @@ def _import(config: Config, store: RunDir, files: list[Path], form: str, heldout
     def split_of(row: int) -> str:
         return "valid" if seed_of(config.run.seed, "heldout", row) < heldout * 2**31 else "train"
 
-    def write(pairs: list[Pair], part: int) -> None:
-        for pair in pairs:
-            counts[pair["split"]] += 1
-            counts["tokenized"] += pair["tokenized"]
-        store.write("pairs", pairs_table(pairs), 1, part)
-
-    with open(store.root / SET_ASIDE, "w", encoding="utf-8", errors="backslashreplace") as rejected:
+    with (
+        open(store.root / SET_ASIDE, "w", encoding="utf-8", errors="backslashreplace") as rejected,
+        Progress("import", 0, "rows") as progress,
+    ):
 
         def set_aside(reason: str, where: str, line: str) -> None:
             tally.leave_out(reason, where)
-            rejected.write(
-                json.dumps({"where": where, "reason": reason, "line": line}, ensure_ascii=False) + "\n"
-            )
+            entry = {"where": where, "reason": reason, "line": line}
+            rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-        pairs: list[Pair] = []
-        part = 0
-        with Progress("import", 0, "rows") as progress:
-            for number, pair in _imported(files, form, codec, max_length, split_of, set_aside):
-                pairs.append(pair)
-                progress.at(number)
-                if len(pairs) == PAIRS_PER_PART:
-                    write(pairs, part)
-                    pairs, part = [], part + 1
-        if pairs:
-            write(pairs, part)
-    reasons = dict(tally.left_out)
+        def rows() -> Iterator[tuple[str, Fields | None, bytes]]:
+            for row in itertools.chain.from_iterable(map(read_rows, files)):
+                yield row
+                counts["rows"] += 1
+                progress.at(counts["rows"])
+
+        pairs = _joined(_read_pairs(rows(), form, codec, max_length, split_of, set_aside))
+        for part in itertools.count():
+            own = list(itertools.islice(pairs, PAIRS_PER_PART))
+            if not own:
+                break
+            for pair in own:
+                counts[pair["split"]] += 1
+                counts["tokenized"] += pair["tokenized"]
+            store.write("pairs", pa.Table.from_pylist(own, schema=SCHEMAS["pairs"]), 1, part)
     if not counts["train"]:
         raise UserError(
             f"{', '.join(map(str, files))}: no pair to train on; set aside: {tally.words or 'none'}"
@@ -304,81 +305,77 @@ def _import(config: Config, store: RunDir, files: list[Path], form: str, heldout
         "pairs": counts["train"],
         "heldout_pairs": counts["valid"],
         "tokenized": counts["tokenized"],
-        "dropped": reasons,
-        "dropped_heldout": {},
+        "dropped": dict(tally.left_out),
     }
-    rows_out = counts["train"] + counts["valid"]
-    outcome = Outcome(rows_in=rows_out + sum(reasons.values()), rows_out=rows_out, figures=figures)
+    outcome = Outcome(rows_in=counts["rows"], rows_out=counts["train"] + counts["valid"], figures=figures)
     store.finish(outcome.manifest("pairs", mark, timer.seconds, {}, config.run.seed), 1)
     say(
         f"import(1): {counts['train']} training pairs, {counts['valid']} held out, {counts['tokenized']} tokenised, "
         f"the others by their stored token ids, {timer.seconds:.1f} s, {store.path('pairs', 1)}"
     )
-    if reasons:
+    if tally.left_out:
         say(f"  set aside in {store.root / SET_ASIDE}: {tally.words}")
 
 
-def _imported(
-    files: list[Path],
+def _read_pairs(
+    rows: Iterator[tuple[str, Fields | None, bytes]],
     form: str,
     codec: ChatCodec,
     max_length: int,
     split_of: Callable[[int], str],
     set_aside: Callable[[str, str, str], None],
-) -> Iterator[tuple[int, Pair]]:
-    """(row number, pair) of every row that gives one; consecutive lines of one exported pair become one again.
+) -> Iterator[Pair]:
+    """One pair of every row that gives one. split_of: of a row that names none, by its number over all files."""
+    for number, (where, row, line) in enumerate(rows):
+        try:
+            if row is None:
+                raise BadRow(NOT_AN_OBJECT)
+            found = read_row(row, form)
+            ids = codec.encode(found)
+            if len(ids.prompt) + max(map(len, (ids.chosen, *ids.rejected))) > max_length:
+                raise BadRow(f"longer than {max_length} tokens")
+        except BadRow as error:
+            text = line.decode(errors="replace").strip() if line else json.dumps(row, default=str)
+            set_aside(str(error), where, text)
+            continue
+        own = found.stored
+        yield {
+            "round": 1,
+            "user_id": number if own is None or own.user_id is None else own.user_id,
+            "split": split_of(number) if own is None or own.split is None else own.split,
+            # a part's worth of Python's integers would take gigabytes
+            "prompt_token_ids": np.asarray(ids.prompt, np.int32),
+            "chosen_token_ids": np.asarray(ids.chosen, np.int32),
+            "rejected_token_ids": [np.asarray(one, np.int32) for one in ids.rejected],
+            "chosen_reward": found.chosen_reward,
+            "rejected_reward": found.rejected_reward,
+            "tokenized": ids.tokenized,
+        }
 
-    split_of: of a row that names none, by its number over all files.
-    """
-    number, waiting = -1, None
-    for file in files:
-        for where, row, line in read_rows(file):
-            number += 1
-            try:
-                if row is None:
-                    raise BadRow(NOT_AN_OBJECT)
-                found = read_row(row, form)
-                ids = codec.encode(found)
-                if len(ids.prompt) + max(map(len, (ids.chosen, *ids.rejected))) > max_length:
-                    raise BadRow(f"longer than {max_length} tokens")
-            except BadRow as error:
-                text = line.decode(errors="replace").strip() if line else json.dumps(row, default=str)
-                set_aside(str(error), where, text)
-                continue
-            own = found.stored
-            pair = {
-                "round": 1,
-                "user_id": number if own is None or own.user_id is None else own.user_id,
-                "split": split_of(number) if own is None or own.split is None else own.split,
-                # a part's worth of Python's integers would take gigabytes
-                "prompt_token_ids": np.asarray(ids.prompt, np.int32),
-                "chosen_token_ids": np.asarray(ids.chosen, np.int32),
-                "rejected_token_ids": [np.asarray(one, np.int32) for one in ids.rejected],
-                "chosen_reward": found.chosen_reward,
-                "rejected_reward": found.rejected_reward,
-                "tokenized": ids.tokenized,
-                "exported": own is not None and own.user_id is not None,
-            }
-            if waiting is not None and _is_next(waiting, pair):
-                for name in ("rejected_token_ids", "rejected_reward"):
-                    waiting[name] = waiting[name] + pair[name]
-                continue
-            if waiting is not None:
-                yield number, waiting
-            waiting = pair
-    if waiting is not None:
-        yield number + 1, waiting
+
+def _joined(pairs: Iterator[Pair]) -> Iterator[Pair]:
+    """Consecutive lines of one exported pair, one per rejected text, as one pair again."""
+    last: Pair | None = None
+    for pair in pairs:
+        if last is not None and _is_next(last, pair):
+            last["rejected_token_ids"] += pair["rejected_token_ids"]
+            last["rejected_reward"] += pair["rejected_reward"]
+            continue
+        if last is not None:
+            yield last
+        last = pair
+    if last is not None:
+        yield last
 
 
 def _is_next(pair: Pair, line: Pair) -> bool:
-    """Whether a line is the next rejected text of the same exported pair."""
-    if not (pair["exported"] and line["exported"] and pair["user_id"] == line["user_id"]):
-        return False
-    same = all(
-        pair[name].tobytes() == line[name].tobytes() for name in ("prompt_token_ids", "chosen_token_ids")
+    """Whether a line is the next rejected text of the same exported pair. Rows from elsewhere have each a user of its own."""
+    names = ("prompt_token_ids", "chosen_token_ids")
+    return (
+        pair["user_id"] == line["user_id"]
+        and all(np.array_equal(pair[name], line[name]) for name in names)
+        and not any(np.array_equal(one, line["rejected_token_ids"][0]) for one in pair["rejected_token_ids"])
     )
-    known = {one.tobytes() for one in pair["rejected_token_ids"]}
-    return same and line["rejected_token_ids"][0].tobytes() not in known
 
 
 def _codec(llm: str) -> ChatCodec:

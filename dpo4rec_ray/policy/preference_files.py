@@ -18,7 +18,8 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,6 @@ NOT_ONE_TURN = "a prompt that is not one user turn"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 _ROWS_AT_ONCE = 256  # of a Parquet file
 _PROBE = "7x7x7"  # a text that no template contains and every tokenizer gives back
-_MOST_TOKENS = 2**31  # ids are stored as int32
 
 
 class BadRow(Exception):
@@ -114,7 +114,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Fields | None, bytes]]:
             )
         rows = _parquet_rows(file) if start.startswith(b"PAR1") else _json_rows(file)
         for number, row, line in rows:
-            yield f"{file.name}:{number}", row, line
+            yield f"{file}:{number}", row, line
     except (OSError, pa.ArrowException) as error:
         reason = (str(error) or type(error).__name__).split("\n", 1)[0]
         raise UserError(f"{file}: cannot be read, or is damaged ({reason})") from None
@@ -151,20 +151,14 @@ def _dicts(batch: pa.RecordBatch) -> list[Fields | None]:
 
 
 def read_row(row: Fields, form: str) -> Preference:
-    """A row of a layout of `FORMATS`, or of any of them ("auto").
+    """A row of a layout of `FORMATS`, or of any of them ("auto"). Its texts are not looked into: `ChatCodec.encode` does.
 
     Raises:
-        BadRow: it is not of that layout, or holds no pair.
+        BadRow: it is not of that layout, or asks nothing.
     """
-    name = _layout(row) if form == "auto" else form
-    found = FORMATS[name].read(row)
-    texts = [*(message["content"] for message in found.prompt), found.chosen, *found.rejected]
-    for text in texts:
-        _check_text(text)
+    found = _READERS[_layout(row) if form == "auto" else form](row)
     if not found.prompt or found.prompt[-1]["role"] != "user":
         raise BadRow(NO_PROMPT)
-    if found.chosen in found.rejected:
-        raise BadRow(EQUAL)
     return found
 
 
@@ -178,44 +172,33 @@ def _layout(row: Fields) -> str:
     raise BadRow(UNKNOWN_LAYOUT)
 
 
-def _check_text(text: str) -> None:
-    if not text.strip():
-        raise BadRow(EMPTY)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow(NOT_UNICODE) from None
-
-
 def _from_trl(row: Fields) -> Preference:
+    """As TRL's `maybe_extract_prompt` has it: a prompt inside the answers is what they begin with alike."""
     chosen, rejected, prompt = _get(row, "chosen"), _get(row, "rejected"), row.get("prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if chosen == rejected:
-            raise BadRow(EQUAL)
-        shared = 0
-        if prompt is None:
-            shared = _shared_text(chosen, rejected)
-            prompt = chosen[:shared]
-        return _preference(row, _turns(prompt), chosen[shared:], rejected[shared:])
+        if prompt is not None:
+            return _preference(row, _turns(prompt), chosen, rejected)
+        shared = _num_shared(chosen, rejected)
+        if chosen[:shared].endswith(" "):  # belongs to the answers' first words
+            shared -= 1
+        return _preference(row, _turns(chosen[:shared]), chosen[shared:], rejected[shared:])
     ours, theirs = (_turns(one, "assistant") for one in (chosen, rejected))
-    if ours == theirs:
-        raise BadRow(EQUAL)
-    shared = _num_shared(ours, theirs)
-    turns = ours[:shared]
-    if not shared or isinstance(prompt, list | dict):
-        asked = _turns(_get(row, "prompt"))
-        if turns[: len(asked)] != asked:  # the prompt does not stand in the conversations as well
-            turns = asked + turns
-    return _preference(row, turns, _answer(ours[shared:]), _answer(theirs[shared:]))
+    if isinstance(prompt, list | dict):
+        asked = _turns(prompt)
+        shared = len(asked) if ours[: len(asked)] == asked == theirs[: len(asked)] else 0
+    else:
+        shared = _num_shared(ours, theirs)
+        asked = ours[:shared] or _turns(_get(row, "prompt"))
+    return _preference(row, asked, _answer(ours[shared:]), _answer(theirs[shared:]))
 
 
 def _from_nemo(row: Fields) -> Preference:
     if "completions" not in row:
-        answers = [row.get(name, row.get(f"{name}_response")) for name in ("chosen", "rejected")]
-        if None in answers:
-            raise BadRow("no field 'chosen' or 'rejected'")
-        return _preference(row, _turns(_get(row, "prompt")), *map(_answer, answers))
-    completions = _get(row, "completions")
+        responses = {
+            name: row[f"{name}_response"] for name in ("chosen", "rejected") if f"{name}_response" in row
+        }
+        return _from_trl({**row, **responses})
+    completions = row["completions"]
     if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
         raise BadRow(NOT_TEXT)
     if len(completions) < 2 or not all(_is_number(one.get("rank")) for one in completions):
@@ -224,9 +207,7 @@ def _from_nemo(row: Fields) -> Preference:
     if others[0]["rank"] == best["rank"]:
         raise BadRow(RANKS)
     answers = [_answer(_get(one, "completion")) for one in (best, *others)]
-    found = _preference(row, _turns(_get(row, "context")), *answers)
-    rewards = [_number(one.get("reward")) for one in (best, *others)]
-    return replace(found, chosen_reward=rewards[0], rejected_reward=rewards[1:])
+    return _preference(row, _turns(_get(row, "context")), *answers)
 
 
 def _from_sharegpt(row: Fields) -> Preference:
@@ -253,9 +234,11 @@ def _preference(row: Fields, prompt: list[Message], chosen: str, *rejected: str)
 def _stored(row: Fields) -> Stored | None:
     ids = [row.get(f"{name}_token_ids") for name in ("prompt", "chosen", "rejected")]
     for one in ids:
-        if not isinstance(one, list) or not one or not all(type(token) is int for token in one):
-            return None
-        if min(one) < 0 or max(one) >= _MOST_TOKENS:
+        if (
+            not isinstance(one, list)
+            or not one
+            or not all(type(token) is int and token >= 0 for token in one)
+        ):
             return None
     user, split = row.get("user_id"), row.get("split")
     fits = type(user) is int and -(2**63) <= user < 2**63
@@ -306,62 +289,26 @@ def _answer(value: Any) -> str:
     return turns[0]["content"]
 
 
-def _num_shared(ours: list[Message], theirs: list[Message]) -> int:
-    """Turns that two conversations begin with alike."""
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
+def _num_shared(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    """Turns, or characters, that two answers begin with alike.
+
+    Raises:
+        BadRow: they are the same.
+    """
+    if ours == theirs:
+        raise BadRow(EQUAL)
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ours, theirs, strict=False)))
 
 
-def _shared_text(ours: str, theirs: str) -> int:
-    """Where two texts part, less a space before it: it belongs to the answers' first words, as TRL has it."""
-    place = 0
-    while place < min(len(ours), len(theirs)) and ours[place] == theirs[place]:
-        place += 1
-    return place - 1 if place and ours[place - 1] == " " else place
+_READERS: dict[str, Callable[[Fields], Preference]] = {
+    "trl": _from_trl,
+    "nemo": _from_nemo,
+    "sharegpt": _from_sharegpt,
+}
+FORMATS = tuple(_READERS)
 
 
 # Writing
-
-
-def _to_trl(prompt: str, chosen: str, rejected: str, chat: bool) -> dict[str, Any]:
-    if not chat:
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    answers = {"chosen": chosen, "rejected": rejected}
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        **{name: [{"role": "assistant", "content": text}] for name, text in answers.items()},
-    }
-
-
-def _to_nemo(prompt: str, chosen: str, rejected: str, chat: bool) -> dict[str, Any]:
-    answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
-    return {
-        "context": [{"role": "user", "content": prompt}],
-        "completions": [{"rank": rank, "completion": answer} for rank, answer in enumerate(answers)],
-    }
-
-
-def _to_sharegpt(prompt: str, chosen: str, rejected: str, chat: bool) -> dict[str, Any]:
-    return {
-        "conversations": [{"from": "human", "value": prompt}],
-        "chosen": {"from": "gpt", "value": chosen},
-        "rejected": {"from": "gpt", "value": rejected},
-    }
-
-
-@dataclass(frozen=True)
-class Format:
-    """A layout. write: prompt, chosen, rejected, and whether the LLM has a chat template -> the row's own fields."""
-
-    read: Callable[[Fields], Preference]
-    write: Callable[[str, str, str, bool], dict[str, Any]]
-
-
-FORMATS = {
-    "trl": Format(_from_trl, _to_trl),
-    "nemo": Format(_from_nemo, _to_nemo),
-    "sharegpt": Format(_from_sharegpt, _to_sharegpt),
-}
 
 
 def write_rows(pair: Fields, codec: ChatCodec, form: str) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -374,19 +321,37 @@ def write_rows(pair: Fields, codec: ChatCodec, form: str) -> Iterator[tuple[dict
     """
     prompt, chosen = codec.user_text(pair["prompt_token_ids"]), codec.answer_text(pair["chosen_token_ids"])
     alike = codec.encode_prompt([{"role": "user", "content": prompt}]) == pair["prompt_token_ids"]
-    rewards = pair["rejected_reward"]
-    for place, ids in enumerate(pair["rejected_token_ids"]):
+    for ids, reward in zip(pair["rejected_token_ids"], pair["rejected_reward"], strict=True):
         rejected = codec.answer_text(ids)
-        row = FORMATS[form].write(prompt, chosen, rejected, codec.has_template)
-        ours, theirs = _finite(pair["chosen_reward"]), _finite(rewards[place])
-        if form == "nemo":
-            for one, reward in zip(row["completions"], (ours, theirs), strict=True):
-                one |= {} if reward is None else {"reward": reward}
-        if form == "trl" and codec.switches:
-            row["chat_template_kwargs"] = dict(codec.switches)  # TRL hands them to the template
-        own = {**pair, "rejected_token_ids": ids, "chosen_reward": ours, "rejected_reward": theirs}
         same = alike and codec.encode_answers([chosen, rejected]) == [pair["chosen_token_ids"], ids]
-        yield {**row, **{name: own[name] for name in OWN}}, same
+        own = {
+            **{name: pair[name] for name in OWN},
+            "rejected_token_ids": ids,
+            "chosen_reward": _finite(pair["chosen_reward"]),
+            "rejected_reward": _finite(reward),
+        }
+        yield {**_text_fields(prompt, chosen, rejected, codec, form), **own}, same
+
+
+def _text_fields(prompt: str, chosen: str, rejected: str, codec: ChatCodec, form: str) -> dict[str, Any]:
+    """What the trainer of a layout reads."""
+    if form == "sharegpt":
+        return {
+            "conversations": [{"from": "human", "value": prompt}],
+            "chosen": {"from": "gpt", "value": chosen},
+            "rejected": {"from": "gpt", "value": rejected},
+        }
+    asked = [{"role": "user", "content": prompt}]
+    best, other = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    if form == "nemo":
+        return {
+            "context": asked,
+            "completions": [{"rank": 0, "completion": best}, {"rank": 1, "completion": other}],
+        }
+    if not codec.has_template:
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    # TRL hands the switches to the template
+    return {"prompt": asked, "chosen": best, "rejected": other, "chat_template_kwargs": codec.switches}
 
 
 def _finite(reward: float | None) -> float | None:
@@ -417,7 +382,7 @@ class ChatCodec:
             UserError: nothing tells how an answer ends.
         """
         self.has_template = bool(tokenizer.chat_template)
-        self.switches = dict(switches) if self.has_template else {}
+        self.switches = dict(switches)
         self._tokenizer, self._encode_user = tokenizer, encode_user
         self._control = {
             *tokenizer.all_special_ids,
@@ -434,11 +399,18 @@ class ChatCodec:
         """The stored ids where they are those of the texts under this tokenizer; otherwise the texts' own.
 
         Raises:
-            BadRow: the template refuses the conversation, or a text holds control tokens that cannot be broken up.
+            BadRow: a text is empty or cannot be encoded, the answers are the same, the template refuses the conversation,
+                or a text holds control tokens that cannot be broken up.
         """
         stored = preference.stored
+        # the ids tell apart what the texts need not: an answer that was cut, one spelled otherwise, an empty one
         if stored and self._belongs(stored, preference):
+            if stored.chosen == stored.rejected:
+                raise BadRow(EQUAL)
             return TokenPair(stored.prompt, stored.chosen, [stored.rejected], tokenized=False)
+        contents = (message["content"] for message in preference.prompt)
+        for text in (*contents, preference.chosen, *preference.rejected):
+            _check_text(text)
         turns = [{**message, "content": self._disarmed(message["content"])} for message in preference.prompt]
         prompt = self.encode_prompt(turns)
         if self._count(prompt) != self._of_template(tuple(turn["role"] for turn in turns)):
@@ -556,14 +528,10 @@ class ChatCodec:
         return self._num_control[roles]
 
 
-def pairs_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows of the artifact `pairs` as a table."""
-    tokens = pa.list_(pa.int32())
-    types = {
-        "prompt_token_ids": tokens,
-        "chosen_token_ids": tokens,
-        "rejected_token_ids": pa.list_(tokens),
-    }
-    return pa.table(
-        {name: pa.array([row[name] for row in rows], types.get(name)) for name in ("round", *OWN)}
-    )
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise BadRow(EMPTY)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow(NOT_UNICODE) from None

@@ -21,7 +21,8 @@ from dpo4rec_ray.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer, read_policy
-from dpo4rec_ray.policy.preference_files import OWN, pairs_table, read_row
+from dpo4rec_ray.policy.preference_files import OWN, read_row
+from dpo4rec_ray.schemas import SCHEMAS
 from tests.conftest import ROOT, Finished
 
 BUNDLED = ROOT / "dpo4rec_ray" / "policy" / "bundled"
@@ -113,7 +114,7 @@ def write_run(folder: Path, pairs: list[dict[str, Any]], round_id: int = 1, **ch
     write_json(store.root / "config.json", Config().model_dump(mode="json"))
     store.start("pairs", round_id)
     for part, start in enumerate(range(0, len(pairs), 5)):
-        store.write("pairs", pairs_table(pairs[start : start + 5]), round_id, part)
+        store.write("pairs", pa.Table.from_pylist(pairs[start : start + 5], SCHEMAS["pairs"]), round_id, part)
     store.finish(Manifest("pairs", "made by a test", len(pairs), produced="once", **changes), round_id)
     return store
 
@@ -265,6 +266,7 @@ def test_what_cannot_be_exported(made: Run, tmp_path: Path, main: Callable[..., 
     (tmp_path / "none" / "config.json").write_text("{")
     one_line(export(tmp_path / "none"), "config.json")
     one_line(export(made.folder, out="no/x.jsonl"), "--out", "folder that is there")
+    one_line(export(made.folder, out="."), "--out", "name a file")
     assert list(tmp_path.glob("*.jsonl*")) == []
 
 
@@ -338,10 +340,9 @@ def test_other_sets_are_tokenised_once(imported: Imported) -> None:
 
 @pytest.mark.ray
 def test_bad_rows_are_named_and_set_aside(imported: Imported) -> None:
-    rows = [
-        json.loads(line) for line in (imported.store.root / "pairs-rejected.jsonl").read_text().splitlines()
-    ]
-    assert [row["where"] for row in rows] == [f"plain.jsonl:{i}" for i in (4, 5, 6, 7, 8, 26)]
+    rows = lines_of(imported.store.root / "pairs-rejected.jsonl")
+    file = imported.store.root.parent / "plain.jsonl"
+    assert [row["where"] for row in rows] == [f"{file}:{i}" for i in (4, 5, 6, 7, 8, 26)]
     assert [row["line"] for row in rows][:5] == BAD_LINES
     reasons = imported.store.require("pairs", 1).figures["dropped"]
     assert reasons == {
@@ -351,7 +352,7 @@ def test_bad_rows_are_named_and_set_aside(imported: Imported) -> None:
         "a layout that is not known": 1,
         "longer than 1024 tokens": 1,
     }
-    assert "2 x not a JSON object (plain.jsonl:4, plain.jsonl:7)" in imported.done.stdout
+    assert f"2 x not a JSON object ({file}:4, {file}:7)" in imported.done.stdout
 
 
 @pytest.mark.ray
@@ -392,6 +393,11 @@ def test_what_cannot_be_imported(tmp_path: Path, main: Callable[..., Finished]) 
     one_line(load(str(file), "run.name=other"), "run.name", "--out")
     one_line(load(str(file), llm="bootstrap"), "bootstrap")
     one_line(load(str(file), out="."), "something else")
+    one_line(load(str(file), out="pairs.jsonl"), "--out", "name a folder")
+    one_line(load(str(file), out="pairs.jsonl/run"), "--out", "name a folder")
+    one_line(
+        load(str(file), "dpo.bata=0.1", out="r\u00e9 \U0001f3ac"), "dpo.bata"
+    )  # a folder that TOML has to spell
     with pytest.raises(SystemExit, match="2"):
         load(str(file), "--heldout", "1")
 
@@ -402,7 +408,7 @@ def test_what_cannot_be_imported(tmp_path: Path, main: Callable[..., Finished]) 
         ('[{"prompt": "p", "chosen": "a", "rejected": "b"}]', ["JSON array", "jq"]),
         (
             "\n".join(BAD_LINES),
-            ["no pair to train on", "2 x not a JSON object (pairs.jsonl:1, pairs.jsonl:4)"],
+            ["no pair to train on", "2 x not a JSON object (", "pairs.jsonl:1, ", "pairs.jsonl:4)"],
         ),
     ],
 )
