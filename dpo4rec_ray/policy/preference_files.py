@@ -142,8 +142,8 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Fields | None, bytes]]:
 
 
 def _dicts(batch: pa.RecordBatch) -> list[Fields | None]:
-    """Rows as Python values; None for one whose strings are not UTF-8, which Arrow does not look into before."""
-    with suppress(UnicodeDecodeError):
+    """Rows as Python values; None for one that Python has none for: a string that is not UTF-8, a date out of its range."""
+    with suppress(ValueError, OverflowError):
         return batch.to_pylist()
     if len(batch) == 1:
         return [None]
@@ -201,7 +201,7 @@ def _from_nemo(row: Fields) -> Preference:
     completions = row["completions"]
     if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
         raise BadRow(NOT_TEXT)
-    if len(completions) < 2 or not all(_is_number(one.get("rank")) for one in completions):
+    if len(completions) < 2 or any(math.isnan(_number(one.get("rank"))) for one in completions):
         raise BadRow(RANKS)
     best, *others = sorted(completions, key=lambda one: one["rank"])
     if others[0]["rank"] == best["rank"]:
@@ -233,13 +233,8 @@ def _preference(row: Fields, prompt: list[Message], chosen: str, *rejected: str)
 
 def _stored(row: Fields) -> Stored | None:
     ids = [row.get(f"{name}_token_ids") for name in ("prompt", "chosen", "rejected")]
-    for one in ids:
-        if (
-            not isinstance(one, list)
-            or not one
-            or not all(type(token) is int and token >= 0 for token in one)
-        ):
-            return None
+    if not all(isinstance(one, list) and one and all(type(i) is int and i >= 0 for i in one) for one in ids):
+        return None
     user, split = row.get("user_id"), row.get("split")
     fits = type(user) is int and -(2**63) <= user < 2**63
     return Stored(
@@ -253,12 +248,12 @@ def _get(row: Fields, name: str) -> Any:
     return row[name]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _number(value: Any) -> float:
-    return float(value) if _is_number(value) else math.nan
+    """NaN for what is no number, infinities and integers beyond a float's range included."""
+    with suppress(OverflowError):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    return math.nan
 
 
 def _turns(value: Any, role_of_text: str = "user") -> list[Message]:

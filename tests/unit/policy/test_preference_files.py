@@ -218,6 +218,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**RANKED, "completions": RANKED["completions"][:1]}, RANKS),
     ({**RANKED, "completions": [{**one, "rank": 0} for one in RANKED["completions"]]}, RANKS),
     ({**RANKED, "completions": [{**one, "rank": "first"} for one in RANKED["completions"]]}, RANKS),
+    ({**RANKED, "completions": [{**one, "rank": 10**400} for one in RANKED["completions"]]}, RANKS),
 ]
 
 
@@ -479,6 +480,7 @@ def test_a_reward_that_is_no_number() -> None:
         found = read_row(json.loads(json.dumps(line, allow_nan=False)), form)
         assert math.isnan(found.chosen_reward)
         assert math.isnan(found.rejected_reward[0])
+        assert math.isnan(read_row({**line, "chosen_reward": 10**400}, form).chosen_reward)
 
 
 def test_a_prompt_that_is_spelled_otherwise_is_counted() -> None:
