@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.artifacts import RunDir, folder_hash
-from dpo4rec_ray.config import Config, RerankerSection
+from dpo4rec_ray.config import Config, RerankerSection, TrainerSection
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.rewards import reward_by_name
@@ -31,7 +31,7 @@ from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
 from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
 from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
-from dpo4rec_ray.policy.deepspeed_config import deepspeed_config, read_extra
+from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.policy.trackers import check_tracker
 from dpo4rec_ray.rerankers import RERANKERS
@@ -161,7 +161,8 @@ def check_training(config: Config) -> None:
     """What [dpo] asks of installed packages and of the user's DeepSpeed file.
 
     Raises:
-        UserError: a tracker or bitsandbytes is not installed, or the file is unreadable or contradicts the recipe.
+        UserError: a tracker or bitsandbytes is not installed, the file is unreadable or contradicts the recipe, or
+            checkpoints cannot go where they should.
     """
     section = config.dpo
     for name in section.trackers:
@@ -169,8 +170,31 @@ def check_training(config: Config) -> None:
     if section.quantize == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set "none"')
     for where, one in (("dpo", section), ("bootstrap", config.bootstrap)):
-        settings = train_settings(one, config.llm.dtype, 0)
-        deepspeed_config(settings, one.accumulation, read_extra(one.deepspeed, where))
+        read_extra(one.deepspeed, train_settings(one, config.llm.dtype, 0), one.accumulation, where)
+        _check_storage(f"{where}.storage_path", one.storage_path)
+        if config.llm.dtype == "float16" and not one.zero_stage:
+            raise UserError(
+                f'llm.dtype = "float16" with {where}.zero_stage = 0: DeepSpeed does not scale the loss there; '
+                f"set {where}.zero_stage = 1"
+            )
+
+
+def _check_storage(key: str, path: str) -> None:
+    if "://" not in path:
+        return
+    from pyarrow.fs import FileSystem
+
+    if "@" in path.split("://")[1].split("/")[0]:
+        raise UserError(
+            f"{key} carries a user name or password, which would end up in the run's records; leave them out and put "
+            "them into the environment (AWS_ACCESS_KEY_ID, ...)"
+        )
+    try:
+        FileSystem.from_uri(path)
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{key} = {path!r} is no place for checkpoints: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _check_endpoint(config: Config) -> None:
@@ -351,6 +375,10 @@ def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> s
         parts.append(config.section_hash(_SOURCE_SECTIONS[config.llm.source]))
     if any(name.startswith("prompt") for name in sections):
         parts.append(f"prompt {PROMPT_VERSION}")
+    trained: dict[str, TrainerSection] = {"dpo": config.dpo, "bootstrap": config.bootstrap}
+    for name in trained.keys() & set(sections):
+        if file := trained[name].deepspeed:
+            parts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16])
     return " ".join(parts)
 
 

@@ -343,6 +343,14 @@ class TrainerSection(Section):
     storage_path: str = ""  # of checkpoints: a folder all nodes see, or s3://...; empty: in the run
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
 
+    @model_validator(mode="after")
+    def _offloadable(self) -> TrainerSection:
+        if self.offload_params and self.zero_stage != 3:
+            raise ValueError("offload_params needs zero_stage = 3")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer needs zero_stage = 1 or more")
+        return self
+
 
 class DPOSection(TrainerSection):
     """Direct preference optimisation (method.md section 5)."""
@@ -396,8 +404,6 @@ class DPOSection(TrainerSection):
             raise ValueError(f"loss = {self.loss!r} has no label_smoothing; set it to 0")
         if self.patience and not self.eval_every:
             raise ValueError("patience needs eval_every > 0")
-        if self.offload_params and self.zero_stage != 3:
-            raise ValueError("offload_params needs zero_stage = 3")
         if self.min_workers > self.num_workers:
             raise ValueError(f"min_workers = {self.min_workers} is above num_workers = {self.num_workers}")
         if 0 < self.min_workers < self.num_workers and self.zero_stage:

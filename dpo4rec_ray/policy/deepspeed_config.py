@@ -24,16 +24,14 @@ OWNED = {
     "zero_optimization.offload_param": "offload_params",
     "bf16.enabled": "llm.dtype",
     "fp16.enabled": "llm.dtype",
+    "amp.enabled": "llm.dtype",
+    "torch_autocast.enabled": "llm.dtype",
     "managed_gradient_accumulation": "accumulation",
 }
 
 
 def deepspeed_config(settings: TrainSettings, accumulation: int, extra: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's config for one training; `extra` (see `read_extra`) adds what the recipe has no key for.
-
-    Raises:
-        UserError: `extra` sets what a key of the recipe sets, to another value.
-    """
+    """DeepSpeed's config for one training; `extra` (see `read_extra`) adds what the recipe has no key for."""
     zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": settings.on_gpu}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": settings.on_gpu}
@@ -51,15 +49,14 @@ def deepspeed_config(settings: TrainSettings, accumulation: int, extra: dict[str
     }
     if settings.dtype != "float32":
         config["bf16" if settings.dtype == "bfloat16" else "fp16"] = {"enabled": True}
-    _refuse_contradictions(config, extra)
     return _merged(config, extra)
 
 
-def read_extra(path: str, section: str = "dpo") -> dict[str, Any]:
-    """A user's DeepSpeed JSON; empty for no path. section: of the recipe that names it.
+def read_extra(path: str, settings: TrainSettings, accumulation: int, section: str = "dpo") -> dict[str, Any]:
+    """A user's DeepSpeed JSON less what the recipe has keys for; empty for no path. section: of the recipe that names it.
 
     Raises:
-        UserError: not a readable JSON object.
+        UserError: not a readable JSON object, or it sets what a key of the recipe sets, to another value.
     """
     if not path:
         return {}
@@ -69,18 +66,22 @@ def read_extra(path: str, section: str = "dpo") -> dict[str, Any]:
         raise UserError(f"{section}.deepspeed {path}: not a readable JSON file ({error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{section}.deepspeed {path}: must hold a JSON object, not {type(found).__name__}")
-    return found
-
-
-def _refuse_contradictions(config: dict[str, Any], extra: dict[str, Any]) -> None:
+    config = deepspeed_config(settings, accumulation, {})
     for key, owner in OWNED.items():
-        theirs, ours = _at(extra, key), _at(config, key)
+        table, _, name = key.rpartition(".")
+        inside = found.get(table, {}) if table else found
+        if not isinstance(inside, dict):
+            raise UserError(
+                f"{section}.deepspeed {path}: {table} must be an object, not {json.dumps(inside)}"
+            )
+        theirs, ours = inside.pop(name, None), _at(config, key)
         if theirs is None or theirs == "auto" or theirs == ours or (theirs is False and ours is None):
             continue
         raise UserError(
-            f"the DeepSpeed file's {key} = {json.dumps(theirs)} contradicts the recipe ({json.dumps(ours)}); "
+            f"{section}.deepspeed {path}: {key} = {json.dumps(theirs)} contradicts the recipe ({json.dumps(ours)}); "
             f"leave it out there and set {owner} in the recipe"
         )
+    return found
 
 
 def _at(config: dict[str, Any], key: str) -> Any:

@@ -150,8 +150,9 @@ def bare(model: Any) -> Any:
 
 @torch.no_grad()
 def check_grouped(model: Any) -> None:
-    """Make sure that log-probabilities can be computed in groups. Where weights are partitioned (ZeRO-3), every worker
-    must ask, after DeepSpeed has hooked itself into the model.
+    """Make sure that log-probabilities can be computed in groups, on the device where the model is.
+
+    Where weights are partitioned (ZeRO-3), every worker must ask, after DeepSpeed has hooked itself into the model.
 
     Compares two packed groups with the plain path: some models scale their head's logits, some add to attention what
     `grouped_attention` leaves out (sinks), some mix neighbouring tokens outside of it (convolutions, state spaces).
@@ -172,7 +173,9 @@ def check_grouped(model: Any) -> None:
     try:
         plain = CompletionLogps(inner)(padded.to(inner.device))
         grouped = CompletionLogps(inner, grouped=True)(
-            collate_groups(groups, 0, packing=True).to(inner.device)
+            collate_groups(groups, 0, packing=True, multiple_of=128 if inner.device.type == "cuda" else 1).to(
+                inner.device
+            )
         )
     finally:
         inner.train(training)

@@ -18,9 +18,13 @@ TOKENS_AT_ONCE = 4096
 class ReferenceScorer:
     """pairs -> log pi_ref of their texts, in the pairs' order."""
 
-    def __init__(self, model: str, dtype: str, layout: BatchLayout, chunk_tokens: int):
+    def __init__(
+        self, model: str, dtype: str, layout: BatchLayout, chunk_tokens: int, quantize: str = "none"
+    ):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        inner = load_model(model, dtype).to(self._device).eval()
+        inner = load_model(model, dtype, quantize=quantize).eval()
+        if quantize == "none":  # which else has been placed as it was read
+            inner = inner.to(self._device)
         self._layout = layout
         if layout.grouped:
             check_grouped(inner)

@@ -24,6 +24,7 @@ from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenera
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
 from dpo4rec_ray.policy.bootstrap import SPECIAL_TOKENS, build_tokenizer, supervised_rows
+from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.stages.common import Outcome, Progress, engine_env, say, seed_of
 from dpo4rec_ray.stages.sources import CataloguePrompts
@@ -60,11 +61,13 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     pq.write_table(
         pa.table({"prompt_token_ids": prompt_ids, "completion_token_ids": text_ids}), work / "rows.parquet"
     )
+    settings = train_settings(section, "float32", seed_of(config.run.seed, "bootstrap"))
     launch(
         supervised_loop,
         {
             "config": config,
-            "settings": train_settings(section, "float32", seed_of(config.run.seed, "bootstrap")),
+            "settings": settings,
+            "deepspeed": read_extra(section.deepspeed, settings, section.accumulation, "bootstrap"),
             "tokenizer": str(work / "tokenizer"),
             "rows": str(work / "rows.parquet"),
             "folder": str(folder),

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dpo4rec_ray.artifacts import RunDir, folder_hash
+from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.policy.deepspeed_config import read_extra
-from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
+from dpo4rec_ray.policy.model import PolicyWeights, model_identity, save_merged, write_policy
 from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, merges_lora, policy_weights, say, seed_of
 from dpo4rec_ray.stages.reference import cached_reference
 from dpo4rec_ray.stages.train_policy import ADAPTER, FULL, HELDOUT, TRAINED, DPOTask, dpo_loop, train_settings
-from dpo4rec_ray.stages.training import WARNINGS, begin, launch, read_metrics
+from dpo4rec_ray.stages.training import WARNINGS, begin, launch, read_metrics, remove_checkpoints
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -41,7 +41,10 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     reference = None
     if section.reference == "cached":
         reference = str(cached_reference(config, store, round_id, frozen))
-    if not (folder / TRAINED).exists():
+    settings = train_settings(section, config.llm.dtype, seed_of(config.run.seed, "dpo", round_id))
+    if (folder / TRAINED).exists():
+        remove_checkpoints(section, folder)
+    else:
         task = DPOTask(
             config=config,
             store=store,
@@ -51,8 +54,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             adapter=before.adapter if continues else None,
             reference=reference,
             moved=continues,
-            settings=train_settings(section, config.llm.dtype, seed_of(config.run.seed, "dpo", round_id)),
-            deepspeed=read_extra(section.deepspeed),
+            settings=settings,
+            deepspeed=read_extra(section.deepspeed, settings, section.accumulation),
         )
         launch(
             dpo_loop,
@@ -75,7 +78,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         weights,
         {
             "round": round_id,
-            "base_hash": folder_hash(base),
+            "base_hash": model_identity(base),
             "pairs": store.require("pairs", round_id).fingerprint,
             "settings": section.model_dump(mode="json"),
             "figures": figures,

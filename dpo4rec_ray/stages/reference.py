@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.artifacts import RunDir, fingerprint, folder_hash, write_part
+from dpo4rec_ray.artifacts import RunDir, fingerprint, write_part
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.policy.model import model_identity
 from dpo4rec_ray.policy.reference import ReferenceScorer, batch_layout
 from dpo4rec_ray.stages.common import WORKER_ENV, Progress
 from dpo4rec_ray.stages.shards import Pool, Row, begin_shards, finished_shards, part_number, run_shards
@@ -22,9 +23,9 @@ from dpo4rec_ray.stages.shards import Pool, Row, begin_shards, finished_shards, 
 def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -> Path:
     """Compute what is missing; the folder with one part per part of `pairs`."""
     section = config.dpo
-    identity = folder_hash(model) if Path(model).is_dir() else model
+    identity = model_identity(model)
     pairs = store.require("pairs", round_id)
-    mark = fingerprint(identity, config.llm.dtype, pairs.fingerprint, pairs.produced)
+    mark = fingerprint(identity, config.llm.dtype, section.quantize, pairs.fingerprint, pairs.produced)
     folder = store.path("pairs", round_id) / "reference" / mark
     files = {part_number(file): file for file in store.files("pairs", round_id)}
     done = finished_shards(folder, mark)
@@ -43,6 +44,7 @@ def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -
                 "dtype": config.llm.dtype,
                 "layout": layout,
                 "chunk_tokens": section.chunk_tokens,
+                "quantize": section.quantize,
             },
         },
         section.num_workers,

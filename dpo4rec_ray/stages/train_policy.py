@@ -18,7 +18,8 @@ from dpo4rec_ray.artifacts import RunDir, write_json
 from dpo4rec_ray.config import Config, TrainerSection
 from dpo4rec_ray.core.preference import SMOOTHED
 from dpo4rec_ray.core.watch import Watch
-from dpo4rec_ray.policy.trainer import Figures, Trainer, TrainSettings
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.policy.trainer import LESS, Figures, Trainer, TrainSettings
 from dpo4rec_ray.stages.reference import read_reference
 from dpo4rec_ray.stages.training import WARNINGS, MetricsFile, read_metrics
 
@@ -26,6 +27,9 @@ HELDOUT = "heldout.json"  # figures of the saved policy on the held-out pairs
 TRAINED = "trained.json"  # written last: the policy is saved
 LOOKS = "looks.json"  # the held-out loss at every look
 CONTINUED = "continued.txt"  # the steps from whose checkpoints a training went on
+# How far a text's log-ratio may be from 0 before training, in nats: rounding, of sums over hundreds of tokens in batches of
+# another shape. Times beta it is how far the first loss may be from ln 2.
+FIRST_LOSS_NOISE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.2}
 ADAPTER, FULL = "adapter", "full"
 
 
@@ -86,6 +90,11 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     )
     objective = DPOObjective(layout, section.beta, section.loss, section.label_smoothing, section.nll_weight)
     rows = {split: ArrowRows(table) for split, table in pairs.items()}
+    del pairs  # a copy in many pieces
+    if section.patience and not len(rows["valid"]):
+        raise UserError("dpo.patience needs held-out pairs, and there are none; set it to 0")
+    if rank == 0:
+        (folder / TRAINED).unlink(missing_ok=True)
     trainer = Trainer(
         _policy(task, layout.grouped),
         rows["train"],
@@ -94,7 +103,7 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
         lengths=lengths["train"] if section.length_sorted else None,
         extra=task.deepspeed,
     )
-    if layout.grouped and settings.zero_stage == 3:
+    if layout.grouped:
         check_grouped(trainer.engine.module.model)
     # each pair's loss is ln 2 where policy equals reference
     exact = section.loss in SMOOTHED and not task.moved and not section.nll_weight
@@ -104,6 +113,8 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     def look(step: int) -> bool:
         """Judge the policy on the held-out pairs and keep it if it is the best; whether it is time to stop."""
         heldout = trainer.evaluate(rows["valid"], section.batch_size)
+        if heldout and not math.isfinite(heldout["loss"]):
+            raise UserError(f"step {step}: the loss on the held-out pairs is {heldout['loss']}; {LESS}")
         best = looks.add(step, heldout.get("loss", math.nan))
         if best or not heldout:
             saver.save(heldout)
@@ -120,7 +131,9 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
         f"{task.config.run.name}-round{task.round_id}",
         Watch(trainer.order.num_steps, section.max_kl_per_token).see,
         on_step,
-        expect_first_loss=math.log(2) if exact else None,
+        expect_first_loss=(math.log(2), FIRST_LOSS_NOISE[settings.dtype] * max(section.beta, 0.1))
+        if exact
+        else None,
     )
     if not looks.stopped(section.patience):
         if not section.eval_every:
@@ -145,7 +158,6 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     from dpo4rec_ray.policy.bootstrap import small_llama_config
-    from dpo4rec_ray.policy.deepspeed_config import read_extra
     from dpo4rec_ray.policy.logps import CompletionLogps
     from dpo4rec_ray.policy.model import gathered_state, load_tokenizer, save_complete
     from dpo4rec_ray.policy.objectives import BatchLayout, SupervisedObjective
@@ -166,8 +178,7 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
     )
     objective = SupervisedObjective(BatchLayout(tokenizer.pad_token_id))
     rows = ArrowRows(pq.read_table(arguments["rows"]))
-    extra = read_extra(config.bootstrap.deepspeed, "bootstrap")
-    trainer = Trainer(CompletionLogps(model), rows, objective, settings, extra=extra)
+    trainer = Trainer(CompletionLogps(model), rows, objective, settings, extra=arguments["deepspeed"])
     folder = Path(arguments["folder"])
     _fit(trainer, config.bootstrap, folder, f"{config.run.name}-bootstrap", lambda *_: [], lambda *_: False)
     state = gathered_state(model, rank, trained_only=False)
@@ -183,7 +194,7 @@ def _fit(
     warnings_of: Callable[[int, Figures], list[str]],
     on_step: Callable[[int, int, Figures], bool],
     *,
-    expect_first_loss: float | None = None,
+    expect_first_loss: tuple[float, float] | None = None,
 ) -> None:
     """Run the trainer: continue from Ray Train's checkpoint if there is one, save others, and keep the figures."""
     from ray import train
@@ -284,15 +295,13 @@ class _Saver:
 def _policy(task: DPOTask, grouped: bool) -> Any:
     """The model to train, ready for the trainer."""
     from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
-    from dpo4rec_ray.policy.logps import CompletionLogps, check_grouped
+    from dpo4rec_ray.policy.logps import CompletionLogps
     from dpo4rec_ray.policy.model import add_lora, checkpoint_activations, load_lora, load_model
 
     section, settings = task.config.dpo, task.settings
     sharded = settings.zero_stage == 3
     zero3 = deepspeed_config(settings, 1, task.deepspeed) if sharded else None
     model: Any = load_model(task.base, settings.dtype, zero3=zero3, quantize=section.quantize)
-    if grouped and not sharded:
-        check_grouped(model)
     if section.tuning == "lora":
         if task.adapter:
             model = load_lora(model, task.adapter)
@@ -317,7 +326,8 @@ def _pairs(task: DPOTask) -> tuple[dict[str, pa.Table], dict[str, np.ndarray], d
     """The round's pairs by split, less those that are too long; their lengths; counts of both; and the limit."""
     from dpo4rec_ray.policy.rows import pair_lengths, with_reference
 
-    pairs = task.store.read("pairs", task.round_id)
+    columns = ["user_id", "split", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
+    pairs = task.store.read("pairs", task.round_id, columns=columns)
     if task.reference:
         pairs = with_reference(pairs, read_reference(task.reference))
     max_length = task.config.dpo.max_length or task.config.llm.max_model_len

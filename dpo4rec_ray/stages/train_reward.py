@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dpo4rec_ray.artifacts import RunDir, write_json
-from dpo4rec_ray.config import Config
+from dpo4rec_ray.config import Config, TrainerSection
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import Reranker, build_reranker
@@ -48,8 +48,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             train_loop,
             {"config": config, "store": store, "names": names},
             folder=folder,
-            num_workers=config.reward.num_workers,
-            gpus_per_worker=config.reward.gpus_per_worker,
+            section=TrainerSection(
+                num_workers=config.reward.num_workers,
+                gpus_per_worker=config.reward.gpus_per_worker,
+                max_failures=0,  # it would begin again from nothing
+            ),
             label="train_reward",
             unit="epochs",
         )

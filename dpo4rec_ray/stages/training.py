@@ -6,22 +6,25 @@ driver follows that file, because a worker's own output stays in Ray's logs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_ray.artifacts import MANIFEST, RunDir
+from dpo4rec_ray.artifacts import MANIFEST, RunDir, write_json
 from dpo4rec_ray.config import TrainerSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.common import WORKER_ENV, Progress, check_room, joined_cluster
 
 METRICS = "metrics.jsonl"
+# Whose training the folder holds, and an id that keeps its checkpoints apart from any other's on storage that many share.
+TRAINING = "training.json"
 WARNINGS = "warnings"  # of a step, beside its figures
+LAST_LINES = 8192  # bytes that hold the last line
 REFUSED = "refused.txt"  # why a worker would not train: the user's mistake
 # Two data-parallel CPU processes; DeepSpeed reads LOCAL_SIZE and must not look for a GPU.
 CPU_TRAIN_ENV = {**WORKER_ENV, "DS_ACCELERATOR": "cpu"}
@@ -30,10 +33,12 @@ CPU_TRAIN_ENV = {**WORKER_ENV, "DS_ACCELERATOR": "cpu"}
 def begin(store: RunDir, name: str, round_id: int = 0) -> Path:
     """The artifact's folder: as an interrupted run of the same work left it, to continue, or empty."""
     folder = store.path(name, round_id)
-    note = folder / "training.mark"
-    same = note.exists() and note.read_text() == store.mark and not (folder / MANIFEST).exists()
+    note = folder / TRAINING
+    begun = json.loads(note.read_text()) if note.exists() else {}
+    same = begun.get("mark") == store.mark and not (folder / MANIFEST).exists()
     store.start(name, round_id, keep=same)
-    note.write_text(store.mark)
+    if not same:
+        write_json(note, {"mark": store.mark, "id": uuid.uuid4().hex})
     return folder
 
 
@@ -62,6 +67,8 @@ def launch(
     fewest = min_workers or num_workers
     check_room(f"{fewest} workers of {label}", fewest, fewest * section.gpus_per_worker)
     worker_env = dict(WORKER_ENV) if gpu else {**CPU_TRAIN_ENV, "LOCAL_SIZE": str(num_workers)}
+    if not (folder / TRAINING).exists():
+        write_json(folder / TRAINING, {"id": uuid.uuid4().hex})
     storage = _storage(section, folder)
     refused = folder / REFUSED
     refused.unlink(missing_ok=True)
@@ -91,7 +98,7 @@ def launch(
         follower.join(timeout=5)
         if refused.exists():
             raise UserError(refused.read_text(encoding="utf-8")) from None
-    _remove(storage)  # checkpoints and Ray Train's own bookkeeping; our results are beside it
+    remove_checkpoints(section, folder)
 
 
 def _telling(loop: Callable[[dict[str, Any]], None], refused: Path) -> Callable[[dict[str, Any]], None]:
@@ -116,12 +123,17 @@ def _storage(section: TrainerSection, folder: Path) -> str:
     """Where checkpoints go: a folder, or a URI, of this training alone."""
     if not section.storage_path:
         return str(folder / "ray_train")
-    return f"{section.storage_path.rstrip('/')}/{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    path = section.storage_path.rstrip("/")
+    if "://" not in path:
+        path = str(Path(path).expanduser().resolve())
+    return f"{path}/{json.loads((folder / TRAINING).read_text())['id']}"
 
 
-def _remove(storage: str) -> None:
+def remove_checkpoints(section: TrainerSection, folder: Path) -> None:
+    """Remove what only a training that goes on needs: checkpoints, and Ray Train's own bookkeeping beside them."""
     from pyarrow.fs import FileSystem, FileType
 
+    storage = _storage(section, folder)
     if "://" not in storage:
         shutil.rmtree(storage, ignore_errors=True)
         return
@@ -203,8 +215,10 @@ def _follow(file: Path, label: str, unit: str, stop: threading.Event) -> None:
     with Progress(label, 0, unit) as progress:
         while not stop.wait(1.0):
             try:
-                newest = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
-            except (OSError, IndexError, json.JSONDecodeError):
+                with open(file, "rb") as lines:
+                    lines.seek(max(0, file.stat().st_size - LAST_LINES))
+                    newest = json.loads(lines.read().splitlines()[-1])
+            except (OSError, IndexError, ValueError):
                 continue  # not there yet, or a line is half written
             extra = ", ".join(
                 f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy", "valid") if key in newest

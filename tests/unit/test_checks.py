@@ -147,3 +147,28 @@ def test_json_needs_room_for_its_factors() -> None:
     check('generate.format="json"', "generate.max_new_tokens=64")
     with pytest.raises(UserError, match="too few for JSON with a string for each of 9 factors"):
         check('generate.format="json"', "generate.max_new_tokens=64", "prompt.factors=movies")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (['dpo.storage_path="s3://KEY:SECRET@bucket"'], "dpo.storage_path carries a user name or password"),
+        (['dpo.storage_path="nowhere://bucket"'], "dpo.storage_path = 'nowhere://bucket' is no place"),
+        (['llm.dtype="float16"', "dpo.zero_stage=0"], "set dpo.zero_stage = 1"),
+        (['dpo.deepspeed="/nowhere/own.json"'], "dpo.deepspeed /nowhere/own.json: not a readable JSON file"),
+    ],
+)
+def test_what_training_cannot_do_is_refused_before_anything_runs(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        check(*overrides)
+    assert "SECRET" not in str(refused.value)
+
+
+def test_a_deepspeed_file_counts_by_what_is_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    config = load_config(DEMO, [f'dpo.deepspeed="{file}"'])
+    found = set()
+    for content in ('{"steps_per_print": 1}', '{"steps_per_print": 2}'):
+        file.write_text(content)
+        found.add(checks.outside_identity(config, "dpo", ("dpo",)))
+    assert len(found) == 2

@@ -47,7 +47,7 @@ def test_a_file_adds_what_the_recipe_has_no_key_for(tmp_path: Path) -> None:
             }
         )
     )
-    made = deepspeed_config(settings(), 4, read_extra(str(file)))
+    made = deepspeed_config(settings(), 4, read_extra(str(file), settings(), 4))
     assert made["zero_optimization"] == {"stage": 3, "overlap_comm": False, "reduce_bucket_size": 12345}
     assert made["gradient_clipping"] == 0.5 and made["wall_clock_breakdown"] is True
 
@@ -66,17 +66,26 @@ def test_a_file_adds_what_the_recipe_has_no_key_for(tmp_path: Path) -> None:
         {"bf16": {"enabled": False}},
     ],
 )
-def test_a_contradiction_is_refused_and_names_the_recipes_key(extra: dict[str, Any]) -> None:
+def test_a_contradiction_is_refused_and_names_the_recipes_key(extra: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps(extra))
     with pytest.raises(UserError) as refused:
-        deepspeed_config(settings(), 4, extra)
+        read_extra(str(tmp_path / "own.json"), settings(), 4)
     (key,) = [key for key in OWNED if key.split(".")[0] in extra and key in str(refused.value)]
     assert OWNED[key] in str(refused.value)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]"])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"zero_optimization": 3}'])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(UserError, match=r"bad\.json"):
-        read_extra(str(tmp_path / "bad.json"))
+        read_extra(str(tmp_path / "bad.json"), settings(), 4)
     with pytest.raises(UserError, match=r"missing\.json"):
-        read_extra(str(tmp_path / "missing.json"))
+        read_extra(str(tmp_path / "missing.json"), settings(), 4)
+
+
+def test_a_file_that_agrees_does_not_bind_the_trainer(tmp_path: Path) -> None:
+    """Fewer workers, or fewer rows than a step holds, change how many micro-batches make a step."""
+    (tmp_path / "own.json").write_text('{"gradient_accumulation_steps": 4, "steps_per_print": 7}')
+    extra = read_extra(str(tmp_path / "own.json"), settings(), 4)
+    made = deepspeed_config(settings(), 8, extra)
+    assert (made["gradient_accumulation_steps"], made["steps_per_print"]) == (8, 7)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.artifacts import Manifest, RunDir
+from dpo4rec_ray.config import TrainerSection
 from dpo4rec_ray.stages.train_policy import Looks
-from dpo4rec_ray.stages.training import MetricsFile, begin, read_metrics
+from dpo4rec_ray.stages.training import MetricsFile, _storage, begin, read_metrics, remove_checkpoints
 
 
 def test_steps_beyond_the_state_are_written_again(tmp_path: Path) -> None:
@@ -60,3 +61,19 @@ def test_only_an_unfinished_training_of_the_same_work_is_continued(tmp_path: Pat
     store.mark = "another mark"
     begin(store, "policy", 1)
     assert not (folder / "metrics.jsonl").exists()
+
+
+def test_a_training_that_begins_anew_has_checkpoints_of_its_own(tmp_path: Path) -> None:
+    """Storage that runs share holds what a training with other settings left: it is not gone on from."""
+    store, shared = RunDir(tmp_path / "run"), tmp_path / "shared"
+    section = TrainerSection(storage_path=f"file://{shared}")
+    places = []
+    for mark in ("one", "one", "another"):
+        store.mark = mark
+        places.append(_storage(section, begin(store, "policy", 1)))
+        Path(places[-1].removeprefix("file://")).mkdir(parents=True, exist_ok=True)
+    assert places[0] == places[1] != places[2]
+    remove_checkpoints(section, store.path("policy", 1))
+    assert [f"file://{place}" for place in shared.iterdir()] == places[:1]
+    home = TrainerSection(storage_path="~/checkpoints")
+    assert _storage(home, store.path("policy", 1)).startswith(str(Path.home().resolve() / "checkpoints"))
