@@ -47,7 +47,7 @@ _SOURCE_SECTIONS = {"openai": "openai", "table": "texts"}  # llm.source -> its o
 def check_all(config: Config, only: str = "") -> None:
     """Names against registries, folders on disk, and settings that contradict each other.
 
-    only: the one stage that will run; `prepare` needs no model, so none is looked for.
+    only: the one stage that will run; what it does not need is not looked for.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -89,6 +89,8 @@ def check_all(config: Config, only: str = "") -> None:
         source_of(config)
     if only == "prepare":
         return
+    if only == "dpo":  # which needs neither an encoder nor an engine
+        return _check_trained(config)
     encoder = resolve_encoder(config.encoder.path)
     if Path(encoder).exists() or "/" not in encoder:
         _check_model_folder("encoder.path", encoder)
@@ -138,6 +140,10 @@ def _reranker_sections(config: Config) -> dict[str, RerankerSection]:
 def _check_policy(config: Config) -> None:
     """The LLM, its engine and its training."""
     _check_engine(config)
+    _check_trained(config)
+
+
+def _check_trained(config: Config) -> None:
     if config.run.num_rounds:
         check_training(config)
     if config.llm.path == "bootstrap":

@@ -82,6 +82,7 @@ def main() -> int:
     dpo.add_argument(
         "--steps", type=int, default=8, help="optimiser steps of 8 pairs that are timed, plus one"
     )
+    dpo.add_argument("--gpu", action="store_true", help="instead: an 8B-shaped Llama on one GPU")
     options = parser.parse_args()
     stage = {
         "prepare": bench_prepare,
