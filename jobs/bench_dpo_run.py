@@ -209,8 +209,11 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         if rank == 0:
             save_file(state, spec["weights"])
     tokens = float(np.median([one["tokens_per_s"] for one in steps[1:] or steps]))
+    lengths = pair_lengths(pairs)[0]
+    order = trainer.order.steps(spec["batch_size"], rank, world, 0)
+    work = [lengths[step.rows].mean() / lengths.mean() for step in order]
     return {
-        **rates(spec, times),
+        **rates(spec, times, work),
         "tokens_per_s": round(tokens),
         "losses": [one["loss"] for one in steps],
         "grad_norms": [one["grad_norm"] for one in steps],
@@ -321,9 +324,13 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rates(spec: dict[str, Any], times: list[float]) -> dict[str, Any]:
-    """Pairs per second by the median step; the first step warms caches up and does not count."""
-    seconds = np.diff(times)[1:] if len(times) > 2 else np.diff(times)
+def rates(spec: dict[str, Any], times: list[float], work: list[float] | None = None) -> dict[str, Any]:
+    """Pairs per second by the median step; the first step warms caches up and does not count.
+
+    work: the mean length of each step's pairs over that of all, so that steps of long pairs count for what they are.
+    """
+    seconds = np.diff(times) / (np.array(work)[: len(times) - 1] if work else 1.0)
+    seconds = seconds[1:] if len(seconds) > 1 else seconds
     pairs = spec["batch_size"] * spec["accumulation"] * spec.get("world", 1)
     return {
         "pairs_per_s": round(pairs / float(np.median(seconds)), 3),

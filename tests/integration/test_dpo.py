@@ -209,7 +209,9 @@ def test_half_precision(tiny_run: Finished, tmp_path: Path, sharding: list[str],
 @pytest.mark.slow
 def test_a_second_round_against_the_base_llm(tmp_path: Path) -> None:
     """reference_policy "base": round 2 trains round 1's LoRA on, against the LLM that round 1 started from."""
-    done = run_job(tmp_path, DEMO, *TINY, *ONE, "run.num_rounds=2", 'dpo.reference_policy="base"')
+    done = run_job(
+        tmp_path, DEMO, *TINY, *ONE, "run.num_rounds=2", "run.patience=2", 'dpo.reference_policy="base"'
+    )
     assert done.code == 0, done.stderr
     first, second = (read_policy(done.folder / f"rounds/0{number}/policy") for number in (1, 2))
     assert first.base == second.base
