@@ -1,0 +1,185 @@
+"""A published version of a run: all that serving needs of it, in files that many processes map into memory at once.
+
+A version is a folder; its version.json is written last, so its presence means complete. Knowledge vectors and texts of
+millions of users stay on disk: a request touches the pages of its own user, and the replicas of a node share them.
+Plain NumPy and Arrow files, safetensors and JSON: nothing that could run code when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dpo4rec_ray.artifacts import write_json
+from dpo4rec_ray.core.keys import Keys, string_keys
+from dpo4rec_ray.errors import UserError
+
+VERSION_FILE = "version.json"
+FORMAT = 1  # raised when the files change their meaning
+UNKNOWN = -1  # the row of an id that is not there
+
+# In users.arrow and items.arrow, in the order of the run's dense ids; texts.arrow in the order of the vectors.
+USERS = pa.schema(
+    [
+        ("raw_id", pa.string()),
+        ("history_item_ids", pa.list_(pa.int64())),
+        ("history_ratings", pa.list_(pa.float32())),
+    ]
+)
+ITEMS = pa.schema([("raw_id", pa.string()), ("title", pa.string()), ("attributes", pa.list_(pa.string()))])
+TEXTS = pa.schema([("text", pa.string())])
+
+
+@dataclass(frozen=True)
+class VersionCard:
+    """version.json: what a version is and where it comes from."""
+
+    version: str
+    model: str  # backbone and system, as in the evaluation's tables
+    knowledge: str  # system whose texts the reranker reads; "" for none
+    run: str
+    created: str
+    num_users: int
+    num_items: int
+    encoder: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def write_card(folder: Path, card: VersionCard) -> None:
+    """The last file of a version."""
+    write_json(folder / VERSION_FILE, asdict(card))
+
+
+def read_card(folder: Path) -> VersionCard:
+    """Raises UserError if the folder holds no complete version, or one of another format."""
+    file = folder / VERSION_FILE
+    try:
+        card = VersionCard(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: no published version ({error}); publish the run again") from None
+    if card.format != FORMAT:
+        raise UserError(f"{file}: format {card.format}, but this code reads {FORMAT}; publish the run again")
+    return card
+
+
+class KeyIndex:
+    """Raw ids -> rows, by 64-bit keys in two mapped arrays; the ids themselves are not read."""
+
+    def __init__(self, folder: Path, name: str):
+        """Raises UserError if a file is missing or damaged."""
+        self._keys = mapped(folder / f"{name}_keys.npy")
+        self._rows = mapped(folder / f"{name}_rows.npy")
+        if len(self._keys) != len(self._rows):
+            raise UserError(f"{folder}: {name}_keys.npy and {name}_rows.npy differ in length; publish again")
+
+    @staticmethod
+    def write(folder: Path, name: str, keys: Keys) -> None:
+        """keys: [n], of row 0, 1, ..."""
+        order = np.argsort(keys, kind="stable")
+        np.save(folder / f"{name}_keys.npy", keys[order])
+        np.save(folder / f"{name}_rows.npy", order.astype(np.int64))
+
+    def rows(self, raw_ids: list[str] | pa.Array) -> npt.NDArray[np.int64]:
+        """[n] ids -> [n] rows, UNKNOWN where an id is not there."""
+        keys = keys_of(raw_ids)
+        if not len(self._keys):
+            return np.full(len(keys), UNKNOWN, np.int64)
+        places = np.searchsorted(self._keys, keys)
+        places[places == len(self._keys)] = 0
+        return np.where(self._keys[places] == keys, self._rows[places], UNKNOWN)
+
+
+class PublishedVersion:
+    """A version's files, mapped. Safe to share between threads: nothing is written."""
+
+    def __init__(self, folder: str | Path):
+        """Raises UserError if a file is missing, damaged or does not fit the others."""
+        self.folder = Path(folder)
+        self.card = read_card(self.folder)
+        self.user_index = KeyIndex(self.folder, "user")
+        self.item_index = KeyIndex(self.folder, "item")
+        self.items = table(self.folder / "items.arrow")
+        self._users = table(self.folder / "users.arrow")
+        if self.card.knowledge:
+            self._vectors = mapped(self.folder / "user_vectors.npy")
+            self._vector_rows = mapped(self.folder / "user_vector_rows.npy")
+            self._texts = table(self.folder / "texts.arrow")
+            if len(self._texts) != len(self._vectors) or len(self._vector_rows) != len(self._users):
+                raise UserError(f"{self.folder}: vectors, texts and users do not fit; publish the run again")
+
+    @cached_property
+    def item_vectors(self) -> np.ndarray | None:
+        """[num_items, D] float32; None without knowledge."""
+        return np.load(self.folder / "item_vectors.npy", allow_pickle=False) if self.card.knowledge else None
+
+    @property
+    def vector_dim(self) -> int:
+        return self._vectors.shape[1] if self.card.knowledge else 0
+
+    def user_vectors(self, rows: npt.NDArray[np.int64]) -> tuple[np.ndarray, npt.NDArray[np.bool_]]:
+        """[n] user rows -> vectors [n, D] float32, 0 for users without a text, and who has one [n]."""
+        stored = np.full(len(rows), UNKNOWN, np.int64)
+        known = rows != UNKNOWN
+        stored[known] = self._vector_rows[rows[known]]
+        there = stored != UNKNOWN
+        vectors = np.zeros((len(rows), self.vector_dim), np.float32)
+        vectors[there] = self._vectors[stored[there]]
+        return vectors, there
+
+    def text(self, row: int) -> str:
+        """The knowledge text of a user; "" where there is none."""
+        place = int(self._vector_rows[row]) if self.card.knowledge else UNKNOWN
+        return "" if place == UNKNOWN else self._texts["text"][place].as_py()
+
+    def history(self, row: int) -> tuple[list[int], list[float]]:
+        """Item rows and ratings of a user, oldest first."""
+        return self._users["history_item_ids"][row].as_py(), self._users["history_ratings"][row].as_py()
+
+    def user_id(self, row: int) -> str:
+        return self._users["raw_id"][row].as_py()
+
+
+def keys_of(raw_ids: list[str] | pa.Array) -> Keys:
+    """64-bit keys of raw ids, [n]."""
+    array = raw_ids if isinstance(raw_ids, pa.Array) else pa.array(raw_ids, pa.string())
+    array = array.cast(pa.large_string())
+    _, offsets, content = array.buffers()
+    places = np.frombuffer(offsets, np.int64, count=len(array) + 1, offset=8 * array.offset)
+    return string_keys(places, np.frombuffer(content or b"", np.uint8))
+
+
+def mapped(file: Path) -> np.ndarray:
+    """A .npy file, mapped read-only; never unpickled.
+
+    Raises:
+        UserError: missing, cut off, or not a plain array.
+    """
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file}: {error}; publish the run again") from None
+
+
+def table(file: Path) -> pa.Table:
+    """An Arrow file, mapped.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{file}: {error}; publish the run again") from None
+
+
+def arrow_writer(file: Path, schema: pa.Schema) -> Any:
+    """Record batches into a file that `table` maps."""
+    return pa.ipc.new_file(str(file), schema)
