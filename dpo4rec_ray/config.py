@@ -435,6 +435,22 @@ class EvaluateSection(Section):
     gpus_per_task: float = Field(default=0, ge=0)
 
 
+class ServingSection(Section):
+    """Reranks over HTTP (jobs/serve.py)."""
+
+    registry: str = "registry"  # folder of published versions
+    host: str = "127.0.0.1"  # 0.0.0.0 opens it to the network
+    port: int = Field(default=8000, ge=1, le=65535)
+    num_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=0, ge=0)  # above num_replicas: autoscaling up to it
+    cpus_per_replica: float = Field(default=1, gt=0)
+    gpus_per_replica: float = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)  # of a replica's forward pass
+    max_batch: int = Field(default=64, ge=1)  # lists in one forward pass
+    max_waiting: int = Field(default=512, ge=1)  # lists; more are answered 503 with Retry-After
+    poll_s: float = Field(default=1.0, gt=0)  # between looks at the registry
+
+
 class Config(Section):
     """A whole run. Field order is the order in which the stages use the sections."""
 
@@ -455,6 +471,7 @@ class Config(Section):
     pair: PairSection = PairSection()
     dpo: DPOSection = DPOSection()
     evaluate: EvaluateSection = EvaluateSection()
+    serving: ServingSection = ServingSection()
 
     def section_hash(self, *parts: str) -> str:
         """Hash of the run seed and of the named parts ("section" or "section.key"): what a stage's output depends on."""
