@@ -329,11 +329,13 @@ def rates(spec: dict[str, Any], times: list[float], work: list[float] | None = N
 
     work: the mean length of each step's pairs over that of all, so that steps of long pairs count for what they are.
     """
-    seconds = np.diff(times) / (np.array(work)[: len(times) - 1] if work else 1.0)
-    seconds = seconds[1:] if len(seconds) > 1 else seconds
+    seconds = np.diff(times)
+    weights = np.array(work)[: len(seconds)] if work else np.ones(len(seconds))
+    if len(seconds) > 1:
+        seconds, weights = seconds[1:], weights[1:]
     pairs = spec["batch_size"] * spec["accumulation"] * spec.get("world", 1)
     return {
-        "pairs_per_s": round(pairs / float(np.median(seconds)), 3),
+        "pairs_per_s": round(pairs / float(np.median(seconds / weights)), 3),
         "steps": len(times) - 1,
         "seconds": round(float(seconds.sum()), 2),
     }

@@ -55,7 +55,7 @@ class Watch:
         self._seen += 1
         self._accuracy.append(figures["accuracy"])
         kl = figures["kl_per_token"]
-        self._kl.append(math.inf if math.isnan(kl) else kl)  # exp() of a log-ratio overflowed: far away, too
+        self._kl.append(math.inf if math.isnan(kl) else kl)  # no number: far away, too
         self._chosen.append(figures["chosen_reward"])
         self._rejected.append(figures["rejected_reward"])
         for side, name in enumerate(("chosen_length", "rejected_length")):

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo4rec_ray.artifacts import folder_hash
 from dpo4rec_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,16 +68,6 @@ def _relative(path: str | None, folder: Path) -> str | None:
 
 def _absolute(path: str | None, folder: Path) -> str | None:
     return str(folder / path) if path and path.startswith("./") else path
-
-
-def model_identity(path: str) -> str:
-    """What stands for a model's content: a folder's hash, or a hub name with the commit that is in the cache."""
-    if Path(path).is_dir():
-        return folder_hash(path)
-    from transformers.utils import cached_file
-    from transformers.utils.hub import extract_commit_hash
-
-    return f"{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_ray.artifacts import Manifest, RunDir
+from dpo4rec_ray.artifacts import Manifest, RunDir, folder_hash
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.memory import peak_rss_mb
@@ -153,6 +153,16 @@ def base_llm_path(config: Config, store: RunDir) -> str:
         return str(store.path("base_llm"))
     folder = Path(config.llm.path).expanduser()
     return str(folder.resolve()) if folder.exists() else config.llm.path
+
+
+def model_identity(path: str) -> str:
+    """What stands for a model's content: a folder's hash, or a hub name with the commit that is in the cache."""
+    if Path(path).is_dir():
+        return folder_hash(path)
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    return f"{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
 
 
 def policy_weights(config: Config, store: RunDir, round_id: int) -> PolicyWeights:

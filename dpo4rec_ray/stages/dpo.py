@@ -12,8 +12,16 @@ from typing import Any
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.policy.deepspeed_config import read_extra
-from dpo4rec_ray.policy.model import PolicyWeights, model_identity, save_merged, write_policy
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, merges_lora, policy_weights, say, seed_of
+from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
+from dpo4rec_ray.stages.common import (
+    WORKER_ENV,
+    Outcome,
+    merges_lora,
+    model_identity,
+    policy_weights,
+    say,
+    seed_of,
+)
 from dpo4rec_ray.stages.reference import cached_reference
 from dpo4rec_ray.stages.train_policy import ADAPTER, FULL, HELDOUT, TRAINED, DPOTask, dpo_loop, train_settings
 from dpo4rec_ray.stages.training import WARNINGS, begin, launch, read_metrics, remove_checkpoints

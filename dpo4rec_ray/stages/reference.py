@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 
 from dpo4rec_ray.artifacts import RunDir, fingerprint, write_part
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.policy.model import model_identity
 from dpo4rec_ray.policy.reference import ReferenceScorer, batch_layout
-from dpo4rec_ray.stages.common import WORKER_ENV, Progress
+from dpo4rec_ray.stages.common import WORKER_ENV, Progress, model_identity
 from dpo4rec_ray.stages.shards import Pool, Row, begin_shards, finished_shards, part_number, run_shards
 
 

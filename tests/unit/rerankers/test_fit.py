@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -88,13 +87,9 @@ def test_patience_counts_epochs_without_a_better_figure(small):
     assert len(result.history) == result.best_epoch + 2 < 50
 
 
-def test_data_parallel_of_one_rank_equals_no_wrapper(small, tmp_path):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped, result = trained(small, wrap=DistributedDataParallel)
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("one_process")
+def test_data_parallel_of_one_rank_equals_no_wrapper(small):
+    wrapped, result = trained(small, wrap=DistributedDataParallel)
     plain, expected = trained(small)
     assert [r["train_loss"] for r in result.history] == pytest.approx(
         [r["train_loss"] for r in expected.history]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo4rec_ray.policy.model import model_identity
+from dpo4rec_ray.stages.common import model_identity
 
 
 def test_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_hub_name_is_known_by_its_commit(tmp_path: Path) -> None:
     (model / "refs/main").write_text(commit)
     (model / f"snapshots/{commit}").mkdir(parents=True)
     (model / f"snapshots/{commit}/config.json").write_text("{}")
-    code = "from dpo4rec_ray.policy.model import model_identity; print(model_identity('someone/llm'))"
+    code = "from dpo4rec_ray.stages.common import model_identity; print(model_identity('someone/llm'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
