@@ -1,8 +1,12 @@
 """A published version of a run: all that serving needs of it, in files that many processes map into memory at once.
 
-A version is a folder; its version.json is written last, so its presence means complete. Knowledge vectors and texts of
-millions of users stay on disk: a request touches the pages of its own user, and the replicas of a node share them.
-Plain NumPy and Arrow files, safetensors and JSON: nothing that could run code when it is read.
+A version is a folder; its version.json is written last, so its presence means complete. What is known of millions of
+users stays on disk: a request touches the pages of its own user, and the replicas of a node share them. Items are held
+in memory, as the reranker holds them. Plain NumPy and Arrow files, safetensors and JSON: nothing that could run code
+when it is read.
+
+Of a user's knowledge vector a version keeps what its reranker makes of it, once for all requests: `user_sides.npy`, the
+user part of the input layer, and `user_standard.npy`, the vector scaled for the similarity (rerankers.scorer).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dpo4rec_ray.artifacts import write_json
-from dpo4rec_ray.core.keys import Keys, string_keys
+from dpo4rec_ray.core.keys import Keys, string_key
 from dpo4rec_ray.errors import UserError
 
 VERSION_FILE = "version.json"
@@ -45,6 +49,7 @@ class VersionCard:
     model: str  # backbone and system, as in the evaluation's tables
     knowledge: str  # system whose texts the reranker reads; "" for none
     run: str
+    source: str  # of the evaluation that it was published from: the same run gives the same again
     created: str
     num_users: int
     num_items: int
@@ -75,8 +80,9 @@ class KeyIndex:
 
     def __init__(self, folder: Path, name: str):
         """Raises UserError if a file is missing or damaged."""
-        self._keys = mapped(folder / f"{name}_keys.npy")
-        self._rows = mapped(folder / f"{name}_rows.npy")
+        # Views without numpy.memmap's class: indexing that costs several times as much. The mapping stays.
+        self._keys = mapped(folder / f"{name}_keys.npy").view(np.ndarray)
+        self._rows = mapped(folder / f"{name}_rows.npy").view(np.ndarray)
         if len(self._keys) != len(self._rows):
             raise UserError(f"{folder}: {name}_keys.npy and {name}_rows.npy differ in length; publish again")
 
@@ -87,14 +93,12 @@ class KeyIndex:
         np.save(folder / f"{name}_keys.npy", keys[order])
         np.save(folder / f"{name}_rows.npy", order.astype(np.int64))
 
-    def rows(self, raw_ids: list[str] | pa.Array) -> npt.NDArray[np.int64]:
-        """[n] ids -> [n] rows, UNKNOWN where an id is not there."""
-        keys = keys_of(raw_ids)
-        if not len(self._keys):
-            return np.full(len(keys), UNKNOWN, np.int64)
-        places = np.searchsorted(self._keys, keys)
-        places[places == len(self._keys)] = 0
-        return np.where(self._keys[places] == keys, self._rows[places], UNKNOWN)
+    def row(self, raw_id: str) -> int:
+        """UNKNOWN if the id is not there."""
+        key = np.uint64(string_key(raw_id.encode()))
+        place = int(self._keys.searchsorted(key))
+        found = place < len(self._keys) and self._keys[place] == key
+        return int(self._rows[place]) if found else UNKNOWN
 
 
 class PublishedVersion:
@@ -105,14 +109,16 @@ class PublishedVersion:
         self.folder = Path(folder)
         self.card = read_card(self.folder)
         self.user_index = KeyIndex(self.folder, "user")
-        self.item_index = KeyIndex(self.folder, "item")
         self.items = table(self.folder / "items.arrow")
+        self.item_rows = {raw: row for row, raw in enumerate(self.items["raw_id"].to_pylist())}
         self._users = table(self.folder / "users.arrow")
         if self.card.knowledge:
-            self._vectors = mapped(self.folder / "user_vectors.npy")
-            self._vector_rows = mapped(self.folder / "user_vector_rows.npy")
+            self._standard = mapped(self.folder / "user_standard.npy").view(np.ndarray)
+            self._sides = mapped(self.folder / "user_sides.npy").view(np.ndarray)
+            self._vector_rows = mapped(self.folder / "user_vector_rows.npy").view(np.ndarray)
             self._texts = table(self.folder / "texts.arrow")
-            if len(self._texts) != len(self._vectors) or len(self._vector_rows) != len(self._users):
+            fits = len(self._texts) == len(self._standard) == len(self._sides)
+            if not fits or len(self._vector_rows) != len(self._users):
                 raise UserError(f"{self.folder}: vectors, texts and users do not fit; publish the run again")
 
     @cached_property
@@ -120,19 +126,14 @@ class PublishedVersion:
         """[num_items, D] float32; None without knowledge."""
         return np.load(self.folder / "item_vectors.npy", allow_pickle=False) if self.card.knowledge else None
 
-    @property
-    def vector_dim(self) -> int:
-        return self._vectors.shape[1] if self.card.knowledge else 0
-
-    def user_vectors(self, rows: npt.NDArray[np.int64]) -> tuple[np.ndarray, npt.NDArray[np.bool_]]:
-        """[n] user rows -> vectors [n, D] float32, 0 for users without a text, and who has one [n]."""
-        stored = np.full(len(rows), UNKNOWN, np.int64)
-        known = rows != UNKNOWN
-        stored[known] = self._vector_rows[rows[known]]
+    def user_parts(self, rows: npt.NDArray[np.int64]) -> tuple[np.ndarray, np.ndarray, npt.NDArray[np.int64]]:
+        """What is kept of n users by row (UNKNOWN allowed): standard [m, D] and sides [m, W] of those who have
+        knowledge, and the place of each user among them [n], UNKNOWN for the others."""
+        stored = self._vector_rows[rows]  # UNKNOWN takes the last row: overwritten
+        stored[rows == UNKNOWN] = UNKNOWN
         there = stored != UNKNOWN
-        vectors = np.zeros((len(rows), self.vector_dim), np.float32)
-        vectors[there] = self._vectors[stored[there]]
-        return vectors, there
+        places = np.where(there, np.cumsum(there) - 1, UNKNOWN)
+        return self._standard[stored[there]], self._sides[stored[there]], places
 
     def text(self, row: int) -> str:
         """The knowledge text of a user; "" where there is none."""
@@ -146,14 +147,11 @@ class PublishedVersion:
     def user_id(self, row: int) -> str:
         return self._users["raw_id"][row].as_py()
 
+    def item_id(self, row: int) -> str:
+        return self.items["raw_id"][row].as_py()
 
-def keys_of(raw_ids: list[str] | pa.Array) -> Keys:
-    """64-bit keys of raw ids, [n]."""
-    array = raw_ids if isinstance(raw_ids, pa.Array) else pa.array(raw_ids, pa.string())
-    array = array.cast(pa.large_string())
-    _, offsets, content = array.buffers()
-    places = np.frombuffer(offsets, np.int64, count=len(array) + 1, offset=8 * array.offset)
-    return string_keys(places, np.frombuffer(content or b"", np.uint8))
+    def title(self, row: int) -> str:
+        return self.items["title"][row].as_py()
 
 
 def mapped(file: Path) -> np.ndarray:

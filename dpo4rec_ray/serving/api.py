@@ -28,7 +28,7 @@ class Event(Body):
 
 
 class Candidate(Body):
-    """An item to rank; `text` is handed back with `return_documents`."""
+    """An item to rank; `text` is handed back with `return_documents` (without one, the item's title)."""
 
     item_id: ItemId
     text: str | None = Field(default=None, max_length=100_000)
@@ -65,23 +65,24 @@ class Result(BaseModel):
     index: int  # its place in the request
     item_id: str
     relevance_score: float | None  # logit; None: the item is not known
-    document: Candidate | None = None
+    known: bool
+    document: Candidate | None = None  # only with return_documents
 
 
 class Meta(BaseModel):
-    """What the answer rests on. fallback: the user has no stored knowledge, or no candidate is known."""
+    """What the answer rests on. fallback: the user is not known, or no candidate is."""
 
-    knowledge_version: str
+    knowledge_version: str  # the system whose texts the reranker reads; "" if it reads none
     knowledge: Literal["stored", "fresh", "none"]
     fallback: bool
-    latency_ms: float
+    latency_ms: float  # within the replica
 
 
 class RerankResponse(BaseModel):
     """Candidates, best first; those that are not known last, in the order they came in."""
 
     id: str
-    model: str
+    model: str  # the version that answered
     results: list[Result]
     meta: Meta
 
@@ -92,21 +93,58 @@ class BatchResponse(BaseModel):
     responses: list[RerankResponse]
 
 
+class SeenItem(BaseModel):
+    """An item of a user's history."""
+
+    item_id: str
+    title: str
+    rating: float
+
+
 class UserKnowledge(BaseModel):
-    """What is stored of a user."""
+    """What is stored of a user, or was written since."""
 
     user_id: str
     version: str
+    knowledge: Literal["stored", "fresh", "none"]
     text: str
-    history: list[Event]
+    history: list[SeenItem]  # oldest first
 
 
 class ModelCard(BaseModel):
     """A published version."""
 
     id: str
-    model: str
+    model: str  # backbone, system and seed of the evaluation
     created: str
     serves: Literal["current", "split", "shadow", "none"]
-    percent: float
-    figures: dict[str, float]
+    percent: float  # of the users that it answers
+    loaded: bool  # whether `model` of a request may name it
+    figures: dict[str, float]  # on the run's test lists
+
+
+class Example(BaseModel):
+    """A recorded list, to try the service with."""
+
+    user_id: str
+    candidates: list[Candidate]
+
+
+class Problem(BaseModel):
+    """Why a request was not answered."""
+
+    detail: str
+
+
+class Mistake(BaseModel):
+    """A field that is wrong."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class Mistakes(BaseModel):
+    """The fields that are wrong."""
+
+    detail: list[Mistake]

@@ -1,4 +1,4 @@
-"""Adaptive batching: what waits while a batch is computed becomes the next one, so an idle service waits for nothing."""
+"""Adaptive batching: what arrives while a batch is computed becomes the next one, so an idle service waits for nothing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,22 @@ class Overloaded(Exception):
 
 
 class Batcher(Generic[Item, Answer]):
-    """Calls `work` on lists of at most `max_batch` items in one thread; at most `max_waiting` wait."""
+    """Calls `work` on lists of at most `max_batch` items, one list at a time; at most `max_waiting` items wait.
+
+    Small batches run in the event loop's own thread, as handing over to another thread costs more than they do; those of
+    more than `max_in_loop` by `size` run in a thread, so that the loop goes on.
+    """
 
     def __init__(
-        self, work: Callable[[Sequence[Item]], Sequence[Answer]], max_batch: int, max_waiting: int
+        self,
+        work: Callable[[Sequence[Item]], Sequence[Answer]],
+        max_batch: int,
+        max_waiting: int,
+        size: Callable[[Item], int],
+        max_in_loop: int,
     ) -> None:
         self._work, self._max_batch, self._max_waiting = work, max_batch, max_waiting
+        self._size, self._max_in_loop = size, max_in_loop
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
         self._running = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
@@ -36,26 +46,37 @@ class Batcher(Generic[Item, Answer]):
         self._waiting.append((item, future))
         if not self._running:
             self._running = True
-            self._task = loop.create_task(self._run())
+            # Not at once: requests that the loop has read already join the batch.
+            loop.call_soon(self._next)
         return await future
 
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while self._waiting:
-                size = min(len(self._waiting), self._max_batch)
-                batch = [self._waiting.popleft() for _ in range(size)]
-                batch = [one for one in batch if not one[1].done()]  # the caller has gone
-                try:
-                    answers = await loop.run_in_executor(
-                        self._thread, self._work, [item for item, _ in batch]
-                    )
-                    for (_, future), answer in zip(batch, answers, strict=True):
-                        if not future.done():
-                            future.set_result(answer)
-                except Exception as error:
-                    for _, future in batch:
-                        if not future.done():
-                            future.set_exception(error)
-        finally:
+    def _next(self) -> None:
+        """Start the next batch; the last one has ended."""
+        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
+        while self._waiting and len(batch) < self._max_batch:
+            one = self._waiting.popleft()
+            if not one[1].done():  # else the caller has gone
+                batch.append(one)
+        if not batch:
             self._running = False
+            return
+        items = [item for item, _ in batch]
+        futures = [future for _, future in batch]
+        loop = asyncio.get_running_loop()
+        if sum(map(self._size, items)) > self._max_in_loop:
+            done = loop.run_in_executor(self._thread, self._work, items)
+            done.add_done_callback(lambda done: self._end(futures, done.result))
+        else:
+            self._end(futures, lambda: self._work(items))
+
+    def _end(self, futures: Sequence[asyncio.Future[Answer]], result: Callable[[], Sequence[Answer]]) -> None:
+        try:
+            for future, answer in zip(futures, result(), strict=True):
+                if not future.done():
+                    future.set_result(answer)
+        except Exception as error:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            asyncio.get_running_loop().call_soon(self._next)

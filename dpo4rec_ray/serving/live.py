@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import random
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,18 +23,25 @@ class Held:
 
 
 class Live:
-    """Follows a registry. A version that is broken is refused, and what answered goes on."""
+    """Follows a registry. A version that is broken is refused, and what answered goes on.
 
-    def __init__(self, registry: Registry):
-        """Raises UserError if no version is promoted, or the present one is broken."""
-        self._registry = registry
+    The version before the current one stays loaded, so that a rollback costs no loading and both can be compared.
+    """
+
+    def __init__(self, registry: Registry, device: str = "cpu"):
+        """Raises UserError if no version is promoted, or none of those promoted so far is sound."""
+        self._registry, self._device = registry, device
         self._loading = threading.Lock()
-        self.refused = ""  # why the newest change was not taken over; "" if it was
+        self.refused = ""  # why the newest state of the registry was not taken over; "" if it was
         traffic = registry.traffic()
         if not traffic.current:
             raise UserError(f"{registry.root}: no version is promoted; run jobs/serve.py publish and promote")
         self._seen = traffic.number
-        self.held = Held(traffic, {name: check_version(registry.folder(name)) for name in traffic.versions})
+        try:
+            self.held = self._load(traffic, {})
+        except UserError as error:
+            self.refused = str(error)
+            self.held = self._last_sound(traffic, error)
 
     def refresh(self) -> bool:
         """Take over a change of the registry, if there is one; whether it was."""
@@ -41,34 +50,48 @@ class Live:
                 traffic = self._registry.traffic()
                 if traffic.number == self._seen:
                     return False
-                self._seen = traffic.number
-                held = self.held.rankers
-                rankers = {
-                    name: held.get(name) or check_version(self._registry.folder(name))
-                    for name in traffic.versions
-                }
+                held = self._load(traffic, self.held.rankers)
             except UserError as error:
                 self.refused = str(error)
                 return False
-            self.held = Held(traffic, rankers)
-            self.refused = ""
+            self._seen, self.held, self.refused = traffic.number, held, ""
             return True
 
-    def answers(self, user_id: str, model: str | None) -> str:
-        """The version that answers a user: the same every time while a split stands.
+    def _load(self, traffic: Traffic, held: Mapping[str, Ranker]) -> Held:
+        rankers = {name: held.get(name) or self._check(name) for name in traffic.versions}
+        for name in traffic.previous[-1:]:
+            with contextlib.suppress(UserError):  # it answers nobody: no reason to refuse the others
+                rankers.setdefault(name, held.get(name) or self._check(name))
+        return Held(traffic, rankers)
+
+    def _check(self, name: str) -> Ranker:
+        return check_version(self._registry.folder(name), self._device)
+
+    def _last_sound(self, traffic: Traffic, refused: UserError) -> Held:
+        """A replica that starts when the current version is broken answers with the newest one that is not."""
+        for place in reversed(range(len(traffic.previous))):
+            earlier = Traffic(current=traffic.previous[place], previous=traffic.previous[:place])
+            with contextlib.suppress(UserError):
+                return self._load(earlier, {})
+        raise refused
+
+    def ranker(self, user_id: str, model: str | None) -> Ranker:
+        """Who answers a user: the same version every time while a split stands; without an id, by chance.
 
         Raises:
             UserError: `model` is not loaded.
         """
-        held = self.held
+        held = self.held  # once: it may be swapped meanwhile
+        traffic = held.traffic
         if model:
             if model not in held.rankers:
                 raise UserError(f"model {model!r} is not loaded; there are: {', '.join(held.rankers)}")
-            return model
-        traffic = held.traffic
-        if traffic.split and share_of(user_id, traffic.split) * 100 < traffic.percent:
-            return traffic.split
-        return traffic.current
+            return held.rankers[model]
+        if traffic.split:
+            share = share_of(user_id, traffic.split) if user_id else random.random()
+            if share * 100 < traffic.percent:
+                return held.rankers[traffic.split]
+        return held.rankers[traffic.current]
 
 
 def share_of(user_id: str, version: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import torch
 from dpo4rec_ray.published import UNKNOWN, PublishedVersion
 from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories
 from dpo4rec_ray.rerankers.fit import load_reranker
-from dpo4rec_ray.rerankers.scorer import ListScorer
+from dpo4rec_ray.rerankers.scorer import ListScorer, UserParts
 
 NEUTRAL_RATING = 3.0  # of an event that came without one
 
@@ -54,51 +55,65 @@ class Ranker:
         model = load_reranker(version.folder / "reranker", catalogue).to(torch.device(device))
         self._scorer = ListScorer([model], catalogue)
         self._uses_history = model.uses_history
+        self._nobody: UserParts | None = None
+        if version.card.knowledge:
+            self._nobody = self._scorer.user_parts(np.zeros((1, catalogue.shape.vector_dim), np.float32))
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """All in one forward pass of the reranker."""
-        sizes = np.array([len(request.candidates) for request in requests])
-        flat = self.version.item_index.rows([item for request in requests for item in request.candidates])
-        real = np.arange(sizes.max(initial=0)) < sizes[:, None]
-        ids = np.zeros(real.shape, np.int64)
-        ids[real] = flat
-        known = real & (ids != UNKNOWN)
+        sizes = [len(request.candidates) for request in requests]
+        longest = max(sizes, default=0)
+        flat = chain.from_iterable(request.candidates for request in requests)
+        rows = np.fromiter(map(self.version.item_rows.get, flat, repeat(UNKNOWN)), np.int64, sum(sizes))
+        if min(sizes, default=0) == longest:
+            ids = rows.reshape(len(requests), longest)
+        else:
+            ids = np.full((len(requests), longest), UNKNOWN, np.int64)
+            ids[np.arange(longest) < np.array(sizes)[:, None]] = rows
+        known = ids != UNKNOWN
         ids[~known] = 0
-        users = self.version.user_index.rows([request.user_id for request in requests])
-        users[[not request.user_id for request in requests]] = UNKNOWN
-        vectors, stored = self._vectors(requests, users)
+        user_row = self.version.user_index.row
+        users = np.array([user_row(one.user_id) if one.user_id else UNKNOWN for one in requests])
+        vectors, places, sources = self._knowledge(requests, users)
         histories = self._histories(requests, users) if self._uses_history else None
-        scores = self._scorer.score(ids, known, vectors, None, histories)
-        keys = np.where(known, -scores, np.inf)
-        order = np.argsort(keys, axis=1, kind="stable")  # equal scores, and the unknown, stay as they came
-        scores = np.where(known, scores, np.nan)
+        scores = self._scorer.score(ids, known, vectors, places, histories)
+        order = np.argsort(
+            -scores, axis=1, kind="stable"
+        )  # what is equal or not known (-inf) stays as it came
         return [
             Ranking(
-                order[row][real[row][order[row]]],
-                scores[row, : sizes[row]],
-                _source(request, bool(stored[row])),
+                order[row] if size == longest else order[row][order[row] < size],
+                np.where(known[row, :size], scores[row, :size], np.nan),
+                sources[row],
                 bool(users[row] != UNKNOWN),
             )
-            for row, request in enumerate(requests)
+            for row, size in enumerate(sizes)
         ]
 
-    def _vectors(
+    def _knowledge(
         self, requests: Sequence[RankRequest], users: npt.NDArray[np.int64]
-    ) -> tuple[np.ndarray | None, npt.NDArray[np.bool_]]:
-        """[n, D] knowledge of the requests' users, and whose was stored [n]."""
-        if not self.version.card.knowledge:
-            return None, np.zeros(len(requests), np.bool_)
-        vectors, stored = self.version.user_vectors(users)
-        for row, request in enumerate(requests):
-            if request.vector is not None and not stored[row]:
-                vectors[row] = request.vector
-        return vectors, stored
+    ) -> tuple[UserParts | None, npt.NDArray[np.int64] | None, list[str]]:
+        """Knowledge of the requests' users (nobody's, then stored, then fresh), each one's row of it, and its source."""
+        if self._nobody is None:
+            return None, None, ["none"] * len(requests)
+        standard, sides, stored = self.version.user_parts(users)
+        places = stored + 1
+        fresh = [row for row, one in enumerate(requests) if one.vector is not None and not places[row]]
+        parts = [self._nobody, UserParts(torch.from_numpy(standard), (torch.from_numpy(sides),))]
+        if fresh:
+            places[fresh] = np.arange(len(fresh)) + 1 + len(standard)
+            parts.append(self._scorer.user_parts(np.stack([requests[row].vector for row in fresh])))
+        sources = ["stored" if place else "none" for place in (stored + 1).tolist()]
+        for row in fresh:
+            sources[row] = "fresh"
+        return _joined(parts), places, sources
 
     def _histories(self, requests: Sequence[RankRequest], users: npt.NDArray[np.int64]) -> Histories:
         found: list[tuple[list[int], list[float]]] = []
         for request, user in zip(requests, users.tolist(), strict=True):
             if request.history is not None:
-                rows = self.version.item_index.rows(list(request.history))
+                known = map(self.version.item_rows.get, request.history, repeat(UNKNOWN))
+                rows = np.fromiter(known, np.int64, len(request.history))
                 ratings = list(request.ratings) or [NEUTRAL_RATING] * len(rows)
                 kept = rows != UNKNOWN
                 found.append((rows[kept].tolist(), np.array(ratings, np.float32)[kept].tolist()))
@@ -112,7 +127,8 @@ class Ranker:
         return Histories(torch.from_numpy(items), torch.from_numpy(mask), torch.from_numpy(ratings))
 
 
-def _source(request: RankRequest, stored: bool) -> str:
-    if stored:
-        return "stored"
-    return "none" if request.vector is None else "fresh"
+def _joined(parts: Sequence[UserParts]) -> UserParts:
+    return UserParts(
+        torch.cat([part.standard for part in parts]),
+        tuple(torch.cat(sides) for sides in zip(*(part.sides for part in parts), strict=True)),
+    )

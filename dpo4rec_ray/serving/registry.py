@@ -41,7 +41,7 @@ class Traffic:
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """Those that a replica must hold, the current one first."""
+        """Those that answer somebody, the current one first."""
         return tuple(dict.fromkeys(one for one in (self.current, self.split, self.shadow) if one))
 
 
@@ -149,13 +149,13 @@ class Registry:
             yield
 
 
-def check_version(folder: Path) -> Ranker:
+def check_version(folder: Path, device: str = "cpu") -> Ranker:
     """The version's ranker, after it has given the scores that were recorded when it was published.
 
     Raises:
         UserError: it cannot be loaded, or answers otherwise.
     """
-    ranker = Ranker(PublishedVersion(folder))
+    ranker = Ranker(PublishedVersion(folder), device)
     file = folder / "recorded.json"
     try:
         recorded = json.loads(file.read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +24,12 @@ from dpo4rec_ray.published import (
     KeyIndex,
     VersionCard,
     arrow_writer,
-    keys_of,
     write_card,
 )
 from dpo4rec_ray.rerankers.fit import CARD_FILE, WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.stages.evaluate import system_name
+from dpo4rec_ray.stages.ingest import keys_of
 from dpo4rec_ray.stages.reading import list_data, read_catalogue, read_vectors
 
 RECORDED = 32  # test lists whose scores a version carries, to be checked before it takes requests
@@ -48,7 +47,7 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
     """
     if target.exists():
         raise UserError(f"{target} exists; versions never change: publish under another name")
-    store.require("per_list")
+    source = store.require("per_list").fingerprint
     folder = store.path("per_list") / "rerankers" / (model or _best_model(config, store))
     if not (folder / WEIGHTS_FILE).is_file():
         known = ", ".join(sorted(one.name for one in folder.parent.iterdir()))
@@ -60,17 +59,20 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
     temporary.mkdir(parents=True)
     try:
         shutil.copytree(folder, temporary / "reranker")
+        catalogue = read_catalogue(store)
+        scorer = ListScorer([load_reranker(folder, catalogue)], catalogue)
         _write_items(store, temporary)
         num_users = _write_users(store, temporary)
         knowledge = system if card["knowledge"] else ""
         if knowledge:
-            _write_knowledge(store, temporary, _round_of(config, system), num_users)
-        _record(store, temporary, folder, _round_of(config, system) if knowledge else None)
+            _write_knowledge(store, temporary, _round_of(config, system), num_users, scorer)
+        _record(store, temporary, scorer, _round_of(config, system) if knowledge else None)
         written = VersionCard(
             version=version,
             model=folder.name,
             knowledge=knowledge,
             run=store.root.name,
+            source=source,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             num_users=num_users,
             num_items=store.require("items").rows,
@@ -108,7 +110,6 @@ def _write_items(store: RunDir, folder: Path) -> None:
     items = store.read("items").sort_by("item_id").select(ITEMS.names).cast(ITEMS).combine_chunks()
     with arrow_writer(folder / "items.arrow", ITEMS) as writer:
         writer.write_table(items)
-    KeyIndex.write(folder, "item", keys_of(items["raw_id"].combine_chunks()))
     ids, vectors = read_vectors(store, 0, "item")
     if len(ids) == len(items):
         np.save(folder / "item_vectors.npy", vectors)
@@ -133,47 +134,48 @@ def _write_users(store: RunDir, folder: Path) -> int:
     return row
 
 
-def _write_knowledge(store: RunDir, folder: Path, round_id: int, num_users: int) -> None:
-    """Each user's first text and its vector, in the order of the parts, and where each user's are."""
+def _write_knowledge(store: RunDir, folder: Path, round_id: int, num_users: int, scorer: ListScorer) -> None:
+    """Each user's first text, what the reranker makes of its vector, and where each user's are."""
     columns = ["subject", "subject_id", "sample_id", "text", "vector"]
     only = [("subject", "=", "user"), ("sample_id", "=", 0)]
     rows = np.full(num_users, UNKNOWN, np.int64)
-    count = sum(
-        len(pq.read_table(file, columns=["subject_id"], filters=only))
-        for file in store.files("knowledge", round_id)
-    )
-    vectors: Any = None
-    place = 0
-    with arrow_writer(folder / "texts.arrow", TEXTS) as writer:
-        for file in store.files("knowledge", round_id):
-            part = pq.read_table(file, columns=columns, filters=only).combine_chunks()
-            if not len(part):
-                continue
-            flat = part["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            if vectors is None:
-                shape = (count, len(flat) // len(part))
-                vectors = np.lib.format.open_memmap(folder / "user_vectors.npy", "w+", np.float32, shape)
-            vectors[place : place + len(part)] = flat.reshape(len(part), -1)
-            rows[part["subject_id"].to_numpy()] = np.arange(place, place + len(part))
-            writer.write_table(part.select(["text"]).cast(TEXTS))
-            place += len(part)
-    if vectors is None:
+    files = store.files("knowledge", round_id)
+    count = sum(len(pq.read_table(file, columns=["subject_id"], filters=only)) for file in files)
+    if not count:
         raise UserError(
             f"{store.path('knowledge', round_id)} holds no user's text; run the encode stage again"
         )
-    vectors.flush()
+    written: dict[str, np.ndarray] = {}
+    place = 0
+    with arrow_writer(folder / "texts.arrow", TEXTS) as writer:
+        for file in files:
+            part = pq.read_table(file, columns=columns, filters=only).combine_chunks()
+            if not len(part):
+                continue
+            vectors = part["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            parts = scorer.user_parts(vectors.reshape(len(part), -1))
+            (sides,) = parts.sides
+            for name, values in (("user_standard", parts.standard), ("user_sides", sides)):
+                if name not in written:
+                    shape = (count, values.shape[1])
+                    file = folder / f"{name}.npy"
+                    written[name] = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+                written[name][place : place + len(part)] = values.numpy()
+            rows[part["subject_id"].to_numpy()] = np.arange(place, place + len(part))
+            writer.write_table(part.select(["text"]).cast(TEXTS))
+            place += len(part)
+    for values in written.values():
+        values.flush()
     np.save(folder / "user_vector_rows.npy", rows)
 
 
-def _record(store: RunDir, folder: Path, reranker: Path, knowledge: int | None) -> None:
+def _record(store: RunDir, folder: Path, scorer: ListScorer, knowledge: int | None) -> None:
     """The first test lists as requests, with the scores that the evaluation's own path gives them."""
     lists = store.read("lists", split="test").slice(0, RECORDED)
     users, items = store.read("users", columns=["raw_id"]), store.read("items", columns=["raw_id"])
-    data, catalogue = list_data(lists), read_catalogue(store)
+    data = list_data(lists)
     vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1]
-    scores = ListScorer([load_reranker(reranker, catalogue)], catalogue).score(
-        data.item_ids, data.mask, vectors, data.user_rows, data.histories
-    )
+    scores = scorer.score(data.item_ids, data.mask, vectors, data.user_rows, data.histories)
     recorded = [
         {
             "user_id": users["raw_id"][row["user_id"]].as_py(),

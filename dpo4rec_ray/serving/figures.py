@@ -1,0 +1,88 @@
+"""Figures per version, for GET /metrics (Prometheus' text format).
+
+The replicas of a node write to files of one folder, which any of them adds up when it is asked; Prometheus' client does
+both. The folder has to be in the environment before that library is imported, so it is imported here alone.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from dpo4rec_ray.serving.ranker import Ranking
+
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+TOP = 5  # places in which a shadow's answer is compared with the one that was given
+
+
+class Figures:
+    """Counts what a node's replicas answer."""
+
+    def __init__(self, folder: str | Path | None = None):
+        """folder: shared by the replicas of a node and by nothing else; None: this process alone."""
+        self._folder = str(folder or tempfile.mkdtemp(prefix="dpo4rec-figures-"))
+        Path(self._folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.environ[FOLDER] = self._folder
+        from prometheus_client import CollectorRegistry, Counter, Histogram
+
+        own = CollectorRegistry()  # read through the folder; this one only holds the objects
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"dpo4rec_serve_{name}", text, labels, registry=own)
+
+        self._answers = counter("answers", "Lists ranked", "version", "knowledge")
+        self._fallbacks = counter("fallbacks", "Lists whose user or items are not known", "version")
+        self._candidates = counter("candidates", "Candidates ranked", "version")
+        self._unknown = counter("unknown_candidates", "Candidates that are not known", "version")
+        self._overloads = counter("overloads", "Lists refused because too many waited")
+        self._failures = counter("failures", "Lists that ended with an error of ours", "version")
+        self._shadows = counter("shadow_answers", "Lists that a shadow ranked too", "version")
+        self._same_first = counter("shadow_same_first", "Of these, those with the same first item", "version")
+        self._same_top = counter(
+            "shadow_same_top", f"Sum of the shares of the first {TOP} in common", "version"
+        )
+        self._seconds = Histogram(
+            "dpo4rec_serve_seconds",
+            "From the parsed request to the ranked list",
+            ("version",),
+            buckets=SECONDS,
+            registry=own,
+        )
+
+    def answered(self, version: str, ranking: Ranking, fallback: bool, seconds: float) -> None:
+        """One list was ranked."""
+        self._answers.labels(version, ranking.knowledge).inc()
+        self._seconds.labels(version).observe(seconds)
+        self._candidates.labels(version).inc(len(ranking.scores))
+        if fallback:
+            self._fallbacks.labels(version).inc()
+        unknown = int(np.isnan(ranking.scores).sum())
+        if unknown:
+            self._unknown.labels(version).inc(unknown)
+
+    def overloaded(self) -> None:
+        self._overloads.inc()
+
+    def failed(self, version: str) -> None:
+        self._failures.labels(version).inc()
+
+    def shadowed(self, version: str, given: Ranking, shadow: Ranking) -> None:
+        """A shadow ranked a list too."""
+        self._shadows.labels(version).inc()
+        self._same_first.labels(version).inc(int(given.order[0] == shadow.order[0]))
+        top = min(TOP, len(given.order))
+        common = np.intersect1d(given.order[:top], shadow.order[:top])
+        self._same_top.labels(version).inc(len(common) / top)
+
+    def text(self) -> tuple[bytes, str]:
+        """All figures of the node, and their content type."""
+        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        whole = CollectorRegistry()
+        MultiProcessCollector(whole, path=self._folder)
+        return generate_latest(whole), CONTENT_TYPE_LATEST

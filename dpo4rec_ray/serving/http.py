@@ -1,0 +1,183 @@
+"""The HTTP application around a Service: FastAPI, without Ray.
+
+The two rerank routes read and write JSON through pydantic alone: FastAPI's own way of taking a body apart and putting an
+answer together costs more than ranking ten candidates. Their schemas stand in /docs all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+from pydantic_core import to_json
+
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.serving.api import (
+    BatchRequest,
+    BatchResponse,
+    Example,
+    Mistakes,
+    ModelCard,
+    Problem,
+    RerankRequest,
+    RerankResponse,
+    UserKnowledge,
+)
+from dpo4rec_ray.serving.batcher import Overloaded
+from dpo4rec_ray.serving.service import Service
+
+MAX_MISTAKES = 20  # that a 422 names
+PLAYGROUND = Path(__file__).parent / "playground.html"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def build_api(service: Service, tokens: frozenset[str], max_body: int) -> FastAPI:
+    """The application.
+
+    Args:
+        tokens: bearer tokens, one of which a request must show; empty: none is asked for.
+        max_body: bytes of a body; larger ones are answered 413.
+    """
+    accepted = [token.encode() for token in tokens]
+
+    def authorised(request: Request) -> None:
+        if not accepted:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # All are compared, so that the time says nothing about which one was nearly right.
+        right = [hmac.compare_digest(given.strip().encode(), token) for token in accepted]
+        if scheme.lower() != "bearer" or not any(right):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    api = FastAPI(title="dpo4rec_ray reranks", version="1", redoc_url=None)
+    locked = [Depends(authorised)]
+
+    @api.exception_handler(Overloaded)
+    async def overloaded(_: Request, __: Overloaded) -> Response:
+        return JSONResponse({"detail": "too many requests wait; try again"}, 503, {"Retry-After": "1"})
+
+    @api.exception_handler(ValidationError)
+    async def malformed(_: Request, error: ValidationError) -> Response:
+        found = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_MISTAKES]
+        return JSONResponse({"detail": [{**one, "loc": ["body", *one["loc"]]} for one in found]}, 422)
+
+    @api.exception_handler(UserError)
+    async def mistaken(_: Request, error: UserError) -> Response:
+        return JSONResponse(
+            {"detail": [{"loc": ["body", "model"], "msg": str(error), "type": "value_error"}]}, 422
+        )
+
+    async def read(request: Request, model: type[Model]) -> Model:
+        """The body, of which no more than `max_body` bytes are held. Raises HTTPException 413 or ValidationError."""
+        content = b""
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > max_body:
+                raise HTTPException(413, f"the body is larger than {max_body} bytes")
+        return model.model_validate_json(content)
+
+    def described(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+        """What /docs says about a route that reads its own body."""
+        return {
+            "response_model": None,
+            "dependencies": locked,
+            "responses": {200: {"model": answer}, **PROBLEMS},
+            "openapi_extra": {
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": _reference(body)}},
+                }
+            },
+        }
+
+    @api.post("/v1/rerank", **described(RerankRequest, RerankResponse))
+    async def rerank(request: Request) -> Response:
+        """Rank the candidates for a user."""
+        return _json(await service.rerank(await read(request, RerankRequest)))
+
+    @api.post("/v1/rerank/batch", **described(BatchRequest, BatchResponse))
+    async def rerank_batch(request: Request) -> Response:
+        """Rank several lists; all are answered or none."""
+        body = await read(request, BatchRequest)
+        answers = await asyncio.gather(*(service.rerank(one) for one in body.requests))
+        return _json({"responses": answers})
+
+    @api.get("/v1/users/{user_id}/knowledge", dependencies=locked, responses={401: DENIED, 404: DENIED})
+    async def knowledge(user_id: str) -> UserKnowledge:
+        """The text about a user and the history it was written from."""
+        found = service.knowledge(user_id)
+        if found is None:
+            raise HTTPException(404, "this user is not known, and nothing has been written about it")
+        return found
+
+    @api.get("/v1/models", dependencies=locked, responses={401: DENIED})
+    async def models() -> list[ModelCard]:
+        """The published versions and what they do."""
+        return await asyncio.to_thread(service.models)
+
+    @api.get("/v1/examples", dependencies=locked, responses={401: DENIED})
+    async def examples() -> list[Example]:
+        """Test lists of the current version, for a first try."""
+        return await asyncio.to_thread(service.examples)
+
+    @api.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @api.get("/readyz")
+    async def readyz() -> dict[str, Any]:
+        """The versions that are loaded, and why the newest change of the registry was refused, if it was."""
+        return {
+            "status": "ready",
+            "versions": list(service.live.held.rankers),
+            "refused": service.live.refused,
+        }
+
+    @api.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
+    async def metrics() -> Response:
+        """Figures per version of this node's replicas, for Prometheus."""
+        content, kind = await asyncio.to_thread(service.figures.text)
+        return Response(content, media_type=kind)
+
+    @api.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return FileResponse(PLAYGROUND, media_type="text/html")
+
+    api.openapi = lambda: _with_bodies(api)  # as FastAPI's documentation has it
+    return api
+
+
+DENIED: dict[str, Any] = {"model": Problem}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Problem, "description": "No token, or a wrong one"},
+    413: {"model": Problem, "description": "The body is too large"},
+    422: {"model": Mistakes, "description": "The fields that are wrong"},
+    503: {"model": Problem, "description": "Too many requests wait; Retry-After says how long to"},
+}
+
+
+def _json(content: Any) -> Response:
+    return Response(to_json(content), media_type="application/json")
+
+
+def _with_bodies(api: FastAPI) -> dict[str, Any]:
+    """FastAPI's description of the routes, and the schemas of the bodies that they read themselves."""
+    if api.openapi_schema is None:
+        whole = get_openapi(title=api.title, version=api.version, routes=api.routes)
+        wanted = [(RerankRequest, "validation"), (BatchRequest, "validation")]
+        _, schemas = models_json_schema(wanted, ref_template="#/components/schemas/{model}")
+        whole["components"]["schemas"] |= schemas["$defs"]
+        api.openapi_schema = whole
+    return api.openapi_schema
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
