@@ -455,6 +455,15 @@ class ServingSection(Section):
         ""  # bearer tokens, one per line, on every node; none: anyone who reaches the port may ask
     )
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the registry
+    # "async": users whom no version knows get a text written in the background, from the history that a request brings,
+    # by the LLM that wrote the version's own texts (llm.source = "vllm"); later requests use it.
+    online_llm: Literal["off", "async"] = "off"
+    writer_cpus: float = Field(default=1, gt=0)
+    writer_gpus: float = Field(default=0, ge=0)  # a fraction shares one GPU with replicas
+    fresh_queue: int = Field(default=256, ge=1)  # users who wait for a text; more are refused
+    fresh_retry_s: float = Field(default=60, gt=0)  # until a user whose text did not come is asked for again
+    fresh_ttl_s: float = Field(default=86_400, gt=0)  # how long a text is used
+    fresh_max_users: int = Field(default=100_000, ge=1)  # texts kept, over all versions; the oldest go first
 
 
 class Config(Section):

@@ -27,6 +27,9 @@ from dpo4rec_ray.errors import UserError
 
 VERSION_FILE = "version.json"
 FORMAT = 1  # raised when the files change their meaning
+# What writes texts for users whom the version does not know, where the run has an LLM: config.json, and of the LLM what
+# has no name of its own (stages/publish, serving/writer).
+WRITER_FOLDER, WRITER_LLM, WRITER_ADAPTER = "writer", "llm", "adapter"
 UNKNOWN = -1  # the row of an id that is not there
 
 # In users.arrow and items.arrow, in the order of the run's dense ids; texts.arrow in the order of the vectors.
@@ -126,14 +129,17 @@ class PublishedVersion:
         """[num_items, D] float32; None without knowledge."""
         return np.load(self.folder / "item_vectors.npy", allow_pickle=False) if self.card.knowledge else None
 
-    def user_parts(self, rows: npt.NDArray[np.int64]) -> tuple[np.ndarray, np.ndarray, npt.NDArray[np.int64]]:
-        """What is kept of n users by row (UNKNOWN allowed): standard [m, D] and sides [m, W] of those who have
-        knowledge, and the place of each user among them [n], UNKNOWN for the others."""
-        stored = self._vector_rows[rows]  # UNKNOWN takes the last row: overwritten
-        stored[rows == UNKNOWN] = UNKNOWN
-        there = stored != UNKNOWN
-        places = np.where(there, np.cumsum(there) - 1, UNKNOWN)
-        return self._standard[stored[there]], self._sides[stored[there]], places
+    @property
+    def vector_dim(self) -> int:
+        """D of the knowledge vectors; 0 without knowledge."""
+        return self._standard.shape[1] if self.card.knowledge else 0
+
+    def user_parts(self, rows: npt.NDArray[np.int64]) -> tuple[np.ndarray, np.ndarray, npt.NDArray[np.bool_]]:
+        """What is kept of n users by row (UNKNOWN allowed): standard [n, D] and sides [n, W], copies, and who has
+        knowledge [n]; the rows of the others mean nothing."""
+        stored = self._vector_rows[rows]  # UNKNOWN takes some row
+        there = (rows != UNKNOWN) & (stored != UNKNOWN)
+        return self._standard[stored], self._sides[stored], there
 
     def text(self, row: int) -> str:
         """The knowledge text of a user; "" where there is none."""

@@ -13,6 +13,7 @@ what was promoted beside what answers now, checks it against recorded requests a
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
     from dpo4rec_ray.published import VersionCard
     from dpo4rec_ray.serving.registry import Registry, Traffic
 
-HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  # about six times the rate of Serve's default proxy
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+SERVE_ENV = {
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",  # a server waits for nobody; Ray's workers yield to all other processes by default
+}
 IMPORT_PATH = "dpo4rec_ray.serving.deployment:build"
 
 
@@ -160,8 +165,8 @@ def run(options: argparse.Namespace) -> int:
         options.changes, options.run = [options.run, *options.changes], ""
     settings = serving_settings(options.changes, options.registry, options.run)
     need_port(settings)
-    serve_environment()
     quiet(options)
+    from dpo4rec_ray.serving import haproxy
     from dpo4rec_ray.serving.registry import Registry, check_version
 
     registry = Registry(settings.registry)
@@ -179,21 +184,23 @@ def run(options: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    start(settings, registry, options.verbose)
-    address = f"http://{settings.host}:{settings.port}"
-    if not settings.token_file:
-        print("no token is asked for (serving.token_file): whoever reaches the port may ask")
-    print(
-        f"{traffic.current} answers at {address}/v1/rerank; try it at {address}/, documentation at {address}/docs"
-    )
-    sys.stdout.flush()
-    while not stop.wait(1):
-        pass
-    import ray
-    from ray import serve
+    folder = serve_environment()
+    try:
+        start(settings, registry, options.verbose)
+        address = f"http://{settings.host}:{settings.port}"
+        if not settings.token_file:
+            print("no token is asked for (serving.token_file): whoever reaches the port may ask")
+        print(f"{traffic.current} answers at {address}/v1/rerank; try it at {address}/, see {address}/docs")
+        sys.stdout.flush()
+        while not stop.wait(1):
+            pass
+    finally:
+        import ray
+        from ray import serve
 
-    serve.shutdown()
-    ray.shutdown()
+        serve.shutdown()
+        ray.shutdown()
+        haproxy.end(folder)
     print("stopped")
     return 0
 
@@ -211,12 +218,16 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
 
     from dpo4rec_ray.serving.deployment import NAME, build
 
+    level = "INFO" if verbose else "WARNING"
+    logging.getLogger("ray.serve").setLevel(level)
     there = ray.cluster_resources()
     for name, each in (("CPU", settings.cpus_per_replica), ("GPU", settings.gpus_per_replica)):
         need = each * settings.num_replicas
-        if need > there.get(name, 0):
+        writer = getattr(settings, f"writer_{name.lower()}s") if settings.online_llm == "async" else 0.0
+        if need + writer > there.get(name, 0):
+            more = f" and the writer {writer:g} (serving.writer_{name.lower()}s)" if writer else ""
             raise UserError(
-                f"{settings.num_replicas} replicas need {need:g} {name}s, the cluster has {there.get(name, 0):g}; "
+                f"{settings.num_replicas} replicas need {need:g} {name}s{more}, the cluster has {there.get(name, 0):g}; "
                 f"set serving.num_replicas or serving.{name.lower()}s_per_replica"
             )
     serve.start(
@@ -228,26 +239,22 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
         },
     )
     arguments = settings.model_dump() | {"registry": str(registry.root)}
-    serve.run(build(arguments), name=NAME, route_prefix="/")
-
-
-def serve_environment() -> None:
-    """What Serve reads when it is imported, here and in the processes of a Ray that is started here."""
-    folder = Path(tempfile.mkdtemp(prefix="dpo4rec-serve-"))  # else all servers of a machine share one
-    defaults = {
-        HAPROXY: "1",
-        # The application answers within its own loop: a hop between threads costs more than ranking ten items.
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-    }
-    os.environ.update(
-        {key: value for key, value in (job.WORK_ENV | defaults).items() if key not in os.environ}
+    serve.run(
+        build(arguments),
+        name=NAME,
+        route_prefix="/",
+        logging_config={"enable_access_log": False, "log_level": level},
     )
+
+
+def serve_environment() -> Path:
+    """Set what Serve reads when it is imported, here and in the processes of a Ray that is started here; HAProxy's folder."""
+    from dpo4rec_ray.serving import haproxy
+
+    folder = Path(tempfile.mkdtemp(prefix="dpo4rec-serve-"))
+    defaults = job.WORK_ENV | haproxy.environment(folder) | SERVE_ENV
+    os.environ.update({key: value for key, value in defaults.items() if key not in os.environ})
+    return folder
 
 
 def need_port(settings: ServingSection) -> None:

@@ -193,9 +193,13 @@ class Catalogue:
         )
 
 
-def dot_places(users: Tensor, user_rows: Tensor, items: Tensor, index: Tensor) -> Tensor:
-    """users[user_rows[b]] . items[index[b, l]]. users [S, D], items [M, D], index [B, L] -> [B, L]."""
-    if len(users) * len(items) <= GATHER_COST * index.numel():
+def dot_places(users: Tensor, user_rows: Tensor | None, items: Tensor, index: Tensor) -> Tensor:
+    """users[user_rows[b]] . items[index[b, l]]. users [S, D], items [M, D], index [B, L] -> [B, L].
+
+    user_rows None: list b has row b (S = B).
+    """
+    if user_rows is not None and len(users) * len(items) <= GATHER_COST * index.numel():
         table = users @ items.t()
         return table.flatten()[user_rows.unsqueeze(1) * len(items) + index]
-    return torch.bmm(F.embedding(index, items), users[user_rows].unsqueeze(-1)).squeeze(-1)
+    own = users if user_rows is None else users[user_rows]
+    return torch.bmm(F.embedding(index, items), own.unsqueeze(-1)).squeeze(-1)

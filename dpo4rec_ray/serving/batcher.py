@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+QUIET_TURNS = 3  # of the event loop without a new item, after which a batch starts: some 10 microseconds
 
 
 class Overloaded(Exception):
@@ -35,6 +36,7 @@ class Batcher(Generic[Item, Answer]):
         self._size, self._max_in_loop = size, max_in_loop
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
         self._running = False
+        self._seen = self._quiet = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
 
     async def __call__(self, item: Item) -> Answer:
@@ -46,12 +48,20 @@ class Batcher(Generic[Item, Answer]):
         self._waiting.append((item, future))
         if not self._running:
             self._running = True
-            # Not at once: requests that the loop has read already join the batch.
             loop.call_soon(self._next)
         return await future
 
     def _next(self) -> None:
-        """Start the next batch; the last one has ended."""
+        """Start the next batch; the last one has ended.
+
+        Not at once: requests that the loop has read already, and is taking apart, join the batch.
+        """
+        self._quiet = self._quiet + 1 if len(self._waiting) == self._seen else 0
+        self._seen = len(self._waiting)
+        if self._quiet < QUIET_TURNS and self._seen < self._max_batch:
+            asyncio.get_running_loop().call_soon(self._next)
+            return
+        self._seen = self._quiet = 0
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
         while self._waiting and len(batch) < self._max_batch:
             one = self._waiting.popleft()

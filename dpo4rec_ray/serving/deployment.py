@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -12,10 +13,12 @@ import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 
 from dpo4rec_ray.config import ServingSection, first_mistake
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.serving.figures import Figures
+from dpo4rec_ray.serving.figures import Figures, FreshFigures
+from dpo4rec_ray.serving.fresh import FreshStore, FreshTexts, Order
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
@@ -27,22 +30,32 @@ NAME = "rerank"  # of the application and of its ingress deployment
 class Rerank:
     """One replica: a Service and its HTTP application."""
 
-    def __init__(self, settings: ServingSection):
+    def __init__(self, settings: ServingSection, writer: DeploymentHandle | None = None):
+        """writer: the deployment that writes texts for users whom no version knows, where there is one."""
         import torch
 
         torch.set_num_threads(settings.threads)
         self._settings = settings
+        registry, self._sender, fresh = Registry(settings.registry), None, None
+        if writer is not None:
+            self._sender = Sender(writer, FreshFigures(figures_folder()), settings.fresh_queue)
+            store = FreshStore(registry.root, settings.fresh_ttl_s)
+            fresh = FreshTexts(store, self._sender, settings.fresh_retry_s)
         self._service = Service(
-            Registry(settings.registry),
+            registry,
             settings.max_batch,
             settings.max_waiting,
             Figures(figures_folder()),
+            fresh,
             device="cuda" if settings.gpus_per_replica else "cpu",
         )
-        self._following: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def __serve_build_asgi_app__(self) -> Any:
-        self._following = asyncio.get_event_loop().create_task(self._follow())
+        loop = asyncio.get_event_loop()
+        self._tasks.append(loop.create_task(self._follow()))
+        if self._sender is not None:
+            self._tasks.append(loop.create_task(self._sender.open()))
         return build_api(self._service, read_tokens(self._settings.token_file), self._settings.max_body)
 
     async def _follow(self) -> None:
@@ -51,16 +64,49 @@ class Rerank:
             await asyncio.to_thread(self._service.live.refresh)
 
 
+class Sender:
+    """Hands a replica's orders to the writer and waits for nothing; to be called in the replica's event loop."""
+
+    def __init__(self, writer: DeploymentHandle, figures: FreshFigures, max_sending: int):
+        """max_sending: orders that may be on their way, which is where they stay while the writer starts."""
+        self._writer, self._figures, self._max_sending = writer, figures, max_sending
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Find the way to the writer, which holds up the loop for half a second, before a request needs it."""
+        with contextlib.suppress(Exception):
+            await self._writer.check_health.remote()
+
+    def __call__(self, order: Order) -> None:
+        if len(self._sending) >= self._max_sending:
+            self._figures.refused("unreachable")
+            return
+        task = asyncio.get_running_loop().create_task(self._send(order))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _send(self, order: Order) -> None:
+        try:
+            await self._writer.offer.remote(order)
+        except Exception:  # it has died, or is being replaced
+            self._figures.refused("unreachable")
+
+
 def build(arguments: dict[str, Any]) -> Application:
     """The application of the `[serving]` settings in `arguments`.
 
     Raises:
-        UserError: an unknown setting, or a value out of range.
+        UserError: an unknown setting, a value out of range, or a writer that the current version has no LLM for.
     """
     try:
         settings = ServingSection.model_validate(arguments)
     except ValidationError as error:
         raise UserError(f"serving: {first_mistake(error)}; mend the settings") from None
+    writer: list[Application] = []
+    if settings.online_llm == "async":
+        from dpo4rec_ray.serving.writer import writer_application
+
+        writer = [writer_application(settings)]
     scale: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas > settings.num_replicas:
         scale = {
@@ -79,7 +125,7 @@ def build(arguments: dict[str, Any]) -> Application:
         health_check_period_s=5,
         graceful_shutdown_timeout_s=20,
         **scale,
-    ).bind(settings)
+    ).bind(settings, *writer)
 
 
 def read_tokens(file: str) -> frozenset[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from dpo4rec_ray.serving.ranker import Ranking
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+FRESH_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOP = 5  # places in which a shadow's answer is compared with the one that was given
 
 
@@ -24,11 +26,10 @@ class Figures:
 
     def __init__(self, folder: str | Path | None = None):
         """folder: shared by the replicas of a node and by nothing else; None: this process alone."""
-        self._folder = str(folder or tempfile.mkdtemp(prefix="dpo4rec-figures-"))
-        Path(self._folder).mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.environ[FOLDER] = self._folder
+        self._folder = _begin(folder)
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         own = CollectorRegistry()  # read through the folder; this one only holds the objects
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -55,19 +56,27 @@ class Figures:
 
     def answered(self, version: str, ranking: Ranking, fallback: bool, seconds: float) -> None:
         """One list was ranked."""
-        self._answers.labels(version, ranking.knowledge).inc()
-        self._seconds.labels(version).observe(seconds)
-        self._candidates.labels(version).inc(len(ranking.scores))
+        self._of(self._answers, version, ranking.knowledge).inc()
+        self._of(self._seconds, version).observe(seconds)
+        self._of(self._candidates, version).inc(len(ranking.scores))
         if fallback:
-            self._fallbacks.labels(version).inc()
-        unknown = int(np.isnan(ranking.scores).sum())
-        if unknown:
-            self._unknown.labels(version).inc(unknown)
+            self._of(self._fallbacks, version).inc()
+        if ranking.num_known < len(ranking.scores):
+            self._of(self._unknown, version).inc(len(ranking.scores) - ranking.num_known)
+
+    def _of(self, figure: Any, *labels: str) -> Any:
+        """`figure.labels(...)`, which takes longer than to count."""
+        key = (figure, labels)
+        if key not in self._children:
+            self._children[key] = figure.labels(*labels)
+        return self._children[key]
 
     def overloaded(self) -> None:
+        """A list was refused."""
         self._overloads.inc()
 
     def failed(self, version: str) -> None:
+        """A list ended with an error of ours."""
         self._failures.labels(version).inc()
 
     def shadowed(self, version: str, given: Ranking, shadow: Ranking) -> None:
@@ -86,3 +95,56 @@ class Figures:
         whole = CollectorRegistry()
         MultiProcessCollector(whole, path=self._folder)
         return generate_latest(whole), CONTENT_TYPE_LATEST
+
+
+class FreshFigures:
+    """Counts what becomes of the texts that are ordered for users whom no version knows (serving/writer)."""
+
+    def __init__(self, folder: str | Path | None = None):
+        """folder: as of the node's `Figures`, which then give these too."""
+        _begin(folder)
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        own = CollectorRegistry()
+        self._waiting = Gauge(
+            "dpo4rec_serve_fresh_waiting",
+            "Users who wait for a text",
+            registry=own,
+            multiprocess_mode="mostrecent",
+        )
+        self._refused = Counter(
+            "dpo4rec_serve_fresh_refused", "Orders that were not taken", ("reason",), registry=own
+        )
+        self._failed = Counter(
+            "dpo4rec_serve_fresh_failed", "Texts that could not be written", ("reason",), registry=own
+        )
+        self._seconds = Histogram(
+            "dpo4rec_serve_fresh_seconds",
+            "From an order to its text; their count is the number of texts written",
+            buckets=FRESH_SECONDS,
+            registry=own,
+        )
+
+    def waiting(self, users: int) -> None:
+        """So many wait now."""
+        self._waiting.set(users)
+
+    def refused(self, reason: str) -> None:
+        """An order was not taken: full, version (one that the writer does not write for), unreachable."""
+        self._refused.labels(reason).inc()
+
+    def failed(self, reason: str, count: int = 1) -> None:
+        """Orders that were taken gave no text."""
+        self._failed.labels(reason).inc(count)
+
+    def written(self, seconds: float) -> None:
+        """A text is in the store."""
+        self._seconds.observe(seconds)
+
+
+def _begin(folder: str | Path | None) -> str:
+    """Make the folder known to Prometheus' client; a new one for None."""
+    found = str(folder or tempfile.mkdtemp(prefix="dpo4rec-figures-"))
+    Path(found).mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.environ[FOLDER] = found
+    return found

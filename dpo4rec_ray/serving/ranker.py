@@ -40,6 +40,7 @@ class Ranking:
 
     order: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
+    num_known: int  # candidates that are known
     knowledge: str  # "stored", "fresh" or "none"
     known_user: bool
 
@@ -71,42 +72,52 @@ class Ranker:
             ids = np.full((len(requests), longest), UNKNOWN, np.int64)
             ids[np.arange(longest) < np.array(sizes)[:, None]] = rows
         known = ids != UNKNOWN
-        ids[~known] = 0
+        num_known = known.sum(axis=1).tolist()
+        mask = None
+        if sum(num_known) < ids.size:
+            mask = torch.from_numpy(known).to(self._scorer.device)
+            ids[~known] = 0
         user_row = self.version.user_index.row
         users = np.array([user_row(one.user_id) if one.user_id else UNKNOWN for one in requests])
-        vectors, places, sources = self._knowledge(requests, users)
+        parts, sources = self._knowledge(requests, users)
         histories = self._histories(requests, users) if self._uses_history else None
-        scores = self._scorer.score(ids, known, vectors, places, histories)
+        places = torch.from_numpy(ids).to(self._scorer.device)
+        scores = self._scorer.score_aligned(places, mask, parts, histories).cpu().numpy()
         order = np.argsort(
             -scores, axis=1, kind="stable"
-        )  # what is equal or not known (-inf) stays as it came
+        )  # equal ones and unknown ones (-inf) stay as they came
+        if mask is not None:
+            scores = np.where(known, scores, np.nan)
         return [
             Ranking(
                 order[row] if size == longest else order[row][order[row] < size],
-                np.where(known[row, :size], scores[row, :size], np.nan),
+                scores[row, :size],
+                num_known[row],
                 sources[row],
-                bool(users[row] != UNKNOWN),
+                user != UNKNOWN,
             )
-            for row, size in enumerate(sizes)
+            for row, (size, user) in enumerate(zip(sizes, users.tolist(), strict=True))
         ]
 
     def _knowledge(
         self, requests: Sequence[RankRequest], users: npt.NDArray[np.int64]
-    ) -> tuple[UserParts | None, npt.NDArray[np.int64] | None, list[str]]:
-        """Knowledge of the requests' users (nobody's, then stored, then fresh), each one's row of it, and its source."""
+    ) -> tuple[UserParts | None, list[str]]:
+        """What the reranker makes of each request's knowledge, and where that comes from."""
         if self._nobody is None:
-            return None, None, ["none"] * len(requests)
-        standard, sides, stored = self.version.user_parts(users)
-        places = stored + 1
-        fresh = [row for row, one in enumerate(requests) if one.vector is not None and not places[row]]
-        parts = [self._nobody, UserParts(torch.from_numpy(standard), (torch.from_numpy(sides),))]
-        if fresh:
-            places[fresh] = np.arange(len(fresh)) + 1 + len(standard)
-            parts.append(self._scorer.user_parts(np.stack([requests[row].vector for row in fresh])))
-        sources = ["stored" if place else "none" for place in (stored + 1).tolist()]
-        for row in fresh:
-            sources[row] = "fresh"
-        return _joined(parts), places, sources
+            return None, ["none"] * len(requests)
+        standard, sides, there = self.version.user_parts(users)
+        sources = ["stored" if one else "none" for one in there.tolist()]
+        if "none" in sources:
+            fresh = [row for row, one in enumerate(requests) if one.vector is not None and not there[row]]
+            for array, own in ((standard, self._nobody.standard), (sides, self._nobody.sides[0])):
+                array[~there] = own.cpu()
+            if fresh:
+                written = self._scorer.user_parts(np.stack([requests[row].vector for row in fresh]))
+                standard[fresh], sides[fresh] = written.standard.cpu(), written.sides[0].cpu()
+            for row in fresh:
+                sources[row] = "fresh"
+        to = self._scorer.device
+        return UserParts(torch.from_numpy(standard).to(to), (torch.from_numpy(sides).to(to),)), sources
 
     def _histories(self, requests: Sequence[RankRequest], users: npt.NDArray[np.int64]) -> Histories:
         found: list[tuple[list[int], list[float]]] = []
@@ -125,10 +136,3 @@ class Ranker:
         items[mask] = [item for own, _ in found for item in own]
         ratings[mask] = [rating for _, own in found for rating in own]
         return Histories(torch.from_numpy(items), torch.from_numpy(mask), torch.from_numpy(ratings))
-
-
-def _joined(parts: Sequence[UserParts]) -> UserParts:
-    return UserParts(
-        torch.cat([part.standard for part in parts]),
-        tuple(torch.cat(sides) for sides in zip(*(part.sides for part in parts), strict=True)),
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 import uuid
@@ -70,6 +71,7 @@ class Service:
         self._batcher: Batcher[Asked, Ranking] = Batcher(
             _rank_together, max_batch, max_waiting, _places, PLACES_IN_LOOP
         )
+        self._name, self._numbers = uuid.uuid4().hex, itertools.count()  # of answers
         self._shadows: set[asyncio.Task[None]] = set()
 
     async def rerank(self, body: RerankRequest) -> dict[str, Any]:
@@ -206,9 +208,8 @@ class Service:
         began: float,
     ) -> dict[str, Any]:
         scores: list[Any] = ranking.scores.tolist()
-        unknown = np.flatnonzero(np.isnan(ranking.scores)).tolist()
-        for place in unknown:
-            scores[place] = None
+        if ranking.num_known < len(ids):
+            scores = [None if score != score else score for score in scores]
         results: list[dict[str, Any]] = [
             {
                 "index": place,
@@ -221,11 +222,11 @@ class Service:
         if body.return_documents:
             for result in results:
                 result["document"] = _document(body.candidates[result["index"]], version)
-        fallback = not ranking.known_user or len(unknown) == len(ids)
+        fallback = not ranking.known_user or not ranking.num_known
         seconds = time.perf_counter() - began
         self.figures.answered(version.card.version, ranking, fallback, seconds)
         return {
-            "id": uuid.uuid4().hex,
+            "id": f"{self._name}-{next(self._numbers)}",
             "model": version.card.version,
             "results": results,
             "meta": {

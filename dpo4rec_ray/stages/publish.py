@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.artifacts import RunDir, write_json
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation import HEADLINE
@@ -21,6 +22,9 @@ from dpo4rec_ray.published import (
     TEXTS,
     UNKNOWN,
     USERS,
+    WRITER_ADAPTER,
+    WRITER_FOLDER,
+    WRITER_LLM,
     KeyIndex,
     VersionCard,
     arrow_writer,
@@ -28,10 +32,19 @@ from dpo4rec_ray.published import (
 )
 from dpo4rec_ray.rerankers.fit import CARD_FILE, WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
+from dpo4rec_ray.stages.common import base_llm_path
 from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.stages.ingest import keys_of
 from dpo4rec_ray.stages.reading import list_data, read_catalogue, read_vectors
+from dpo4rec_ray.stages.sources import engine_settings
 
+# Settings that shape the text of one user; seed and sampling too, so that the same history gives the same text.
+CARRIED: Any = {
+    "run": {"seed"},
+    "data": {"max_history"},
+    "dpo": {"lora_rank"},
+    **dict.fromkeys(("llm", "prompt", "generate", "encoder"), True),
+}
 RECORDED = 32  # test lists whose scores a version carries, to be checked before it takes requests
 
 
@@ -66,6 +79,8 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
         knowledge = system if card["knowledge"] else ""
         if knowledge:
             _write_knowledge(store, temporary, _round_of(config, system), num_users, scorer)
+            if config.llm.source == "vllm":
+                _write_writer(config, store, temporary, _round_of(config, system))
         _record(store, temporary, scorer, _round_of(config, system) if knowledge else None)
         written = VersionCard(
             version=version,
@@ -167,6 +182,20 @@ def _write_knowledge(store: RunDir, folder: Path, round_id: int, num_users: int,
     for values in written.values():
         values.flush()
     np.save(folder / "user_vector_rows.npy", rows)
+
+
+def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) -> None:
+    """What serving/writer needs: settings, and of the LLM what lies in the run folder; the rest has a name or a path."""
+    own = folder / WRITER_FOLDER
+    own.mkdir()
+    engine = engine_settings(config, store, round_id)
+    for name, path in ((WRITER_LLM, engine.model), (WRITER_ADAPTER, engine.adapter)):
+        if path and Path(path).is_relative_to(store.root):
+            shutil.copytree(path, own / name)
+    carried = config.model_dump(mode="json", include=CARRIED)
+    if config.llm.path not in ("bundled", "bootstrap"):
+        carried["llm"]["path"] = base_llm_path(config, store)
+    write_json(own / "config.json", carried)
 
 
 def _record(store: RunDir, folder: Path, scorer: ListScorer, knowledge: int | None) -> None:
