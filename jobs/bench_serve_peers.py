@@ -26,7 +26,6 @@ def noop(port: int, _: str) -> int:
     from dpo4rec_ray.serving import haproxy
 
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     folder = job.serve_environment()
     import ray
 
@@ -41,6 +40,7 @@ def noop(port: int, _: str) -> int:
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": port})
         serve.run(Noop.bind(), logging_config={"enable_access_log": False, "log_level": "WARNING"})
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # after Ray has set its own
         stop.wait()
     finally:
         serve.shutdown()

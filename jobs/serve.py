@@ -182,11 +182,11 @@ def run(options: argparse.Namespace) -> int:
         )
     check_version(registry.folder(traffic.current))
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     folder = serve_environment()
     try:
         start(settings, registry, options.verbose)
+        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+            signal.signal(number, lambda *_: stop.set())
         address = f"http://{settings.host}:{settings.port}"
         if not settings.token_file:
             print("no token is asked for (serving.token_file): whoever reaches the port may ask")
@@ -198,8 +198,9 @@ def run(options: argparse.Namespace) -> int:
         import ray
         from ray import serve
 
-        serve.shutdown()
-        ray.shutdown()
+        if ray.is_initialized():  # else both would start one
+            serve.shutdown()
+            ray.shutdown()
         haproxy.end(folder)
     print("stopped")
     return 0
@@ -212,12 +213,12 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
         UserError: the machine has too few CPUs or GPUs; Serve would wait for them without a word.
     """
     import ray
-
-    job.start_ray(verbose)
     from ray import serve
 
     from dpo4rec_ray.serving.deployment import NAME, build
 
+    application = build(settings.model_dump() | {"registry": str(registry.root)})  # refused before Ray starts
+    job.start_ray(verbose)
     level = "INFO" if verbose else "WARNING"
     logging.getLogger("ray.serve").setLevel(level)
     there = ray.cluster_resources()
@@ -238,9 +239,8 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
             "request_timeout_s": settings.request_timeout_s,
         },
     )
-    arguments = settings.model_dump() | {"registry": str(registry.root)}
     serve.run(
-        build(arguments),
+        application,
         name=NAME,
         route_prefix="/",
         logging_config={"enable_access_log": False, "log_level": level},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -23,6 +24,7 @@ from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
 
+logger = logging.getLogger("ray.serve")
 NAME = "rerank"  # of the application and of its ingress deployment
 
 
@@ -61,7 +63,10 @@ class Rerank:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._settings.poll_s)
-            await asyncio.to_thread(self._service.live.refresh)
+            try:
+                await asyncio.to_thread(self._service.live.refresh)
+            except Exception:  # a folder that is away for a while must not end the following
+                logger.exception("the registry %s could not be read", self._settings.registry)
 
 
 class Sender:
@@ -142,6 +147,10 @@ def read_tokens(file: str) -> frozenset[str]:
         raise UserError(f"serving.token_file {file}: {error}") from None
     if not tokens - {""}:
         raise UserError(f"serving.token_file {file}: no token in it; write one per line")
+    if not all(token.isascii() for token in tokens):
+        raise UserError(
+            f"serving.token_file {file}: a token with characters outside ASCII, which headers cannot carry"
+        )
     return tokens - {""}
 
 

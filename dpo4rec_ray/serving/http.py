@@ -80,6 +80,10 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
     api = FastAPI(title="dpo4rec_ray reranks", version="1", redoc_url=None)
     locked = [Depends(authorised)]
 
+    @api.exception_handler(UserError)
+    async def mistaken(_: Request, error: UserError) -> Response:
+        return problem(error, "query")
+
     async def read(request: Request, model: type[Model]) -> Model:
         """The body, of which no more than `max_body` bytes are held. Raises HTTPException 413 or ValidationError."""
         content = b""
@@ -130,10 +134,10 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
         body = await read(request, BatchRequest)
         return {"responses": await asyncio.gather(*(service.rerank(one) for one in body.requests))}
 
-    @api.get("/v1/users/{user_id}/knowledge", dependencies=locked, responses={401: DENIED, 404: DENIED})
-    async def knowledge(user_id: str) -> UserKnowledge:
-        """The text about a user and the history it was written from."""
-        found = service.knowledge(user_id)
+    @api.get("/v1/users/{user_id:path}/knowledge", dependencies=locked, responses={401: DENIED, 404: DENIED})
+    async def knowledge(user_id: str, model: str | None = None) -> UserKnowledge:
+        """The text about a user and the history it was written from, of the version that answers the user or of `model`."""
+        found = service.knowledge(user_id, model)
         if found is None:
             raise HTTPException(404, "this user is not known, and nothing has been written about it")
         return found
@@ -145,7 +149,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
 
     @api.get("/v1/examples", dependencies=locked, responses={401: DENIED})
     async def examples() -> list[Example]:
-        """Test lists of the current version, for a first try."""
+        """Recorded lists of the current version, for a first try."""
         return await asyncio.to_thread(service.examples)
 
     @api.get("/healthz")
@@ -185,8 +189,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def problem(error: Exception) -> Response:
-    """The response to a request that cannot be answered."""
+def problem(error: Exception, place: str = "body") -> Response:
+    """The response to a request that cannot be answered; place: of `model` in it."""
     if isinstance(error, Overloaded):
         return JSONResponse({"detail": "too many requests wait; try again"}, 503, {"Retry-After": "1"})
     if isinstance(error, HTTPException):

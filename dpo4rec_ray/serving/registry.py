@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dpo4rec_ray.artifacts import write_json
+from dpo4rec_ray.config import first_mistake
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.published import PublishedVersion, VersionCard, read_card
 from dpo4rec_ray.serving.ranker import Ranker, RankRequest
@@ -35,7 +37,7 @@ class Traffic:
     current: str = ""
     previous: tuple[str, ...] = ()  # the newest last
     split: str = ""  # a second version that answers `percent` of the users
-    percent: float = 0.0
+    percent: Annotated[float, Field(ge=0, le=100)] = 0.0
     shadow: str = ""  # a version that is asked too, and whose answers are only measured
     number: int = 0
 
@@ -43,6 +45,9 @@ class Traffic:
     def versions(self) -> tuple[str, ...]:
         """Those that answer somebody, the current one first."""
         return tuple(dict.fromkeys(one for one in (self.current, self.split, self.shadow) if one))
+
+
+_TRAFFIC = TypeAdapter(Traffic)
 
 
 class Registry:
@@ -71,12 +76,15 @@ class Registry:
         """Raises UserError if traffic.json is damaged; without one, nobody answers."""
         file = self.root / TRAFFIC
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return Traffic(**{**stored, "previous": tuple(stored["previous"])})
+            return _TRAFFIC.validate_json(file.read_bytes())
         except FileNotFoundError:
             return Traffic()
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file}: not a registry's traffic ({error}); promote a version again") from None
+        except ValidationError as error:
+            raise UserError(
+                f"{file}: not a registry's traffic ({first_mistake(error)}); remove it and promote a version again"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{file}: {error}") from None
 
     def promote(self, version: str) -> Traffic:
         """The version answers from now on, after it has given its recorded answers here.
@@ -155,21 +163,27 @@ def check_version(folder: Path, device: str = "cpu") -> Ranker:
     Raises:
         UserError: it cannot be loaded, or answers otherwise.
     """
-    ranker = Ranker(PublishedVersion(folder), device)
     file = folder / "recorded.json"
     try:
+        ranker = Ranker(PublishedVersion(folder), device)
         recorded = json.loads(file.read_text(encoding="utf-8"))
         requests = [recorded_request(one) for one in recorded]
+        rankings = ranker.rank(requests)
         expected = [np.array(one["scores"], np.float32) for one in recorded]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: no recorded requests ({error}); publish the run again") from None
-    for number, (ranking, scores) in enumerate(zip(ranker.rank(requests), expected, strict=True)):
+    except UserError as error:
+        where = "" if str(folder) in str(error) else f"{folder}: "
+        raise UserError(f"{where}{error}; the version is refused") from None
+    except Exception as error:  # whatever a damaged file leads to: it must cost nobody else's answer
+        raise UserError(
+            f"{folder}: cannot be loaded ({type(error).__name__}: {error}); publish the run again"
+        ) from error
+    for number, (ranking, scores) in enumerate(zip(rankings, expected, strict=True)):
         if ranking.scores.shape != scores.shape or not np.allclose(
             ranking.scores, scores, atol=SAME_SCORE, rtol=0
         ):
             raise UserError(
-                f"{folder}: request {number} of recorded.json is answered otherwise than when it was published; the version is "
-                "refused"
+                f"{folder}: request {number} of recorded.json is answered otherwise than when it was published; the version "
+                "is refused"
             )
     return ranker
 

@@ -98,9 +98,13 @@ class Service:
             self._shadow(ranker, asked, ranking)
         return self._response(body, ids, ranking, ranker.version, began)
 
-    def knowledge(self, user_id: str) -> UserKnowledge | None:
-        """What is stored of a user by the version that answers it, or was written since; None: nothing."""
-        version = self.live.ranker(user_id, None).version
+    def knowledge(self, user_id: str, model: str | None = None) -> UserKnowledge | None:
+        """What is stored of a user by the version that answers it, or was written since; None: nothing.
+
+        Raises:
+            UserError: `model` is none that is loaded.
+        """
+        version = self.live.ranker(user_id, model).version
         row = version.user_index.row(user_id)
         if row == UNKNOWN:
             written = self._fresh and self._fresh.find(version, user_id, [])

@@ -45,7 +45,7 @@ CARRIED: Any = {
     "dpo": {"lora_rank"},
     **dict.fromkeys(("llm", "prompt", "generate", "encoder"), True),
 }
-RECORDED = 32  # test lists whose scores a version carries, to be checked before it takes requests
+RECORDED = 32  # validation lists whose scores a version carries, to be checked before it takes requests
 
 
 def publish(config: Config, store: RunDir, target: Path, version: str, model: str = "") -> VersionCard:
@@ -168,7 +168,7 @@ def _write_knowledge(store: RunDir, folder: Path, round_id: int, num_users: int,
             if not len(part):
                 continue
             vectors = part["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            parts = scorer.user_parts(vectors.reshape(len(part), -1))
+            parts = scorer.user_parts(np.array(vectors).reshape(len(part), -1))  # a copy: Arrow's own is read-only
             (sides,) = parts.sides
             for name, values in (("user_standard", parts.standard), ("user_sides", sides)):
                 if name not in written:
@@ -199,8 +199,8 @@ def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) ->
 
 
 def _record(store: RunDir, folder: Path, scorer: ListScorer, knowledge: int | None) -> None:
-    """The first test lists as requests, with the scores that the evaluation's own path gives them."""
-    lists = store.read("lists", split="test").slice(0, RECORDED)
+    """The first validation lists as requests, with the scores that the evaluation's own path gives them."""
+    lists = store.read("lists", split="valid").slice(0, RECORDED)
     users, items = store.read("users", columns=["raw_id"]), store.read("items", columns=["raw_id"])
     data = list_data(lists)
     vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1]

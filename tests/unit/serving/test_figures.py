@@ -18,12 +18,14 @@ from dpo4rec_ray.serving.ranker import Ranking
 nan = float("nan")
 def ranking(scores, knowledge="stored"):
     scores = np.array(scores, np.float32)
-    return Ranking(np.argsort(-scores, kind="stable"), scores, knowledge, True)
+    order = np.argsort(-scores, kind="stable")
+    known = int(np.isfinite(scores).sum())
+    return Ranking(order=order, scores=scores, num_known=known, knowledge=knowledge, known_user=True)
 
 figures = Figures(sys.argv[1] or None)
-figures.answered("v1", ranking([1, 2, nan]), 1, False, 0.002)
-figures.answered("v1", ranking([nan], "none"), 1, True, 0.3)
-figures.answered("v2", ranking([1, 2], "fresh"), 0, False, 9.0)
+figures.answered("v1", ranking([1, 2, nan]), False, 0.002)
+figures.answered("v1", ranking([nan], "none"), True, 0.3)
+figures.answered("v2", ranking([1, 2], "fresh"), False, 9.0)
 figures.failed("v2")
 figures.overloaded()
 figures.shadowed("v3", ranking([3, 2, 1]), ranking([1, 2, 3]))

@@ -347,7 +347,7 @@ def test_knowledge(client: TestClient, published: Registry, bodies: list[dict[st
     assert client.get("/v1/users/stranger/knowledge").status_code == 404
 
 
-@pytest.mark.parametrize("user", ["a/b", "a b", "ümlaut", "%41", "a?b#c", "日本", "a+b", "..", "a\nb", "\0"])
+@pytest.mark.parametrize("user", ["a/b", "a b", "ümlaut", "%41", "a?b#c", "日本", "a+b", "..", "\0"])
 def test_a_user_with_any_id(registry: Registry, bodies: list[dict[str, Any]], user: str) -> None:
     """The version's first user, renamed."""
     folder = registry.folder("v1")

@@ -98,12 +98,11 @@ def test_a_version_holds_what_the_run_does(published: Registry, served_run: RunD
 
 def test_the_parts_of_users_without_knowledge(published: Registry) -> None:
     version = PublishedVersion(published.folder("v1"))
-    asked = np.array([UNKNOWN, 3, UNKNOWN, 0, 3])
-    standard, sides, places = version.user_parts(asked)
-    assert places.tolist() == [UNKNOWN, 0, UNKNOWN, 1, 2] and len(standard) == len(sides) == 3
-    np.testing.assert_array_equal(standard[0], standard[2])
-    none, _, nowhere = version.user_parts(np.array([UNKNOWN]))
-    assert len(none) == 0 and nowhere.tolist() == [UNKNOWN]
+    standard, sides, there = version.user_parts(np.array([UNKNOWN, 3, UNKNOWN, 0, 3]))
+    assert there.tolist() == [False, True, False, True, True] and len(standard) == len(sides) == 5
+    for parts in (standard, sides):
+        np.testing.assert_array_equal(parts[1], parts[4])
+        assert not np.array_equal(parts[1], parts[3])
 
 
 def refused(folder: Path, file: str) -> None:
