@@ -198,7 +198,7 @@ def run(options: argparse.Namespace) -> int:
         import ray
         from ray import serve
 
-        if ray.is_initialized():  # else both would start one
+        if ray.is_initialized():  # else serve.shutdown would start one
             serve.shutdown()
             ray.shutdown()
         haproxy.end(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpo4rec_ray.artifacts import write_json
 from dpo4rec_ray.config import first_mistake
@@ -37,7 +37,7 @@ class Traffic:
     current: str = ""
     previous: tuple[str, ...] = ()  # the newest last
     split: str = ""  # a second version that answers `percent` of the users
-    percent: Annotated[float, Field(ge=0, le=100)] = 0.0
+    percent: float = 0.0
     shadow: str = ""  # a version that is asked too, and whose answers are only measured
     number: int = 0
 
@@ -47,7 +47,16 @@ class Traffic:
         return tuple(dict.fromkeys(one for one in (self.current, self.split, self.shadow) if one))
 
 
-_TRAFFIC = TypeAdapter(Traffic)
+class _Stored(BaseModel):
+    """traffic.json."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    current: str
+    previous: list[str]
+    split: str
+    percent: Annotated[float, Field(ge=0, le=100)]
+    shadow: str
+    number: int
 
 
 class Registry:
@@ -76,7 +85,8 @@ class Registry:
         """Raises UserError if traffic.json is damaged; without one, nobody answers."""
         file = self.root / TRAFFIC
         try:
-            return _TRAFFIC.validate_json(file.read_bytes())
+            stored = _Stored.model_validate_json(file.read_bytes())
+            return Traffic(**{**stored.model_dump(), "previous": tuple(stored.previous)})
         except FileNotFoundError:
             return Traffic()
         except ValidationError as error:
@@ -163,13 +173,17 @@ def check_version(folder: Path, device: str = "cpu") -> Ranker:
     Raises:
         UserError: it cannot be loaded, or answers otherwise.
     """
+    read_card(folder)
     file = folder / "recorded.json"
     try:
-        ranker = Ranker(PublishedVersion(folder), device)
         recorded = json.loads(file.read_text(encoding="utf-8"))
         requests = [recorded_request(one) for one in recorded]
-        rankings = ranker.rank(requests)
         expected = [np.array(one["scores"], np.float32) for one in recorded]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: no recorded requests ({error}); publish the run again") from None
+    try:
+        ranker = Ranker(PublishedVersion(folder), device)
+        rankings = ranker.rank(requests)
     except UserError as error:
         where = "" if str(folder) in str(error) else f"{folder}: "
         raise UserError(f"{where}{error}; the version is refused") from None

@@ -168,7 +168,9 @@ def _write_knowledge(store: RunDir, folder: Path, round_id: int, num_users: int,
             if not len(part):
                 continue
             vectors = part["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            parts = scorer.user_parts(np.array(vectors).reshape(len(part), -1))  # a copy: Arrow's own is read-only
+            parts = scorer.user_parts(
+                np.array(vectors).reshape(len(part), -1)
+            )  # a copy: Arrow's own is read-only
             (sides,) = parts.sides
             for name, values in (("user_standard", parts.standard), ("user_sides", sides)):
                 if name not in written:
@@ -203,7 +205,7 @@ def _record(store: RunDir, folder: Path, scorer: ListScorer, knowledge: int | No
     lists = store.read("lists", split="valid").slice(0, RECORDED)
     users, items = store.read("users", columns=["raw_id"]), store.read("items", columns=["raw_id"])
     data = list_data(lists)
-    vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1]
+    vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1].copy()
     scores = scorer.score(data.item_ids, data.mask, vectors, data.user_rows, data.histories)
     recorded = [
         {
