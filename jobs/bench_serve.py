@@ -123,7 +123,7 @@ def call(command: list[str]) -> None:
 
 @contextlib.contextmanager
 def served(what: str, registry: Registry, *changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server ("dpo4rec_ray", "noop" or "fastapi") in a process of its own: its address and the process."""
+    """A server ("dpo4rec_ray" or a peer of jobs/bench_serve_peers.py) in a process of its own: its address and the process."""
     (port,) = free_ports(1)
     if what == "dpo4rec_ray":
         command = ["serve.py", "run", "--registry", str(registry.root), f"serving.port={port}", *changes]
@@ -181,7 +181,7 @@ def rates(bench: Bench) -> Found:
     registry = bench.registry()
     runs: Found = []
     for _ in range(bench.repeats):
-        for what in ("noop", "dpo4rec_ray", "fastapi"):
+        for what in ("noop", "noop-tuned", "dpo4rec_ray", "fastapi"):
             with served(what, registry) as (url, _process):
                 for candidates in CANDIDATES:
                     bodies = bench.bodies(registry, candidates)

@@ -1,6 +1,7 @@
-"""What `python jobs/bench.py serve` measures beside the service: python jobs/bench_serve_peers.py noop|fastapi PORT REGISTRY.
+"""Peers of `python jobs/bench.py serve`: python jobs/bench_serve_peers.py noop|noop-tuned|fastapi PORT REGISTRY.
 
-noop: a Ray Serve deployment that answers at once, on the same HAProxy path and with the same settings of Serve: the floor.
+noop: a Ray Serve deployment that answers at once, on Serve's HAProxy path as Serve ships it: the floor.
+noop-tuned: the same with the settings of Serve that jobs/serve.py makes: the floor of that.
 fastapi: the same model behind FastAPI and uvicorn as one would write it down first, without Ray.
 """
 
@@ -19,14 +20,14 @@ from dpo4rec_ray.serving.api import Meta, RerankRequest, RerankResponse, Result
 
 def main() -> int:
     what, port, registry = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    return {"noop": noop, "fastapi": fastapi}[what](port, registry)
+    return fastapi(port, registry) if what == "fastapi" else noop(port, tuned=what == "noop-tuned")
 
 
-def noop(port: int, _: str) -> int:
+def noop(port: int, tuned: bool) -> int:
     from dpo4rec_ray.serving import haproxy
 
     stop = threading.Event()
-    folder = job.serve_environment()
+    folder = job.serve_environment(tuned=tuned)
     import ray
 
     start_ray(False)

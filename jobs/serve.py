@@ -182,7 +182,7 @@ def run(options: argparse.Namespace) -> int:
         )
     check_version(registry.folder(traffic.current))
     stop = threading.Event()
-    folder = serve_environment()
+    folder = serve_environment(settings.request_timeout_s)
     try:
         start(settings, registry, options.verbose)
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
@@ -231,14 +231,7 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
                 f"{settings.num_replicas} replicas need {need:g} {name}s{more}, the cluster has {there.get(name, 0):g}; "
                 f"set serving.num_replicas or serving.{name.lower()}s_per_replica"
             )
-    serve.start(
-        proxy_location="EveryNode",
-        http_options={
-            "host": settings.host,
-            "port": settings.port,
-            "request_timeout_s": settings.request_timeout_s,
-        },
-    )
+    serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
     serve.run(
         application,
         name=NAME,
@@ -247,12 +240,15 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
     )
 
 
-def serve_environment() -> Path:
-    """Set what Serve reads when it is imported, here and in the processes of a Ray that is started here; HAProxy's folder."""
+def serve_environment(timeout_s: float | None = None, tuned: bool = True) -> Path:
+    """Set what Serve reads when it is imported, here and in the processes of a Ray that is started here; HAProxy's folder.
+
+    The arguments are those of `haproxy.environment`.
+    """
     from dpo4rec_ray.serving import haproxy
 
     folder = Path(tempfile.mkdtemp(prefix="dpo4rec-serve-"))
-    defaults = job.WORK_ENV | haproxy.environment(folder) | SERVE_ENV
+    defaults = job.WORK_ENV | haproxy.environment(folder, timeout_s, tuned) | SERVE_ENV
     os.environ.update({key: value for key, value in defaults.items() if key not in os.environ})
     return folder
 
