@@ -448,8 +448,8 @@ class ServingSection(Section):
     gpus_per_replica: float = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)  # of a replica's forward pass
     max_batch: int = Field(default=64, ge=1)  # lists in one forward pass
-    max_waiting: int = Field(default=512, ge=1)  # lists; more are answered 503 with Retry-After
-    max_body: int = Field(default=4 * 2**20, ge=1024)  # bytes of a request; larger ones are answered 413
+    max_waiting: int = Field(default=512, ge=64)  # lists; more are answered 503 with Retry-After
+    max_body: int = Field(default=2**20, ge=1024)  # bytes of a request; larger ones are answered 413
     request_timeout_s: float = Field(default=30, gt=0)
     token_file: str = (
         ""  # bearer tokens, one per line, on every node; none: anyone who reaches the port may ask

@@ -56,6 +56,7 @@ class VersionCard:
     created: str
     num_users: int
     num_items: int
+    max_history: int  # events of a user that the reranker reads, at most
     encoder: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT

@@ -84,7 +84,9 @@ def main() -> int:
         "--steps", type=int, default=8, help="optimiser steps of 8 pairs that are timed, plus one"
     )
     dpo.add_argument("--gpu", action="store_true", help="instead: an 8B-shaped Llama on one GPU")
-    serve = stages.add_parser("serve", help="requests per second, against a no-op deployment and bare FastAPI")
+    serve = stages.add_parser(
+        "serve", help="requests per second, against a no-op deployment and bare FastAPI"
+    )
     serve.add_argument("--folder", default="runs/bench", help="for the served run and results")
     serve.add_argument("--parts", default=",".join(bench_serve.PARTS), help="each writes its own figures")
     serve.add_argument("--repeats", type=int, default=3, help="of all servers in turn; medians are shown")

@@ -164,6 +164,10 @@ def run(options: argparse.Namespace) -> int:
     if "=" in options.run:  # no folder, only changes
         options.changes, options.run = [options.run, *options.changes], ""
     settings = serving_settings(options.changes, options.registry, options.run)
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        raise UserError(
+            "run serves on a Ray of its own; on a running cluster: jobs/serve.py config > serve.yaml, serve deploy serve.yaml"
+        )
     need_port(settings)
     quiet(options)
     from dpo4rec_ray.serving import haproxy
@@ -172,9 +176,12 @@ def run(options: argparse.Namespace) -> int:
     registry = Registry(settings.registry)
     if options.run:
         current = registry.traffic().current
-        card = published_already(registry, Path(options.run)) or publish_run(registry, Path(options.run))
-        if card.version != current:
+        card = published_already(registry, Path(options.run))
+        if card is None or not current:
+            card = card or publish_run(registry, Path(options.run))
             said(registry.promote(card.version))
+        elif card.version != current:  # somebody has rolled it back, or promoted another one
+            print(f"{card.version} is this run's; {current} answers, as it did before")
     traffic = registry.traffic()
     if not traffic.current:
         raise UserError(

@@ -110,7 +110,9 @@ class Catalogue:
         if item_vectors is None:
             return cls(shape, attribute_ids, None, None, None)
         if isinstance(item_vectors, np.ndarray) and not item_vectors.flags.writeable:
-            item_vectors = item_vectors.copy()  # of a mapped file or an Arrow column: torch warns of sharing these
+            item_vectors = (
+                item_vectors.copy()
+            )  # of a mapped file or an Arrow column: torch warns of sharing these
         vectors = torch.as_tensor(item_vectors).to(torch.float32)
         if vectors.ndim != 2 or len(vectors) != len(per_item):
             raise UserError(

@@ -20,13 +20,15 @@ class Overloaded(Exception):
 class Batcher(Generic[Item, Answer]):
     """Calls `work` on lists of at most `max_batch` items, one list at a time; at most `max_waiting` items wait.
 
+    `work` returns an exception for an item that has no answer, and raises one that all of the list get.
+
     Small batches run in the event loop's own thread, as handing over to another thread costs more than they do; those of
     more than `max_in_loop` by `size` run in a thread, so that the loop goes on.
     """
 
     def __init__(
         self,
-        work: Callable[[Sequence[Item]], Sequence[Answer]],
+        work: Callable[[Sequence[Item]], Sequence[Answer | Exception]],
         max_batch: int,
         max_waiting: int,
         size: Callable[[Item], int],
@@ -79,10 +81,16 @@ class Batcher(Generic[Item, Answer]):
         else:
             self._end(futures, lambda: self._work(items))
 
-    def _end(self, futures: Sequence[asyncio.Future[Answer]], result: Callable[[], Sequence[Answer]]) -> None:
+    def _end(
+        self, futures: Sequence[asyncio.Future[Answer]], result: Callable[[], Sequence[Answer | Exception]]
+    ) -> None:
         try:
             for future, answer in zip(futures, result(), strict=True):
-                if not future.done():
+                if future.done():
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
                     future.set_result(answer)
         except Exception as error:
             for future in futures:

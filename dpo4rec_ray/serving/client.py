@@ -16,7 +16,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving import api
 
 MAX_CONNECTIONS = 64  # kept open for the threads that share a client
-AGAIN = (502, 503, 504)  # statuses
+AGAIN = (500, 502, 503, 504)  # statuses; 500 is what Serve's HAProxy says when a replica has died
 MAX_WAIT_S = 5  # for a service that says when to come again
 Answer = TypeVar("Answer")
 _MODELS = TypeAdapter(list[api.ModelCard])

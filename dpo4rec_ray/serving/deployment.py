@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve")
+MAX_FAILED = 20  # lists in a row, after which a replica is replaced
 NAME = "rerank"  # of the application and of its ingress deployment
 
 
@@ -59,6 +61,11 @@ class Rerank:
         if self._sender is not None:
             self._tasks.append(loop.create_task(self._sender.open()))
         return build_api(self._service, read_tokens(self._settings.token_file), self._settings.max_body)
+
+    def check_health(self) -> None:
+        """Raises RuntimeError when nothing is ranked any more, as after an error of the GPU; Serve then replaces the replica."""
+        if self._service.failed_in_a_row >= MAX_FAILED:
+            raise RuntimeError(f"the last {self._service.failed_in_a_row} lists could not be ranked")
 
     async def _follow(self) -> None:
         while True:
@@ -155,6 +162,14 @@ def read_tokens(file: str) -> frozenset[str]:
 
 
 def figures_folder() -> Path:
-    """Of this user's replicas on this node, in this Ray cluster."""
-    session = ray.get_runtime_context().get_session_name()
-    return Path(tempfile.gettempdir()) / f"dpo4rec-figures-{os.getuid()}" / session
+    """Of this user's replicas on this node, in this Ray cluster.
+
+    Raises:
+        UserError: somebody else has made the folder, or may write to it.
+    """
+    parent = Path(tempfile.gettempdir()) / f"dpo4rec-figures-{os.getuid()}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    found = parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(f"{parent}: not a folder of this user alone; remove it, or set TMPDIR")
+    return parent / ray.get_runtime_context().get_session_name()

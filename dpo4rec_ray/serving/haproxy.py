@@ -23,7 +23,9 @@ exec {guard}{binary} "$@"
 """
 
 
-LOCAL = "-e 's/bind :\\([0-9]*\\)$/bind 127.0.0.1:\\1/' -e 's/bind \\*:/bind 127.0.0.1:/'"
+LOCAL = "-e 's/bind :{metrics}$/bind 127.0.0.1:{metrics}/' -e 's/bind [*]:{stats}$/bind 127.0.0.1:{stats}/'"
+# Serve has HAProxy say 500 for 502 (a replica died), 503 (there is none) and 504 (none answered in time).
+OWN_STATUS = "-e '/^ *errorfile 50[234] /d'"
 # By default a replica watches for every request whether its client is still there: a task, a queue and an event that cost
 # as much as ranking a list in a batch does, to save at most that.
 UNWATCHED = "-e '/^frontend http_frontend/a\\    http-request set-header x-request-disconnect-disabled ?1'"
@@ -41,11 +43,11 @@ def environment(folder: Path, timeout_s: float | None = None, tuned: bool = True
 
     # The kernel ends HAProxy with the process that started it.
     guard = "setpriv --pdeathsig KILL " if shutil.which("setpriv") else ""
+    metrics, stats = free_ports(2)
+    edits = LOCAL.format(metrics=metrics, stats=stats) + (f" {OWN_STATUS} {UNWATCHED}" if tuned else "")
     script = folder / "haproxy"
-    edits = f"{LOCAL} {UNWATCHED}" if tuned else LOCAL
     script.write_text(SCRIPT.format(edits=edits, guard=guard, binary=get_haproxy_binary()))
     script.chmod(0o700)
-    metrics, stats = free_ports(2)
     found = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",  # about six times the rate of Serve's default proxy
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
@@ -62,6 +64,8 @@ def environment(folder: Path, timeout_s: float | None = None, tuned: bool = True
     if tuned:
         # The application answers within its own loop: a hop between threads costs more than ranking ten items.
         found["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
+        # Ranking changes nothing: what a replica took along when it died is asked of another one.
+        found["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"
     if timeout_s is not None:
         found["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] = str(math.ceil(timeout_s))
     return found

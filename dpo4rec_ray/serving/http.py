@@ -21,7 +21,6 @@ from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.api import (
     BatchRequest,
     BatchResponse,
@@ -34,10 +33,11 @@ from dpo4rec_ray.serving.api import (
     UserKnowledge,
 )
 from dpo4rec_ray.serving.batcher import Overloaded
+from dpo4rec_ray.serving.live import NotLoaded
 from dpo4rec_ray.serving.service import Service
 
 RERANK = "/v1/rerank"
-MAX_MISTAKES = 20  # that a 422 names
+MAX_MISTAKES, TOO_MANY_MISTAKES = 20, 10_000  # that a 422 names; from which on it names none
 PLAYGROUND = Path(__file__).parent / "playground.html"
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -80,8 +80,8 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
     api = FastAPI(title="dpo4rec_ray reranks", version="1", redoc_url=None)
     locked = [Depends(authorised)]
 
-    @api.exception_handler(UserError)
-    async def mistaken(_: Request, error: UserError) -> Response:
+    @api.exception_handler(NotLoaded)
+    async def mistaken(_: Request, error: NotLoaded) -> Response:
         return problem(error, "query")
 
     async def read(request: Request, model: type[Model]) -> Model:
@@ -103,7 +103,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
             try:
                 await authorised(request)
                 return Response(to_json(await route(request)), media_type="application/json")
-            except (Overloaded, ValidationError, UserError, HTTPException) as error:
+            except (Overloaded, ValidationError, NotLoaded, HTTPException) as error:
                 return problem(error)
 
         return call
@@ -196,10 +196,15 @@ def problem(error: Exception, place: str = "body") -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
     if isinstance(error, ValidationError):
+        count = error.error_count()
+        if count > TOO_MANY_MISTAKES:  # to name them would take longer than to read the body did
+            return JSONResponse(
+                {"detail": [{"loc": [place], "msg": f"{count} fields are wrong", "type": "too_many"}]}, 422
+            )
         found = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_MISTAKES]
-        return JSONResponse({"detail": [{**one, "loc": ["body", *one["loc"]]} for one in found]}, 422)
+        return JSONResponse({"detail": [{**one, "loc": [place, *one["loc"]]} for one in found]}, 422)
     return JSONResponse(
-        {"detail": [{"loc": ["body", "model"], "msg": str(error), "type": "value_error"}]}, 422
+        {"detail": [{"loc": [place, "model"], "msg": str(error), "type": "value_error"}]}, 422
     )
 
 

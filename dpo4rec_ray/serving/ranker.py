@@ -130,9 +130,14 @@ class Ranker:
                 found.append((rows[kept].tolist(), np.array(ratings, np.float32)[kept].tolist()))
             else:
                 found.append(([], []) if user == UNKNOWN else self.version.history(user))
+        newest = self.version.card.max_history  # as many as in training
+        found = [
+            (items[max(0, len(items) - newest) :], own[max(0, len(own) - newest) :]) for items, own in found
+        ]
         longest = max((len(items) for items, _ in found), default=0)
         mask = np.arange(longest) < np.array([len(items) for items, _ in found])[:, None]
         items, ratings = np.zeros(mask.shape, np.int64), np.zeros(mask.shape, np.float32)
         items[mask] = [item for own, _ in found for item in own]
         ratings[mask] = [rating for _, own in found for rating in own]
-        return Histories(torch.from_numpy(items), torch.from_numpy(mask), torch.from_numpy(ratings))
+        whole = Histories(torch.from_numpy(items), torch.from_numpy(mask), torch.from_numpy(ratings))
+        return whole.to(self._scorer.device)

@@ -108,7 +108,10 @@ class Registry:
             if now.current == version:
                 return now
             previous = (*now.previous, now.current) if now.current else now.previous
-            return replace(now, current=version, previous=previous[-KEPT:])
+            now = replace(now, current=version, previous=previous[-KEPT:])
+            if now.split == version:
+                now = replace(now, split="", percent=0.0)
+            return replace(now, shadow="") if now.shadow == version else now
 
         return self._change(change)
 

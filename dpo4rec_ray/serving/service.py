@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from dpo4rec_ray.serving.live import Live
 from dpo4rec_ray.serving.ranker import Ranker, Ranking, RankRequest
 from dpo4rec_ray.serving.registry import Registry
 
+SHORT = 31  # candidates up to which lists are ranked together, whatever their size
 PLACES_IN_LOOP = (
     8192  # candidates that are ranked in the event loop's thread; more would hold other requests up
 )
@@ -72,6 +73,11 @@ class Service:
             _rank_together, max_batch, max_waiting, _places, PLACES_IN_LOOP
         )
         self._name, self._numbers = uuid.uuid4().hex, itertools.count()  # of answers
+        # Apart: a shadow delays nobody's answer and takes nobody's place.
+        self._shadow_batcher: Batcher[Asked, Ranking] = Batcher(
+            _rank_together, max_batch, MAX_SHADOWS, _places, PLACES_IN_LOOP
+        )
+        self.failed_in_a_row = 0  # lists
         self._shadows: set[asyncio.Task[None]] = set()
 
     async def rerank(self, body: RerankRequest) -> dict[str, Any]:
@@ -79,7 +85,7 @@ class Service:
 
         Raises:
             Overloaded: too many lists wait.
-            UserError: `model` is none that is loaded.
+            NotLoaded: `model` is not.
         """
         began = time.perf_counter()
         user_id = body.user_id or ""
@@ -93,7 +99,9 @@ class Service:
             raise
         except Exception:
             self.figures.failed(ranker.version.card.version)
+            self.failed_in_a_row += 1
             raise
+        self.failed_in_a_row = 0
         if body.model is None:
             self._shadow(ranker, asked, ranking)
         return self._response(body, ids, ranking, ranker.version, began)
@@ -102,7 +110,7 @@ class Service:
         """What is stored of a user by the version that answers it, or was written since; None: nothing.
 
         Raises:
-            UserError: `model` is none that is loaded.
+            NotLoaded: `model` is not.
         """
         version = self.live.ranker(user_id, model).version
         row = version.user_index.row(user_id)
@@ -183,7 +191,7 @@ class Service:
         )
 
     def _shadow(self, ranker: Ranker, asked: RankRequest, given: Ranking) -> None:
-        """Ask the shadow too, after the answer and only while there is room."""
+        """Ask the shadow too, after the answer and only while there is room. A fresh vector is of another encoder."""
         held = self.live.held
         shadow = held.rankers.get(held.traffic.shadow)
         if shadow is None or shadow is ranker or len(self._shadows) >= MAX_SHADOWS:
@@ -191,7 +199,7 @@ class Service:
 
         async def ask() -> None:
             try:
-                other = await self._batcher(Asked(shadow, asked))
+                other = await self._shadow_batcher(Asked(shadow, replace(asked, vector=None)))
             except Overloaded:
                 return
             except Exception:
@@ -242,20 +250,26 @@ class Service:
         }
 
 
-def _rank_together(asked: Sequence[Asked]) -> list[Ranking]:
-    """One forward pass per version."""
-    rankers = {id(one.ranker): one.ranker for one in asked}
-    if len(rankers) == 1:
-        return asked[0].ranker.rank([one.request for one in asked])
-    found: dict[int, Ranking] = {}
-    for ranker in rankers.values():
-        places = [place for place, one in enumerate(asked) if one.ranker is ranker]
-        found |= zip(places, ranker.rank([asked[place].request for place in places]), strict=True)
-    return [found[place] for place in range(len(asked))]
+def _rank_together(asked: Sequence[Asked]) -> list[Ranking | Exception]:
+    """A forward pass for each version and size of lists: padded to a much longer one, short lists would cost as much."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place, one in enumerate(asked):
+        size = max(len(one.request.candidates), SHORT).bit_length()
+        groups.setdefault((id(one.ranker), size), []).append(place)
+    found: list[Ranking | Exception] = [RuntimeError()] * len(asked)
+    for places in groups.values():
+        try:
+            ranked = asked[places[0]].ranker.rank([asked[place].request for place in places])
+        except Exception as error:  # of one version or size: the others have their answers
+            ranked = [error] * len(places)
+        for place, ranking in zip(places, ranked, strict=True):
+            found[place] = ranking
+    return found
 
 
 def _places(asked: Asked) -> int:
-    return len(asked.request.candidates)
+    """What ranking a list costs, at most, in candidates."""
+    return 2 * max(len(asked.request.candidates), SHORT)
 
 
 def _by_time(events: list[Event]) -> list[Event]:

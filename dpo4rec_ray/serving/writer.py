@@ -156,6 +156,7 @@ class Writer:
         self._changed = threading.Condition()
         self._waiting: dict[tuple[str, str], tuple[Order, float]] = {}  # order and its time, oldest first
         self._at_work: set[tuple[str, str]] = set()
+        self._refused = ""  # why the present version's LLM was not taken over
         self._begin(plan)
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
@@ -186,16 +187,17 @@ class Writer:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting, timeout=self._settings.poll_s)
-            self._follow()
-            if time.monotonic() - swept > SWEEP_S:
-                self._store.sweep()
-                swept = time.monotonic()
-            with self._changed:
-                keys = list(self._waiting)[:BATCH]
-                batch = [self._waiting.pop(key) for key in keys]
-                self._at_work = set(keys)
-                self._figures.waiting(len(self._waiting))
+            batch: list[tuple[Order, float]] = []
             try:
+                self._follow()
+                if time.monotonic() - swept > SWEEP_S:
+                    swept = time.monotonic()
+                    self._store.sweep()
+                with self._changed:
+                    keys = list(self._waiting)[:BATCH]
+                    batch = [self._waiting.pop(key) for key in keys]
+                    self._at_work = set(keys)
+                    self._figures.waiting(len(self._waiting))
                 self._write(batch)
             except Exception:
                 log.exception("%d texts could not be written", len(batch))
@@ -210,17 +212,21 @@ class Writer:
             if version == self._plan.version:
                 return
             plan = plan_of(self._registry, version, self._settings)
-        except UserError:
+            if plan.process == self._plan.process:
+                self._begin(plan)
+                return
+        except UserError as error:
+            if str(error) != self._refused:
+                log.warning("texts are still written for version %s: %s", self._plan.version, error)
+            self._refused = str(error)
             return
-        if plan.process != self._plan.process:
-            log.warning("version %s needs another engine: Serve starts one", version)
-            os._exit(0)
-        with self._changed:
-            self._begin(plan)
+        log.warning("version %s needs another engine: Serve starts one", version)
+        os._exit(0)
 
     def _begin(self, plan: Plan) -> None:
-        self._plan = plan
-        self._prompts = Prompts(plan, table(self._registry.folder(plan.version) / "items.arrow"))
+        prompts = Prompts(plan, table(self._registry.folder(plan.version) / "items.arrow"))
+        with self._changed:
+            self._plan, self._prompts = plan, prompts
 
     def _write(self, batch: Sequence[tuple[Order, float]]) -> None:
         plan = self._plan

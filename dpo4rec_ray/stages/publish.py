@@ -1,4 +1,4 @@
-"""A finished run -> a version that serving can load (dpo4rec_ray.published), part by part: memory does not grow with users."""
+"""A finished run -> a version that serving can load (dpo4rec_ray.published), part by part."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.artifacts import RunDir, write_json
@@ -91,6 +92,7 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             num_users=num_users,
             num_items=store.require("items").rows,
+            max_history=config.data.reranker_history,
             encoder=config.encoder.path,
             figures={name: card["info"]["figures"][f"test {name}"] for name in HEADLINE},
         )
@@ -178,7 +180,10 @@ def _write_knowledge(store: RunDir, folder: Path, round_id: int, num_users: int,
                     file = folder / f"{name}.npy"
                     written[name] = np.lib.format.open_memmap(file, "w+", np.float32, shape)
                 written[name][place : place + len(part)] = values.numpy()
-            rows[part["subject_id"].to_numpy()] = np.arange(place, place + len(part))
+            written_texts = pc.greater(
+                pc.utf8_length(part["text"]), 0
+            ).to_numpy()  # "": the text did not come
+            rows[part["subject_id"].to_numpy()[written_texts]] = np.flatnonzero(written_texts) + place
             writer.write_table(part.select(["text"]).cast(TEXTS))
             place += len(part)
     for values in written.values():

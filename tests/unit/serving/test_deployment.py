@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from dpo4rec_ray.config import ServingSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.serving.deployment import NAME, build, read_tokens
+from dpo4rec_ray.serving.deployment import NAME, build, figures_folder, read_tokens
 from tests.serving_world import serve
 
 
@@ -31,9 +33,9 @@ def test_settings_that_cannot_be(arguments: dict[str, Any], words: str) -> None:
 
 
 def test_the_deployment_of_the_settings() -> None:
-    deployment = build({"num_replicas": 3, "cpus_per_replica": 0.5, "max_waiting": 40})._bound_deployment
+    deployment = build({"num_replicas": 3, "cpus_per_replica": 0.5, "max_waiting": 80})._bound_deployment
     assert deployment.name == NAME and deployment.num_replicas == 3
-    assert deployment.ray_actor_options["num_cpus"] == 0.5 and deployment.max_ongoing_requests >= 40
+    assert deployment.ray_actor_options["num_cpus"] == 0.5 and deployment.max_ongoing_requests >= 80
     scaled = build({"num_replicas": 2, "max_replicas": 6})._bound_deployment._deployment_config
     assert (scaled.autoscaling_config.min_replicas, scaled.autoscaling_config.max_replicas) == (2, 6)
 
@@ -66,3 +68,11 @@ def test_the_config_file_is_what_serve_deploys(tmp_path: Path) -> None:
         settings.registry == str(tmp_path) and settings.num_replicas == 2 and settings.token_file == "tokens"
     )
     assert build(application.args)._bound_deployment.num_replicas == 2
+
+
+def test_the_folder_of_figures_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"dpo4rec-figures-{os.getuid()}").mkdir(mode=0o777)
+    (tmp_path / f"dpo4rec-figures-{os.getuid()}").chmod(0o777)
+    with pytest.raises(UserError, match="not a folder of this user alone"):
+        figures_folder()

@@ -435,3 +435,14 @@ def test_other_methods_and_paths(client: TestClient) -> None:
     assert client.get(RERANK).status_code == 405 and client.post("/v1/models").status_code == 405
     for path in ("/v1/rerank/", "/v1", "/v1/rerank/batch/x", "//v1/rerank", "/v2/rerank"):
         assert client.post(path, json={}, follow_redirects=False).status_code in (307, 404), path
+
+
+def test_a_model_of_a_get_that_is_not_loaded_is_a_mistake_in_the_query(client: TestClient) -> None:
+    answer = client.get("/v1/users/u1/knowledge", params={"model": "v9"})
+    assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["query", "model"]
+
+
+def test_a_flood_of_mistakes_is_counted_and_not_listed(client: TestClient) -> None:
+    body = {"user_id": "u", "candidates": ["i1"], **{f"x{number}": 1 for number in range(20_000)}}
+    answer = client.post(RERANK, json=body)
+    assert answer.status_code == 422 and "20000 fields are wrong" in answer.text

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.serving import live as live_module
 from dpo4rec_ray.serving.live import Live, share_of
 from dpo4rec_ray.serving.registry import TRAFFIC, Registry, Traffic
 
@@ -69,8 +70,11 @@ def test_a_model_that_is_not_loaded(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_version_is_refused(registry: Registry, damage: str) -> None:
+def test_a_broken_version_is_refused(
+    registry: Registry, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What answered goes on; when the version is mended, it takes over."""
+    monkeypatch.setattr(live_module, "FIRST_WAIT_S", 0.0)
     live = Live(registry)
     moved = registry.folder("v2").rename(registry.root / "whole")
     shutil.copytree(moved, registry.folder("v2"))
@@ -147,3 +151,48 @@ def test_splits_of_different_versions_part_users_differently() -> None:
     second = [share_of(f"user {number}", "v3") < 0.5 for number in range(2000)]
     both = sum(one == other for one, other in zip(first, second, strict=True))
     assert 900 < both < 1100
+
+
+def test_a_refused_version_is_not_loaded_all_the_time(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, loads = Live(registry), []
+    monkeypatch.setattr(live_module, "check_version", lambda *_: loads.append(1) or broken())
+    write(registry, Traffic("v2", ("v1",), number=2))
+    for _ in range(20):
+        assert not live.refresh()
+    assert len(loads) == 1 and answers(live) == "v1"
+
+
+def broken() -> None:
+    raise UserError("broken")
+
+
+@pytest.mark.parametrize("away", ["traffic", "folder"])
+def test_a_registry_that_is_away_changes_nothing(registry: Registry, away: str) -> None:
+    live = Live(registry)
+    if away == "traffic":
+        (registry.root / TRAFFIC).rename(registry.root / "kept")
+    else:
+        registry.root.rename(registry.root.with_name("kept"))
+    assert not live.refresh() and answers(live) == "v1" and live.refused
+    if away == "traffic":
+        (registry.root / "kept").rename(registry.root / TRAFFIC)
+    else:
+        registry.root.with_name("kept").rename(registry.root)
+    assert not live.refresh() and live.refused == ""
+
+
+def test_a_registry_that_begins_anew_is_followed(registry: Registry) -> None:
+    """Its numbers begin at 1 again."""
+    live = Live(registry)
+    (registry.root / TRAFFIC).unlink()
+    registry.promote("v2")
+    assert live.refresh() and answers(live) == "v2"
+
+
+def test_a_broken_shadow_does_not_move_a_replica_that_starts(registry: Registry) -> None:
+    DAMAGES["no weights"](registry.folder("v3"))
+    write(registry, Traffic("v2", ("v1",), shadow="v3", number=2))
+    live = Live(registry)
+    assert answers(live) == "v2" and "v3" in live.refused
