@@ -239,12 +239,21 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
                 f"set serving.num_replicas or serving.{name.lower()}s_per_replica"
             )
     serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
-    serve.run(
-        application,
-        name=NAME,
-        route_prefix="/",
-        logging_config={"enable_access_log": False, "log_level": level},
-    )
+    try:
+        serve.run(
+            application,
+            name=NAME,
+            route_prefix="/",
+            logging_config={"enable_access_log": False, "log_level": level},
+        )
+    except RuntimeError as error:
+        found = serve.status().applications[NAME]
+        said = [one.message for one in found.deployments.values() if one.message] or [
+            found.message,
+            str(error),
+        ]
+        lines = [line.strip() for line in said[0].splitlines() if line.strip()]
+        raise UserError(f"the replicas do not start: {lines[-1] if lines else error}") from error
 
 
 def serve_environment(timeout_s: float | None = None, tuned: bool = True) -> Path:

@@ -304,8 +304,8 @@ def test_only_the_newest_question_is_shown(url: str, open_page: Open) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_window(two_versions: Registry, open_page: Open, scheme: str) -> None:
-    items = two_versions.folder("v1") / "items.arrow"
-    rewrite(items, "title", "Averylongtitlewithoutanyspace" * 5)
+    for name in ("v1", "v2"):
+        rewrite(two_versions.folder(name) / "items.arrow", "title", "Averylongtitlewithoutanyspace" * 5)
     with serving(Service(two_versions)) as url:
         page = open_page(url, width=400, scheme=scheme)
         answered(page)
