@@ -36,7 +36,7 @@ help:
 	@echo "make test    the tests that need neither a GPU nor many minutes"
 	@echo "make slow    tests that take minutes     make chaos   tests that kill processes"
 	@echo "make fuzz    the property tests with examples that were never drawn before"
-	@echo "make bench   every stage that has a bench against its peer; takes half an hour"
+	@echo "make bench   every stage that has a bench against its peer; takes hours"
 	@echo "make lint    ruff                        make types   pyright, strict on core, config and schemas"
 	@echo "make format  let ruff rewrite            make lock    resolve requirements/*.txt again"
 	@echo "make install the environment alone       make clean   remove caches and build leftovers, not .venv or runs"
@@ -75,6 +75,8 @@ bench: $(STAMP)
 	$(BIN)/python jobs/bench.py prepare
 	$(BIN)/python jobs/bench.py score
 	$(BIN)/python jobs/bench.py generate
+	$(BIN)/python jobs/bench.py dpo
+	$(BIN)/python jobs/bench.py serve
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

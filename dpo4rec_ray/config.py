@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -435,6 +436,36 @@ class EvaluateSection(Section):
     gpus_per_task: float = Field(default=0, ge=0)
 
 
+class ServingSection(Section):
+    """Reranks over HTTP (jobs/serve.py)."""
+
+    registry: str = "runs/registry"  # folder of published versions; one that every node sees
+    host: str = "127.0.0.1"  # 0.0.0.0 opens it to the network
+    port: int = Field(default=8000, ge=1, le=65535)
+    num_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=0, ge=0)  # above num_replicas: autoscaling up to it
+    cpus_per_replica: float = Field(default=1, gt=0)
+    gpus_per_replica: float = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)  # of a replica's forward pass
+    max_batch: int = Field(default=64, ge=1)  # lists in one forward pass
+    max_waiting: int = Field(default=512, ge=64)  # lists; more are answered 503 with Retry-After
+    max_body: int = Field(default=2**20, ge=1024)  # bytes of a request; larger ones are answered 413
+    request_timeout_s: float = Field(default=30, gt=0)
+    token_file: str = (
+        ""  # bearer tokens, one per line, on every node; none: anyone who reaches the port may ask
+    )
+    poll_s: float = Field(default=1.0, gt=0)  # between looks at the registry
+    # "async": users whom no version knows get a text written in the background, from the history that a request brings,
+    # by the LLM that wrote the version's own texts (llm.source = "vllm"); later requests use it.
+    online_llm: Literal["off", "async"] = "off"
+    writer_cpus: float = Field(default=1, gt=0)
+    writer_gpus: float = Field(default=0, ge=0)  # a fraction shares one GPU with replicas
+    fresh_queue: int = Field(default=256, ge=1)  # users who wait for a text; more are refused
+    fresh_retry_s: float = Field(default=60, gt=0)  # until a user whose text did not come is asked for again
+    fresh_ttl_s: float = Field(default=86_400, gt=0)  # how long a text is used
+    fresh_max_users: int = Field(default=100_000, ge=1)  # texts kept, over all versions; the oldest go first
+
+
 class Config(Section):
     """A whole run. Field order is the order in which the stages use the sections."""
 
@@ -455,6 +486,7 @@ class Config(Section):
     pair: PairSection = PairSection()
     dpo: DPOSection = DPOSection()
     evaluate: EvaluateSection = EvaluateSection()
+    serving: ServingSection = ServingSection()
 
     def section_hash(self, *parts: str) -> str:
         """Hash of the run seed and of the named parts ("section" or "section.key"): what a stage's output depends on."""
@@ -485,18 +517,42 @@ def load_config(path: str | Path, changes: list[str] | None = None) -> Config:
         values = _read_toml("fragment", Path(fragment))
         _check_keys(values, where=f"fragment {fragment}")
         raw = _merged(raw, values)
-    for text in changes or []:
-        if text not in fragments:
-            _apply_override(raw, text)
-    where = " with ".join([f"recipe {path}", *fragments])
-    _check_keys(raw, where)
     raw.setdefault("run", {})
-    if not raw["run"].get("name"):
+    if isinstance(raw["run"], dict) and not raw["run"].get("name"):
         raw["run"]["name"] = path.stem
+    overrides = [text for text in changes or [] if text not in fragments]
+    return _checked(raw, overrides, where=" with ".join([f"recipe {path}", *fragments]))
+
+
+def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings that a run folder was made with, and `section.key=value` over them.
+
+    Raises:
+        UserError: not a run folder, one of other code, or an override that does not fit.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{folder}: not a run folder; it holds no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); run the recipe again") from None
+    return _checked(raw, overrides, where=str(file))
+
+
+def default_config(overrides: Sequence[str] = ()) -> Config:
+    """The defaults, and `section.key=value` over them. Raises UserError if an override does not fit."""
+    return _checked({}, overrides, where="the defaults")
+
+
+def _checked(raw: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+    for text in overrides:
+        _apply_override(raw, text)
+    _check_keys(raw, where)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_mistake(error)}; mend the recipe or the override") from None
+        raise UserError(f"{where}: {first_mistake(error)}; mend the recipe or the override") from None
 
 
 def is_fragment(text: str) -> bool:
@@ -525,7 +581,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _first_mistake(error: ValidationError) -> str:
+def first_mistake(error: ValidationError) -> str:
     """Key, value and reason of the first of pydantic's complaints, on one line."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "recipe"

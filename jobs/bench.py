@@ -1,4 +1,4 @@
-"""Measure a stage against its peer in the same run: python jobs/bench.py prepare|score|generate|dpo [--help].
+"""Measure a stage against its peer in the same run: python jobs/bench.py prepare|score|generate|dpo|serve [--help].
 
 Prints a Markdown table and writes the figures as JSON. Every measured program is a process of its own; memory is the
 summed resident size of its whole process tree, sampled four times a second.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_dpo
+import bench_serve
 import psutil
 
 from dpo4rec_ray.artifacts import Manifest, RunDir
@@ -83,12 +84,21 @@ def main() -> int:
         "--steps", type=int, default=8, help="optimiser steps of 8 pairs that are timed, plus one"
     )
     dpo.add_argument("--gpu", action="store_true", help="instead: an 8B-shaped Llama on one GPU")
+    serve = stages.add_parser(
+        "serve", help="requests per second, against a no-op deployment and bare FastAPI"
+    )
+    serve.add_argument("--folder", default="runs/bench", help="for the served run and results")
+    serve.add_argument("--parts", default=",".join(bench_serve.PARTS), help="each writes its own figures")
+    serve.add_argument("--repeats", type=int, default=3, help="of all servers in turn; medians are shown")
+    serve.add_argument("--seconds", type=float, default=10, help="of every measurement")
+    serve.add_argument("--minutes", type=float, default=10, help="of the part `soak`")
     options = parser.parse_args()
     stage = {
         "prepare": bench_prepare,
         "score": bench_score,
         "generate": bench_generate,
         "dpo": bench_training,
+        "serve": bench_serving,
     }
     return stage[options.stage](options)
 
@@ -146,6 +156,16 @@ def bench_training(options: argparse.Namespace) -> int:
         return 0
     for part in options.parts.split(","):
         write_figures(folder / f"{part}.json", bench_dpo.PARTS[part](bench))
+    return 0
+
+
+def bench_serving(options: argparse.Namespace) -> int:
+    """Every part of jobs/bench_serve.py that is asked for."""
+    folder = Path(options.folder).resolve() / "serve"
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = bench_serve.Bench(folder, options.seconds, options.repeats, options.minutes)
+    for part in options.parts.split(","):
+        write_figures(folder / f"{part}.json", bench_serve.PARTS[part](bench))
     return 0
 
 

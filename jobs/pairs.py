@@ -39,10 +39,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import run as job
-from pydantic import ValidationError
 
 from dpo4rec_ray.artifacts import RunDir, Timer, fingerprint, write_json
-from dpo4rec_ray.config import Config, is_fragment, load_config
+from dpo4rec_ray.config import Config, is_fragment, load_config, read_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.preference_files import (
     FORMATS,
@@ -107,7 +106,7 @@ def export_pairs(options: argparse.Namespace) -> int:
     store, target = RunDir(options.run), Path(options.out)
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--out {target}: cannot be written; name a file in a folder that is there")
-    config = _config_of(store)
+    config = read_config(store.root)
     round_id = _round(store, options.round)
     codec = _codec(base_llm_path(config, store))
     counts = Counter[str]()
@@ -159,19 +158,6 @@ def _exported(
                     counts["lines"] += 1
                     counts["otherwise"] += not same
                     yield row
-
-
-def _config_of(store: RunDir) -> Config:
-    """The configuration a run was made with."""
-    file = store.root / "config.json"
-    try:
-        return Config.model_validate_json(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{store.root}: not a run folder; it holds no config.json") from None
-    except (ValidationError, UnicodeDecodeError):
-        raise UserError(
-            f"{file}: not the configuration of a run of this version; run the recipe again"
-        ) from None
 
 
 def _round(store: RunDir, wanted: int | None) -> int:

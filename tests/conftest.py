@@ -18,6 +18,8 @@ settings.register_profile("fixed", derandomize=True, database=None)
 settings.register_profile("fuzz", print_blob=True)
 settings.load_profile("fixed")
 
+pytest_plugins = ["tests.serving_world"]  # fixtures of the tests that serve
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = "jobs/recipes/demo.toml"
 # The demo, small enough for a test: every stage, every engine, one epoch of everything.

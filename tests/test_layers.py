@@ -29,6 +29,7 @@ ALLOWED = {
     "config": {"errors"},
     "schemas": {"errors"},
     "artifacts": {"schemas", "errors"},
+    "published": {"artifacts", "core", "errors"},
 }
 
 

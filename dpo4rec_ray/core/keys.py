@@ -15,6 +15,7 @@ import numpy.typing as npt
 Keys = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _WORD = 8
+_ALL = 2**64 - 1
 
 
 def string_keys(offsets: npt.NDArray[Any], content: npt.NDArray[np.uint8]) -> Keys:
@@ -32,6 +33,21 @@ def string_keys(offsets: npt.NDArray[Any], content: npt.NDArray[np.uint8]) -> Ke
         kept = words[starts[rows] + place] & (~np.uint64(0) >> ((np.uint64(_WORD) - left) * np.uint64(8)))
         keys[rows] = mix(keys[rows] ^ kept)
     return keys
+
+
+def string_key(content: bytes) -> int:
+    """`string_keys` of one string, several times faster than an array of one."""
+    key = _mix_one(len(content) + int(_GOLDEN) & _ALL)
+    for place in range(0, len(content), _WORD):
+        key = _mix_one(key ^ int.from_bytes(content[place : place + _WORD], "little"))
+    return key
+
+
+def _mix_one(value: int) -> int:
+    """`mix` of one value."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _ALL
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _ALL
+    return value ^ (value >> 31)
 
 
 def mix(values: npt.NDArray[np.uint64]) -> Keys:

@@ -177,12 +177,15 @@ class ListEmbedding(nn.Module):
         user_rows: Tensor | None,
         similarity: Tensor | None,
     ) -> Tensor:
-        """Sum of the parts: items [M, width], users [S, width], similarity [B, L] -> [B, L, width]."""
+        """Sum of the parts: items [M, width], users [S, width], similarity [B, L] -> [B, L, width].
+
+        user_rows None: list b has row b of `users` (S = B).
+        """
         # F.embedding rather than indexing: its backward is a dense scatter-add, several times faster on CPU.
         inputs = F.embedding(index, items)
         if users is not None:
-            assert user_rows is not None
-            inputs = inputs + F.embedding(user_rows, users).unsqueeze(1)
+            own = users if user_rows is None else F.embedding(user_rows, users)
+            inputs = inputs + own.unsqueeze(1)
         if self.similarity:
             assert similarity is not None
             feature = similarity.unsqueeze(-1)

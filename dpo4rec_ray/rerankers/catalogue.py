@@ -109,6 +109,10 @@ class Catalogue:
         shape = CatalogueShape(len(per_item), tuple(len(v) + 1 for v in vocabularies), 0, digest)
         if item_vectors is None:
             return cls(shape, attribute_ids, None, None, None)
+        if isinstance(item_vectors, np.ndarray) and not item_vectors.flags.writeable:
+            item_vectors = (
+                item_vectors.copy()
+            )  # of a mapped file or an Arrow column: torch warns of sharing these
         vectors = torch.as_tensor(item_vectors).to(torch.float32)
         if vectors.ndim != 2 or len(vectors) != len(per_item):
             raise UserError(
@@ -193,9 +197,13 @@ class Catalogue:
         )
 
 
-def dot_places(users: Tensor, user_rows: Tensor, items: Tensor, index: Tensor) -> Tensor:
-    """users[user_rows[b]] . items[index[b, l]]. users [S, D], items [M, D], index [B, L] -> [B, L]."""
-    if len(users) * len(items) <= GATHER_COST * index.numel():
+def dot_places(users: Tensor, user_rows: Tensor | None, items: Tensor, index: Tensor) -> Tensor:
+    """users[user_rows[b]] . items[index[b, l]]. users [S, D], items [M, D], index [B, L] -> [B, L].
+
+    user_rows None: list b has row b (S = B).
+    """
+    if user_rows is not None and len(users) * len(items) <= GATHER_COST * index.numel():
         table = users @ items.t()
         return table.flatten()[user_rows.unsqueeze(1) * len(items) + index]
-    return torch.bmm(F.embedding(index, items), users[user_rows].unsqueeze(-1)).squeeze(-1)
+    own = users if user_rows is None else users[user_rows]
+    return torch.bmm(F.embedding(index, items), own.unsqueeze(-1)).squeeze(-1)

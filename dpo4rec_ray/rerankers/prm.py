@@ -9,6 +9,7 @@ arithmetic on lists of ten.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -18,8 +19,14 @@ from torch.nn import functional as F
 from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker, RerankerSettings, score_head
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # else a table first made while scoring could not be used in training
+@torch.no_grad()
 def sinusoidal_positions(length: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Even columns sin, odd columns cos of pos / 10000^(2i/dim) (Vaswani et al., 2017) -> [length, dim]."""
+    """Even columns sin, odd columns cos of pos / 10000^(2i/dim) (Vaswani et al., 2017) -> [length, dim].
+
+    Kept for the next list of this length: for a single list the table costs a tenth of its forward pass.
+    """
     positions = torch.arange(length, dtype=torch.float32, device=device).unsqueeze(1)
     rates = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10000.0) / dim))
     angles = positions * rates

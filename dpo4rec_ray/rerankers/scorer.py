@@ -7,6 +7,7 @@ once per row of `user_vectors`; what is left per list is a gather, the backbone 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,23 @@ from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories, dot_places
 
 PLACES_PER_CHUNK = 2560  # activations of one chunk stay in a core's L2 cache; four times as many are slower
 USERS_PER_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class UserParts:
+    """What a scorer's models make of S users' vectors; computed once, it serves any number of lists."""
+
+    standard: Tensor  # [S, D], see Catalogue.standardise_users
+    sides: tuple[Tensor | None, ...]  # per model [S, width]; None for a model without knowledge
+
+    def __len__(self) -> int:
+        return len(self.standard)
+
+    def select(self, part: slice) -> UserParts:
+        """Those of some users."""
+        return UserParts(
+            self.standard[part], tuple(None if side is None else side[part] for side in self.sides)
+        )
 
 
 class ListScorer:
@@ -42,11 +60,24 @@ class ListScorer:
             self._item_sides = [model.eval().embedding.item_side(*features) for model in self.models]
 
     @torch.inference_mode()
+    def user_parts(self, user_vectors: np.ndarray | Tensor) -> UserParts:
+        """user_vectors: [S, D]; zeros for a user without a text."""
+        vectors = torch.as_tensor(user_vectors).to(self.device, torch.float32)
+        parts = vectors.split(USERS_PER_CHUNK)
+        return UserParts(
+            torch.cat([self.catalogue.standardise_users(part) for part in parts]),
+            tuple(
+                torch.cat([model.embedding.user_side(part) for part in parts]) if model.knowledge else None
+                for model in self.models
+            ),
+        )
+
+    @torch.inference_mode()
     def score(
         self,
         item_ids: np.ndarray | Tensor,
         mask: np.ndarray | Tensor | None = None,
-        user_vectors: np.ndarray | Tensor | None = None,
+        user_vectors: np.ndarray | Tensor | UserParts | None = None,
         user_rows: np.ndarray | Tensor | None = None,
         histories: Histories | None = None,
     ) -> np.ndarray:
@@ -55,9 +86,10 @@ class ListScorer:
         Args:
             item_ids: [B, L]; any valid id at padding.
             mask: [B, L] bool, True is a real candidate; None: every place is.
-            user_vectors: [S, D] of samples or users; needed if a model uses knowledge, ignored otherwise.
-            user_rows: [B] row of each list in user_vectors; None: list i has row i (S = B). Fastest when
-                lists with the same row are neighbours.
+            user_vectors: [S, D] of samples or users, or their `user_parts`; needed if a model uses knowledge,
+                ignored otherwise.
+            user_rows: [B] row of each list in user_vectors, fastest when lists with the same row are neighbours;
+                None: list i has row i (S = B).
             histories: of the B lists; read by the backbones that use them. None: they are empty.
 
         Raises:
@@ -68,62 +100,103 @@ class ListScorer:
         real = None if mask is None else torch.as_tensor(mask).to(self.device, torch.bool)
         if real is not None and bool(real.all()):
             real = None  # attention without a mask is faster
-        num_lists, length = ids.shape
-        standard, user_sides, rows = None, [None] * len(self.models), None
+        num_lists = len(ids)
+        known, rows = None, None
         if self.knowledge:
-            vectors, rows = self._check_users(user_vectors, user_rows, num_lists)
-            parts = vectors.split(USERS_PER_CHUNK)
-            standard = torch.cat([self.catalogue.standardise_users(part) for part in parts])
-            user_sides = [
-                torch.cat([model.embedding.user_side(part) for part in parts]) if model.knowledge else None
-                for model in self.models
-            ]
+            if user_vectors is None:
+                raise UserError(
+                    "this reranker uses knowledge: pass user_vectors (zeros for a user without a text)"
+                )
+            rows = self._check_rows(user_rows, len(user_vectors), num_lists)
+            known = user_vectors if isinstance(user_vectors, UserParts) else self.user_parts(user_vectors)
         if histories is not None and any(model.uses_history for model in self.models):
             histories = histories.to(self.device)
             self.catalogue.check_ids(histories.item_ids)
-        scores = torch.zeros(num_lists, length, device=self.device)
-        step = max(1, PLACES_PER_CHUNK // max(length, 1))
-        for start in range(0, num_lists, step):
-            part = slice(start, start + step)
-            chunk_rows = similarity = None
-            if rows is not None:
-                chunk_rows = rows[part]
-                distinct, places = torch.unique(chunk_rows, return_inverse=True)
-                similarity = dot_places(standard[distinct], places, self.catalogue.directions, ids[part])
-            chunk_mask = None if real is None else real[part]
-            for model, items, users in zip(self.models, self._item_sides, user_sides, strict=True):
-                inputs = model.embedding.combine(items, ids[part], users, chunk_rows, similarity)
-                if model.uses_history and histories is not None:
-                    seen = histories.select(part)
-                    history = ListHistory(F.embedding(seen.item_ids, items), seen.mask, seen.ratings)
-                    scores[part] += model.rank(inputs, chunk_mask, history)
-                else:
-                    scores[part] += model.rank(inputs, chunk_mask)
-        scores /= len(self.models)
-        if real is not None:
-            scores.masked_fill_(~real, float("-inf"))
-        return scores.cpu().numpy()
+        return self._scores(ids, real, known, rows, histories).cpu().numpy()
 
     __call__ = score
 
-    def _check_users(
-        self, user_vectors: np.ndarray | Tensor | None, user_rows: np.ndarray | Tensor | None, num_lists: int
-    ) -> tuple[Tensor, Tensor]:
-        if user_vectors is None:
-            raise UserError(
-                "this reranker uses knowledge: pass user_vectors (zeros for a user without a text)"
-            )
-        vectors = torch.as_tensor(user_vectors).to(self.device, torch.float32)
+    @torch.inference_mode()
+    def score_aligned(
+        self, item_ids: Tensor, mask: Tensor | None, users: UserParts | None, histories: Histories | None
+    ) -> Tensor:
+        """`score` without its checks, for a caller who vouches for all: list i is of user i, no id is outside the
+        catalogue, a mask has padding in it, everything is on the scorer's device. For a single list they cost as much as
+        ranking it."""
+        return self._scores(item_ids, mask, users, None, histories)
+
+    def _scores(
+        self,
+        ids: Tensor,
+        real: Tensor | None,
+        users: UserParts | None,
+        rows: Tensor | None,
+        histories: Histories | None,
+    ) -> Tensor:
+        """[B, L], in chunks."""
+        num_lists, length = ids.shape
+        step = max(1, PLACES_PER_CHUNK // max(length, 1))
+        if num_lists <= step:
+            scores = self._chunk(ids, real, users, rows, histories)
+        else:
+            chunks = []
+            for start in range(0, num_lists, step):
+                part = slice(start, start + step)
+                aligned = users is not None and rows is None
+                chunks.append(
+                    self._chunk(
+                        ids[part],
+                        None if real is None else real[part],
+                        users.select(part) if aligned else users,
+                        None if rows is None else rows[part],
+                        None if histories is None else histories.select(part),
+                    )
+                )
+            scores = torch.cat(chunks)
+        return scores if real is None else scores.masked_fill_(~real, float("-inf"))
+
+    def _chunk(
+        self,
+        ids: Tensor,
+        real: Tensor | None,
+        users: UserParts | None,
+        rows: Tensor | None,
+        histories: Histories | None,
+    ) -> Tensor:
+        similarity = None
+        if users is not None:
+            assert self.catalogue.directions is not None
+            standard, places = users.standard, None
+            if rows is not None:
+                distinct, places = torch.unique(rows, return_inverse=True)
+                standard = standard[distinct]
+            similarity = dot_places(standard, places, self.catalogue.directions, ids)
+        sides = [None] * len(self.models) if users is None else users.sides
+        logits = []
+        for model, items, side in zip(self.models, self._item_sides, sides, strict=True):
+            inputs = model.embedding.combine(items, ids, side, rows, similarity)
+            if model.uses_history and histories is not None:
+                history = ListHistory(
+                    F.embedding(histories.item_ids, items), histories.mask, histories.ratings
+                )
+                logits.append(model.rank(inputs, real, history))
+            else:
+                logits.append(model.rank(inputs, real))
+        return logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+
+    def _check_rows(
+        self, user_rows: np.ndarray | Tensor | None, num_users: int, num_lists: int
+    ) -> Tensor | None:
         if user_rows is None:
-            rows = torch.arange(num_lists, device=self.device)
+            rows, fits = None, num_users == num_lists
         else:
             rows = torch.as_tensor(user_rows).to(self.device, torch.long)
-        fits = len(rows) == num_lists and (
-            not num_lists or 0 <= int(rows.min()) <= int(rows.max()) < len(vectors)
-        )
+            fits = len(rows) == num_lists and (
+                not num_lists or 0 <= int(rows.min()) <= int(rows.max()) < num_users
+            )
         if not fits:
             raise UserError(
-                f"{num_lists} lists with {len(rows)} user rows do not fit {len(vectors)} user vectors; "
-                "pass one row number per list, or one vector per list and no rows"
+                f"{num_lists} lists do not fit {num_users} user vectors; pass one row number per list, "
+                "or one vector per list and no rows"
             )
-        return vectors, rows
+        return rows

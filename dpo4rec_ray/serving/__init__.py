@@ -1,0 +1,1 @@
+"""Serving a published version over HTTP with Ray Serve."""

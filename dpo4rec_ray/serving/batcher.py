@@ -1,0 +1,100 @@
+"""Adaptive batching: what arrives while a batch is computed becomes the next one, so an idle service waits for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+QUIET_TURNS = 3  # of the event loop without a new item, after which a batch starts: some 10 microseconds
+
+
+class Overloaded(Exception):
+    """More waits than would be answered in time."""
+
+
+class Batcher(Generic[Item, Answer]):
+    """Calls `work` on lists of at most `max_batch` items, one list at a time; at most `max_waiting` items wait.
+
+    `work` returns an exception for an item that has no answer, and raises one that all of the list get.
+
+    Small batches run in the event loop's own thread, as handing over to another thread costs more than they do; those of
+    more than `max_in_loop` by `size` run in a thread, so that the loop goes on.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Sequence[Item]], Sequence[Answer | Exception]],
+        max_batch: int,
+        max_waiting: int,
+        size: Callable[[Item], int],
+        max_in_loop: int,
+    ) -> None:
+        self._work, self._max_batch, self._max_waiting = work, max_batch, max_waiting
+        self._size, self._max_in_loop = size, max_in_loop
+        self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
+        self._running = False
+        self._seen = self._quiet = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
+
+    async def __call__(self, item: Item) -> Answer:
+        """The item's answer. Raises Overloaded, or what `work` raised."""
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        self._waiting.append((item, future))
+        if not self._running:
+            self._running = True
+            loop.call_soon(self._next)
+        return await future
+
+    def _next(self) -> None:
+        """Start the next batch; the last one has ended.
+
+        Not at once: requests that the loop has read already, and is taking apart, join the batch.
+        """
+        self._quiet = self._quiet + 1 if len(self._waiting) == self._seen else 0
+        self._seen = len(self._waiting)
+        if self._quiet < QUIET_TURNS and self._seen < self._max_batch:
+            asyncio.get_running_loop().call_soon(self._next)
+            return
+        self._seen = self._quiet = 0
+        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
+        while self._waiting and len(batch) < self._max_batch:
+            one = self._waiting.popleft()
+            if not one[1].done():  # else the caller has gone
+                batch.append(one)
+        if not batch:
+            self._running = False
+            return
+        items = [item for item, _ in batch]
+        futures = [future for _, future in batch]
+        loop = asyncio.get_running_loop()
+        if sum(map(self._size, items)) > self._max_in_loop:
+            done = loop.run_in_executor(self._thread, self._work, items)
+            done.add_done_callback(lambda done: self._end(futures, done.result))
+        else:
+            self._end(futures, lambda: self._work(items))
+
+    def _end(
+        self, futures: Sequence[asyncio.Future[Answer]], result: Callable[[], Sequence[Answer | Exception]]
+    ) -> None:
+        try:
+            for future, answer in zip(futures, result(), strict=True):
+                if future.done():
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+        except Exception as error:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            asyncio.get_running_loop().call_soon(self._next)

@@ -1,0 +1,121 @@
+"""A client of the HTTP API: typed answers, one retry, and mistakes as exceptions that name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import requests
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.serving import api
+
+MAX_CONNECTIONS = 64  # kept open for the threads that share a client
+AGAIN = (500, 502, 503, 504)  # statuses; 500 is what Serve's HAProxy says when a replica has died
+MAX_WAIT_S = 5  # for a service that says when to come again
+Answer = TypeVar("Answer")
+_MODELS = TypeAdapter(list[api.ModelCard])
+
+
+class Refused(UserError):
+    """The service will not answer this request, however often it is asked. `status`: 401, 404, 413 or 422."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class Unavailable(Exception):
+    """No answer, or one that cannot be read: nobody listens, a time-out, or a status of 500 and above."""
+
+
+class Client:
+    """Asks one service. Threads may share a client: only its pool of connections changes, which is made for them.
+    All methods raise Refused or Unavailable."""
+
+    def __init__(self, url: str, token: str = "", timeout_s: float = 10.0):
+        """url: such as http://127.0.0.1:8000; timeout_s: to connect, and between two bytes, in each of two attempts."""
+        self._url, self._timeout = url.rstrip("/"), timeout_s
+        # Nothing that is asked changes anything, so all of it may be asked twice: also where a connection that was kept
+        # open has lost its other end.
+        retry = Retry(
+            1, allowed_methods=None, status_forcelist=AGAIN, retry_after_max=MAX_WAIT_S, raise_on_status=False
+        )
+        adapter = HTTPAdapter(pool_maxsize=MAX_CONNECTIONS, max_retries=retry)
+        self._session = requests.Session()
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._session.headers["Content-Type"] = "application/json"
+        if token:
+            self._session.auth = _bearer(token)
+
+    def rerank(
+        self, candidates: Sequence[str | api.Candidate], user_id: str | None = None, **fields: Any
+    ) -> api.RerankResponse:
+        """The candidates, best first. fields: the others of a RerankRequest, such as history and top_n."""
+        body = _checked(api.RerankRequest, candidates=candidates, user_id=user_id, **fields)
+        return self._ask(api.RerankResponse.model_validate_json, "rerank", body)
+
+    def rerank_batch(self, bodies: Sequence[api.RerankRequest]) -> list[api.RerankResponse]:
+        """Answers in the order of the bodies; all are answered or none."""
+        body = _checked(api.BatchRequest, requests=bodies)
+        return self._ask(api.BatchResponse.model_validate_json, "rerank/batch", body).responses
+
+    def knowledge(self, user_id: str) -> api.UserKnowledge:
+        """What is known of a user; Refused with status 404 if nothing is."""
+        path = f"users/{quote(user_id, safe='')}/knowledge"
+        return self._ask(api.UserKnowledge.model_validate_json, path)
+
+    def models(self) -> list[api.ModelCard]:
+        """The published versions and what they do."""
+        return self._ask(_MODELS.validate_json, "models")
+
+    def _ask(self, read: Callable[[bytes], Answer], path: str, body: BaseModel | None = None) -> Answer:
+        url = f"{self._url}/v1/{path}"
+        method = "POST" if body else "GET"
+        data = body and body.model_dump_json(exclude_none=True).encode()
+        try:
+            answer = self._session.request(
+                method, url, data=data, timeout=self._timeout, allow_redirects=False
+            )
+            if answer.status_code == 200:
+                return read(answer.content)
+        except (requests.RequestException, ValidationError) as error:
+            raise Unavailable(f"{url}: {error}") from error
+        try:
+            reason = _reason(answer.json()["detail"])
+        except (ValueError, KeyError, TypeError):  # a proxy's page
+            reason = answer.text[:200]
+        message = f"{url}: {answer.status_code} {answer.reason}: {reason}"
+        raise Unavailable(message) if answer.status_code >= 500 else Refused(answer.status_code, message)
+
+
+def _bearer(token: str) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
+    """For `auth`: as a header alone, a .netrc would replace it."""
+
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return sign
+
+
+def _checked(kind: type[BaseModel], **fields: Any) -> BaseModel:
+    """The service's own check, before anything is sent."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        raise Refused(422, _reason(error.errors())) from None
+
+
+def _reason(detail: str | Sequence[Any]) -> str:
+    """Of mistakes: "history.3.rating: what is wrong; ..."."""
+    if isinstance(detail, str):
+        return detail
+    return "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in detail)

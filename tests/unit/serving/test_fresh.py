@@ -1,0 +1,334 @@
+"""Texts for users whom no version knows: the files, who is ordered, and which versions an LLM can write for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo4rec_ray.config import ServingSection
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.published import WRITER_FOLDER, PublishedVersion
+from dpo4rec_ray.serving import fresh
+from dpo4rec_ray.serving.api import Event
+from dpo4rec_ray.serving.deployment import build
+from dpo4rec_ray.serving.fresh import FreshStore, FreshTexts, Order
+from dpo4rec_ray.serving.ranker import NEUTRAL_RATING
+from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.serving.service import Written
+from dpo4rec_ray.serving.writer import plan_of
+from tests.conftest import ROOT
+
+DAY = 86_400.0
+
+
+def written(text: str = "likes comedies", value: float = 0.5, dim: int = 4) -> Written:
+    return Written(text, np.full(dim, value, np.float32))
+
+
+def files(folder: Path) -> list[Path]:
+    return [file for file in (folder / "fresh").rglob("*") if file.is_file()]
+
+
+def test_what_one_process_writes_another_reads(tmp_path: Path) -> None:
+    vector = np.random.default_rng(0).normal(size=384).astype(np.float32)
+    FreshStore(tmp_path, DAY).write("v1", "ann", Written("likes comedies", vector), "minilm")
+    other = FreshStore(tmp_path, DAY)
+    found = other.read("v1", "ann")
+    assert found is not None and found.text == "likes comedies"
+    assert np.array_equal(found.vector, vector) and found.vector.dtype == np.float32
+    assert other.read("v1", "Ann") is None and other.read("v2", "ann") is None
+    (file,) = files(tmp_path)
+    assert json.loads(file.read_text())["encoder"] == "minilm"
+    assert b"ann" not in file.read_bytes(), "who it is about is not to be read from the file"
+
+
+def test_a_text_that_is_too_old_counts_as_none(tmp_path: Path) -> None:
+    store = FreshStore(tmp_path, ttl_s=100)
+    store.write("v1", "ann", written(), "minilm")
+    (file,) = files(tmp_path)
+    stored = json.loads(file.read_text())
+    for age, there in ((50, True), (150, False)):
+        file.write_text(json.dumps(stored | {"written": time.time() - age}))
+        assert (store.read("v1", "ann") is not None) is there
+
+
+def test_a_sweep_removes_what_is_too_old_and_what_a_crash_left(tmp_path: Path) -> None:
+    store = FreshStore(tmp_path, ttl_s=100)
+    for user in ("old", "new"):
+        store.write("v1", user, written(), "minilm")
+    half = store.file("v1", "half").with_suffix(".tmp123")
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_text("{")
+    for file in (store.file("v1", "old"), half):
+        os.utime(file, (0, time.time() - 150))
+    assert store.sweep() == 1
+    assert files(tmp_path) == [store.file("v1", "new")]
+
+
+def test_there_are_never_more_files_than_the_bound_and_the_oldest_go(tmp_path: Path) -> None:
+    store = FreshStore(tmp_path, DAY, max_users=10)
+    for number in range(35):
+        store.write(f"v{number % 2}", f"user {number}", written(), "minilm")
+        os.utime(store.file(f"v{number % 2}", f"user {number}"), (0, time.time() - 100 + number))
+        assert len(files(tmp_path)) <= 10
+    stay = [number for number in range(35) if store.read(f"v{number % 2}", f"user {number}")]
+    assert len(stay) > 5 and stay == list(range(stay[0], 35))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"text": "x", "vector": [1, 2]}',
+        b'{"text": null, "vector": [1, 2], "written": 9e9}',
+        b'{"text": "x", "vector": [1, [2]], "written": 9e9}',
+        b'{"text": "x", "vector": [[1, 2]], "written": 9e9}',
+        b'{"text": "x", "vector": [1, null], "written": 9e9}',
+        b'{"text": "x", "vector": [1, NaN], "written": 9e9}',
+        b'{"text": "x", "vector": [1, 1e400], "written": 9e9}',
+        b'{"text": "x", "vector": [1, 1%s], "written": 9e9}' % (b"0" * 400),
+        b'{"text": "x", "vector": "12", "written": 9e9}',
+        b'{"text": "x", "vector": [1, 2], "written": "yesterday"}',
+        None,
+    ],
+)
+def test_a_damaged_file_counts_as_none_and_is_written_again(tmp_path: Path, content: bytes | None) -> None:
+    store = FreshStore(tmp_path, DAY)
+    file = store.file("v1", "ann")
+    file.parent.mkdir(parents=True)
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    assert store.read("v1", "ann") is None and store.find("v1", "ann") is None
+    if content is not None:
+        store.write("v1", "ann", written(), "minilm")
+        assert store.read("v1", "ann") is not None
+
+
+HOSTILE = [
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    ".",
+    "",
+    "a/b",
+    "a\x00b",
+    "\ud800",
+    "x" * 5000,
+    "CON",
+    "\u00e9",
+    "e\u0301",
+]
+
+
+@pytest.mark.parametrize("user_id", HOSTILE)
+def test_a_user_id_is_no_path(tmp_path: Path, user_id: str) -> None:
+    store = FreshStore(tmp_path, DAY)
+    store.write("v1", user_id, written(user_id.encode("ascii", "replace").decode()), "minilm")
+    (file,) = files(tmp_path)
+    assert file == store.file("v1", user_id)
+    assert file.resolve().is_relative_to(tmp_path.resolve() / "fresh" / "v1")
+    assert store.read("v1", user_id) is not None
+    assert [store.read("v1", other) for other in HOSTILE if other != user_id] == [None] * (len(HOSTILE) - 1)
+
+
+@given(one=st.text(), other=st.text())
+def test_every_user_has_a_file_of_its_own(one: str, other: str) -> None:
+    store = FreshStore(Path("registry"), DAY)
+    assert (store.file("v1", one) == store.file("v1", other)) == (one == other)
+    assert ".." not in store.file("v1", one).parts
+
+
+def test_a_reader_never_sees_half_of_a_text(tmp_path: Path) -> None:
+    """Two processes write the same user's texts, again and again, while this one reads."""
+    script = (
+        "import sys; import numpy as np; from pathlib import Path\n"
+        "from dpo4rec_ray.serving.fresh import FreshStore; from dpo4rec_ray.serving.service import Written\n"
+        "store, digit = FreshStore(Path(sys.argv[1]), 1e6), sys.argv[2]\n"
+        "print('begin', flush=True)\n"
+        "for length in range(1, 150): store.write('v1', 'ann', Written(digit * length, np.full(500, int(digit))), 'e')\n"
+    )
+    store = FreshStore(tmp_path, DAY)
+    store.write("v1", "ann", Written("1", np.full(500, 1, np.float32)), "e")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, tmp_path, digit], cwd=ROOT, stdout=subprocess.PIPE)
+        for digit in "12"
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == b"begin\n"
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        found = store.read("v1", "ann")
+        assert found is not None and len(set(found.text)) == 1, found
+        assert set(found.vector.tolist()) == {float(found.text[0])}, "text and vector of two writers"
+        seen.add(found.text)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert len(seen) > 1, "nothing was read while they wrote"
+    assert len(files(tmp_path)) == 1, "a temporary file stayed"
+
+
+def test_memory_is_asked_before_the_disk_and_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fresh, "MAX_HELD", 2)
+    monkeypatch.setattr(fresh, "LOOK_AGAIN_S", 0.0)
+    store = FreshStore(tmp_path, DAY)
+    assert store.find("v1", "a") is None
+    for user in "abc":
+        store.write("v1", user, written(user), "minilm")
+    assert store.find("v1", "a") is not None, "what was missing is looked for again"
+    for user in "abc":
+        store.find("v1", user)
+        store.file("v1", user).unlink()
+    assert [user for user in "bca" if store.find("v1", user)] == ["b", "c"]
+    assert store.read("v1", "b") is None
+
+
+def test_a_miss_is_believed_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh, "LOOK_AGAIN_S", DAY)
+    store = FreshStore(tmp_path, DAY)
+    assert store.find("v1", "a") is None
+    FreshStore(tmp_path, DAY).write("v1", "a", written(), "minilm")
+    assert store.find("v1", "a") is None and store.read("v1", "a") is not None
+
+
+class Ordered(list[Order]):
+    """What a replica ordered."""
+
+    def texts(self, folder: Path, retry_s: float = DAY) -> FreshTexts:
+        return FreshTexts(FreshStore(folder, DAY), self.append, retry_s)
+
+
+def events(version: PublishedVersion, rows: list[int], ratings: list[float | None]) -> list[Event]:
+    return [
+        Event(item_id=version.item_id(row), rating=rating) for row, rating in zip(rows, ratings, strict=True)
+    ]
+
+
+@pytest.fixture
+def version(published: Registry) -> PublishedVersion:
+    return PublishedVersion(published.folder("v1"))
+
+
+def test_a_user_is_ordered_once(version: PublishedVersion, tmp_path: Path) -> None:
+    ordered = Ordered()
+    texts = ordered.texts(tmp_path)
+    history = [*events(version, [3, 5], [4.0, 2.0]), Event(item_id="no such item", rating=1.0)]
+    for _ in range(50):
+        assert texts.find(version, "ann", history) is None
+    assert ordered == [Order("v1", "ann", [3, 5], [4.0, 2.0])]
+    texts.find(version, "bob", history)
+    assert [one.user_id for one in ordered] == ["ann", "bob"]
+
+
+def test_whoever_got_no_text_is_ordered_again_later(version: PublishedVersion, tmp_path: Path) -> None:
+    ordered = Ordered()
+    texts = ordered.texts(tmp_path, retry_s=0.0)
+    for _ in range(3):
+        texts.find(version, "ann", events(version, [3], [4.0]))
+    assert len(ordered) == 3
+
+
+def test_without_a_known_item_nothing_is_ordered(version: PublishedVersion, tmp_path: Path) -> None:
+    ordered = Ordered()
+    texts = ordered.texts(tmp_path)
+    texts.find(version, "ann", [])
+    texts.find(version, "ann", [Event(item_id="no such item", rating=1.0)])
+    assert not ordered
+    texts.find(version, "ann", events(version, [3], [4.0]))
+    assert len(ordered) == 1, "a later request brings more"
+
+
+def test_one_missing_rating_makes_all_neutral(version: PublishedVersion, tmp_path: Path) -> None:
+    ordered = Ordered()
+    ordered.texts(tmp_path).find(version, "ann", events(version, [3, 5], [5.0, None]))
+    assert ordered[0].ratings == [NEUTRAL_RATING] * 2
+
+
+def test_what_is_written_is_used_if_its_vector_fits(version: PublishedVersion, tmp_path: Path) -> None:
+    ordered = Ordered()
+    history = events(version, [3], [4.0])
+    store = FreshStore(tmp_path, DAY)
+    store.write("v1", "ann", written(dim=version.vector_dim), "minilm")
+    found = ordered.texts(tmp_path).find(version, "ann", history)
+    assert found is not None and found.text == "likes comedies" and not ordered
+    store.write("v1", "ann", written(dim=version.vector_dim + 1), "another")
+    assert ordered.texts(tmp_path).find(version, "ann", history) is None and len(ordered) == 1
+
+
+def test_a_replica_remembers_a_bounded_number_of_orders(
+    version: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fresh, "MAX_ORDERED", 2)
+    ordered = Ordered()
+    texts = ordered.texts(tmp_path)
+    for user in "abcca":
+        texts.find(version, user, events(version, [3], [4.0]))
+    assert [one.user_id for one in ordered] == ["a", "b", "c", "a"]
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_a_version_without_an_llm_is_refused_at_the_start(registry: Registry, name: str) -> None:
+    registry.promote(name)
+    arguments = {"registry": str(registry.root), "online_llm": "async"}
+    with pytest.raises(
+        UserError, match=f'online_llm = "async": version {name} has no texts written under vLLM'
+    ) as error:
+        build(arguments)
+    assert "\n" not in str(error.value)
+    build(arguments | {"online_llm": "off"})
+
+
+def test_without_a_version_there_is_nobody_to_write_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no version is promoted"):
+        build({"registry": str(tmp_path), "online_llm": "async"})
+
+
+@pytest.mark.parametrize(
+    ("generate", "settings", "match"),
+    [
+        ({"engine_args": {"trust_remote_code": True}}, {}, "trust_remote_code.*refused"),
+        ({"engine_args": {"load_format": "pt"}}, {}, "load_format.*refused"),
+        (
+            {"tensor_parallel_size": 2},
+            {"writer_gpus": 1},
+            "writer_gpus = 1, but the LLM of version v1 takes 2",
+        ),
+        ({"temperature": -1}, {}, "generate.temperature"),
+    ],
+)
+def test_what_a_writer_cannot_or_must_not_run_is_refused(
+    registry: Registry, generate: dict[str, object], settings: dict[str, float], match: str
+) -> None:
+    folder = registry.folder("v1") / WRITER_FOLDER
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"generate": generate}))
+    with pytest.raises(UserError, match=match):
+        plan_of(registry, "v1", ServingSection(**settings))
+
+
+def test_the_writers_place_is_its_own_not_the_runs(registry: Registry) -> None:
+    folder = registry.folder("v1") / WRITER_FOLDER
+    (folder / "llm").mkdir(parents=True)
+    run = {"gpus_per_engine": 4, "tensor_parallel_size": 4, "gpu_memory_utilization": 0.5, "temperature": 0.3}
+    (folder / "config.json").write_text(json.dumps({"generate": run}))
+    on_cpu = plan_of(registry, "v1", ServingSection()).engine
+    assert not on_cpu.on_gpu and on_cpu.tensor_parallel_size == 1 and on_cpu.model == str(folder / "llm")
+    (folder / "config.json").write_text(json.dumps({"generate": run | {"tensor_parallel_size": 1}}))
+    plan = plan_of(registry, "v1", ServingSection(writer_gpus=0.5))
+    assert plan.engine.on_gpu and plan.engine.gpu_memory_utilization == pytest.approx(0.45)
+    assert plan.config.generate.temperature == 0.3

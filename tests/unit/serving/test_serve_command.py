@@ -1,0 +1,93 @@
+"""jobs/serve.py without a server: publishing, who answers, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+from pathlib import Path
+
+from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.serving.registry import TRAFFIC, Registry, Traffic
+from tests.serving_world import serve
+
+
+def test_a_version_from_the_run_to_the_traffic(registry: Registry, served_run: RunDir) -> None:
+    """What each command says at its end, and what the traffic is after all of them."""
+    run = str(served_run.root)
+    steps = {
+        (
+            "publish",
+            run,
+            "--as",
+            "new",
+            "--model",
+            "prm-backbone-seed1",
+        ): "published new: prm-backbone-seed1, 60 users, ",
+        ("publish", run, "--as", "best", "--promote"): "answers: best; before: v1",
+        ("split", "new", "12.5"): "answers: best; 12.5 % of the users: new; before: v1",
+        ("shadow", "v2"): "answers: best; 12.5 % of the users: new; asked too: v2; before: v1",
+        ("split", "new", "0"): "answers: best; asked too: v2; before: v1",
+        ("promote", "v3"): "answers: v3; asked too: v2; before: best",
+        ("shadow",): "answers: v3; before: best",
+        ("rollback",): "answers: best; before: v1",
+        ("publish", run): "published run-",
+        ("status",): "answers: best; before: v1",
+    }
+    done = serve(*([*step, "--registry", str(registry.root)] for step in steps))
+    for (code, out, errors), expected in zip(done, steps.values(), strict=True):
+        assert (code, errors) == (0, "") and out.splitlines()[-1].startswith(expected), out + errors
+    assert registry.traffic() == Traffic("best", ("v1",), number=8)
+    lines = done[-1][1].splitlines()
+    names = {line.split()[0] for line in lines[:-1]}
+    (dated,) = names - {"v1", "v2", "v3", "mir", "best", "new"}
+    assert len(names) == 7 and re.fullmatch(r"run-\d{8}-\d{6}", dated)
+    assert re.search(r"60 users  test map_paper@5 0\.\d{4}, ndcg@5 0\.\d{4}$", lines[0])
+
+
+def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path: Path) -> None:
+    """With code 2, and nothing half-made stays."""
+    run, new, unfinished = str(served_run.root), Registry(tmp_path / "new"), tmp_path / "unfinished"
+    shutil.copytree(registry.folder("v2"), registry.folder("cut"))
+    (registry.folder("cut") / "user_standard.npy").write_bytes(b"")
+    damaged = Registry(tmp_path / "damaged")
+    damaged.root.mkdir()
+    (damaged.root / TRAFFIC).write_text("{", encoding="utf-8")
+    shutil.copytree(run, unfinished)
+    (unfinished / "eval" / "manifest.json").unlink()
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    mistakes: list[tuple[Registry, list[str], str]] = [
+        (registry, ["publish", "/nowhere"], "/nowhere: not a run folder"),
+        (registry, ["publish", str(unfinished)], str(unfinished)),
+        (registry, ["publish", run, "--as", "../out"], "version '../out': use letters"),
+        (registry, ["publish", run, "--as", "v1"], "versions never change"),
+        (registry, ["publish", run, "--as", "x", "--model", "gpt"], "there are: mir-backbone-seed0"),
+        (registry, ["promote", "v9"], "no published version"),
+        (registry, ["promote", "cut"], "user_standard.npy"),
+        (registry, ["split", "v2", "101"], "percent = 101"),
+        (registry, ["split", "v2", "nan"], "percent = nan"),
+        (registry, ["rollback"], "no version before 'v1'"),
+        (registry, ["config", "serving.prot=80"], "unknown key serving.prot"),
+        (registry, ["config", "reranker.epochs=3"], "only serving.key=value"),
+        (registry, ["run", run, "serving.num_replicas=0"], "serving.num_replicas = 0"),
+        (registry, ["run", f"serving.port={port}"], f"cannot listen at 127.0.0.1:{port}"),
+        (new, ["run"], "no version is promoted"),
+        (damaged, ["status"], TRAFFIC),
+        (damaged, ["promote", "v1"], "no published version"),
+    ]
+    before = set(registry.root.rglob("*"))
+    with taken:
+        done = serve(*([*command, "--registry", str(where.root)] for where, command, _ in mistakes))
+    for (code, _, errors), (_, command, words) in zip(done, mistakes, strict=True):
+        assert code == 2 and words in errors, (command, errors)
+        assert errors.startswith("error: ") and errors.count("\n") == 1, (command, errors)
+    left = set(registry.root.rglob("*")) - before
+    assert {one.name for one in left} <= {"serve.log", ".lock"}
+
+
+def test_the_registry_is_plain_files(registry: Registry) -> None:
+    assert json.loads((registry.root / TRAFFIC).read_text(encoding="utf-8"))["current"] == "v1"
+    suffixes = {path.suffix for path in registry.root.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert suffixes == {".npy", ".arrow", ".safetensors", ".json", ".md"}, "nothing that has to be unpickled"
