@@ -142,7 +142,7 @@ def served(what: str, registry: Registry, *changes: str) -> Iterator[tuple[str, 
     try:
         deadline = time.monotonic() + 120
         while True:
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 if requests.post(f"{url}/v1/rerank", json={}, timeout=5).status_code in (200, 422):
                     break
             if process.poll() is not None or time.monotonic() > deadline:

@@ -156,6 +156,10 @@ def config_file(options: argparse.Namespace) -> int:
         "applications": [{"name": "rerank", "route_prefix": "/", "import_path": IMPORT_PATH, "args": shown}],
     }
     print(f"# For `serve deploy FILE`; start Ray with {HAPROXY}=1 on every node.")
+    if settings.host == "127.0.0.1":
+        print(
+            "# On several nodes make this with serving.host=0.0.0.0: HAProxy asks replicas of other nodes too."
+        )
     print(yaml.safe_dump(content, sort_keys=False), end="")
     return 0
 
