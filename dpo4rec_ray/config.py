@@ -451,9 +451,7 @@ class ServingSection(Section):
     max_waiting: int = Field(default=512, ge=64)  # lists; more are answered 503 with Retry-After
     max_body: int = Field(default=2**20, ge=1024)  # bytes of a request; larger ones are answered 413
     request_timeout_s: float = Field(default=30, gt=0)
-    token_file: str = (
-        ""  # bearer tokens, one per line, on every node; none: anyone who reaches the port may ask
-    )
+    token_file: str = ""  # bearer tokens, one per line, on every node; none: whoever reaches the port may ask
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the registry
     # "async": users whom no version knows get a text written in the background, from the history that a request brings,
     # by the LLM that wrote the version's own texts (llm.source = "vllm"); later requests use it.

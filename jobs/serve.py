@@ -203,8 +203,7 @@ def run(options: argparse.Namespace) -> int:
             print("no token is asked for (serving.token_file): whoever reaches the port may ask")
         print(f"{traffic.current} answers at {address}/v1/rerank; try it at {address}/, see {address}/docs")
         sys.stdout.flush()
-        while not stop.wait(1):
-            pass
+        stop.wait()
     finally:
         import ray
         from ray import serve

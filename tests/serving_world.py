@@ -140,7 +140,9 @@ def listening(application: ASGIApp) -> Iterator[str]:
     """The application under uvicorn on a free port of this machine; its address."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(application, port=0, log_level="warning", timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -133,18 +133,16 @@ class ListScorer:
         rows: Tensor | None,
         histories: Histories | None,
     ) -> Tensor:
-        """[B, L], in chunks."""
+        """[B, L], -inf where `real` is False; more lists than a chunk holds are scored chunk by chunk."""
         num_lists, length = ids.shape
         step = max(1, PLACES_PER_CHUNK // max(length, 1))
-        if num_lists <= step:
-            scores = self._chunk(ids, real, users, rows, histories)
-        else:
+        if num_lists > step:
             chunks = []
             for start in range(0, num_lists, step):
                 part = slice(start, start + step)
                 aligned = users is not None and rows is None
                 chunks.append(
-                    self._chunk(
+                    self._scores(
                         ids[part],
                         None if real is None else real[part],
                         users.select(part) if aligned else users,
@@ -152,17 +150,7 @@ class ListScorer:
                         None if histories is None else histories.select(part),
                     )
                 )
-            scores = torch.cat(chunks)
-        return scores if real is None else scores.masked_fill_(~real, float("-inf"))
-
-    def _chunk(
-        self,
-        ids: Tensor,
-        real: Tensor | None,
-        users: UserParts | None,
-        rows: Tensor | None,
-        histories: Histories | None,
-    ) -> Tensor:
+            return torch.cat(chunks)
         similarity = None
         if users is not None:
             assert self.catalogue.directions is not None
@@ -182,7 +170,8 @@ class ListScorer:
                 logits.append(model.rank(inputs, real, history))
             else:
                 logits.append(model.rank(inputs, real))
-        return logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+        scores = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+        return scores if real is None else scores.masked_fill_(~real, float("-inf"))
 
     def _check_rows(
         self, user_rows: np.ndarray | Tensor | None, num_users: int, num_lists: int

@@ -23,9 +23,7 @@ from dpo4rec_ray.serving.ranker import Ranker, Ranking, RankRequest
 from dpo4rec_ray.serving.registry import Registry
 
 SHORT = 31  # candidates up to which lists are ranked together, whatever their size
-PLACES_IN_LOOP = (
-    8192  # candidates that are ranked in the event loop's thread; more would hold other requests up
-)
+PLACES_IN_LOOP = 8192  # candidates ranked in the event loop's thread; more would hold other requests up
 MAX_SHADOWS = 64  # lists that wait for a shadow's ranking; more are not shadowed
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from dpo4rec_ray.published import arrow_writer, table
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
-from tests.serving_world import MAX_BODY
+from tests.serving_world import MAX_BODY, listening
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome in PATH")
@@ -32,18 +29,8 @@ Open = Callable[..., Page]
 @contextmanager
 def serving(service: Service, *tokens: str) -> Iterator[str]:
     """The application on a free port; its address."""
-    api = build_api(service, frozenset(tokens), MAX_BODY)
-    server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server ended before it listened"
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with listening(build_api(service, frozenset(tokens), MAX_BODY)) as address:
+        yield f"{address}/"
 
 
 @pytest.fixture
