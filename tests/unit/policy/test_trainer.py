@@ -238,6 +238,14 @@ def test_first_steps_equal_a_plain_pytorch_loop() -> None:
     torch.testing.assert_close(lora_weights(engine_model), lora_weights(model), atol=1e-4, rtol=1e-3)
 
 
+def test_shared_memory_ends_with_the_process() -> None:
+    Trainer(CompletionLogps(lora_model()), pairs(8), DPOObjective(PLAIN, beta=0.1), settings())
+    buffers = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if "deepspeed_allreduce" in line
+    ]
+    assert buffers and all(line.endswith("(deleted)") for line in buffers)
+
+
 def test_supervised_learns_its_rows() -> None:
     rows = [
         {"prompt_token_ids": p["prompt_token_ids"], "completion_token_ids": p["chosen_token_ids"]}
