@@ -6,6 +6,7 @@ Files are replaced as a whole; one that is damaged counts as none, and the text 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -50,15 +51,22 @@ class FreshStore:
         self._lock = threading.Lock()
         self._count: int | None = None  # files, as far as this process knows
 
-    def find(self, version: str, user_id: str) -> Written | None:
-        """As `read`, from memory where that is recent enough."""
-        key, now = (version, user_id), time.time()
+    def held(self, version: str, user_id: str) -> tuple[Written | None] | None:
+        """What memory holds of a user, text or lack of one; None where it holds neither, or nothing recent enough."""
+        key = (version, user_id)
         with self._lock:
             written, until = self._held.get(key, (None, 0.0))
-            if now < until:
-                self._held.move_to_end(key)
-                return written
-        written, until = self._read(version, user_id) or (None, now + LOOK_AGAIN_S)
+            if time.time() >= until:
+                return None
+            self._held.move_to_end(key)
+            return (written,)
+
+    def find(self, version: str, user_id: str) -> Written | None:
+        """As `read`, from memory where that is recent enough."""
+        if (held := self.held(version, user_id)) is not None:
+            return held[0]
+        key = (version, user_id)
+        written, until = self._read(version, user_id) or (None, time.time() + LOOK_AGAIN_S)
         with self._lock:
             self._held[key] = (written, until)
             self._held.move_to_end(key)
@@ -124,10 +132,12 @@ class FreshTexts:
         self._store, self._order, self._retry_s = store, order, retry_s
         self._ordered: OrderedDict[tuple[str, str], float] = OrderedDict()  # the last order of each user
 
-    def find(self, version: PublishedVersion, user_id: str, history: Sequence[Event]) -> Written | None:
+    async def find(self, version: PublishedVersion, user_id: str, history: Sequence[Event]) -> Written | None:
         """What has been written; if nothing has, it is ordered and not waited for."""
         name = version.folder.name
-        written = self._store.find(name, user_id)
+        held = self._store.held(name, user_id)
+        # A file is read in a thread: the storage that replicas share may be slow, and the loop answers others meanwhile.
+        written = held[0] if held else await asyncio.to_thread(self._store.find, name, user_id)
         if written is not None and written.vector.shape == (version.vector_dim,):
             return written
         now = time.monotonic()

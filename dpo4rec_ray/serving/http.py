@@ -137,7 +137,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
     @api.get("/v1/users/{user_id:path}/knowledge", dependencies=locked, responses={401: DENIED, 404: DENIED})
     async def knowledge(user_id: str, model: str | None = None) -> UserKnowledge:
         """The text about a user and the history it was written from, of the version that answers the user or of `model`."""
-        found = service.knowledge(user_id, model)
+        found = await service.knowledge(user_id, model)
         if found is None:
             raise HTTPException(404, "this user is not known, and nothing has been written about it")
         return found

@@ -38,7 +38,7 @@ class Written:
 class FreshKnowledge(Protocol):
     """Texts for users whom no version knows."""
 
-    def find(self, version: PublishedVersion, user_id: str, history: Sequence[Event]) -> Written | None:
+    async def find(self, version: PublishedVersion, user_id: str, history: Sequence[Event]) -> Written | None:
         """What has been written; if nothing has, it is asked for and not waited for."""
 
 
@@ -89,7 +89,7 @@ class Service:
         user_id = body.user_id or ""
         ranker = self.live.ranker(user_id, body.model)
         ids = [one if isinstance(one, str) else one.item_id for one in body.candidates]
-        asked = self._request(ranker.version, ids, user_id, body.history)
+        asked = await self._request(ranker.version, ids, user_id, body.history)
         try:
             ranking = await self._batcher(Asked(ranker, asked))
         except Overloaded:
@@ -104,7 +104,7 @@ class Service:
             self._shadow(ranker, asked, ranking)
         return self._response(body, ids, ranking, ranker.version, began)
 
-    def knowledge(self, user_id: str, model: str | None = None) -> UserKnowledge | None:
+    async def knowledge(self, user_id: str, model: str | None = None) -> UserKnowledge | None:
         """What is stored of a user by the version that answers it, or was written since; None: nothing.
 
         Raises:
@@ -113,7 +113,7 @@ class Service:
         version = self.live.ranker(user_id, model).version
         row = version.user_index.row(user_id)
         if row == UNKNOWN:
-            written = self._fresh and self._fresh.find(version, user_id, [])
+            written = self._fresh and await self._fresh.find(version, user_id, [])
             if not written:
                 return None
             return UserKnowledge(
@@ -168,14 +168,14 @@ class Service:
             for one in recorded
         ]
 
-    def _request(
+    async def _request(
         self, version: PublishedVersion, ids: list[str], user_id: str, events: list[Event] | None
     ) -> RankRequest:
         events = events if events is None else _by_time(events)
         vector = None
         wanted = self._fresh is not None and user_id and version.card.knowledge
         if wanted and version.user_index.row(user_id) == UNKNOWN:
-            written = self._fresh.find(version, user_id, events or [])
+            written = await self._fresh.find(version, user_id, events or [])
             vector = None if written is None else written.vector
         if events is None:
             return RankRequest(ids, user_id, vector=vector)

@@ -113,7 +113,8 @@ def test_http_answers_as_the_service_does(
                 [one["relevance_score"] for one in local["results"]],
                 atol=1e-5,
             )
-    assert client.knowledge(bodies[0].user_id or "") == service.knowledge(bodies[0].user_id or "")
+    user = bodies[0].user_id or ""
+    assert client.knowledge(user) == asyncio.run(service.knowledge(user))
     assert {card.id: card.serves for card in client.models()}["v1"] == "current"
     assert "<html" in requests.get(server.url, timeout=30).text
 

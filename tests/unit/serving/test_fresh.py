@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -219,6 +221,10 @@ def events(version: PublishedVersion, rows: list[int], ratings: list[float | Non
     ]
 
 
+def find(texts: FreshTexts, version: PublishedVersion, user_id: str, history: list[Event]) -> Written | None:
+    return asyncio.run(texts.find(version, user_id, history))
+
+
 @pytest.fixture
 def version(published: Registry) -> PublishedVersion:
     return PublishedVersion(published.folder("v1"))
@@ -229,9 +235,9 @@ def test_a_user_is_ordered_once(version: PublishedVersion, tmp_path: Path) -> No
     texts = ordered.texts(tmp_path)
     history = [*events(version, [3, 5], [4.0, 2.0]), Event(item_id="no such item", rating=1.0)]
     for _ in range(50):
-        assert texts.find(version, "ann", history) is None
+        assert find(texts, version, "ann", history) is None
     assert ordered == [Order("v1", "ann", [3, 5], [4.0, 2.0])]
-    texts.find(version, "bob", history)
+    find(texts, version, "bob", history)
     assert [one.user_id for one in ordered] == ["ann", "bob"]
 
 
@@ -239,23 +245,23 @@ def test_whoever_got_no_text_is_ordered_again_later(version: PublishedVersion, t
     ordered = Ordered()
     texts = ordered.texts(tmp_path, retry_s=0.0)
     for _ in range(3):
-        texts.find(version, "ann", events(version, [3], [4.0]))
+        find(texts, version, "ann", events(version, [3], [4.0]))
     assert len(ordered) == 3
 
 
 def test_without_a_known_item_nothing_is_ordered(version: PublishedVersion, tmp_path: Path) -> None:
     ordered = Ordered()
     texts = ordered.texts(tmp_path)
-    texts.find(version, "ann", [])
-    texts.find(version, "ann", [Event(item_id="no such item", rating=1.0)])
+    find(texts, version, "ann", [])
+    find(texts, version, "ann", [Event(item_id="no such item", rating=1.0)])
     assert not ordered
-    texts.find(version, "ann", events(version, [3], [4.0]))
+    find(texts, version, "ann", events(version, [3], [4.0]))
     assert len(ordered) == 1, "a later request brings more"
 
 
 def test_one_missing_rating_makes_all_neutral(version: PublishedVersion, tmp_path: Path) -> None:
     ordered = Ordered()
-    ordered.texts(tmp_path).find(version, "ann", events(version, [3, 5], [5.0, None]))
+    find(ordered.texts(tmp_path), version, "ann", events(version, [3, 5], [5.0, None]))
     assert ordered[0].ratings == [NEUTRAL_RATING] * 2
 
 
@@ -264,10 +270,10 @@ def test_what_is_written_is_used_if_its_vector_fits(version: PublishedVersion, t
     history = events(version, [3], [4.0])
     store = FreshStore(tmp_path, DAY)
     store.write("v1", "ann", written(dim=version.vector_dim), "minilm")
-    found = ordered.texts(tmp_path).find(version, "ann", history)
+    found = find(ordered.texts(tmp_path), version, "ann", history)
     assert found is not None and found.text == "likes comedies" and not ordered
     store.write("v1", "ann", written(dim=version.vector_dim + 1), "another")
-    assert ordered.texts(tmp_path).find(version, "ann", history) is None and len(ordered) == 1
+    assert find(ordered.texts(tmp_path), version, "ann", history) is None and len(ordered) == 1
 
 
 def test_a_replica_remembers_a_bounded_number_of_orders(
@@ -277,8 +283,29 @@ def test_a_replica_remembers_a_bounded_number_of_orders(
     ordered = Ordered()
     texts = ordered.texts(tmp_path)
     for user in "abcca":
-        texts.find(version, user, events(version, [3], [4.0]))
+        find(texts, version, user, events(version, [3], [4.0]))
     assert [one.user_id for one in ordered] == ["a", "b", "c", "a"]
+
+
+def test_slow_storage_holds_nobody_else_up(
+    version: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, answered = threading.Event(), threading.Event()
+
+    def read(*_: object) -> None:
+        reading.set()
+        assert answered.wait(30), "the loop waits for the file"
+
+    monkeypatch.setattr(FreshStore, "_read", read)
+
+    async def ask() -> None:
+        slow = asyncio.create_task(Ordered().texts(tmp_path).find(version, "ann", []))
+        while not reading.is_set():
+            await asyncio.sleep(0.001)
+        answered.set()  # by the same loop, while the file is read
+        assert await slow is None
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])

@@ -45,7 +45,12 @@ def test_a_shadow_is_not_asked_with_the_other_versions_text(registry: Registry) 
     registry.shadow("v2")
     service = Service(registry)
     dim = service.live.ranker("", None).version.vector_dim
-    service._fresh = type("Fits", (), {"find": lambda *_: Written("t", np.ones(dim, np.float32))})()
+
+    class Fits:
+        async def find(self, *_: object) -> Written:
+            return Written("t", np.ones(dim, np.float32))
+
+    service._fresh = Fits()
     held = service.live.held
     shadow = held.rankers["v2"]
     asked: list[RankRequest] = []
