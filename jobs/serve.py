@@ -200,7 +200,9 @@ def run(options: argparse.Namespace) -> int:
             signal.signal(number, lambda *_: stop.set())
         address = f"http://{settings.host}:{settings.port}"
         if not settings.token_file:
-            print("no token is asked for (serving.token_file): whoever reaches the port may ask")
+            from dpo4rec_ray.serving.deployment import NO_TOKEN
+
+            print(NO_TOKEN)
         print(f"{traffic.current} answers at {address}/v1/rerank; try it at {address}/, see {address}/docs")
         sys.stdout.flush()
         stop.wait()

@@ -27,6 +27,7 @@ from dpo4rec_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve")
 MAX_FAILED = 20  # lists in a row, after which a replica is replaced
+NO_TOKEN = "no token is asked for (serving.token_file): whoever reaches the port may ask"
 NAME = "rerank"  # of the application and of its ingress deployment
 
 
@@ -60,7 +61,10 @@ class Rerank:
         self._tasks.append(loop.create_task(self._follow()))
         if self._sender is not None:
             self._tasks.append(loop.create_task(self._sender.open()))
-        return build_api(self._service, read_tokens(self._settings.token_file), self._settings.max_body)
+        tokens = read_tokens(self._settings.token_file)
+        if not tokens:
+            logger.warning(NO_TOKEN)
+        return build_api(self._service, tokens, self._settings.max_body)
 
     def check_health(self) -> None:
         """Raises RuntimeError when nothing is ranked any more, as after an error of the GPU; Serve then replaces the replica."""
