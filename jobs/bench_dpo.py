@@ -50,6 +50,7 @@ def run(what: str, spec: dict[str, Any], threads: int = 2) -> dict[str, Any]:
     port = program.free_port() if world > 1 else None
     env = {
         **os.environ,
+        "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL's trainer would report each run
         "OMP_NUM_THREADS": str(max(1, threads // world)),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),

@@ -20,6 +20,10 @@ settings.load_profile("fixed")
 
 pytest_plugins = ["tests.serving_world"]  # fixtures of the tests that serve
 
+os.environ.setdefault(
+    "HF_HUB_DISABLE_TELEMETRY", "1"
+)  # TRL's trainer, the peer, would report each of its runs
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = "jobs/recipes/demo.toml"
 # The demo, small enough for a test: every stage, every engine, one epoch of everything.

@@ -156,6 +156,7 @@ def test_full_fine_tuning_partitioned_saves_whole_weights(partitioned: Finished)
     assert any((moved[name] - value).abs().max() > 1e-4 for name, value in base.items())
 
 
+@pytest.mark.slow
 def test_options_that_change_no_weight(tiny_run: Finished, undisturbed: Finished, tmp_path: Path) -> None:
     """Another reference, another layout, sharded and offloaded states, checkpoints elsewhere, trackers, a DeepSpeed file."""
     pytest.importorskip("mlflow")

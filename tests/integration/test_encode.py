@@ -10,7 +10,7 @@ from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.knowledge.prompts import item_text
 from tests.conftest import DEMO, run_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
 RECIPE = [
     DEMO,

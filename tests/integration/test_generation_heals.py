@@ -13,20 +13,20 @@ from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.stages.sources import PromptSettings
 from tests.conftest import DEMO, ROOT, run_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
 RECIPE = [
     DEMO,
-    "sample.num_users=60",
+    "sample.num_users=30",
     "generate.num_samples=3",
-    "generate.users_per_shard=15",
+    "generate.users_per_shard=8",
     "generate.num_engines=2",
     "generate.stall_timeout_s=6",
     'generate.engine_args={logits_processors = ["tests.integration.poison:Poison"]}',
 ]
 
 
-@pytest.mark.parametrize("how", ["kill", pytest.param("hang", marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("how", ["kill", "hang"])
 def test_a_poison_prompt_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     from tests.integration.poison import HOW, is_poison
 

@@ -16,7 +16,7 @@ import pytest
 from dpo4rec_ray.artifacts import RunDir
 from tests.conftest import DEMO, ROOT, TINY, command, run_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
 AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")  # beginnings: the kernel cuts names short, psutil may not
 RECIPE = [DEMO, *TINY, "generate.num_samples=10", "generate.users_per_shard=3", "generate.num_engines=1"]
@@ -81,7 +81,6 @@ def test_generate_killed(tmp_path: Path) -> None:
     assert counts == {(user, sample): 1 for user in users if user not in failed for sample in range(10)}
 
 
-@pytest.mark.chaos
 def test_dpo_killed(tmp_path: Path) -> None:
     arguments = [*RECIPE, "dpo.epochs=6"]
     policy = tmp_path / "run/rounds/01/policy"

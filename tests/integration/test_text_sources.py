@@ -188,6 +188,7 @@ def test_the_key_is_nowhere(written: Finished) -> None:
 
 @pytest.mark.ray
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_the_same_seeds_again_in_other_requests(
     written: Finished, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,11 @@ def test_too_many_engines_for_the_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("size", ["16k", "600k", "1200k"], ids=["prepare", "encode", "saving a model"])
+@pytest.mark.parametrize(
+    "size",
+    ["16k", "600k", pytest.param("1200k", marks=pytest.mark.slow)],
+    ids=["prepare", "encode", "saving a model"],
+)
 def test_full_disk(tmp_path: Path, size: str) -> None:
     """A real small tmpfs, in a mount namespace of its own: full in the driver, in an actor, in a Ray Train worker."""
     tiny = " ".join(TINY)
