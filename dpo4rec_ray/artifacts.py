@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,14 +130,16 @@ class RunDir:
         *,
         split: str | tuple[str, ...] | None = None,
         user_range: tuple[int, int] | None = None,
+        where: Sequence[tuple[str, str, Any]] = (),
         columns: list[str] | None = None,
     ) -> pa.Table:
         """A complete artifact as one table.
 
         `split` is explicit, so that a search for the name of a split finds who reads it. `user_range` [low, high) reads only the
-        row groups that hold these users.
+        row groups that hold these users. `where`: more conditions (column, operator, value), as pyarrow has them; rows that do
+        not meet all are never held.
         """
-        filters: list[tuple[str, str, Any]] = []
+        filters = list(where)
         if split is not None:
             filters.append(("split", "in", [split] if isinstance(split, str) else list(split)))
         if user_range is not None:

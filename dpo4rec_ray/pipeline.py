@@ -178,6 +178,23 @@ def before_rounds(config: Config) -> list[str]:
     return [name for name in BEFORE_ROUNDS if needed.get(name, True)]
 
 
+def rounds(config: Config) -> dict[int, tuple[str, ...]]:
+    """The stages of each round that this recipe may come to."""
+    if checks.has_policy(config):
+        return dict.fromkeys(range(1, config.run.num_rounds + 1), EACH_ROUND)
+    return {1: UNTRAINED_ROUND} if config.run.num_rounds else {}  # evaluate sees round 0 alone
+
+
+def check_selection(config: Config, selection: Selection) -> None:
+    """Raises UserError if this recipe has no such step."""
+    wanted = selection.only or selection.since
+    steps = {0: (*before_rounds(config), *AFTER_ROUNDS), **rounds(config)}
+    possible = [number for number, names in steps.items() if wanted in names]
+    in_round = selection.round_id in (None, *possible) or wanted in AFTER_ROUNDS
+    if wanted and not (possible and in_round):
+        raise UserError(f"no such step in this recipe: {selection.described}")
+
+
 def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection()) -> dict[str, object]:
     """Run the method, skipping what is complete, and return the summary. `checks.check_all(config)` comes before.
 
@@ -206,12 +223,11 @@ def _all_stages(runner: Runner) -> int:
     for name in before_rounds(config):
         runner.step(name, 0)
     last_round = 0
-    trained = checks.has_policy(config)
-    for round_id in range(1, config.run.num_rounds + 1):
-        for name in EACH_ROUND if trained else UNTRAINED_ROUND:
+    for round_id, names in rounds(config).items():
+        for name in names:
             runner.step(name, round_id)
-        if not trained:
-            break  # evaluate sees round 0 alone
+        if not checks.has_policy(config):
+            break
         last_round = round_id
         if round_id < config.run.num_rounds and validate.rounds_have_peaked(
             store, round_id, config.run.patience

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         be_quiet(folder / "driver.log")
     from dpo4rec_ray import checks, memory
     from dpo4rec_ray.artifacts import RunDir
-    from dpo4rec_ray.pipeline import STAGE_NAMES, Selection, run_pipeline
+    from dpo4rec_ray.pipeline import STAGE_NAMES, Selection, check_selection, run_pipeline
 
     for flag, stage in (("--only", options.only), ("--from", options.since)):
         if stage and stage not in STAGE_NAMES:
@@ -101,11 +101,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--only and --from exclude each other")
     if options.round is not None and not (options.only or options.since):
         raise UserError("--round needs --only or --from")
+    selection = Selection(options.only, options.since, options.round)
+    check_selection(config, selection)
     checks.check_all(config, options.only)
     with locked(folder):
         memory.watch_memory()
         start_ray(options.verbose)
-        run_pipeline(config, RunDir(folder), Selection(options.only, options.since, options.round))
+        run_pipeline(config, RunDir(folder), selection)
     return 0
 
 

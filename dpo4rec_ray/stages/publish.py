@@ -33,6 +33,7 @@ from dpo4rec_ray.published import (
 )
 from dpo4rec_ray.rerankers.fit import CARD_FILE, WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
+from dpo4rec_ray.schemas import SCHEMAS
 from dpo4rec_ray.stages.common import base_llm_path
 from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.stages.ingest import keys_of
@@ -207,14 +208,19 @@ def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) ->
 
 def _record(store: RunDir, folder: Path, scorer: ListScorer, knowledge: int | None) -> None:
     """The first validation lists as requests, with the scores that the evaluation's own path gives them."""
-    lists = store.read("lists", split="valid").slice(0, RECORDED)
-    users, items = store.read("users", columns=["raw_id"]), store.read("items", columns=["raw_id"])
+    lists = _first_lists(store)
     data = list_data(lists)
-    vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1].copy()
-    scores = scorer.score(data.item_ids, data.mask, vectors, data.user_rows, data.histories)
+    distinct, rows = np.unique(data.user_rows.numpy(), return_inverse=True)
+    users = store.read("users", where=[("user_id", "in", distinct)], columns=["user_id", "raw_id"])
+    raw_ids = dict(zip(users["user_id"].to_pylist(), users["raw_id"].to_pylist(), strict=True))
+    items = store.read("items", columns=["raw_id"])
+    vectors = None
+    if knowledge is not None:
+        vectors = read_vectors(store, knowledge, "user", subject_ids=distinct)[1].copy()
+    scores = scorer.score(data.item_ids, data.mask, vectors, rows, data.histories)
     recorded = [
         {
-            "user_id": users["raw_id"][row["user_id"]].as_py(),
+            "user_id": raw_ids[row["user_id"]],
             "history": [
                 {"item_id": items["raw_id"][item].as_py(), "rating": rating}
                 for item, rating in zip(row["history_item_ids"], row["history_ratings"], strict=True)
@@ -225,3 +231,13 @@ def _record(store: RunDir, folder: Path, scorer: ListScorer, knowledge: int | No
         for place, row in enumerate(lists.to_pylist())
     ]
     (folder / "recorded.json").write_text(json.dumps(recorded), encoding="utf-8")
+
+
+def _first_lists(store: RunDir) -> pa.Table:
+    """The first RECORDED validation lists, of as few files as hold them."""
+    found = [SCHEMAS["lists"].empty_table()]
+    for file in store.files("lists"):
+        if sum(map(len, found)) >= RECORDED:
+            break
+        found.append(pq.read_table(file, filters=[("split", "=", "valid")]))
+    return pa.concat_tables(found).slice(0, RECORDED)

@@ -54,18 +54,20 @@ def fit_settings(section: RerankerSection, seed: int) -> FitSettings:
 
 
 def read_vectors(
-    store: RunDir, round_id: int, subject: str, sample_id: int | None = 0
+    store: RunDir,
+    round_id: int,
+    subject: str,
+    sample_id: int | None = 0,
+    subject_ids: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Subject ids [S] and their vectors [S, D] of one round, in id order; sample_id None: all samples."""
-    table = store.read("knowledge", round_id, columns=["subject", "subject_id", "sample_id", "vector"])
-    chosen = pc.equal(table["subject"], subject)
+    """Subject ids [S] and their vectors [S, D] of one round, in id order; sample_id None: all samples; subject_ids None: all."""
+    where: list[tuple[str, str, object]] = [("subject", "=", subject)]
     if sample_id is not None:
-        chosen = pc.and_(chosen, pc.equal(table["sample_id"], sample_id))
-    table = (
-        table.filter(chosen)
-        .sort_by([("subject_id", "ascending"), ("sample_id", "ascending")])
-        .combine_chunks()
-    )
+        where.append(("sample_id", "=", sample_id))
+    if subject_ids is not None:
+        where.append(("subject_id", "in", subject_ids))
+    table = store.read("knowledge", round_id, where=where, columns=["subject_id", "sample_id", "vector"])
+    table = table.sort_by([("subject_id", "ascending"), ("sample_id", "ascending")]).combine_chunks()
     return table["subject_id"].to_numpy(), vectors_of(table["vector"])
 
 

@@ -10,7 +10,7 @@ from dpo4rec_ray import checks
 from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.pipeline import before_rounds
+from dpo4rec_ray.pipeline import Selection, before_rounds, check_selection
 from tests.conftest import DEMO
 
 STATISTICS = 'llm.source="statistics"'
@@ -172,3 +172,39 @@ def test_a_deepspeed_file_counts_by_what_is_in_it(tmp_path: Path) -> None:
         file.write_text(content)
         found.add(checks.outside_identity(config, "dpo", ("dpo",)))
     assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "selection"),
+    [
+        ("vllm", Selection()),
+        ("vllm", Selection(only="prepare")),
+        ("vllm", Selection(only="encode")),
+        ("vllm", Selection(since="dpo", round_id=2)),
+        ("vllm", Selection(only="encode", round_id=0)),
+        ("vllm", Selection(only="evaluate", round_id=1)),
+        ("vllm", Selection(since="report")),
+        ("statistics", Selection(only="pair", round_id=1)),
+    ],
+)
+def test_a_step_that_a_recipe_has(source: str, selection: Selection) -> None:
+    rounds = 2 if source == "vllm" else 1
+    check_selection(load_config(DEMO, [f'llm.source="{source}"', f"run.num_rounds={rounds}"]), selection)
+
+
+@pytest.mark.parametrize(
+    ("source", "selection"),
+    [
+        ("vllm", Selection(only="bootstrap")),
+        ("vllm", Selection(since="dpo", round_id=3)),
+        ("vllm", Selection(only="prepare", round_id=1)),
+        ("vllm", Selection(only="generate", round_id=0)),
+        ("statistics", Selection(only="dpo")),
+        ("statistics", Selection(since="pair", round_id=2)),
+    ],
+)
+def test_a_step_that_a_recipe_lacks(source: str, selection: Selection) -> None:
+    rounds = 2 if source == "vllm" else 1
+    config = load_config(DEMO, [f'llm.source="{source}"', f"run.num_rounds={rounds}"])
+    with pytest.raises(UserError, match=f"no such step in this recipe: {selection.described}"):
+        check_selection(config, selection)

@@ -8,7 +8,7 @@ import pytest
 
 from dpo4rec_ray import artifacts
 from dpo4rec_ray.artifacts import Manifest, RunDir
-from dpo4rec_ray.stages.reading import UserRows, users_per_shard
+from dpo4rec_ray.stages.reading import UserRows, read_vectors, users_per_shard
 
 SPLITS = np.array(["train", "valid", "test"])
 
@@ -62,3 +62,27 @@ def test_only_needed_row_groups_are_decoded(store: RunDir, monkeypatch: pytest.M
     )
     reader.read(8, 13)
     assert asked == [1], "users 7 to 13 are the second row group of the first part"
+
+
+def test_vectors_of_some_subjects(tmp_path: Path) -> None:
+    """In id order, whatever the order of rows and parts; nothing of other subjects, other samples or the items."""
+    store = RunDir(tmp_path)
+    store.start("knowledge")
+    rows = [(subject, i, sample) for subject in ("user", "item") for i in range(8) for sample in range(2)]
+    shuffled = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
+    for part, some in enumerate((shuffled[:11], shuffled[11:])):
+        columns = {
+            "round": [0] * len(some),
+            "subject": [subject for subject, _, _ in some],
+            "subject_id": [i for _, i, _ in some],
+            "sample_id": [sample for _, _, sample in some],
+            "text": [""] * len(some),
+            "vector": [[float(subject == "user"), i, sample] for subject, i, sample in some],
+        }
+        store.write("knowledge", pa.table(columns), part=part)
+    store.finish(Manifest("knowledge", "", len(rows)))
+    ids, vectors = read_vectors(store, 0, "user", subject_ids=[6, 2])
+    assert ids.tolist() == [2, 6] and vectors.tolist() == [[1, 2, 0], [1, 6, 0]]
+    ids, vectors = read_vectors(store, 0, "item", None)
+    assert ids.tolist() == [i for i in range(8) for _ in range(2)]
+    assert vectors.tolist() == [[0, i, sample] for i in range(8) for sample in range(2)]
