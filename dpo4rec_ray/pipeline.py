@@ -168,6 +168,10 @@ class Selection:
         where = f" --round {self.round_id}" if self.round_id is not None else ""
         return f"--only {self.only}{where}" if self.only else f"--from {self.since}{where}"
 
+    def missing(self) -> UserError:
+        """The error of a selection that meets no step."""
+        return UserError(f"no such step in this recipe: {self.described}")
+
 
 def before_rounds(config: Config) -> list[str]:
     """Those of `BEFORE_ROUNDS` that this recipe needs."""
@@ -186,13 +190,13 @@ def rounds(config: Config) -> dict[int, tuple[str, ...]]:
 
 
 def check_selection(config: Config, selection: Selection) -> None:
-    """Raises UserError if this recipe has no such step."""
+    """Raises UserError if this recipe has no such step; that rounds ended before it shows only while they run."""
     wanted = selection.only or selection.since
     steps = {0: (*before_rounds(config), *AFTER_ROUNDS), **rounds(config)}
     possible = [number for number, names in steps.items() if wanted in names]
     in_round = selection.round_id in (None, *possible) or wanted in AFTER_ROUNDS
     if wanted and not (possible and in_round):
-        raise UserError(f"no such step in this recipe: {selection.described}")
+        raise selection.missing()
 
 
 def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection()) -> dict[str, object]:
@@ -213,7 +217,7 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     if runner.selected("report", last_round):
         return report.run(config, store, last_round, runner.log, total.seconds)
     if not runner.matched:
-        raise UserError(f"no such step in this recipe: {selection.described}")
+        raise selection.missing()
     return {}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.artifacts import RunDir, write_json
@@ -33,7 +34,6 @@ from dpo4rec_ray.published import (
 )
 from dpo4rec_ray.rerankers.fit import CARD_FILE, WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.schemas import SCHEMAS
 from dpo4rec_ray.stages.common import base_llm_path
 from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.stages.ingest import keys_of
@@ -208,7 +208,7 @@ def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) ->
 
 def _record(store: RunDir, folder: Path, scorer: ListScorer, knowledge: int | None) -> None:
     """The first validation lists as requests, with the scores that the evaluation's own path gives them."""
-    lists = _first_lists(store)
+    lists = ds.dataset(store.files("lists")).head(RECORDED, filter=ds.field("split") == "valid")
     data = list_data(lists)
     distinct, rows = np.unique(data.user_rows.numpy(), return_inverse=True)
     users = store.read("users", where=[("user_id", "in", distinct)], columns=["user_id", "raw_id"])
@@ -231,13 +231,3 @@ def _record(store: RunDir, folder: Path, scorer: ListScorer, knowledge: int | No
         for place, row in enumerate(lists.to_pylist())
     ]
     (folder / "recorded.json").write_text(json.dumps(recorded), encoding="utf-8")
-
-
-def _first_lists(store: RunDir) -> pa.Table:
-    """The first RECORDED validation lists, of as few files as hold them."""
-    found = [SCHEMAS["lists"].empty_table()]
-    for file in store.files("lists"):
-        if sum(map(len, found)) >= RECORDED:
-            break
-        found.append(pq.read_table(file, filters=[("split", "=", "valid")]))
-    return pa.concat_tables(found).slice(0, RECORDED)

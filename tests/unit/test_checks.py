@@ -8,7 +8,7 @@ import pytest
 
 from dpo4rec_ray import checks
 from dpo4rec_ray.artifacts import RunDir
-from dpo4rec_ray.config import load_config
+from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import Selection, before_rounds, check_selection
 from tests.conftest import DEMO
@@ -174,6 +174,12 @@ def test_a_deepspeed_file_counts_by_what_is_in_it(tmp_path: Path) -> None:
     assert len(found) == 2
 
 
+def as_many_rounds_as_may_be(source: str) -> Config:
+    """Two; without training, one."""
+    rounds = 2 if source == "vllm" else 1
+    return load_config(DEMO, [f'llm.source="{source}"', f"run.num_rounds={rounds}"])
+
+
 @pytest.mark.parametrize(
     ("source", "selection"),
     [
@@ -188,8 +194,7 @@ def test_a_deepspeed_file_counts_by_what_is_in_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_step_that_a_recipe_has(source: str, selection: Selection) -> None:
-    rounds = 2 if source == "vllm" else 1
-    check_selection(load_config(DEMO, [f'llm.source="{source}"', f"run.num_rounds={rounds}"]), selection)
+    check_selection(as_many_rounds_as_may_be(source), selection)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,6 @@ def test_a_step_that_a_recipe_has(source: str, selection: Selection) -> None:
     ],
 )
 def test_a_step_that_a_recipe_lacks(source: str, selection: Selection) -> None:
-    rounds = 2 if source == "vllm" else 1
-    config = load_config(DEMO, [f'llm.source="{source}"', f"run.num_rounds={rounds}"])
+    config = as_many_rounds_as_may_be(source)
     with pytest.raises(UserError, match=f"no such step in this recipe: {selection.described}"):
         check_selection(config, selection)
