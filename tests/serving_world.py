@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from starlette.testclient import TestClient
     from starlette.types import ASGIApp
 
-    from dpo4rec_ray.artifacts import RunDir
     from dpo4rec_ray.serving.registry import Registry
+    from dpo4rec_ray.store.artifacts import RunDir
 
 SETTINGS = [
     *TINY,
@@ -57,7 +57,7 @@ Api = Callable[..., "TestClient"]
 @pytest.fixture(scope="session")
 def served_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two backbones with and without knowledge, two seeds each."""
-    from dpo4rec_ray.artifacts import RunDir
+    from dpo4rec_ray.store.artifacts import RunDir
 
     done = run_job(tmp_path_factory.mktemp("served"), DEMO, *SETTINGS)
     assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -68,8 +68,8 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def published(served_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Registry:
     """All four versions; v1 answers. Not to be changed."""
     from dpo4rec_ray.config import read_config
+    from dpo4rec_ray.serving.publish import publish
     from dpo4rec_ray.serving.registry import Registry
-    from dpo4rec_ray.stages.publish import publish
 
     found = Registry(tmp_path_factory.mktemp("published") / "registry")
     config = read_config(served_run.root)
@@ -117,7 +117,7 @@ def serve(*commands: Sequence[str]) -> list[tuple[int, str, str]]:
         Per command the exit code, and what it wrote to standard output and standard error.
     """
     code = (
-        "import json, sys; sys.path.insert(0, 'jobs'); import serve\n"
+        "import json, sys; from dpo4rec_ray.cli import serve\n"
         "for command in json.loads(sys.argv[1]):\n"
         "    code = serve.main(command)\n"
         "    for stream in (sys.stdout, sys.stderr): print(f'{END}{code}', file=stream, flush=True)"
@@ -177,7 +177,7 @@ def offline_scores(store: RunDir, model: str) -> list[np.ndarray]:
     """What the evaluate stage computes for every test list with a fit that it saved: [n] logits per list."""
     from dpo4rec_ray.rerankers.fit import load_reranker
     from dpo4rec_ray.rerankers.scorer import ListScorer
-    from dpo4rec_ray.stages.reading import read_catalogue, read_list_data, read_vectors
+    from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors
 
     catalogue, lists = read_catalogue(store), read_list_data(store, "test")
     fitted = load_reranker(store.path("per_list") / "rerankers" / model, catalogue)

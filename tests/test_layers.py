@@ -1,53 +1,36 @@
-"""Architecture: who may import whom, every module imports on CPU, the README's tree equals the disk."""
+"""Architecture: who may import whom, every module imports on CPU, docs/architecture.md lists them."""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "dpo4rec_ray"
-MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
+from tests.import_graph import (
+    ARCHITECTURE,
+    PACKAGE,
+    ROOMS,
+    ROOT,
+    circles,
+    import_graph,
+    imported_names,
+    modules,
+    room_of,
+    upward,
+    with_files,
+)
+
+MODULES = modules()
 SIBLINGS = ("datasets", "knowledge", "rerankers", "policy")
 HEAVY = ("vllm", "deepspeed", "peft")
-# Part of the package (first name below it; "" is the package itself) -> what it may import from the package.
-ALLOWED = {
-    "core": {"core", "errors"},
-    **{part: {part, "core", "errors"} for part in SIBLINGS},
-    "errors": set[str](),
-    "config": {"errors"},
-    "schemas": {"errors"},
-    "artifacts": {"schemas", "errors"},
-    "published": {"artifacts", "core", "errors"},
-}
-
-
-def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, int]]:
-    """Absolute names imported anywhere in the tree, type-checking blocks and functions included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
-                base = ".".join([*parents, base]).rstrip(".")
-            # `from dpo4rec_ray import core` names the module only in the alias
-            yield from (
-                (f"{base}.{alias.name}" if base == PACKAGE.name else base, node.lineno)
-                for alias in node.names
-            )
+# Rooms that may import less than all that lies below them.
+ALLOWED = {"core": ("core", "errors"), **{room: (room, "core", "config", "errors") for room in SIBLINGS}}
+RAY_ROOMS = ("workers", "prepare", "texts", "train", "stages", "serving", "grid_search", "cli")
 
 
 def top_level(tree: ast.Module) -> ast.Module:
@@ -68,20 +51,22 @@ def top_level(tree: ast.Module) -> ast.Module:
 
 def broken_rules(module: str, source: str, is_package: bool = False) -> list[str]:
     """Every rule the module breaks, one line each."""
-    part = module.partition(".")[2].partition(".")[0]
+    part = room_of(module)
     found: list[str] = []
-    for name, line in imports(ast.parse(source), module, is_package):
-        first, _, rest = name.partition(".")
-        inside = rest.partition(".")[0]
+    for name, line in imported_names(ast.parse(source), module, is_package, MODULES):
+        first, inside = name.partition(".")[0], room_of(name)
         if first == "jobs":
             found.append(f"{module}:{line} imports jobs; the package does not know its entry points")
-        if first == "ray" and part not in ("stages", "serving"):
-            found.append(f"{module}:{line} imports ray; only stages/, serving/ and jobs/ may")
-        if first == PACKAGE.name and inside and part in ALLOWED and inside not in ALLOWED[part]:
-            found.append(f"{module}:{line} imports {name}; {part} may import {sorted(ALLOWED[part])}")
-        if first == "torch" and part in ("config", "schemas", "artifacts"):
+        if first == "ray" and part not in RAY_ROOMS:
+            found.append(f"{module}:{line} imports ray; only {', '.join(RAY_ROOMS)} may")
+        if first == PACKAGE.name and inside:
+            if part in ALLOWED and inside not in ALLOWED[part]:
+                found.append(f"{module}:{line} imports {name}; {part} may import {', '.join(ALLOWED[part])}")
+            elif ROOMS.index(inside) > ROOMS.index(part):
+                found.append(f"{module}:{line} imports {name}; {inside} stands above {part}")
+        if first == "torch" and part == "config":
             found.append(f"{module}:{line} imports torch; a recipe's typo must cost milliseconds")
-    for name, line in imports(top_level(ast.parse(source)), module, is_package):
+    for name, line in imported_names(top_level(ast.parse(source)), module, is_package, MODULES):
         if name.partition(".")[0] in HEAVY:
             found.append(f"{module}:{line} imports {name} at module level; import it where it is used")
     return found
@@ -99,9 +84,11 @@ def test_import_rules(module: str) -> None:
         ("dpo4rec_ray.core.metrics", "import ray"),
         ("dpo4rec_ray.core.metrics", "def f():\n    from ray import data"),
         ("dpo4rec_ray.pipeline", "import ray"),
-        ("dpo4rec_ray.core.metrics", "from dpo4rec_ray.artifacts import RunDir"),
+        ("dpo4rec_ray.core.metrics", "from dpo4rec_ray.store.artifacts import RunDir"),
         ("dpo4rec_ray.policy.model", "import dpo4rec_ray.knowledge.prompts"),
-        ("dpo4rec_ray.policy.model", "from dpo4rec_ray import config"),
+        ("dpo4rec_ray.policy.model", "from dpo4rec_ray import checks"),
+        ("dpo4rec_ray.config", "from dpo4rec_ray.core import keys"),
+        ("dpo4rec_ray.store.reading", "from dpo4rec_ray.stages import prepare"),
         ("dpo4rec_ray.policy.model", "from ..knowledge import prompts"),
         ("dpo4rec_ray.policy.model", "import peft"),
         ("dpo4rec_ray.stages.dpo", "try:\n    import deepspeed\nexcept ImportError:\n    pass"),
@@ -144,73 +131,48 @@ def test_all_modules_import_on_cpu() -> None:
     assert done.returncode == 0, done.stderr
 
 
-PATH = re.compile(r"Makefile|LICENSE|[\w.{},*/-]*(?:/|\.\w+|/\w+)")
+def test_every_room_is_listed() -> None:
+    on_disk = {room_of(module) for module in MODULES} - {""}
+    assert on_disk <= set(ROOMS), "add the room to tests/import_graph.py, above what it imports"
 
 
-def tree_paths(readme: str) -> set[str]:
-    """Paths named by the README's folder tree: the ```text block that has a line beginning with `dpo4rec_ray/`.
-
-    Two spaces of indent are one level below a line that names one folder. A line begins with paths, the later ones in
-    the first one's folder, and goes on with words. `{a,b}` stands for alternatives.
-    """
-    for block in re.findall(r"^```text\n(.*?)^```", readme, re.MULTILINE | re.DOTALL):
-        lines = [line for line in block.splitlines() if line.strip()]
-        if not any(line.split()[0] == f"{PACKAGE.name}/" for line in lines):
-            continue
-        paths: set[str] = set()
-        folders: dict[int, str] = {}
-        for line in lines:
-            depth = (len(line) - len(line.lstrip())) // 2
-            folders = {level: folder for level, folder in folders.items() if level < depth}
-            parent = folders[max(folders)] if folders else ""
-            tokens = list(itertools.takewhile(PATH.fullmatch, line.split()))
-            for place, token in enumerate(tokens):
-                beside = tokens[0].rpartition("/")[0] + "/" if place and "/" in tokens[0].rstrip("/") else ""
-                before, _, rest = token.partition("{")
-                inner, _, after = rest.partition("}")
-                paths.update(parent + beside + before + name + after for name in inner.split(","))
-            if len(tokens) == 1 and tokens[0].endswith("/"):
-                folders[depth] = parent + tokens[0]
-        return paths
-    pytest.fail(f"README.md has no ```text block with a line that begins with {PACKAGE.name}/")
+def test_no_circles_and_nothing_imports_upwards() -> None:
+    graph = import_graph(MODULES)
+    assert circles(graph) == []
+    assert upward(graph) == []
 
 
-def test_readme_tree_equals_the_disk() -> None:
-    paths = tree_paths((ROOT / "README.md").read_text(encoding="utf-8"))
-    made_by_runs = {path for path in paths if path.startswith("runs/")}
-    missing = sorted(path for path in paths - made_by_runs if not list(ROOT.glob(path.rstrip("/"))))
-    assert missing == [], "named in README.md's tree, but not on disk"
-    on_disk = {str(path.relative_to(ROOT)) for path in MODULES.values() if path.name != "__init__.py"}
-    assert sorted(on_disk - paths) == [], "on disk, but not in README.md's tree"
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"f"}, "f": {"e"}}
+    assert circles(graph) == [["a", "b", "c"], ["e", "f"]]
 
 
-def test_the_tree_reader() -> None:
-    readme = (
-        "```text\nother block\n```\n```text\nREADME.md  Makefile  .ci/run  what it is\njobs/run.py  serve.py   run it\n"
-        "dpo4rec_ray/\n  pipeline.py  first, a/b\n  core/  pure\n    {metrics,losses}.py\n  policy/model.py  batch.py\n"
-        "tests/unit/  fast\n```\n"
+def test_no_two_modules_share_a_name() -> None:
+    """A module and a room may: `stages.prepare` places what the room `prepare` holds."""
+    names = Counter(
+        module.rpartition(".")[2] for module, path in MODULES.items() if path.name != "__init__.py"
     )
-    assert tree_paths(readme) == {
-        "README.md", "Makefile", ".ci/run", "jobs/run.py", "jobs/serve.py", "dpo4rec_ray/", "dpo4rec_ray/pipeline.py",
-        "dpo4rec_ray/core/",
-        "dpo4rec_ray/core/metrics.py", "dpo4rec_ray/core/losses.py", "dpo4rec_ray/policy/model.py",
-        "dpo4rec_ray/policy/batch.py", "tests/unit/",
-    }  # fmt: skip
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_the_architecture_page_lists_every_room_and_file() -> None:
+    """`python tests/import_graph.py --write` renews the list."""
+    page = ARCHITECTURE.read_text(encoding="utf-8")
+    assert with_files(page) == page
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(ROOMS)
 
 
 def test_only_evaluate_reads_the_test_lists() -> None:
     """`"test"` stands where users and lists are split, where every user gets a text from the prompt history, in evaluate.
 
-    `core/candidates` and `stages/partitions` say who is tested, `datasets/logged` which splits a log may name.
+    `core/candidates` and `prepare/partitions` say who is tested, `datasets/logged` which splits a log may name.
     """
     named = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if '"test"' in path.read_text(encoding="utf-8")
     }
-    splitting = {"core/candidates.py", "stages/partitions.py", "datasets/logged.py"}
+    splitting = {"core/candidates.py", "prepare/partitions.py", "datasets/logged.py"}
     assert named == {*splitting, "stages/encode.py", "stages/evaluate.py"}
-    unsplit = [
-        path for path in (PACKAGE / "stages").glob("*.py") if 'store.read("lists")' in path.read_text()
-    ]
+    unsplit = [path for path in PACKAGE.rglob("*.py") if 'store.read("lists")' in path.read_text()]
     assert unsplit == []

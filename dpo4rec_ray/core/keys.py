@@ -7,6 +7,7 @@ hashes too, so that they depend neither on the number of partitions nor on the o
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -78,3 +79,9 @@ def random_share(ids: npt.NDArray[np.int64], seed: int, share: float) -> npt.NDA
 def partition_of(keys: Keys, num_partitions: int) -> npt.NDArray[np.int64]:
     """Partition 0..num_partitions-1 by the key's upper bits, so that partitions hold ranges of keys in order."""
     return ((keys >> np.uint64(32)) * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)
+
+
+def seed_of(*parts: object) -> int:
+    """A 31-bit seed from (run seed, stage, round, user id, ...), the same on every machine."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF

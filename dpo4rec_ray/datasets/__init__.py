@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from dpo4rec_ray.datasets import amazon2018, amazon2023, logged, movielens, sample_world, table
+from dpo4rec_ray.datasets import amazon2018, amazon2023, logged, movielens, synthetic, table
 from dpo4rec_ray.datasets.files import absolute
 from dpo4rec_ray.datasets.logged import LoggedSettings
 from dpo4rec_ray.datasets.raw import Source
-from dpo4rec_ray.datasets.sample_world import SampleSettings
+from dpo4rec_ray.datasets.synthetic import SampleSettings
 from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError
 
@@ -31,7 +31,7 @@ DATASETS: dict[str, Callable[[SourceSettings], Source]] = {
     "amazon2018": lambda settings: amazon2018.describe(settings.raw_dir, settings.file),
     "amazon2023": lambda settings: amazon2023.describe(settings.raw_dir, settings.file),
     "table": lambda settings: table.describe(settings.raw_dir, settings.table),
-    "sample": lambda settings: sample_world.describe(settings.sample, settings.seed),
+    "sample": lambda settings: synthetic.describe(settings.sample, settings.seed),
 }
 
 __all__ = ["DATASETS", "Source", "SourceSettings", "load_source"]

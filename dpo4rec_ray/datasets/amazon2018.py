@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.datasets.files import join, list_files, without_query
-from dpo4rec_ray.datasets.lines import clean_strings, parse_events, parse_items, why_fields
+from dpo4rec_ray.datasets.parsing import clean_strings, parse_events, parse_items, why_fields
 from dpo4rec_ray.datasets.raw import EVENTS, DataFile, Parsed, Source
 from dpo4rec_ray.datasets.readers import one_array, read_csv, read_json, why_json
 from dpo4rec_ray.errors import UserError

@@ -223,7 +223,7 @@ def _worked(work: Callable[[Any], Any], tasks: Iterable[Any], processes: int) ->
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m dpo4rec_ray.datasets.sample --like SHAPE DEST`."""
+    """Options of `python -m dpo4rec_ray.datasets.write_sample --like SHAPE DEST`."""
     parser.add_argument("folder", metavar="DEST", help="folder to write to")
     parser.add_argument("--like", choices=list(SHAPES), required=True, help="the dataset whose shape it has")
     parser.add_argument(

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 from numpy.typing import NDArray
 
-from dpo4rec_ray.datasets.lines import BAD_NUMBER, BAD_TIME, LEAF, UNREADABLE
+from dpo4rec_ray.datasets.parsing import BAD_NUMBER, BAD_TIME, LEAF, UNREADABLE
 
 TimestampUnit = Literal["s", "ms", "us", "iso"]
 Role = Literal["id", "number", "time", "text", "values", "ids", "numbers"]

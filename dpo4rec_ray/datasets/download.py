@@ -26,7 +26,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from dpo4rec_ray.datasets.downloads import DATASETS, Dataset, RemoteFile, key_of
+from dpo4rec_ray.datasets.publishers import DATASETS, Dataset, RemoteFile, key_of
 from dpo4rec_ray.errors import UserError
 
 CHUNK_BYTES = 2**20

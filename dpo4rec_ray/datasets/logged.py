@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dpo4rec_ray.datasets import lines
+from dpo4rec_ray.datasets import parsing
 from dpo4rec_ray.datasets.cells import Column, TimestampUnit, any_of
-from dpo4rec_ray.datasets.mapped import Origin, data_files
+from dpo4rec_ray.datasets.column_mapping import Origin, data_files
 from dpo4rec_ray.datasets.raw import LISTS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
@@ -91,7 +91,7 @@ def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:
         )  # first: what is too large for it is infinite
     good = np.ones(len(table), dtype=np.bool_)
     for reason, bad in _faults(columns, given):
-        lines.quarantine(np.flatnonzero(bad & good), origin.rows, reason, origin.tally, origin.text_of)
+        parsing.quarantine(np.flatnonzero(bad & good), origin.rows, reason, origin.tally, origin.text_of)
         good &= ~bad
     # Negatives drawn at random may repeat a candidate (685 of KAR's own 103,697 lists do): told, and no damage.
     repeated = int(np.sum(_repeated(columns["candidates"]) & good))
@@ -115,12 +115,12 @@ def _faults(columns: dict[str, pa.Array], given: dict[str, pa.Array]) -> list[tu
     if "history_ratings" in given:
         bad_history |= _lengths(history) != _lengths(ratings)
     return [
-        (lines.MISSING, missing),
+        (parsing.MISSING, missing),
         (LENGTHS_DIFFER, lengths != _lengths(labels)),
         (WRONG_SIZE, (lengths < MIN_CANDIDATES) | (lengths > MAX_CANDIDATES)),
         (BAD_LABEL, any_of(labels, ~_usable(labels, most=1.0))),
         (UNKNOWN_SPLIT, unknown_split),
-        (lines.BAD_TIME, (time < 0) | (time >= lines.MAX_TIMESTAMP_S)),
+        (parsing.BAD_TIME, (time < 0) | (time >= parsing.MAX_TIMESTAMP_S)),
         (BAD_HISTORY, bad_history),
     ]
 

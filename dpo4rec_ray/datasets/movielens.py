@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.datasets.files import list_files, read_header
-from dpo4rec_ray.datasets.lines import (
+from dpo4rec_ray.datasets.parsing import (
     BAD_NUMBER,
     FIELD_COUNT,
     UNREADABLE,

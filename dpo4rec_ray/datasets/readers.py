@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 
-from dpo4rec_ray.datasets.lines import BAD_JSON, BAD_NUMBER, UNREADABLE, Why
+from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, UNREADABLE, Why
 
 # pyarrow.json 26 reads memory that is not its own at a null outside of an object (apache/arrow#47409).
 _STRAY_NULL = re.compile(rb"\}[ \t\r]*null")

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo4rec_ray.datasets import lines
+from dpo4rec_ray.datasets import parsing
 from dpo4rec_ray.datasets.cells import Column, TimestampUnit
-from dpo4rec_ray.datasets.mapped import Origin, data_files
+from dpo4rec_ray.datasets.column_mapping import Origin, data_files
 from dpo4rec_ray.datasets.raw import USERS, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
@@ -108,7 +108,7 @@ def describe(raw_dir: str, settings: TableSettings) -> Source:
 def _finish_events(table: pa.Table, origin: Origin, *, ratings: tuple[float, float] | None) -> Parsed:
     if ratings is None:  # implicit feedback
         table = table.append_column("rating", pa.array(np.ones(table.num_rows)))
-    return lines.checked_events(table, *origin, ratings=ratings or (1.0, 1.0))
+    return parsing.checked_events(table, *origin, ratings=ratings or (1.0, 1.0))
 
 
 def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -> Parsed:
@@ -129,20 +129,20 @@ def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -
     offsets = np.concatenate([[0], np.cumsum(np.bincount(of_item[first], minlength=size))]).astype(np.int32)
     attributes = pa.ListArray.from_arrays(pa.array(offsets), all_values.take(pa.array(order)))
     columns = {"raw_id": table["raw_id"], "title": pc.utf8_trim_whitespace(title), "attributes": attributes}
-    return lines.checked_items(pa.table(columns), *origin)
+    return parsing.checked_items(pa.table(columns), *origin)
 
 
 def _finish_users(table: pa.Table, origin: Origin, *, profile: tuple[str, ...]) -> Parsed:
     known = pc.fill_null(pc.greater(pc.binary_length(table["raw_id"]), 0), False)
     missing = np.flatnonzero(~known.to_numpy())
-    lines.quarantine(missing, origin.rows, lines.MISSING, origin.tally, origin.text_of)
+    parsing.quarantine(missing, origin.rows, parsing.MISSING, origin.tally, origin.text_of)
     table = table.filter(known)
     told = pa.array([""] * table.num_rows, pa.string())
     for name in profile:
         text = pc.fill_null(pc.utf8_trim_whitespace(table[f"profile {name}"].combine_chunks()), "")
         part = pc.binary_join_element_wise(f", {name}: ", text, "")
         told = pc.binary_join_element_wise(told, pc.if_else(pc.equal(text, ""), "", part), "")
-    texts, num_cleaned = lines.clean_strings(pc.utf8_slice_codeunits(told, len(", ")))
+    texts, num_cleaned = parsing.clean_strings(pc.utf8_slice_codeunits(told, len(", ")))
     return Parsed(
         pa.table({"raw_id": table["raw_id"], "profile": texts}).cast(USERS),
         origin.rows_read,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm import LLM
 
-# Measured on vLLM's CPU engine (jobs/bench.py generate): compilation costs a minute and gains nothing; without chunked
+# Measured on vLLM's CPU engine (benchmarks/bench.py generate): compilation costs a minute and gains nothing; without chunked
 # prefill a request's own seed holds; small blocks let a user's N samples share all but a few tokens of one prefill.
 CPU_ENGINE = {"enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
 # What a recipe's engine_args cannot set: it has a key of its own, or would let a model folder run code.
@@ -112,7 +112,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class EngineFigures:
+class EngineStats:
     """What an engine has done since it was ready.
 
     Attributes:
@@ -212,8 +212,8 @@ class VLLMGenerator:
                 self._lora = LoRARequest(f"policy-{self._num_adapters}", self._num_adapters, adapter)
             self._serving = (model, adapter)
 
-    def figures(self) -> EngineFigures:
-        return self._loop.figures()
+    def stats(self) -> EngineStats:
+        return self._loop.stats()
 
     def count_anew(self) -> None:
         """Figures from now on; while nothing is under way."""
@@ -345,10 +345,10 @@ class _Loop:
         self._raise_if_died()
         return [answer for answer in call.answers if answer is not None]
 
-    def figures(self) -> EngineFigures:
+    def stats(self) -> EngineStats:
         span = max(self._last - self._first, 1e-9)
         share = 1 / max(self._weight, 1e-9)
-        return EngineFigures(
+        return EngineStats(
             samples=self._samples,
             tokens=self._tokens,
             busy=min(1.0, self._worked / span),

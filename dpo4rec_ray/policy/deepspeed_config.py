@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo4rec_ray.errors import UserError
 
-if TYPE_CHECKING:
-    from dpo4rec_ray.policy.trainer import TrainSettings
-
 # DeepSpeed's key -> the recipe's: these have one owner, and a file that says otherwise is refused.
 OWNED = {
-    "train_batch_size": "batch_size, accumulation and num_workers",
+    "train_batch_size": "batch_size, gradient_accumulation_steps and num_workers",
     "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "accumulation",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
     "optimizer": "lr and weight_decay",
     "scheduler": "schedule and warmup_frac",
@@ -26,8 +24,28 @@ OWNED = {
     "fp16.enabled": "llm.dtype",
     "amp.enabled": "llm.dtype",
     "torch_autocast.enabled": "llm.dtype",
-    "managed_gradient_accumulation": "accumulation",
+    "managed_gradient_accumulation": "gradient_accumulation_steps",
 }
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Optimiser, schedule and sharding. `batch_size` counts rows per worker and micro-step, `effective` rows per step."""
+
+    lr: float
+    epochs: int
+    batch_size: int
+    effective: int
+    warmup_frac: float
+    weight_decay: float
+    max_grad_norm: float
+    zero_stage: int
+    dtype: str
+    seed: int
+    schedule: str = "cosine"
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    on_gpu: bool = False
 
 
 def deepspeed_config(settings: TrainSettings, accumulation: int, extra: dict[str, Any]) -> dict[str, Any]:

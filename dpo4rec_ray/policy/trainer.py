@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,13 @@ import torch
 import torch.distributed as dist
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
+from dpo4rec_ray.policy.deepspeed_config import TrainSettings, deepspeed_config
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.objectives import Objective, Row
 from dpo4rec_ray.policy.order import Order
 
 Figures = dict[str, float]
 LESS = 'lower lr, or set llm.dtype = "float32"'
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Optimiser, schedule and sharding. `batch_size` counts rows per worker and micro-step, `effective` rows per step."""
-
-    lr: float
-    epochs: int
-    batch_size: int
-    effective: int
-    warmup_frac: float
-    weight_decay: float
-    max_grad_norm: float
-    zero_stage: int
-    dtype: str
-    seed: int
-    schedule: str = "cosine"
-    offload_optimizer: bool = False
-    offload_params: bool = False
-    on_gpu: bool = False
 
 
 class Trainer:

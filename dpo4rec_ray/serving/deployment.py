@@ -17,18 +17,21 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from dpo4rec_ray.config import ServingSection, first_mistake
+from dpo4rec_ray.config.section import first_mistake
+from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.figures import Figures, FreshFigures
 from dpo4rec_ray.serving.fresh import FreshStore, FreshTexts, Order
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
+from dpo4rec_ray.workers.placement import engine_env
 
 logger = logging.getLogger("ray.serve")
 MAX_FAILED = 20  # lists in a row, after which a replica is replaced
 NO_TOKEN = "no token is asked for (serving.token_file): whoever reaches the port may ask"
 NAME = "rerank"  # of the application and of its ingress deployment
+WRITER_NAME = "writer"
 
 
 @serve.ingress()
@@ -108,6 +111,55 @@ class Sender:
             self._figures.refused("unreachable")
 
 
+class WriterReplica:
+    """The Serve deployment around a Writer."""
+
+    def __init__(self, settings: ServingSection):
+        from dpo4rec_ray.serving.writer import Writer
+
+        registry = Registry(settings.registry)
+        store = FreshStore(registry.root, settings.fresh_ttl_s, settings.fresh_max_users)
+        # First of all: vLLM imports Prometheus' client, which has to know the folder by then.
+        figures = FreshFigures(figures_folder())
+        self._writer = Writer(registry, store, settings, figures)
+
+    async def offer(self, order: Order) -> bool:
+        """As `Writer.offer`."""
+        return self._writer.offer(order)
+
+    def check_health(self) -> None:
+        """Raises RuntimeError when no text will ever be written again; Serve then starts another replica."""
+        if not self._writer.alive():
+            raise RuntimeError("the writing thread has ended")
+
+
+def writer_application(settings: ServingSection) -> Application:
+    """The writer's deployment, to be bound to the ingress.
+
+    Raises:
+        UserError: no version is promoted, or the current one has no LLM.
+    """
+    from dpo4rec_ray.serving.writer import plan_of
+
+    registry = Registry(settings.registry)
+    version = registry.traffic().current
+    if not version:
+        raise UserError(f"{registry.root}: no version is promoted; run jobs/serve.py publish and promote")
+    plan = plan_of(registry, version, settings)
+    return serve.deployment(
+        WriterReplica,
+        name=WRITER_NAME,
+        num_replicas=1,
+        ray_actor_options={
+            "num_cpus": settings.writer_cpus,
+            "num_gpus": settings.writer_gpus,
+            "runtime_env": {"env_vars": engine_env(plan.config)},
+        },
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+    ).bind(settings)
+
+
 def build(arguments: dict[str, Any]) -> Application:
     """The application of the `[serving]` settings in `arguments`.
 
@@ -120,8 +172,6 @@ def build(arguments: dict[str, Any]) -> Application:
         raise UserError(f"serving: {first_mistake(error)}; mend the settings") from None
     writer: list[Application] = []
     if settings.online_llm == "async":
-        from dpo4rec_ray.serving.writer import writer_application
-
         writer = [writer_application(settings)]
     scale: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas > settings.num_replicas:

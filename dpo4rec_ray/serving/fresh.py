@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo4rec_ray.artifacts import write_json
-from dpo4rec_ray.published import PublishedVersion
 from dpo4rec_ray.serving.api import Event
 from dpo4rec_ray.serving.ranker import NEUTRAL_RATING
 from dpo4rec_ray.serving.service import Written
+from dpo4rec_ray.serving.version_files import PublishedVersion
+from dpo4rec_ray.store.artifacts import write_json
 
 MAX_HELD = 10_000  # users whose texts, or lack of one, a process remembers
 MAX_ORDERED = 10_000  # users whose orders a replica remembers

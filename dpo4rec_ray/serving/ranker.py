@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpo4rec_ray.published import UNKNOWN, PublishedVersion
 from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories
 from dpo4rec_ray.rerankers.fit import load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer, UserParts
+from dpo4rec_ray.serving.version_files import UNKNOWN, PublishedVersion
 
 NEUTRAL_RATING = 3.0  # of an event that came without one
 

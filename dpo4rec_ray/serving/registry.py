@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dpo4rec_ray.artifacts import write_json
-from dpo4rec_ray.config import first_mistake
+from dpo4rec_ray.config.section import first_mistake
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.published import PublishedVersion, VersionCard, read_card
 from dpo4rec_ray.serving.ranker import Ranker, RankRequest
+from dpo4rec_ray.serving.version_files import PublishedVersion, VersionCard, read_card
+from dpo4rec_ray.store.artifacts import write_json
 
 TRAFFIC = "traffic.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

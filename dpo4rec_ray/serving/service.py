@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dpo4rec_ray.published import UNKNOWN, PublishedVersion
 from dpo4rec_ray.serving.api import Candidate, Event, ModelCard, RerankRequest, SeenItem, UserKnowledge
 from dpo4rec_ray.serving.batcher import Batcher, Overloaded
 from dpo4rec_ray.serving.figures import Figures
 from dpo4rec_ray.serving.live import Live
 from dpo4rec_ray.serving.ranker import Ranker, Ranking, RankRequest
 from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.serving.version_files import UNKNOWN, PublishedVersion
 
 SHORT = 31  # candidates up to which lists are ranked together, whatever their size
 PLACES_IN_LOOP = 8192  # candidates ranked in the event loop's thread; more would hold other requests up

@@ -19,27 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from ray import serve
-from ray.serve import Application
 
-from dpo4rec_ray.artifacts import RunDir
-from dpo4rec_ray.config import Config, ServingSection, read_config
+from dpo4rec_ray.config import Config, read_config
+from dpo4rec_ray.config.serving import ServingSection
+from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.knowledge.generator import LOAD_FORMATS, OWN_ARGUMENTS, Answer, EngineSettings
 from dpo4rec_ray.knowledge.prompts import FACTORS, control_tokens, encode_chat, fit_history
 from dpo4rec_ray.knowledge.structured import read_samples
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.published import WRITER_ADAPTER, WRITER_FOLDER, WRITER_LLM, table
 from dpo4rec_ray.serving.figures import FreshFigures
 from dpo4rec_ray.serving.fresh import FreshStore, Order
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Written
-from dpo4rec_ray.stages.common import engine_env, seed_of
-from dpo4rec_ray.stages.engines import KeptEngine
-from dpo4rec_ray.stages.sources import CataloguePrompts, PromptSettings, engine_settings, sampling_of
+from dpo4rec_ray.serving.version_files import WRITER_ADAPTER, WRITER_FOLDER, WRITER_LLM, table
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.texts.engines import KeptEngine
+from dpo4rec_ray.texts.sources import CataloguePrompts, PromptSettings, engine_settings, sampling_of
 
-NAME = "writer"  # of the deployment
 BATCH = 64  # texts that are written together
 SWEEP_S = 300.0  # between looks for texts that are too old
 GPU_MEMORY = 0.9  # of the writer's part of a GPU
@@ -260,50 +258,3 @@ class Writer:
             return samples[0].text
         self._figures.failed(answer.reason or "empty_text")
         return ""
-
-
-class WriterReplica:
-    """The Serve deployment around a Writer."""
-
-    def __init__(self, settings: ServingSection):
-        from dpo4rec_ray.serving.deployment import figures_folder
-
-        registry = Registry(settings.registry)
-        store = FreshStore(registry.root, settings.fresh_ttl_s, settings.fresh_max_users)
-        # First of all: vLLM imports Prometheus' client, which has to know the folder by then.
-        figures = FreshFigures(figures_folder())
-        self._writer = Writer(registry, store, settings, figures)
-
-    async def offer(self, order: Order) -> bool:
-        """As `Writer.offer`."""
-        return self._writer.offer(order)
-
-    def check_health(self) -> None:
-        """Raises RuntimeError when no text will ever be written again; Serve then starts another replica."""
-        if not self._writer.alive():
-            raise RuntimeError("the writing thread has ended")
-
-
-def writer_application(settings: ServingSection) -> Application:
-    """The writer's deployment, to be bound to the ingress.
-
-    Raises:
-        UserError: no version is promoted, or the current one has no LLM.
-    """
-    registry = Registry(settings.registry)
-    version = registry.traffic().current
-    if not version:
-        raise UserError(f"{registry.root}: no version is promoted; run jobs/serve.py publish and promote")
-    plan = plan_of(registry, version, settings)
-    return serve.deployment(
-        WriterReplica,
-        name=NAME,
-        num_replicas=1,
-        ray_actor_options={
-            "num_cpus": settings.writer_cpus,
-            "num_gpus": settings.writer_gpus,
-            "runtime_env": {"env_vars": engine_env(plan.config)},
-        },
-        health_check_period_s=5,
-        graceful_shutdown_timeout_s=5,
-    ).bind(settings)

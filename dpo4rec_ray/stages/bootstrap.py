@@ -16,20 +16,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import knowledge_cut
-from dpo4rec_ray.datasets.sample_world import simulate_users
+from dpo4rec_ray.core.keys import seed_of
+from dpo4rec_ray.datasets.synthetic import simulate_users
 from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
-from dpo4rec_ray.policy.bootstrap import SPECIAL_TOKENS, build_tokenizer, supervised_rows
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.stages.common import Outcome, Progress, engine_env, say, seed_of
-from dpo4rec_ray.stages.sources import CataloguePrompts
-from dpo4rec_ray.stages.train_policy import supervised_loop, train_settings
-from dpo4rec_ray.stages.training import launch, read_metrics
+from dpo4rec_ray.policy.small_llm import SPECIAL_TOKENS, build_tokenizer, supervised_rows
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.metrics_file import read_metrics
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import Progress, say
+from dpo4rec_ray.texts.sources import CataloguePrompts
+from dpo4rec_ray.train.launch import launch
+from dpo4rec_ray.train.loops import supervised_loop, train_settings
+from dpo4rec_ray.workers.placement import engine_env
 
 RECIPE_OF = {"sample": "jobs/recipes/demo.toml", "movielens": "jobs/recipes/ml1m_small.toml"}
 TOKENIZER_LESSONS = 5000  # enough for every word of a catalogue's frequent items
@@ -67,7 +71,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         {
             "config": config,
             "settings": settings,
-            "deepspeed": read_extra(section.deepspeed, settings, section.accumulation, "bootstrap"),
+            "deepspeed": read_extra(
+                section.deepspeed, settings, section.gradient_accumulation_steps, "bootstrap"
+            ),
             "tokenizer": str(work / "tokenizer"),
             "rows": str(work / "rows.parquet"),
             "folder": str(folder),
@@ -82,21 +88,21 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         file.rename(folder / file.name)
     shutil.rmtree(work)
     steps = read_metrics(folder)
-    figures: dict[str, Any] = {
+    stats: dict[str, Any] = {
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "steps": len(steps),
     }
-    figures |= check_texts(config, store, folder)
+    stats |= check_texts(config, store, folder)
     say(
-        f"  bootstrap: {figures['text_accuracy']:.3f} of the named tastes are true, chance {figures['text_chance']:.3f}, "
-        f"ratio {figures['text_accuracy'] / figures['text_chance']:.2f}"
+        f"  bootstrap: {stats['text_accuracy']:.3f} of the named tastes are true, chance {stats['text_chance']:.3f}, "
+        f"ratio {stats['text_accuracy'] / stats['text_chance']:.2f}"
     )
-    (folder / "README.md").write_text(_model_card(config, figures), encoding="utf-8")
-    return Outcome(rows_in=section.num_users, rows_out=len(steps), figures=figures)
+    (folder / "README.md").write_text(_model_card(config, stats), encoding="utf-8")
+    return Outcome(rows_in=section.num_users, rows_out=len(steps), stats=stats)
 
 
-def _model_card(config: Config, figures: dict[str, Any]) -> str:
+def _model_card(config: Config, stats: dict[str, Any]) -> str:
     section, dataset = config.bootstrap, config.data.dataset
     recipe = RECIPE_OF.get(dataset, "RECIPE.toml")
     return CARD.format(
@@ -105,10 +111,10 @@ def _model_card(config: Config, figures: dict[str, Any]) -> str:
         dataset=dataset,
         command=f"python jobs/train_llm.py {recipe} --out FOLDER run.seed={config.run.seed}",
         lessons=section.num_users,
-        batch=f"{section.batch_size * section.accumulation} x {section.num_workers} workers",
+        batch=f"{section.batch_size * section.gradient_accumulation_steps} x {section.num_workers} workers",
         lr=section.lr,
         users=NUM_CHECK_USERS,
-        **figures,
+        **stats,
     )
 
 

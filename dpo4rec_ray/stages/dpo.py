@@ -9,22 +9,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
-from dpo4rec_ray.stages.common import (
-    WORKER_ENV,
-    Outcome,
-    merges_lora,
-    model_identity,
-    policy_weights,
-    say,
-    seed_of,
-)
-from dpo4rec_ray.stages.reference import cached_reference
-from dpo4rec_ray.stages.train_policy import ADAPTER, FULL, HELDOUT, TRAINED, DPOTask, dpo_loop, train_settings
-from dpo4rec_ray.stages.training import WARNINGS, begin, launch, read_metrics, remove_checkpoints
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.metrics_file import read_metrics
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.policies import merges_lora, model_identity, policy_weights
+from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.train.launch import WARNINGS, begin, launch, remove_checkpoints
+from dpo4rec_ray.train.loops import ADAPTER, FULL, HELDOUT, TRAINED, DPOTask, dpo_loop, train_settings
+from dpo4rec_ray.train.reference_logps import cached_reference
+from dpo4rec_ray.workers.placement import WORKER_ENV
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -63,7 +60,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             reference=reference,
             moved=continues,
             settings=settings,
-            deepspeed=read_extra(section.deepspeed, settings, section.accumulation),
+            deepspeed=read_extra(section.deepspeed, settings, section.gradient_accumulation_steps),
         )
         launch(
             dpo_loop,
@@ -80,7 +77,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     elif merges_lora(config):
         ray.get(merge.remote(base, weights.adapter, folder / "merged", config.llm.dtype))
         weights = PolicyWeights(base=base, adapter=weights.adapter, merged=str(folder / "merged"))
-    figures = _figures(config, store, round_id)
+    stats = _stats(config, store, round_id)
     write_policy(
         folder,
         weights,
@@ -89,16 +86,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             "base_hash": model_identity(base),
             "pairs": store.require("pairs", round_id).fingerprint,
             "settings": section.model_dump(mode="json"),
-            "figures": figures,
+            "figures": stats,
         },
     )
-    pairs = figures["pairs"]
-    return Outcome(
-        rows_in=pairs["train"] + pairs["train_too_long"], rows_out=figures["steps"], figures=figures
-    )
+    pairs = stats["pairs"]
+    return Outcome(rows_in=pairs["train"] + pairs["train_too_long"], rows_out=stats["steps"], stats=stats)
 
 
-def _figures(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
+def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
     """What the workers left in the folder, as one table of figures; the lines that a user should read are said."""
     folder, section = store.path("policy", round_id), config.dpo
     steps = read_metrics(folder)

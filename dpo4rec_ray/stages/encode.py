@@ -16,22 +16,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dpo4rec_ray.artifacts import RunDir, part_notes, write_part
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.knowledge.prompts import item_text
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, say
-from dpo4rec_ray.stages.sampling import ItemSampler, TextSampler, engine_pool
-from dpo4rec_ray.stages.shards import (
-    Pool,
-    Row,
-    begin_shards,
-    finished_shards,
-    run_shards,
-    shard_ranges,
-)
-from dpo4rec_ray.stages.sources import cost_of, describes_items
-from dpo4rec_ray.stages.throughput import COUNTS, Throughput
+from dpo4rec_ray.store.artifacts import RunDir, part_notes, write_part
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import Progress, say
+from dpo4rec_ray.texts.sampling import ItemSampler, TextSampler, engine_pool
+from dpo4rec_ray.texts.sources import cost_of, describes_items
+from dpo4rec_ray.texts.throughput import COUNTS, Throughput
+from dpo4rec_ray.workers.placement import WORKER_ENV
+from dpo4rec_ray.workers.shards import Pool, Row, begin_shards, finished_shards, run_shards, shard_ranges
 
 ITEMS_PER_SHARD = 2048
 DESCRIBED_PER_SHARD = 256  # items that an LLM describes: minutes of work, not seconds
@@ -42,15 +37,15 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `knowledge` of the round: users always, items in round 0. Items come first; their parts after the users'."""
     folder = store.path("knowledge", round_id)
     size = config.generate.users_per_shard
-    mark = f"{store.mark} {size}"
-    done = finished_shards(folder, mark)
+    fingerprint = f"{store.fingerprint} {size}"
+    done = finished_shards(folder, fingerprint)
     store.start("knowledge", round_id, keep=bool(done))
-    begin_shards(folder, mark)
+    begin_shards(folder, fingerprint)
     num_users = store.require("users").rows
     ranges = shard_ranges(num_users, size)
-    figures: dict[str, Any] = {}
+    stats: dict[str, Any] = {}
     if round_id == 0:
-        figures["items"] = _encode_items(config, store, folder, len(ranges), done)
+        stats["items"] = _encode_items(config, store, folder, len(ranges), done)
     num_valid = config.generate.num_samples if round_id else 1
 
     def pools() -> list[Pool]:
@@ -72,7 +67,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     already = num_users - sum(high - low for _, low, high in todo)
     if already:
         say(f"  encode: {already} users kept from an interrupted run")
-    figures["this_run"] = _stream("encode", "users", todo, pools, num_users, already)
+    stats["this_run"] = _stream("encode", "users", todo, pools, num_users, already)
     rows, counts = _account(folder)
     users = counts["user"]
     if users["failed"]:
@@ -83,10 +78,10 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         say(f"  encode: {counts['item']['failed']} items got no text and are encoded by their own title")
     items = {name: count for name, count in counts["item"].items() if name != "users"}
     if items:
-        figures["items"] |= items
-    figures |= cost_of(config, users + counts["item"])
-    figures |= {**users, "simulated": config.llm.source == "template"}
-    return Outcome(rows_in=num_users, rows_out=rows, figures=figures)
+        stats["items"] |= items
+    stats |= cost_of(config, users + counts["item"])
+    stats |= {**users, "simulated": config.llm.source == "template"}
+    return Outcome(rows_in=num_users, rows_out=rows, stats=stats)
 
 
 class VectorWriter:
@@ -200,7 +195,7 @@ def _stream(
     progress = Progress(label, total, unit, already=already)
     for _ in run_shards(todo, placed, progress, already=already, extra=extra):
         pass
-    return throughput.figures
+    return throughput.stats
 
 
 def _account(folder: Path) -> tuple[int, dict[str, Counter[str]]]:

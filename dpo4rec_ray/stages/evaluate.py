@@ -16,16 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dpo4rec_ray import evaluation, paper_table
-from dpo4rec_ray.artifacts import RunDir, write_json
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
+from dpo4rec_ray.evaluation import paper_table, tables
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, check_room, say, seed_of
 from dpo4rec_ray.stages.prepare import source_of
-from dpo4rec_ray.stages.reading import (
+from dpo4rec_ray.store.artifacts import RunDir, write_json
+from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.store.reading import (
     fit_settings,
     popularity,
     read_catalogue,
@@ -34,8 +37,9 @@ from dpo4rec_ray.stages.reading import (
     reranker_settings,
     training_facts,
 )
-from dpo4rec_ray.stages.shards import begin_shards, finished_shards
-from dpo4rec_ray.stages.training import METRICS, MetricsFile, wait_for_epochs
+from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
+from dpo4rec_ray.workers.shards import begin_shards, finished_shards
+from dpo4rec_ray.workers.tasks import wait_for_epochs
 
 FIGURES = "figures.json"
 BACKBONE, BASE_LLM, STATISTICS = "backbone", "base-llm", "statistics"
@@ -55,9 +59,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     import ray
 
     folder = store.path("per_list")
-    finished = finished_shards(folder, store.mark)
+    finished = finished_shards(folder, store.fingerprint)
     store.start("per_list", keep=bool(finished))
-    begin_shards(folder, store.mark)
+    begin_shards(folder, store.fingerprint)
     gpus = config.evaluate.gpus_per_task
     check_room("the tasks of evaluate", 1, gpus)
     task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(_fit_and_measure)
@@ -84,7 +88,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     per_list = pa.concat_tables(tables)
     _summarise(config, store, per_list.to_pandas())
     return Outcome(
-        rows_in=store.require("lists").rows, rows_out=len(per_list), figures={"last_round": round_id}
+        rows_in=store.require("lists").rows, rows_out=len(per_list), stats={"last_round": round_id}
     )
 
 
@@ -118,14 +122,14 @@ def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: in
         test.item_ids, test.mask, vectors, test.user_rows, test.histories
     )
     measured = _measured(store, test, scores, system, backbone, seed)
-    figures = {
+    stats = {
         "best epoch": result.best_epoch,
         "epochs": len(result.history),
         "seconds per epoch": round(float(np.mean([record["seconds"] for record in result.history])), 2),
         f"valid {settings.metric}": result.best_value,
-        **{f"test {name}": float(np.mean(measured[name].to_numpy())) for name in evaluation.HEADLINE},
+        **{f"test {name}": float(np.mean(measured[name].to_numpy())) for name in tables.HEADLINE},
     }
-    info = {"system": system, "seed": seed, "figures": figures, "fit": asdict(settings)}
+    info = {"system": system, "seed": seed, "figures": stats, "fit": asdict(settings)}
     save_reranker(store.path("per_list") / "rerankers" / name, model, info | training_facts(config, store))
     store.write("per_list", measured, part=_part(config, backbone, knowledge, seed))
 
@@ -164,7 +168,7 @@ def _measured(
         "seed": np.full(len(test), seed, np.int32),
     }
     return pa.table(
-        columns | list_metrics(scores, test.labels.numpy(), evaluation.METRIC_NAMES, test.mask.numpy())
+        columns | list_metrics(scores, test.labels.numpy(), tables.METRIC_NAMES, test.mask.numpy())
     )
 
 
@@ -194,8 +198,8 @@ def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame) -> None:
     # a sample of the users, or lists of one's own, are not the paper's data
     other = config.logged.file or config.data.max_users
     paper = None if other else paper_table.key_of(config.data.dataset, files)
-    summary = evaluation.summarise(per_list, _about(store), config.evaluate.num_resamples, paper)
+    summary = tables.summarise(per_list, _about(store), config.evaluate.num_resamples, paper)
     folder = store.path("per_list")
     write_json(folder / FIGURES, summary)
-    written = evaluation.write_tables(folder, summary)
+    written = tables.write_tables(folder, summary)
     say(f"  tables in {folder}: {', '.join(file.name for file in written)}")

@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.artifacts import RunDir, part_notes
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import random_share
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.stages.common import Outcome, Progress, say
-from dpo4rec_ray.stages.reading import users_per_shard
-from dpo4rec_ray.stages.sampling import ShardGenerator, engine_pool
-from dpo4rec_ray.stages.shards import begin_shards, finished_shards, part_number, run_shards, shard_ranges
-from dpo4rec_ray.stages.sources import cost_of
-from dpo4rec_ray.stages.throughput import Throughput
+from dpo4rec_ray.store.artifacts import RunDir, part_notes
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import Progress, say
+from dpo4rec_ray.store.reading import users_per_shard
+from dpo4rec_ray.texts.sampling import ShardGenerator, engine_pool
+from dpo4rec_ray.texts.sources import cost_of
+from dpo4rec_ray.texts.throughput import Throughput
+from dpo4rec_ray.workers.shards import begin_shards, finished_shards, part_number, run_shards, shard_ranges
 
 SPLITS = ("train", "valid")
 
@@ -39,10 +40,10 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         )
     ranges = shard_ranges(store.require("users").rows, section.users_per_shard)
     folder = store.path("generations", round_id)
-    mark = f"{store.mark} {section.users_per_shard}"
-    done = finished_shards(folder, mark)
+    fingerprint = f"{store.fingerprint} {section.users_per_shard}"
+    done = finished_shards(folder, fingerprint)
     store.start("generations", round_id, keep=bool(done))
-    begin_shards(folder, mark)
+    begin_shards(folder, fingerprint)
     already = int(wanted[sorted(done)].sum())
     if done:
         say(f"  generate: {already} users kept from an interrupted run")
@@ -86,15 +87,15 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         say(
             f"  generate: {counts['shortened']} prompts leave out their oldest events to fit llm.max_model_len"
         )
-    figures = {
+    stats = {
         **counts,
         **cost_of(config, counts),
         "users": total - counts["failed"],
         "failed_by_reason": dict(reasons),
         "simulated": config.llm.source == "template",
-        "this_run": throughput.figures,
+        "this_run": throughput.stats,
     }
-    return Outcome(rows_in=total, rows_out=counts["rows"], figures=figures)
+    return Outcome(rows_in=total, rows_out=counts["rows"], stats=stats)
 
 
 def _reasons(folder: Path) -> Counter[str]:

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.pairing import PAIRINGS, Drop, worst_samples
 from dpo4rec_ray.core.rewards import list_noise, shrink
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.stages.common import Outcome, say
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import say
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -88,13 +89,13 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     for user, reason in zip(failed["subject_id"].to_pylist(), failed["reason"].to_pylist(), strict=True):
         dropped[split_of[user]][reason] += 1
     reasons = {split: dict(counter) for split, counter in dropped.items()}
-    figures = {
+    stats = {
         "pairs": kept["train"],
         "heldout_pairs": kept["valid"],
         "dropped": reasons["train"],
         "dropped_heldout": reasons["valid"],
     }
-    return Outcome(rows_in=rows_in, rows_out=kept.total(), figures=figures)
+    return Outcome(rows_in=rows_in, rows_out=kept.total(), stats=stats)
 
 
 def _shrunk(store: RunDir, round_id: int) -> dict[int, np.ndarray]:

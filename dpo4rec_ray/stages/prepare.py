@@ -20,33 +20,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dpo4rec_ray.artifacts import RunDir
-from dpo4rec_ray.config import Config, DataSection
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.core.candidates import SPLITS
 from dpo4rec_ray.core.kcore import ItemCounts, merge_counts
-from dpo4rec_ray.core.keys import Keys
+from dpo4rec_ray.core.keys import Keys, seed_of
 from dpo4rec_ray.datasets import SourceSettings, load_source
 from dpo4rec_ray.datasets.files import plan_splits
 from dpo4rec_ray.datasets.logged import LoggedSettings
 from dpo4rec_ray.datasets.raw import ITEMS, USERS, Source
-from dpo4rec_ray.datasets.sample_world import SampleSettings
+from dpo4rec_ray.datasets.synthetic import SampleSettings
 from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.stages.assemble import item_table, new_names, truth_table, user_blocks
-from dpo4rec_ray.stages.common import Outcome, Progress, seed_of
-from dpo4rec_ray.stages.data_report import DataReport
-from dpo4rec_ray.stages.ingest import read_rows, write_partitions
-from dpo4rec_ray.stages.logged_lists import build_logged, collect_lists, logged_user_keys
-from dpo4rec_ray.stages.partition_files import item_names, user_keys_of
-from dpo4rec_ray.stages.partitions import (
-    NUM_BINS,
-    Counted,
-    build,
-    collect,
-    peel,
-    time_histogram,
-    time_range,
-)
+from dpo4rec_ray.prepare.assemble import item_table, new_names, truth_table, user_blocks
+from dpo4rec_ray.prepare.data_report import DataReport
+from dpo4rec_ray.prepare.ingest import read_rows, write_partitions
+from dpo4rec_ray.prepare.logged_lists import build_logged, collect_lists, logged_user_keys
+from dpo4rec_ray.prepare.partition_files import item_names, user_keys_of
+from dpo4rec_ray.prepare.partitions import NUM_BINS, Counted, build, collect, peel, time_histogram, time_range
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import Progress
 
 ARTIFACTS = ("users", "items", "truth", "lists")
 
@@ -61,13 +55,13 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     # A name of its own: a killed run's last tasks may still be writing.
     work = data_folder / f"work-{uuid.uuid4().hex[:8]}"
     try:
-        figures = _prepare(config, source, work, folders, store, report)
+        stats = _prepare(config, source, work, folders, store, report)
     finally:
         report.write_quarantine(data_folder / "quarantine")
         shutil.rmtree(work, ignore_errors=True)
-    report.write(figures, data_folder)
-    rows = {name: figures[name] for name in ARTIFACTS}
-    return Outcome(rows_in=figures["rows_read"], rows_out=rows["lists"], figures=figures, rows=rows)
+    report.write(stats, data_folder)
+    rows = {name: stats[name] for name in ARTIFACTS}
+    return Outcome(rows_in=stats["rows_read"], rows_out=rows["lists"], stats=stats, rows=rows)
 
 
 def source_of(config: Config) -> Source:
@@ -152,9 +146,9 @@ def _prepare(
         built = _each("prepare: building lists", build, tasks)
     report.built = [one for _, one in built]
     num_truth = len(user_keys) if source.truth is not None else 0
-    figures = report.figures(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth)
-    _check_splits(figures["splits"])
-    return figures
+    stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth)
+    _check_splits(stats["splits"])
+    return stats
 
 
 def _closed_tables(

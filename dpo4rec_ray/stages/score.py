@@ -12,15 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.evaluation.reward_diagnosis import reward_diagnosis
 from dpo4rec_ray.knowledge.encoder import TextEncoder
-from dpo4rec_ray.rerankers.samples import YARDSTICK
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, Progress, say
+from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
 from dpo4rec_ray.stages.encode import encoder_pool
-from dpo4rec_ray.stages.reading import sample_scorer
-from dpo4rec_ray.stages.reward_figures import reward_figures
-from dpo4rec_ray.stages.shards import Pool, Row, part_number, run_shards
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import Progress, say
+from dpo4rec_ray.store.reading import sample_scorer
+from dpo4rec_ray.workers.placement import WORKER_ENV
+from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -38,15 +40,15 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         env=WORKER_ENV,
     )
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
-    progress = Progress("score", generated.figures["users"], "users")
+    progress = Progress("score", generated.stats["users"], "users")
     rows = sum(answer["rows"] for answer in run_shards(shards, pools, progress))
     metrics = metric_names(config)
     parts = [pq.read_table(file) for file in sorted(store.path("metric_scores", round_id).glob("*.parquet"))]
     valid = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
-    figures = reward_figures(pa.concat_tables(parts), metrics[0], valid)
-    _say(figures)
+    stats = reward_diagnosis(pa.concat_tables(parts), metrics[0], valid)
+    _say(stats)
     return Outcome(
-        rows_in=generated.rows, rows_out=rows, figures=figures, rows={"metric_scores": rows * len(metrics)}
+        rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": rows * len(metrics)}
     )
 
 
@@ -55,12 +57,12 @@ def metric_names(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys((config.reward.metric, *config.reward.compare, YARDSTICK)))
 
 
-def _say(figures: dict[str, Any]) -> None:
+def _say(stats: dict[str, Any]) -> None:
     """One line per metric: how often it cannot tell samples apart, and what its choice is worth on other lists."""
-    if not figures["users_in_carry_over"]:
+    if not stats["users_in_carry_over"]:
         say("  carry-over: unknown, no user has two lists with a positive")
         return
-    for number, (name, row) in enumerate(figures["metrics"].items()):
+    for number, (name, row) in enumerate(stats["metrics"].items()):
         low, high = row["yardstick_gap_ci95"]
         say(
             f"  {'reward' if not number else 'compared'} {name:<16} best tied for {row['best tied']:>6.1%} of users; "

@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo4rec_ray.artifacts import RunDir, write_json
-from dpo4rec_ray.config import Config, TrainerSection
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.training import TrainerSection
+from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import Reranker, build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, load_reranker, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, check_room, say, seed_of
-from dpo4rec_ray.stages.reading import (
+from dpo4rec_ray.store.artifacts import RunDir, write_json
+from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.store.reading import (
     fit_settings,
     read_catalogue,
     read_list_data,
@@ -34,7 +38,9 @@ from dpo4rec_ray.stages.reading import (
     reranker_settings,
     training_facts,
 )
-from dpo4rec_ray.stages.training import METRICS, MetricsFile, launch, wait_for_epochs
+from dpo4rec_ray.train.launch import launch
+from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
+from dpo4rec_ray.workers.tasks import wait_for_epochs
 
 PLAIN = "without-knowledge"
 
@@ -58,13 +64,13 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         )
     else:
         _train_as_tasks(config, store, names)
-    figures = _shuffle_drop(config, store)
+    stats = _shuffle_drop(config, store)
     say(
-        f"  NDCG@5 on validation: {figures['valid_ndcg@5 without knowledge']:.4f} without knowledge, "
-        f"{figures['valid_ndcg@5']:.4f} with each user's text, {figures['shuffle_drop']:.4f} less with another user's"
+        f"  NDCG@5 on validation: {stats['valid_ndcg@5 without knowledge']:.4f} without knowledge, "
+        f"{stats['valid_ndcg@5']:.4f} with each user's text, {stats['shuffle_drop']:.4f} less with another user's"
     )
     num_lists = store.require("lists").rows
-    return Outcome(rows_in=num_lists, rows_out=len(names), figures=figures)
+    return Outcome(rows_in=num_lists, rows_out=len(names), stats=stats)
 
 
 def _train_as_tasks(config: Config, store: RunDir, names: list[str]) -> None:
@@ -139,11 +145,11 @@ def _train_one(
         on_epoch=on_epoch,
     )
     if rank == 0:
-        figures = {"best_epoch": result.best_epoch, f"valid {settings.metric}": result.best_value}
+        stats = {"best_epoch": result.best_epoch, f"valid {settings.metric}": result.best_value}
         info = {
             "system": name,
             "seed": seed,
-            "figures": figures,
+            "figures": stats,
             "fit": asdict(settings),
             **training_facts(config, store),
         }
@@ -195,10 +201,10 @@ def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
         return float(np.mean(found))
 
     own = measured(folds, vectors)
-    figures = {
+    stats = {
         "valid_ndcg@5": own,
         "valid_ndcg@5 without knowledge": measured([PLAIN], None),
         "shuffle_drop": own - measured(folds, vectors[other]),
     }
-    write_json(store.path("reward") / "diagnosis.json", figures)
-    return figures
+    write_json(store.path("reward") / "diagnosis.json", stats)
+    return stats

@@ -12,13 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.metrics import paired_bootstrap
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.teacher import text_accuracy
-from dpo4rec_ray.stages.common import WORKER_ENV, Outcome, say
-from dpo4rec_ray.stages.reading import sample_scorer, vectors_of
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.store.reading import sample_scorer, vectors_of
+from dpo4rec_ray.workers.placement import WORKER_ENV
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -32,14 +34,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         max_calls=1,
         runtime_env={"env_vars": WORKER_ENV},
     )
-    table, figures = ray.get(remote(_measure).remote(config, store, round_id))
+    table, stats = ray.get(remote(_measure).remote(config, store, round_id))
     store.write("heldout", table, round_id)
-    low, high = figures["heldout_reward_delta_ci95"]
+    low, high = stats["heldout_reward_delta_ci95"]
     say(
-        f"  held-out reward: {figures['heldout_reward_before']:.4f} -> {figures['heldout_reward_after']:.4f}, "
-        f"difference {figures['heldout_reward_delta']:+.4f} [{low:+.4f}, {high:+.4f}] over {len(table)} users"
+        f"  held-out reward: {stats['heldout_reward_before']:.4f} -> {stats['heldout_reward_after']:.4f}, "
+        f"difference {stats['heldout_reward_delta']:+.4f} [{low:+.4f}, {high:+.4f}] over {len(table)} users"
     )
-    return Outcome(rows_in=figures["samples"], rows_out=len(table), figures=figures)
+    return Outcome(rows_in=stats["samples"], rows_out=len(table), stats=stats)
 
 
 def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
@@ -75,15 +77,15 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
             "reward_after": reward_after.astype(np.float32),
         }
     )
-    figures = {
+    stats = {
         "heldout_reward_before": float(reward_before.mean()),
         "heldout_reward_after": float(reward_after.mean()),
         "heldout_reward_delta": delta.mean,
         "heldout_reward_delta_ci95": [delta.low, delta.high],
         "samples": len(before) + len(texts),
-        **_text_figures(store, round_id, valid, texts),
+        **_text_stats(store, round_id, valid, texts),
     }
-    return table, figures
+    return table, stats
 
 
 def _mean_per_user(user_ids: np.ndarray, rewards: np.ndarray) -> dict[int, float]:
@@ -95,14 +97,14 @@ def _mean_per_user(user_ids: np.ndarray, rewards: np.ndarray) -> dict[int, float
     }
 
 
-def _text_figures(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) -> dict[str, float]:
+def _text_stats(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) -> dict[str, float]:
     """Before and after: distinct texts per sample (a collapse shows here first), and where the truth is known (sample
     world) the share of named tastes that are true, beside chance."""
     before = store.read("generations", round_id, columns=["user_id", "text"])
     before = before.filter(pc.is_in(before["user_id"], valid))
     truth = store.read("truth")
     tastes = dict(zip(truth["user_id"].to_pylist(), truth["tastes"].to_pylist(), strict=True))
-    figures: dict[str, float] = {}
+    stats: dict[str, float] = {}
     for name, ids, texts in (
         ("before", before["user_id"], before["text"]),
         ("after", after["subject_id"], after["text"]),
@@ -110,23 +112,23 @@ def _text_figures(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table
         per_user: dict[int, list[str]] = {}
         for user, text in zip(ids.to_pylist(), texts.to_pylist(), strict=True):
             per_user.setdefault(user, []).append(text)
-        figures[f"distinct_texts_{name}"] = float(
+        stats[f"distinct_texts_{name}"] = float(
             np.mean([len(set(own)) / len(own) for own in per_user.values()])
         )
         if tastes:
             accuracy, chance = text_accuracy(list(per_user.values()), [tastes[user] for user in per_user])
-            figures |= {f"text_accuracy_{name}": accuracy, f"text_chance_{name}": chance}
-    return figures
+            stats |= {f"text_accuracy_{name}": accuracy, f"text_chance_{name}": chance}
+    return stats
 
 
 def rounds_have_peaked(store: RunDir, round_id: int, patience: int) -> bool:
     """Whether the last `patience` rounds brought no better held-out reward than the best one before them."""
     manifests = [store.manifest("heldout", r) for r in range(1, round_id + 1)]
-    rewards = [manifest.figures["heldout_reward_after"] for manifest in manifests if manifest is not None]
+    rewards = [manifest.stats["heldout_reward_after"] for manifest in manifests if manifest is not None]
     first = store.manifest("heldout", 1)
     if first is None or len(rewards) < patience:
         return False
-    rewards = [first.figures["heldout_reward_before"], *rewards]
+    rewards = [first.stats["heldout_reward_before"], *rewards]
     return max(rewards[-patience:]) <= max(rewards[:-patience])
 
 
@@ -134,9 +136,9 @@ def best_round(store: RunDir, last_round: int) -> int:
     """The round with the highest held-out reward; 0 when no round improved on the base LLM."""
     best, best_reward = 0, -np.inf
     for round_id in range(1, last_round + 1):
-        figures = store.require("heldout", round_id).figures
+        stats = store.require("heldout", round_id).stats
         if round_id == 1:
-            best_reward = figures["heldout_reward_before"]
-        if figures["heldout_reward_after"] > best_reward:
-            best, best_reward = round_id, figures["heldout_reward_after"]
+            best_reward = stats["heldout_reward_before"]
+        if stats["heldout_reward_after"] > best_reward:
+            best, best_reward = round_id, stats["heldout_reward_after"]
     return best

@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import load_model, read_policy
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
 from dpo4rec_ray.policy.rows import ArrowRows
-from dpo4rec_ray.stages.train_policy import CONTINUED
-from dpo4rec_ray.stages.training import read_metrics
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.metrics_file import read_metrics
+from dpo4rec_ray.train.loops import CONTINUED
 from tests.conftest import DEMO, ROOT, TINY, Finished, command, run_job
 
 pytestmark = pytest.mark.ray
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.ray
 STEP = ["--only", "dpo", "--round", "1"]
 # 4 pairs a step whatever the workers are; steps that are slow and many enough to be interrupted
 SMALL = ["dpo.epochs=3", "dpo.checkpoint_every=3", "dpo.lr=0.002", "dpo.chunk_tokens=1"]
-ONE = ["dpo.num_workers=1", "dpo.batch_size=4", "dpo.accumulation=1", "dpo.zero_stage=0"]
+ONE = ["dpo.num_workers=1", "dpo.batch_size=4", "dpo.gradient_accumulation_steps=1", "dpo.zero_stage=0"]
 FULLY = ["dpo.tuning=full", "dpo.lr=0.0005"]
-TWO = ["dpo.num_workers=2", "dpo.batch_size=1", "dpo.accumulation=2"]
+TWO = ["dpo.num_workers=2", "dpo.batch_size=1", "dpo.gradient_accumulation_steps=2"]
 
 
 def copied(tiny_run: Finished, folder: Path) -> Path:
@@ -51,8 +51,8 @@ def policy_folder(done: Finished) -> Path:
     return done.folder / "rounds/01/policy"
 
 
-def figures(done: Finished) -> dict[str, Any]:
-    return json.loads((policy_folder(done) / "manifest.json").read_text())["figures"]
+def stats(done: Finished) -> dict[str, Any]:
+    return json.loads((policy_folder(done) / "manifest.json").read_text())["stats"]
 
 
 def weights(done: Finished, name: str = "adapter/adapter_model.safetensors") -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def undisturbed(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) ->
 def test_the_saved_adapter_is_what_was_trained(undisturbed: Finished) -> None:
     from peft import PeftModel
 
-    found = figures(undisturbed)
+    found = stats(undisturbed)
     assert found["first_loss"] == pytest.approx(0.693147, abs=1e-6)
     assert found["last_loss"] < found["first_loss"]
     assert found["continued_after"] == []
@@ -117,7 +117,7 @@ def test_two_workers_with_zero_train_the_same_adapter(
     done = train(tiny_run, tmp_path, *TWO, f"dpo.zero_stage={zero_stage}")
     assert done.code == 0, done.stderr
     assert_same_weights(weights(done), weights(undisturbed), atol=1e-5)
-    assert figures(done)["heldout_loss"] == pytest.approx(figures(undisturbed)["heldout_loss"], abs=1e-5)
+    assert stats(done)["heldout_loss"] == pytest.approx(stats(undisturbed)["heldout_loss"], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_full_fine_tuning_partitioned_saves_whole_weights(partitioned: Finished)
     policy = read_policy(policy_folder(two))
     assert policy.adapter is None and policy.whole == policy.base == str(policy_folder(two) / "full")
     reloaded = heldout_loss(two, load_model(policy.base, "float32"))
-    assert reloaded == pytest.approx(figures(two)["heldout_loss"], abs=1e-5)
+    assert reloaded == pytest.approx(stats(two)["heldout_loss"], abs=1e-5)
     base = load_file(ROOT / "dpo4rec_ray/policy/bundled/model.safetensors")
     moved = weights(two, name)
     assert any((moved[name] - value).abs().max() > 1e-4 for name, value in base.items())
@@ -198,7 +198,7 @@ def test_options_that_change_no_weight(tiny_run: Finished, undisturbed: Finished
 def test_half_precision(tiny_run: Finished, tmp_path: Path, sharding: list[str], tuning: str) -> None:
     done = train(tiny_run, tmp_path, *TWO, *sharding, 'llm.dtype="bfloat16"', f'dpo.tuning="{tuning}"')
     assert done.code == 0, done.stderr
-    found = figures(done)
+    found = stats(done)
     assert found["first_loss"] == pytest.approx(0.693147, abs=2e-2)
     assert found["last_loss"] < found["first_loss"]
     name = "adapter/adapter_model.safetensors" if tuning == "lora" else "full/model.safetensors"
@@ -217,7 +217,7 @@ def test_a_second_round_against_the_base_llm(tmp_path: Path) -> None:
     first, second = (read_policy(done.folder / f"rounds/0{number}/policy") for number in (1, 2))
     assert first.base == second.base
     manifest = json.loads((done.folder / "rounds/02/policy/manifest.json").read_text())
-    assert manifest["figures"]["reference"] == "base LLM"
+    assert manifest["stats"]["reference"] == "base LLM"
     one, two = (load_file(Path(policy.adapter) / "adapter_model.safetensors") for policy in (first, second))
     assert one.keys() == two.keys()
     assert any((one[name] - two[name]).abs().max() > 1e-5 for name in one)
@@ -279,11 +279,11 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     psutil.wait_procs(children, timeout=60)
     done = run_job(tmp_path, DEMO, *TINY, *SMALL, *ONE, *STEP)
     assert done.code == 0, done.stderr
-    continued = figures(done)["continued_after"]
+    continued = stats(done)["continued_after"]
     assert len(continued) == 2 and 0 < continued[0] < continued[1]
     assert_same_weights(weights(done), weights(undisturbed), atol=1e-6)
     lines = (policy_folder(done) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, figures(done)["steps"] + 1))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, stats(done)["steps"] + 1))
 
 
 def test_long_pairs_are_counted_and_training_stops_when_it_no_longer_helps(
@@ -308,7 +308,7 @@ def test_long_pairs_are_counted_and_training_stops_when_it_no_longer_helps(
         "dpo.epochs=20",
     )
     assert done.code == 0, done.stderr
-    found = figures(done)
+    found = stats(done)
     too_long = found["pairs"]["train_too_long"] + found["pairs"]["valid_too_long"]
     assert too_long == sum(length > limit for length in longest) > 0
     assert f"{too_long} pairs are longer than {limit} tokens" in done.stdout

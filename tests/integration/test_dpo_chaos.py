@@ -15,8 +15,8 @@ from tests.integration.test_dpo import (
     TWO,
     assert_same_weights,
     copied,
-    figures,
     start,
+    stats,
     steps_done,
     train,
     wait_for_steps,
@@ -35,7 +35,7 @@ def test_killed_workers_change_nothing(tiny_run: Finished, tmp_path: Path, worke
     (tmp_path / "undisturbed").mkdir()
     undisturbed = train(tiny_run, tmp_path / "undisturbed", *workers, *LONG)
     assert undisturbed.code == 0, undisturbed.stderr
-    total = figures(undisturbed)["steps"]
+    total = stats(undisturbed)["steps"]
     rng = random.Random(1)
     moments = sorted(rng.sample(range(6, total - 10), KILLS))
     folder = tmp_path / "disturbed"
@@ -56,7 +56,7 @@ def test_killed_workers_change_nothing(tiny_run: Finished, tmp_path: Path, worke
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output
     done = Finished(folder / "run", 0, output, "")
-    continued = figures(done)["continued_after"]
+    continued = stats(done)["continued_after"]
     print(f"{total} steps, killed after {killed}, continued after {continued}")
     assert len(continued) == KILLS
     assert_same_weights(weights(done), weights(undisturbed), atol=1e-6)
@@ -87,7 +87,7 @@ def test_fewer_workers_after_a_lost_node(tiny_run: Finished, tmp_path: Path) -> 
         cluster.shutdown()
     assert process.returncode == 0, output
     done = Finished(folder / "run", 0, output, "")
-    assert len(figures(done)["continued_after"]) == 1
+    assert len(stats(done)["continued_after"]) == 1
     assert_same_weights(weights(done), weights(undisturbed), atol=1e-5)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.knowledge.prompts import item_text
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]

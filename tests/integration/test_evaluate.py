@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.rerankers.fit import load_reranker
-from dpo4rec_ray.stages.reading import read_catalogue
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.reading import read_catalogue
 from tests.conftest import DEMO, TINY, Finished, run_job
 
 pytestmark = pytest.mark.ray

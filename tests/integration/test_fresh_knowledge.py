@@ -19,13 +19,14 @@ import pytest
 import requests
 from safetensors.torch import load_file, save_file
 
-from dpo4rec_ray.artifacts import RunDir
-from dpo4rec_ray.config import ServingSection, read_config
-from dpo4rec_ray.published import WRITER_FOLDER, WRITER_LLM, read_card, table, write_card
+from dpo4rec_ray.config import read_config
+from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.serving.fresh import Order
+from dpo4rec_ray.serving.publish import publish
 from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.serving.version_files import WRITER_FOLDER, WRITER_LLM, read_card, table, write_card
 from dpo4rec_ray.serving.writer import Prompts, plan_of
-from dpo4rec_ray.stages.publish import publish
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import ROOT, Finished
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]

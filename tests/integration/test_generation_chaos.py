@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO, ROOT, command, run_job
 from tests.integration.test_resume import AGENTS, still_runs
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.knowledge.prompts import control_tokens, encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.stages.sources import PromptSettings
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.texts.sources import PromptSettings
 from tests.conftest import DEMO, ROOT, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.knowledge.generator import EngineDied
-from dpo4rec_ray.stages.engines import KeptGenerator, kept_engines, release_engines
-from dpo4rec_ray.stages.sources import engine_settings, sampling_of
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines, release_engines
+from dpo4rec_ray.texts.sources import engine_settings, sampling_of
 from tests.conftest import DEMO, ROOT, TINY, Finished, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -68,9 +68,9 @@ def test_a_warm_engine_switches_and_a_killed_one_comes_back(local_ray: None, tmp
 
     engines = kept_engines(config, engine, sampling_of(config), store.root)
     base = texts(kept(engine.model))
-    assert kept(engine.model).figures().samples == 4
+    assert kept(engine.model).stats().samples == 4
     assert kept_engines(config, engine, sampling_of(config), store.root) == engines
-    assert kept(engine.model).figures().samples == 0, "every stage has its own figures"
+    assert kept(engine.model).stats().samples == 0, "every stage has its own figures"
     changed = texts(kept(other))
     assert changed != base
     assert texts(kept(engine.model)) == base
@@ -96,7 +96,7 @@ def test_a_whole_run_starts_its_engines_once(tmp_path: Path, tiny_run: Finished)
         )
         assert mine == theirs, name
     starts = [
-        next(iter(stores[0].require(name, round_id).figures["this_run"]["engines"].values()))
+        next(iter(stores[0].require(name, round_id).stats["this_run"]["engines"].values()))
         for name, round_id in (("knowledge", 0), ("generations", 1), ("knowledge", 1))
     ]
     assert len({start["start_s"] for start in starts}) == 1, "one start, seen by three stages"

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo4rec_ray.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer, read_policy
 from dpo4rec_ray.policy.preference_files import OWN, read_row
-from dpo4rec_ray.schemas import SCHEMAS
+from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
+from dpo4rec_ray.store.schemas import SCHEMAS
 from tests.conftest import ROOT, Finished
 
 BUNDLED = ROOT / "dpo4rec_ray" / "policy" / "bundled"
@@ -35,7 +35,7 @@ TEXTS = [
     "Likes nothing of it",
     "Prefers drama; no comedy at all.",
 ]
-SMALL = ["dpo.epochs=1", "dpo.num_workers=1", "dpo.accumulation=2", "dpo.lora_rank=2"]
+SMALL = ["dpo.epochs=1", "dpo.num_workers=1", "dpo.gradient_accumulation_steps=2", "dpo.lora_rank=2"]
 
 
 def job(folder: Path, *arguments: str, timeout: int = 400) -> Finished:
@@ -344,7 +344,7 @@ def test_bad_rows_are_named_and_set_aside(imported: Imported) -> None:
     file = imported.store.root.parent / "plain.jsonl"
     assert [row["where"] for row in rows] == [f"{file}:{i}" for i in (4, 5, 6, 7, 8, 26)]
     assert [row["line"] for row in rows][:5] == BAD_LINES
-    reasons = imported.store.require("pairs", 1).figures["dropped"]
+    reasons = imported.store.require("pairs", 1).stats["dropped"]
     assert reasons == {
         "not a JSON object": 2,
         "no field 'rejected'": 1,
@@ -359,8 +359,8 @@ def test_bad_rows_are_named_and_set_aside(imported: Imported) -> None:
 def test_dpo_ran_on_the_imported_pairs(imported: Imported) -> None:
     manifest = imported.store.require("policy", 1)
     pairs = imported.store.require("pairs", 1)
-    assert pairs.figures["pairs"] + pairs.figures["heldout_pairs"] == pairs.rows == 54
-    assert manifest.figures["steps"] > 0
+    assert pairs.stats["pairs"] + pairs.stats["heldout_pairs"] == pairs.rows == 54
+    assert manifest.stats["steps"] > 0
     weights = read_policy(imported.store.path("policy", 1))
     assert weights.base == str(BUNDLED)
     assert (Path(str(weights.adapter)) / "adapter_model.safetensors").is_file()
@@ -378,7 +378,7 @@ def test_the_same_command_again_keeps_everything(imported: Imported) -> None:
 @pytest.mark.ray
 def test_an_imported_run_can_be_exported(imported: Imported, tmp_path: Path) -> None:
     rows = exported(Run(imported.store.root, [], set()), tmp_path / "again.jsonl", "sharegpt")
-    assert len({row["user_id"] for row in rows}) == imported.store.require("pairs", 1).figures["pairs"]
+    assert len({row["user_id"] for row in rows}) == imported.store.require("pairs", 1).stats["pairs"]
 
 
 def test_what_cannot_be_imported(tmp_path: Path, main: Callable[..., Finished]) -> None:

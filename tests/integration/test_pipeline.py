@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.policy.batch import collate
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import load_model, read_policy
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO, TINY, Finished, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -77,8 +77,8 @@ def test_the_first_dpo_loss_is_ln2(tiny_run: Finished) -> None:
 
 def test_score_says_whether_the_reward_is_robust(tiny_run: Finished) -> None:
     """Ties, agreement and carry-over of every metric, from the same samples; the scores are the first metric's."""
-    figures = tiny_run.summary["rewards"]["1"]
-    assert set(figures["metrics"]) == {"log_likelihood", "ndcg@5", "map@5", "mrr@10", "ndcg@5 as drawn"}
+    stats = tiny_run.summary["rewards"]["1"]
+    assert set(stats["metrics"]) == {"log_likelihood", "ndcg@5", "map@5", "mrr@10", "ndcg@5 as drawn"}
     by_metric = rows(tiny_run, "metric_scores", 1)
     assert len(by_metric) == 5 * len(rows(tiny_run, "scores", 1))
     first = {
@@ -231,7 +231,7 @@ def test_parts_are_complete_parquet_files(tiny_run: Finished) -> None:
 def test_two_rounds_with_lora_requests(tmp_path: Path) -> None:
     """vLLM loads each round's peft folder as a LoRA; round 2 starts from policy 1, not from the base LLM."""
     done = run_job(
-        tmp_path, DEMO, *TINY, "llm.lora_mode=adapter", "run.num_rounds=2", "run.patience=2", timeout=900
+        tmp_path, DEMO, *TINY, "llm.lora_mode=lora", "run.num_rounds=2", "run.patience=2", timeout=900
     )
     assert done.code == 0, done.stderr
     first, second = (read_policy(done.folder / f"rounds/{number:02d}/policy") for number in (1, 2))

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from dpo4rec_ray.published import arrow_writer, table
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
+from dpo4rec_ray.serving.version_files import arrow_writer, table
 from tests.serving_world import MAX_BODY, listening
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

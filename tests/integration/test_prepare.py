@@ -22,11 +22,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo4rec_ray.artifacts import Manifest, RunDir
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.datasets.files import plan_splits
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.stages import ingest, prepare
+from dpo4rec_ray.prepare import ingest
+from dpo4rec_ray.stages import prepare
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
 
 pytestmark = pytest.mark.ray
 NUM_USERS, NUM_ITEMS, DAY_S = 40, 60, 86400
@@ -215,9 +216,7 @@ def prepared(folder: Path, data: dict[str, Any], **sections: Any) -> RunDir:
     store = RunDir(folder)
     outcome = prepare.run(config, store, 0)
     for name in prepare.ARTIFACTS:
-        store.finish(
-            Manifest(artifact=name, fingerprint="x", rows=outcome.rows[name], figures=outcome.figures)
-        )
+        store.finish(Manifest(artifact=name, fingerprint="x", rows=outcome.rows[name], stats=outcome.stats))
     return store
 
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO, TINY, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]

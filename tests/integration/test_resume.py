@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO, ROOT, TINY, command, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]

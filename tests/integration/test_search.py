@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
+from dpo4rec_ray import grid_search
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import Catalogue
-from dpo4rec_ray.stages import search
-from dpo4rec_ray.stages.reading import read_list_data
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.reading import read_list_data
 from tests.conftest import DEMO, ROOT, TINY, run_job
 
 FIGURES = ("metric", "valid", "best epoch", "epochs", "ended")
@@ -79,9 +79,9 @@ def test_every_trial_is_a_row_and_the_best_stand_first(searched: Searched) -> No
     for own in (rows[:3], rows[3:]):
         settings = [(row["batch_size"], row["lr"], row["weight_decay"]) for row in own]
         assert len(set(settings)) == 3
-        figures = [float(row["valid"]) for row in own]
-        assert figures == sorted(figures, reverse=True)
-        assert all(0 < figure <= 1 for figure in figures)
+        stats = [float(row["valid"]) for row in own]
+        assert stats == sorted(stats, reverse=True)
+        assert all(0 < figure <= 1 for figure in stats)
         assert {(row["metric"], row["epochs"], row["ended"]) for row in own} == {("ndcg@5", "3", "complete")}
         assert all(1 <= int(row["best epoch"]) <= 3 for row in own)
     page = (searched.store.root / "search" / "results.md").read_text()
@@ -127,7 +127,9 @@ def test_other_lists_than_those_of_training_and_validation_are_not_read(
     with pytest.raises(UserError, match="not in the catalogue"):
         Catalogue.from_items(attributes).check_ids(read_list_data(searched.store, "test").item_ids)
 
-    search.run(searched.config, searched.store, search.Plan(("dlcm",), num_trials=3, scheduler="none"))
+    grid_search.run(
+        searched.config, searched.store, grid_search.Plan(("dlcm",), num_trials=3, scheduler="none")
+    )
 
     after = searched.rows
     assert [[row[name] for name in FIGURES] for row in after] == [
@@ -141,7 +143,7 @@ def test_a_trial_that_fails_or_lags_behind_is_a_row_too(searched: Searched, ray_
     config = load_config(ROOT / DEMO, [*searched.changes, "reranker.epochs=8"])
     diverging, impossible = {"lr": 1e30}, {"embed_dim": -3}
     grid = ({"lr": 3e-3, "batch_size": 64}, diverging, {"lr": 1e-9}, {"lr": 1e-8}, impossible)
-    trials = search.run(config, searched.store, search.Plan(("prm",), grid=grid, concurrent=1))
+    trials = grid_search.run(config, searched.store, grid_search.Plan(("prm",), grid=grid, concurrent=1))
     by_lr = {trial.settings.get("lr"): trial for trial in trials}
     assert trials[0] is by_lr[3e-3] and (trials[0].epochs, trials[0].ended) == (8, "complete")
     for laggard in (by_lr[1e-9], by_lr[1e-8]):
@@ -156,7 +158,7 @@ def test_a_trial_that_fails_or_lags_behind_is_a_row_too(searched: Searched, ray_
     with pytest.raises(
         UserError, match=r"no trial came to its end; the first one failed: .*negative dimension"
     ):
-        search.run(config, searched.store, search.Plan(("prm",), grid=(impossible,)))
+        grid_search.run(config, searched.store, grid_search.Plan(("prm",), grid=(impossible,)))
 
 
 def test_a_fragment_that_is_not_there_is_named_on_one_line(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_fragment_that_is_not_there_is_named_on_one_line(tmp_path: Path) -> No
 
 
 def test_the_grid_is_the_papers() -> None:
-    plain, with_experts = search.paper_grid(knowledge=False), search.paper_grid(knowledge=True)
+    plain, with_experts = grid_search.paper_grid(knowledge=False), grid_search.paper_grid(knowledge=True)
     assert len(plain) == 4 * 2 * 3 and len(with_experts) == 4 * 2 * 3 * 3
     assert {tuple(sorted(settings)) for settings in plain} == {("batch_size", "lr", "weight_decay")}
     assert {settings["batch_size"] for settings in plain} == {64, 128, 256, 512}
@@ -178,29 +180,31 @@ def test_the_grid_is_the_papers() -> None:
 
 
 def test_a_draw_has_distinct_members_of_the_grid_and_follows_both_seeds() -> None:
-    grid = search.paper_grid(knowledge=False)
-    drawn = search.Plan(("dlcm",), num_trials=6).settings(run_seed=0)
+    grid = grid_search.paper_grid(knowledge=False)
+    drawn = grid_search.Plan(("dlcm",), num_trials=6).settings(run_seed=0)
     assert len({tuple(settings.items()) for settings in drawn}) == 6
     assert [settings for settings in grid if settings in drawn] == drawn
-    assert drawn == search.Plan(("prm",), num_trials=6).settings(run_seed=0)
-    assert drawn != search.Plan(("dlcm",), num_trials=6, seed=1).settings(run_seed=0)
-    assert drawn != search.Plan(("dlcm",), num_trials=6).settings(run_seed=1)
-    assert search.Plan(("dlcm",), num_trials=0).settings(0) == grid
-    assert search.Plan(("dlcm",), num_trials=99).settings(0) == grid
+    assert drawn == grid_search.Plan(("prm",), num_trials=6).settings(run_seed=0)
+    assert drawn != grid_search.Plan(("dlcm",), num_trials=6, seed=1).settings(run_seed=0)
+    assert drawn != grid_search.Plan(("dlcm",), num_trials=6).settings(run_seed=1)
+    assert grid_search.Plan(("dlcm",), num_trials=0).settings(0) == grid
+    assert grid_search.Plan(("dlcm",), num_trials=99).settings(0) == grid
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(1, 1), (3, 3), (4, 4), (7, 4), (9, 5), (20, 10)])
 def test_no_trial_is_stopped_before_half_of_the_epochs(epochs: int, expected: int) -> None:
-    assert search.grace(epochs) == expected
+    assert grid_search.grace(epochs) == expected
 
 
 def test_what_the_files_say_of_trials(tmp_path: Path) -> None:
     trials = [
-        search.Trial("dlcm", {"batch_size": 64, "lr": 5e-4}, "map@5", 0.75, 3, 5, 1.26, "out of patience"),
-        search.Trial("dlcm", {"batch_size": 128, "lr": 1e-5}, "map@5", ended="failed: loss is nan"),
-        search.Trial("prm", {"batch_size": 64, "lr": 5e-4}, "ndcg@5", ended="failed: loss is nan"),
+        grid_search.Trial(
+            "dlcm", {"batch_size": 64, "lr": 5e-4}, "map@5", 0.75, 3, 5, 1.26, "out of patience"
+        ),
+        grid_search.Trial("dlcm", {"batch_size": 128, "lr": 1e-5}, "map@5", ended="failed: loss is nan"),
+        grid_search.Trial("prm", {"batch_size": 64, "lr": 5e-4}, "ndcg@5", ended="failed: loss is nan"),
     ]
-    search.write_results(tmp_path, trials, ["data: mine"])
+    grid_search.write_results(tmp_path, trials, ["data: mine"])
     assert (tmp_path / "results.csv").read_text().splitlines() == [
         "backbone,batch_size,lr,metric,valid,best epoch,epochs,seconds,ended",
         "dlcm,64,0.0005,map@5,0.750000,3,5,1.3,out of patience",

@@ -21,12 +21,12 @@ import psutil
 import pytest
 import requests
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.serving.api import RerankRequest
 from dpo4rec_ray.serving.client import Client
 from dpo4rec_ray.serving.haproxy import free_ports
 from dpo4rec_ray.serving.registry import TRAFFIC, Registry
 from dpo4rec_ray.serving.service import Service
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import ROOT
 from tests.serving_world import MODELS, offline_scores, requests_of, serve
 

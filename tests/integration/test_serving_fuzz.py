@@ -20,10 +20,10 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.testclient import TestClient
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import Api, requests_of
 
 NEW = settings.get_current_profile_name() == "fuzz"  # examples that were never drawn before, and more of them

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from dpo4rec_ray import checks
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import Selection, run_pipeline
-from dpo4rec_ray.stages.sampling import UserSampler, engine_pool
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.texts.sampling import UserSampler, engine_pool
 from tests.conftest import DEMO, TINY
 
 pytestmark = pytest.mark.ray

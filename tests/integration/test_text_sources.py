@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo4rec_ray import checks
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.prompts import item_text
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO, ROOT, Finished, run_job
 
 KEY = "key-that-nobody-may-see"
@@ -146,15 +146,13 @@ def test_an_endpoint_writes_n_texts_per_user(written: Finished) -> None:
 @pytest.mark.vllm
 def test_tokens_requests_and_cost_are_in_the_manifests(written: Finished) -> None:
     store = RunDir(written.folder)
-    figures = store.require("generations", 1).figures
-    users = figures["users"]
-    assert figures["requests"] == users and figures.get("retries", 0) == figures["failed"] == 0
-    assert 20 * users < figures["prompt_tokens"] < 400 * users
-    assert users * NUM_SAMPLES < figures["tokens"] <= 48 * users * NUM_SAMPLES
-    assert figures["cost"] == pytest.approx(
-        (figures["prompt_tokens"] + 4 * figures["tokens"]) / 1e6, abs=1e-6
-    )
-    knowledge = store.require("knowledge", 0).figures
+    stats = store.require("generations", 1).stats
+    users = stats["users"]
+    assert stats["requests"] == users and stats.get("retries", 0) == stats["failed"] == 0
+    assert 20 * users < stats["prompt_tokens"] < 400 * users
+    assert users * NUM_SAMPLES < stats["tokens"] <= 48 * users * NUM_SAMPLES
+    assert stats["cost"] == pytest.approx((stats["prompt_tokens"] + 4 * stats["tokens"]) / 1e6, abs=1e-6)
+    knowledge = store.require("knowledge", 0).stats
     items = knowledge["items"]
     assert knowledge["requests"] == 60 and items["requests"] == store.require("items").rows
     both = [knowledge[name] + items[name] for name in ("prompt_tokens", "tokens")]
@@ -206,10 +204,10 @@ def test_the_same_seeds_again_in_other_requests(
     done = run_job(tmp_path, *openai(server, *more, *as_json), "--only", "generate")
     assert done.code == 0, done.stderr
     store = RunDir(tmp_path / "run")
-    figures = store.require("generations", 1).figures
+    stats = store.require("generations", 1).stats
     opening = re.compile(r'\s*\{\s*"genre"\s*:\s*"|genre: ')  # JSON as it came, or read as sentences
-    assert figures["samples"] > 0 and all(opening.match(text) for text in texts(store).values())
-    assert figures["invalid_json"] <= figures["clipped"]  # nothing but the length limit ends a JSON too soon
+    assert stats["samples"] > 0 and all(opening.match(text) for text in texts(store).values())
+    assert stats["invalid_json"] <= stats["clipped"]  # nothing but the length limit ends a JSON too soon
 
 
 @pytest.mark.ray
@@ -286,7 +284,7 @@ def test_texts_of_a_table_are_samples_in_file_order(told: tuple[Finished, dict[s
         known["missing"]["user_id"]: ("no_text", ""),
         known["short"]["user_id"]: ("missing_samples", "2 of 3 texts"),
     }
-    assert store.require("generations", 1).figures["failed_by_reason"] == {"no_text": 1, "missing_samples": 1}
+    assert store.require("generations", 1).stats["failed_by_reason"] == {"no_text": 1, "missing_samples": 1}
     assert done.summary
 
 

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers import Catalogue, RerankerSettings, build_reranker
 from dpo4rec_ray.rerankers.fit import FitSettings, ListData, fit
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.stages.reading import popularity, read_list_data
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.reading import popularity, read_list_data
 from tests.conftest import run_job
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray import checks
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import Selection, before_rounds, check_selection
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO
 
 STATISTICS = 'llm.source="statistics"'

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.config import Config, LoggedSection, TableSection, load_config
+from dpo4rec_ray.config import Config, load_config
+from dpo4rec_ray.config.data import LoggedSection, TableSection
 from dpo4rec_ray.datasets.logged import LoggedSettings
 from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError

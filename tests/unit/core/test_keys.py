@@ -46,7 +46,7 @@ def test_a_key_depends_on_its_string_alone(texts: list[str], random: object) -> 
 def test_a_slice_of_an_arrow_column() -> None:
     whole = pa.array(["user1", "x" * 30, "", "user1"])
     part = whole.slice(1, 3)
-    from dpo4rec_ray.stages.ingest import keys_of
+    from dpo4rec_ray.prepare.ingest import keys_of
 
     assert keys_of(part).tolist() == keys(["x" * 30, "", "user1"]).tolist()
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dpo4rec_ray.datasets import amazon2018
 from dpo4rec_ray.datasets.files import plan_splits, read_blocks
-from dpo4rec_ray.datasets.lines import (
+from dpo4rec_ray.datasets.parsing import (
     BAD_JSON,
     BAD_NUMBER,
     BAD_TIME,

@@ -11,7 +11,7 @@ from test_amazon2018 import as_lines, check_mangled, mangled, read, reasons, wri
 
 from dpo4rec_ray.datasets import amazon2023
 from dpo4rec_ray.datasets.files import plan_splits, read_blocks
-from dpo4rec_ray.datasets.lines import (
+from dpo4rec_ray.datasets.parsing import (
     BAD_JSON,
     BAD_NUMBER,
     BAD_TIME,

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo4rec_ray.datasets import files
-from dpo4rec_ray.datasets.lines import BAD_JSON, BAD_NUMBER, BAD_TIME, MISSING, UNREADABLE
 from dpo4rec_ray.datasets.logged import (
     BAD_HISTORY,
     BAD_LABEL,
@@ -30,6 +29,7 @@ from dpo4rec_ray.datasets.logged import (
     LoggedSettings,
     describe,
 )
+from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, BAD_TIME, MISSING, UNREADABLE
 from dpo4rec_ray.datasets.raw import LISTS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from dpo4rec_ray.datasets import files
 from dpo4rec_ray.datasets.cells import Column, converted
-from dpo4rec_ray.datasets.lines import (
+from dpo4rec_ray.datasets.column_mapping import matching_files
+from dpo4rec_ray.datasets.parsing import (
     BAD_JSON,
     BAD_NUMBER,
     BAD_TIME,
@@ -36,7 +37,6 @@ from dpo4rec_ray.datasets.lines import (
     OUT_OF_RANGE,
     UNREADABLE,
 )
-from dpo4rec_ray.datasets.mapped import matching_files
 from dpo4rec_ray.datasets.raw import EVENTS, ITEMS, USERS, DataFile, Parsed
 from dpo4rec_ray.datasets.table import TableSettings, describe
 from dpo4rec_ray.errors import UserError

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dpo4rec_ray.artifacts import Manifest, RunDir
 from dpo4rec_ray.knowledge.generator import Answer, Gate, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
 from dpo4rec_ray.policy.model import add_lora, load_model, load_tokenizer, save_complete, save_merged
-from dpo4rec_ray.stages.sources import PolicyTexts, PromptSettings
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.texts.sources import PolicyTexts, PromptSettings
 
 pytestmark = pytest.mark.vllm
 
@@ -177,22 +177,22 @@ def test_figures_are_those_of_the_work_done(
 ) -> None:
     began = time.monotonic()
     generator = start_engine(bundled, SAMPLING, max_model_len=MAX_MODEL_LEN, max_num_seqs=16)
-    assert generator.figures().samples == 0
+    assert generator.stats().samples == 0
     first, samples, tokens = time.monotonic(), 0, 0
     while time.monotonic() - first < 2.5:  # the engine's own gauges are read once a second
         for answer in generator.generate(prompts, SEEDS, COUNTS):
             samples += len(answer.samples)
             tokens += sum(len(sample.token_ids) for sample in answer.samples)
     span = time.monotonic() - first
-    figures = generator.figures()
-    assert (figures.samples, figures.tokens) == (samples, tokens)
-    assert 0 < figures.start_s < first - began + 0.1
-    assert span - 0.2 < figures.span_s <= span
-    assert 0.8 < figures.busy <= 1.0
-    assert 1 < figures.running <= 16
-    assert 0 < figures.kv_cache < 1
+    stats = generator.stats()
+    assert (stats.samples, stats.tokens) == (samples, tokens)
+    assert 0 < stats.start_s < first - began + 0.1
+    assert span - 0.2 < stats.span_s <= span
+    assert 0.8 < stats.busy <= 1.0
+    assert 1 < stats.running <= 16
+    assert 0 < stats.kv_cache < 1
     # N samples share one prefill: of a prompt's whole blocks at most one in N is computed
-    assert 0.3 < figures.prefix_hits < 1
+    assert 0.3 < stats.prefix_hits < 1
 
 
 def test_use_changes_the_weights_and_back(

@@ -16,12 +16,12 @@ import cloudpickle
 import pyarrow as pa
 import pytest
 
-from dpo4rec_ray.artifacts import Manifest, RunDir
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.generator import Sampling
 from dpo4rec_ray.knowledge.remote import MAX_FAILED_IN_A_ROW, ApiKey, Endpoint, EndpointSettings, RemoteAnswer
 from dpo4rec_ray.knowledge.structured import factor_schema
-from dpo4rec_ray.stages.sources import EndpointTexts, PromptSettings
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.texts.sources import EndpointTexts, PromptSettings
 
 KEY = "key-that-nobody-may-see"
 Body = dict[str, Any]

@@ -10,8 +10,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.deepspeed_config import OWNED, deepspeed_config, read_extra
-from dpo4rec_ray.policy.trainer import TrainSettings
+from dpo4rec_ray.policy.deepspeed_config import OWNED, TrainSettings, deepspeed_config, read_extra
 
 
 def settings(**changes: Any) -> TrainSettings:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from dpo4rec_ray.policy.deepspeed_config import TrainSettings
 from dpo4rec_ray.policy.logps import CompletionLogps, bare
 from dpo4rec_ray.policy.model import add_lora, gathered_state, load_model
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
-from dpo4rec_ray.policy.trainer import Trainer, TrainSettings
+from dpo4rec_ray.policy.trainer import Trainer
 from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_process")

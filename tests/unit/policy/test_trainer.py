@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.batch import collate
+from dpo4rec_ray.policy.deepspeed_config import TrainSettings
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import add_lora
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedObjective
-from dpo4rec_ray.policy.trainer import Trainer, TrainSettings, without_dropout
+from dpo4rec_ray.policy.trainer import Trainer, without_dropout
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -11,7 +11,7 @@ import torch
 
 from dpo4rec_ray.rerankers import Catalogue
 from dpo4rec_ray.rerankers.fit import ListData
-from dpo4rec_ray.stages.reading import list_data
+from dpo4rec_ray.store.reading import list_data
 
 
 def make_lists(item_ids: list[list[int]], labels: list[list[float]], users: list[int]) -> ListData:

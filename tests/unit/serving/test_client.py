@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.api import Candidate, Event, Meta, RerankRequest, RerankResponse
 from dpo4rec_ray.serving.client import Client, Refused, Unavailable
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import Api, listening, requests_of
 
 HANG_UP = b""

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from dpo4rec_ray.config import ServingSection
+from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.deployment import NAME, build, figures_folder, read_tokens
 from tests.serving_world import serve

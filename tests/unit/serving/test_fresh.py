@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo4rec_ray.config import ServingSection
+from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.published import WRITER_FOLDER, PublishedVersion
 from dpo4rec_ray.serving import fresh
 from dpo4rec_ray.serving.api import Event
 from dpo4rec_ray.serving.deployment import build
@@ -26,6 +25,7 @@ from dpo4rec_ray.serving.fresh import FreshStore, FreshTexts, Order
 from dpo4rec_ray.serving.ranker import NEUTRAL_RATING
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Written
+from dpo4rec_ray.serving.version_files import WRITER_FOLDER, PublishedVersion
 from dpo4rec_ray.serving.writer import plan_of
 from tests.conftest import ROOT
 

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
-from dpo4rec_ray.artifacts import RunDir
-from dpo4rec_ray.published import KeyIndex, PublishedVersion
+from dpo4rec_ray.prepare.ingest import keys_of
 from dpo4rec_ray.serving.api import MAX_BATCH, MAX_CANDIDATES, RerankResponse
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
-from dpo4rec_ray.stages.ingest import keys_of
+from dpo4rec_ray.serving.version_files import KeyIndex, PublishedVersion
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import MAX_BODY, Api, requests_of
 
 RERANK, BATCH = "/v1/rerank", "/v1/rerank/batch"

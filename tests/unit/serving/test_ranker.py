@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo4rec_ray.artifacts import RunDir
-from dpo4rec_ray.published import PublishedVersion
 from dpo4rec_ray.rerankers.fit import WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.serving.ranker import NEUTRAL_RATING, Ranker, Ranking, RankRequest
 from dpo4rec_ray.serving.registry import Registry, recorded_request
-from dpo4rec_ray.stages.reading import read_catalogue, read_vectors
+from dpo4rec_ray.serving.version_files import PublishedVersion
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.reading import read_catalogue, read_vectors
 from tests.serving_world import MODELS, offline_scores, requests_of
 
 CLOSE = {"atol": 1e-5, "rtol": 0}

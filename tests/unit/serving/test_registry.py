@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.registry import KEPT, TRAFFIC, Registry, Traffic, check_version
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import ROOT
 
 FIRST = Traffic(current="v1", number=1)
@@ -192,7 +192,7 @@ def test_a_killed_publish_leaves_nothing(registry: Registry, served_run: RunDir)
     """It is killed while it writes, then done again."""
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "import dpo4rec_ray.stages.publish as stage; from dpo4rec_ray.artifacts import RunDir\n"
+        "import dpo4rec_ray.serving.publish as stage; from dpo4rec_ray.store.artifacts import RunDir\n"
         "from dpo4rec_ray.config import read_config\n"
         "if sys.argv[3] == 'kill': stage.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "run = RunDir(sys.argv[1]); stage.publish(read_config(run.root), run, Path(sys.argv[2]), 'v9')"

@@ -8,8 +8,8 @@ import shutil
 import socket
 from pathlib import Path
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.serving.registry import TRAFFIC, Registry, Traffic
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import serve
 
 

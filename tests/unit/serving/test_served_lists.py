@@ -7,12 +7,12 @@ import asyncio
 import numpy as np
 import pytest
 
-from dpo4rec_ray.artifacts import RunDir
 from dpo4rec_ray.core.metrics import list_metrics
-from dpo4rec_ray.evaluation import HEADLINE
+from dpo4rec_ray.evaluation.tables import HEADLINE
 from dpo4rec_ray.serving.api import RerankRequest, RerankResponse
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
+from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import MODELS, offline_scores, requests_of
 
 

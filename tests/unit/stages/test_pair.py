@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo4rec_ray.artifacts import Manifest, RunDir
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.core.rewards import list_noise, shrink
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages import pair
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from tests.conftest import DEMO
 
 NUM_USERS, NUM_SAMPLES = 30, 4
@@ -75,7 +75,7 @@ def test_shrunk_rewards_decide_who_gives_a_pair(
         assert row["chosen_token_ids"] == [user, int(rewards[user].argmax())]
         assert row["rejected_token_ids"] == [[user, int(rewards[user].argmin())]]
         assert row["chosen_reward"] == pytest.approx(shrunk[user].max(), rel=1e-6)
-    assert outcome.figures["dropped"] == {"below_min_margin": 25 - sum(user < 25 for user in rows)}
+    assert outcome.stats["dropped"] == {"below_min_margin": 25 - sum(user < 25 for user in rows)}
 
 
 def test_luck_alone_is_named(tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:

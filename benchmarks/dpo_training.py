@@ -1,0 +1,356 @@
+"""One measured DPO training: python benchmarks/dpo_training.py make|reference|trl|ours SPEC (JSON). Prints one JSON line.
+
+make: a random Llama of about 11 million parameters, a tokenizer of whole words, and pairs of random tokens.
+reference: their log-probabilities under that Llama, in a process of its own as the stage does it.
+trl: TRL's DPOTrainer over these pairs with cached reference log-probabilities; ours: this project's trainer. Both take the
+rows of every step in the same order, start from the same LoRA, and report each step's loss, gradient norm and seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+VOCABULARY = 8192
+SHAPES = {
+    "11m": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    # Llama 3.1 8B
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+WORDS = 4  # the first ids are <pad> <s> </s> <unk>
+
+
+def main() -> int:
+    what, spec = sys.argv[1], json.loads(sys.argv[2])
+    answer = {"make": make, "reference": run_reference, "trl": run_trl, "ours": run_ours}[what](spec)
+    print(json.dumps(answer))
+    return 0
+
+
+def make(spec: dict[str, Any]) -> dict[str, Any]:
+    """Write model, tokenizer and pairs.parquet into a folder.
+
+    prompt, completion: [shortest, longest] tokens; num_rejected per pair.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = Path(spec["folder"])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPES[spec.get("shape", "11m")],
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.device("cuda" if spec.get("shape") == "8b" else "cpu"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16 if spec.get("shape") == "8b" else torch.float32)
+    model.save_pretrained(folder)
+    names = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS, VOCABULARY))]
+    words = Tokenizer(models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    rng = np.random.default_rng(0)
+
+    def tokens(bounds: list[int]) -> list[int]:
+        return rng.integers(WORDS, VOCABULARY, rng.integers(bounds[0], bounds[1] + 1) - 1).tolist()
+
+    rows = [
+        {
+            "user_id": user,
+            "prompt_token_ids": [1, *tokens(spec["prompt"])],
+            "chosen_token_ids": [*tokens(spec["completion"]), 2],
+            "rejected_token_ids": [
+                [*tokens(spec["completion"]), 2] for _ in range(spec.get("num_rejected", 1))
+            ],
+        }
+        for user in range(spec["rows"])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
+    return {"parameters": sum(p.numel() for p in model.parameters()), "rows": len(rows)}
+
+
+def lora_model(spec: dict[str, Any]) -> Any:
+    import torch
+
+    from dpo4rec_ray.policy.model import add_lora, load_model
+
+    model = load_model(spec["folder"], "float32")
+    torch.manual_seed(0)
+    return add_lora(model, rank=8, alpha=16)
+
+
+def step_order(spec: dict[str, Any], lengths: Any = None) -> Any:
+    from dpo4rec_ray.policy.order import Order
+
+    rows = pq.read_metadata(Path(spec["folder"]) / "pairs.parquet").num_rows
+    return Order(rows, spec["batch_size"] * spec["accumulation"], 1, seed=0, lengths=lengths)
+
+
+def run_reference(spec: dict[str, Any]) -> dict[str, Any]:
+    """Write reference.parquet beside the pairs."""
+    from dpo4rec_ray.policy.objectives import BatchLayout
+    from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
+
+    folder, began = Path(spec["folder"]), time.monotonic()
+    dtype = "bfloat16" if spec.get("shape") == "8b" else "float32"
+    layout = BatchLayout(0, prefix_sharing=True, packing=True, multiple_of=128 if dtype == "bfloat16" else 1)
+    pairs = pq.read_table(folder / "pairs.parquet")
+    pq.write_table(ReferenceScorer(str(folder), dtype, layout, 512)(pairs), folder / "reference.parquet")
+    return {"pairs": len(pairs), "seconds": round(time.monotonic() - began, 1)}
+
+
+def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
+    """spec: folder, batch_size, accumulation, steps, beta, loss, label_smoothing, tuning, zero_stage, offload, and the switches
+    prefix_sharing, packing, length_sorted, chunk_tokens, checkpointing; rank and world with `port` for several workers."""
+    rank, world, gpu = spec.get("rank", 0), spec.get("world", 1), spec.get("shape") == "8b"
+    os.environ.update(
+        **({} if gpu else {"DS_ACCELERATOR": "cpu"}),
+        LOCAL_SIZE=str(world),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(spec.get("port") or free_port()),
+    )
+    import logging
+
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import logger
+
+    from dpo4rec_ray.policy.deepspeed_config import TrainSettings, deepspeed_config
+    from dpo4rec_ray.policy.logps import CompletionLogps
+    from dpo4rec_ray.policy.model import add_lora, checkpoint_activations, gathered_state, load_model
+    from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
+    from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths, with_reference
+    from dpo4rec_ray.policy.trainer import Trainer
+
+    logger.setLevel(logging.ERROR)
+    dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world)
+    folder = Path(spec["folder"])
+    pairs = pq.read_table(folder / "pairs.parquet")
+    layout = BatchLayout(0, spec["prefix_sharing"], spec["packing"], multiple_of=128 if gpu else 1)
+    settings = TrainSettings(
+        lr=spec["lr"],
+        schedule="constant",
+        epochs=1,
+        batch_size=spec["batch_size"],
+        effective=spec["batch_size"] * spec["accumulation"] * world,
+        warmup_frac=0.0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        zero_stage=spec.get("zero_stage", 0),
+        dtype="bfloat16" if gpu else "float32",
+        seed=0,
+        offload_optimizer=spec.get("offload", False),
+        on_gpu=gpu,
+    )
+    sharded = settings.zero_stage == 3
+    zero3 = deepspeed_config(settings, 1, {}) if sharded else None
+    inner: Any = load_model(str(folder), settings.dtype, zero3=zero3)
+    if spec.get("tuning", "lora") == "lora":
+        torch.manual_seed(0)
+        inner = add_lora(inner, rank=8, alpha=16)
+    if spec.get("checkpointing"):
+        checkpoint_activations(inner)
+    model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=spec["chunk_tokens"])
+    trainer = Trainer(
+        model,
+        ArrowRows(with_reference(pairs, pq.read_table(folder / "reference.parquet"))),
+        DPOObjective(layout, spec["beta"], spec["loss"], spec.get("label_smoothing", 0.0)),
+        settings,
+        lengths=pair_lengths(pairs)[0] if spec["length_sorted"] else None,
+    )
+    steps: list[dict[str, float]] = []
+    times = [time.monotonic()]
+    before = memory_mb()
+
+    def on_step(step: int, num_steps: int, stats: dict[str, float]) -> bool:
+        steps.append(stats)
+        times.append(time.monotonic())
+        return step == spec["steps"]
+
+    trainer.run(on_step)
+    if spec.get("weights"):
+        from safetensors.torch import save_file
+
+        state = gathered_state(trainer.engine.module, rank, trained_only=True)
+        if rank == 0:
+            save_file(state, spec["weights"])
+    tokens = float(np.median([one["tokens_per_s"] for one in steps[1:] or steps]))
+    lengths = pair_lengths(pairs)[0]
+    order = trainer.order.steps(spec["batch_size"], rank, world, 0)
+    work = [lengths[step.rows].mean() / lengths.mean() for step in order]
+    return {
+        **rates(spec, times, work),
+        "tokens_per_s": round(tokens),
+        "losses": [one["loss"] for one in steps],
+        "grad_norms": [one["grad_norm"] for one in steps],
+        "peak_mb": round(torch.cuda.max_memory_allocated() / 2**20 if gpu else memory_mb()),
+        "before_mb": round(before),
+    }
+
+
+def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same with TRL; loss: sigmoid, ipo, hinge, robust."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, TaskType
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec["folder"])
+    pairs = pq.read_table(Path(spec["folder"]) / "pairs.parquet").to_pylist()
+    order = [row for step in step_order(spec).steps(spec["batch_size"], 0, 1) for row in step.rows]
+
+    def text(ids: list[int]) -> str:
+        return " ".join(f"w{i}" for i in ids if i >= WORDS)
+
+    rows = [
+        {
+            "prompt": text(pairs[i]["prompt_token_ids"]),
+            "chosen": " " + text(pairs[i]["chosen_token_ids"]),
+            "rejected": " " + text(pairs[i]["rejected_token_ids"][0]),
+        }
+        for i in order[: spec["steps"] * spec["batch_size"] * spec["accumulation"]]
+    ]
+    times: list[float] = []
+    losses: list[float] = []
+    norms: list[float] = []
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+        def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            loss = super().training_step(*arguments, **options)
+            losses.append(loss.item())  # transformers rounds what it logs
+            return loss
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            times.append(time.monotonic())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.monotonic())
+
+        def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **__: Any) -> None:
+            if "grad_norm" in logs:
+                norms.append(logs["grad_norm"])
+
+    trainer = InOrder(
+        model=spec["folder"],
+        args=DPOConfig(
+            output_dir=f"{spec['folder']}/trl",
+            beta=spec["beta"],
+            loss_type=[spec["loss"]],
+            label_smoothing=spec.get("label_smoothing", 0.0),
+            per_device_train_batch_size=spec["batch_size"],
+            gradient_accumulation_steps=spec["accumulation"],
+            max_steps=spec["steps"],
+            learning_rate=spec["lr"],
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            max_length=None,
+            precompute_ref_log_probs=True,
+            precompute_ref_batch_size=spec["batch_size"],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            logging_steps=1,
+            save_strategy="no",
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type=TaskType.CAUSAL_LM
+        ),
+        callbacks=[Clock()],
+    )
+    same = {
+        name.removeprefix("module."): value
+        for name, value in lora_model(spec).state_dict().items()
+        if "lora_" in name
+    }
+    missing = trainer.model.load_state_dict(same, strict=False).unexpected_keys
+    assert not missing, missing
+    assert trainer.train_dataset["prompt_ids"][0] == pairs[order[0]]["prompt_token_ids"]
+    assert trainer.train_dataset["rejected_ids"][0] == pairs[order[0]]["rejected_token_ids"][0]
+    before = memory_mb()
+    trainer.train()
+    micro = spec["accumulation"]
+    return {
+        **rates(spec, times),
+        "losses": [sum(losses[i : i + micro]) for i in range(0, len(losses), micro)],
+        "grad_norms": norms,
+        "peak_mb": round(memory_mb()),
+        "before_mb": round(before),
+    }
+
+
+def rates(spec: dict[str, Any], times: list[float], work: list[float] | None = None) -> dict[str, Any]:
+    """Pairs per second by the median step; the first step warms caches up and does not count.
+
+    work: the mean length of each step's pairs over that of all, so that steps of long pairs count for what they are.
+    """
+    seconds = np.diff(times)
+    weights = np.array(work)[: len(seconds)] if work else np.ones(len(seconds))
+    if len(seconds) > 1:
+        seconds, weights = seconds[1:], weights[1:]
+    pairs = spec["batch_size"] * spec["accumulation"] * spec.get("world", 1)
+    return {
+        "pairs_per_s": round(pairs / float(np.median(seconds / weights)), 3),
+        "steps": len(times) - 1,
+        "seconds": round(float(seconds.sum()), 2),
+    }
+
+
+def memory_mb() -> float:
+    """Peak resident size of this process, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

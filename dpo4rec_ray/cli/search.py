@@ -1,0 +1,134 @@
+"""Search a recipe's training settings of each backbone, on the validation lists.
+
+python jobs/search.py RECIPE.toml [FRAGMENT.toml ...] [section.key=value ...] [--backbones dlcm,prm]
+    [--knowledge none|base] [--trials N] [--scheduler asha|none] [--concurrent C] [--seed S]
+
+Works in the recipe's run folder, where it runs the stages prepare and, with knowledge, encode(0) unless they are complete.
+Writes search/results.csv, results.md and found.toml there; `jobs/run.py RECIPE.toml RUN/search/found.toml` uses what was
+found. Ends like jobs/run.py: code 2 and one line for a user's mistake. A search that was interrupted is not continued: the
+same command searches from the start, and keeps the finished stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo4rec_ray.cli import session
+from dpo4rec_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from dpo4rec_ray.config import Config
+    from dpo4rec_ray.store.artifacts import RunDir
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and search; the user's mistakes become one line and exit code 2."""
+    options = parse(arguments)
+    return session.guarded(lambda: run(options), options.verbose)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="jobs/search.py",
+        description="Search the paper's grid of training settings on the validation lists.",
+        epilog="The run folder's search/ holds the results of the last search alone; copy found.toml to keep it.",
+    )
+    parser.add_argument("recipe", help="a TOML file, see jobs/recipes/")
+    parser.add_argument(
+        "changes",
+        nargs="*",
+        metavar="FRAGMENT.toml | section.key=value",
+        help="values that replace the recipe's, as in jobs/run.py",
+    )
+    parser.add_argument(
+        "--backbones", default="", metavar="A,B", help="default: those that the recipe evaluates"
+    )
+    parser.add_argument(
+        "--knowledge",
+        choices=("none", "base"),
+        default="none",
+        help="base: train with the base LLM's vectors, and search the adapter's experts too",
+    )
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=0,
+        metavar="N",
+        help="per backbone, drawn at random from the grid; 0, the default: the whole grid",
+    )
+    parser.add_argument(
+        "--scheduler",
+        choices=("asha", "none"),
+        default="asha",
+        help="asha: from half of the epochs on, trials that lag behind end",
+    )
+    parser.add_argument(
+        "--concurrent",
+        type=int,
+        default=0,
+        metavar="C",
+        help="trials at a time; 0, the default: one per CPU",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw and of every trial")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's logs, and tracebacks")
+    return parser.parse_intermixed_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check what costs nothing first, as jobs/run.py does; then prepare what is missing, and search."""
+    from dpo4rec_ray.config import load_config
+
+    config = load_config(options.recipe, options.changes)
+    for flag in ("trials", "concurrent"):
+        if getattr(options, flag) < 0:
+            raise UserError(f"--{flag} {getattr(options, flag)}: must be 0 or more")
+    folder = Path(config.run.root) / config.run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update({key: value for key, value in session.WORK_ENV.items() if key not in os.environ})
+    if not options.verbose:
+        session.be_quiet(folder / "driver.log")
+    from dpo4rec_ray import checks, grid_search
+    from dpo4rec_ray.rerankers import RERANKERS
+    from dpo4rec_ray.store import memory
+    from dpo4rec_ray.store.artifacts import RunDir
+
+    backbones = tuple(filter(None, options.backbones.split(",")))
+    backbones = backbones or config.evaluate.backbones or (config.reranker.backbone,)
+    for name in backbones:
+        if name not in RERANKERS:
+            raise UserError(f"--backbones {name}: no such backbone; known: {', '.join(RERANKERS)}")
+    plan = grid_search.Plan(
+        backbones=tuple(dict.fromkeys(backbones)),
+        knowledge=options.knowledge == "base",
+        num_trials=options.trials,
+        scheduler=options.scheduler,
+        concurrent=options.concurrent,
+        seed=options.seed,
+    )
+    checks.check_all(config, "" if plan.knowledge else "prepare")
+    store = RunDir(folder)
+    with session.locked(folder):
+        memory.watch_memory()
+        session.start_ray(options.verbose)
+        prepare(config, store, plan.knowledge)
+        try:
+            grid_search.run(config, store, plan)
+        except KeyboardInterrupt:
+            print("interrupted; the same command searches from the start", file=sys.stderr)
+            return 130
+    print(f"found: {store.root / grid_search.FOLDER / grid_search.FRAGMENT}")
+    return 0
+
+
+def prepare(config: Config, store: RunDir, knowledge: bool) -> None:
+    """The stages that a search reads from, each unless it is complete."""
+    from dpo4rec_ray.pipeline import Runner, Selection, before_rounds
+
+    runner = Runner(config, store, Selection())
+    for name in before_rounds(config) if knowledge else ["prepare"]:
+        if name != "train_reward":
+            runner.step(name, 0)

@@ -1,0 +1,134 @@
+"""What every command shares: exit codes, quiet logs, one job per run folder, and the start of Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dpo4rec_ray.errors import UserError
+
+WORK_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+QUIET_ENV = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def guarded(call: Callable[[], int], verbose: bool) -> int:
+    """The exit code of `call`; a user's mistake becomes one line and code 2."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BaseException as error:
+        cause = user_mistake(error)
+        if cause is None or verbose:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One job at a time per run folder; the lock goes with the process, however that ends."""
+    with open(folder / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another job is at work in {folder}; wait for it, or set run.name to another one"
+            ) from None
+        yield
+
+
+class _Terminal(io.TextIOWrapper):
+    """Standard error as it was before native code's output went to the log."""
+
+
+def be_quiet(log: Path) -> None:
+    """Turn down third-party logs; before their libraries are imported, as most read this once.
+
+    What native code still writes to standard error goes to `log`; Python's own sys.stderr stays the terminal.
+    """
+    if isinstance(sys.stderr, _Terminal):
+        return
+    os.environ.update({key: value for key, value in QUIET_ENV.items() if key not in os.environ})
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.ERROR)
+    with open(log, "ab") as target:
+        terminal = os.dup(2)
+        os.dup2(target.fileno(), 2)
+    sys.stderr = _Terminal(os.fdopen(terminal, "wb", buffering=0), write_through=True)
+
+
+def start_ray(verbose: bool) -> None:
+    """Join the cluster this job was submitted to, or start Ray on this machine alone."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
+    else:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            object_store_memory=512 * 2**20,
+        )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def user_mistake(error: BaseException) -> str | None:
+    """The user's mistake inside an exception from the driver or a worker, or None when it is ours."""
+    for inner in chain(error):
+        if type(inner) is UserError:  # Ray's wrappers of one are instances too; their text is the traceback
+            return str(inner).split("\n", 1)[0]  # Ray Data adds advice of its own below
+        if _disk_is_full(inner):
+            return "no space left on the disk of the run folder; free some or change run.root, then run again"
+        if isinstance(inner, PermissionError):
+            return f"{inner.filename}: not allowed to write here; set run.root to a folder of yours"
+    return None
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """By number, or by text: errors from workers and from safetensors reach us without the number."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("[Errno 28]", "os error 28", "No space left on device"))
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what caused it, through Ray's own wrappers."""
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        inner = todo.pop(0)
+        if inner is None or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        yield inner
+        failures = getattr(inner, "worker_failures", None)
+        todo += list(failures.values()) if isinstance(failures, dict) else []
+        todo += [getattr(inner, name, None) for name in ("cause", "_base_exc", "__cause__", "__context__")]
+        todo = [item for item in todo if item is None or isinstance(item, BaseException)]

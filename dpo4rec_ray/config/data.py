@@ -1,0 +1,125 @@
+"""Where the data comes from, how it is split, and how candidate lists are made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpo4rec_ray.config.section import Section
+
+
+class DataSection(Section):
+    """Source, splits and candidate lists (docs/method.md, section 1)."""
+
+    placement = frozenset({"partition_mib"})
+    dataset: str = "sample"
+    """Name of the data source: sample, movielens, amazon2018, amazon2023 or table."""
+    raw_dir: str = ""
+    """Folder of the raw files: a local path or a URI (s3://, gs://, hf://, http://)."""
+    file: str = ""
+    """File of the interactions, where the folder holds several candidates. Amazon only."""
+    protocol: Literal["user", "paper", "time"] = "user"
+    """How events are ordered and split. "user": users are split at random, events are ordered to the second. "paper": the same,
+    but events are ordered by calendar day (UTC), as in KAR. "time": one cut in time for validation and one for test."""
+    user_core: int = Field(default=0, ge=0)
+    """k-core: least number of events of a user. 0: no limit."""
+    item_core: int = Field(default=0, ge=0)
+    """k-core: least number of events of an item. Both limits are applied until nothing changes. 0: no limit."""
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    """Largest share of damaged rows; more stop the run."""
+    max_users: int = Field(default=0, ge=0)
+    """Number of users to keep, drawn at random and the same for every seed. 0: all."""
+    positive_rating: float = 4.0
+    """Least rating of a positive."""
+    max_history: int = Field(default=30, ge=1)
+    """Most events of the knowledge history, which the prompt shows."""
+    num_candidates: int = Field(default=10, ge=2, le=200)
+    """Candidates per list."""
+    block_size: int = Field(default=4, ge=1)
+    """Consecutive events of a user in one candidate list; the rest of the list is drawn."""
+    reranker_history: int = Field(default=5, ge=0)
+    """Most events before a list that the reranker sees."""
+    test_frac: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the users for test; with protocol "time", share of the events."""
+    valid_frac: float = Field(default=0.1, gt=0, lt=1)
+    """Share for validation, of what is not for test."""
+    partition_mib: int = Field(default=256, ge=1)
+    """MiB of unpacked raw text that one worker sorts at a time."""
+
+    @model_validator(mode="after")
+    def _block_fits(self) -> DataSection:
+        if self.block_size > self.num_candidates:
+            raise ValueError(f"block_size {self.block_size} exceeds num_candidates {self.num_candidates}")
+        return self
+
+
+class TableSection(Section):
+    """Your own interactions, items and users, for data.dataset = "table". Files and patterns are below data.raw_dir."""
+
+    interactions: str = ""
+    """File of the interactions: Parquet, CSV, TSV or JSONL. A pattern such as "events/*.parquet" takes several files."""
+    user: str = "user_id"
+    """Column of the user's id in the interactions."""
+    item: str = "item_id"
+    """Column of the item's id in the interactions."""
+    rating: str = "rating"
+    """Column of the rating. "": implicit feedback, every event counts as rated 1."""
+    timestamp: str = "timestamp"
+    """Column of the time."""
+    timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
+    """Unit of the times: seconds, milliseconds or microseconds since 1970, or ISO 8601."""
+    min_rating: float = 0.0
+    """Least rating; a row with a lower one is bad."""
+    max_rating: float = 5.0
+    """Greatest rating; a row with a higher one is bad."""
+    items: str = ""
+    """File of the items. "": items have no titles."""
+    item_id: str = "item_id"
+    """Column of the item's id in the items."""
+    title: str = "title"
+    """Column of the title."""
+    attributes: dict[str, str] = Field(default_factory=dict)
+    """Attributes of an item: name -> column."""
+    attribute_separator: str = "|"
+    """What separates several values in one cell."""
+    users: str = ""
+    """File of the users. "": users have no profile."""
+    user_id: str = "user_id"
+    """Column of the user's id in the users."""
+    profile: tuple[str, ...] = ()
+    """Columns of the users that the prompt shows."""
+
+
+class LoggedSection(Section):
+    """Your own candidate lists with labels, on top of any dataset. No list is drawn then."""
+
+    file: str = ""
+    """Parquet or JSONL file with list columns: a path or URI. "": lists are drawn from the events."""
+    user: str = "user_id"
+    """Column of the user's id."""
+    candidates: str = "candidate_item_ids"
+    """Column of the candidates' ids."""
+    labels: str = "labels"
+    """Column of the candidates' labels."""
+    timestamp: str = ""
+    """Column of the list's time. "": the log has none."""
+    timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
+    """Unit of the times, as table.timestamp_unit."""
+    split: str = ""
+    """Column that says train, valid or test. "": split as data.protocol says."""
+    history: str = ""
+    """Column of the history's ids. "": the user's last events before the list."""
+    history_ratings: str = ""
+    """Column of the history's ratings. "": none."""
+
+
+class SampleSection(Section):
+    """Size of the synthetic sample world, for data.dataset = "sample"."""
+
+    num_users: int = Field(default=600, ge=20)
+    """Users."""
+    num_items: int = Field(default=320, ge=40)
+    """Items."""
+    catalogue_seed: int = Field(default=7, ge=0)
+    """Seed of the catalogue; run.seed draws the users."""

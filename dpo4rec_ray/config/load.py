@@ -1,0 +1,156 @@
+"""Reads recipes: TOML files, fragments over them, overrides over these. Names the nearest key where one is unknown."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from dpo4rec_ray.config.recipe import Config
+from dpo4rec_ray.config.section import Section, first_mistake, nearest
+from dpo4rec_ray.errors import UserError
+
+Table = dict[str, Any]  # of a TOML file
+# Keys and values of releases before 0.2 -> what they are called now. A recipe is told the new name; the config.json of an old
+# run folder or published version is read as if it had it.
+RENAMED_KEYS = {
+    ("dpo", "accumulation"): "gradient_accumulation_steps",
+    ("bootstrap", "accumulation"): "gradient_accumulation_steps",
+}
+RENAMED_VALUES = {("llm", "lora_mode", "adapter"): "lora"}
+
+
+def load_config(path: str | Path, changes: list[str] | None = None) -> Config:
+    """Read a recipe, merge fragments over it in the order given, then apply overrides.
+
+    Args:
+        path: the recipe; the run is named after it, unless run.name is set.
+        changes: fragments (names of TOML files, ending in .toml; tables are merged key by key) and overrides
+            (`section.key=value`, or `section.key.key=value` inside a table).
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest known name is given), or a value out of range.
+    """
+    path = Path(path)
+    fragments = [text for text in changes or [] if is_fragment(text)]
+    raw = _read_toml("recipe", path)
+    for fragment in fragments:
+        values = _read_toml("fragment", Path(fragment))
+        _check_keys(values, where=f"fragment {fragment}")
+        raw = _merged(raw, values)
+    raw.setdefault("run", {})
+    if isinstance(raw["run"], dict) and not raw["run"].get("name"):
+        raw["run"]["name"] = path.stem
+    overrides = [text for text in changes or [] if text not in fragments]
+    return _checked(raw, overrides, where=" with ".join([f"recipe {path}", *fragments]))
+
+
+def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings that a run folder was made with, and `section.key=value` over them.
+
+    Raises:
+        UserError: not a run folder, one of other code, or an override that does not fit.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{folder}: not a run folder; it holds no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); run the recipe again") from None
+    for (section, old), new in RENAMED_KEYS.items():
+        if old in raw.get(section, {}):
+            raw[section][new] = raw[section].pop(old)
+    for (section, key, old), new in RENAMED_VALUES.items():
+        if raw.get(section, {}).get(key) == old:
+            raw[section][key] = new
+    return _checked(raw, overrides, where=str(file))
+
+
+def default_config(overrides: Sequence[str] = ()) -> Config:
+    """The defaults, and `section.key=value` over them. Raises UserError if an override does not fit."""
+    return _checked({}, overrides, where="the defaults")
+
+
+def _checked(raw: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+    for text in overrides:
+        _apply_override(raw, text)
+    _check_keys(raw, where)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_mistake(error)}; mend the recipe or the override") from None
+
+
+def is_fragment(text: str) -> bool:
+    """Whether an argument names a fragment; an override may end in .toml too."""
+    return text.endswith(".toml") and not re.match(r"\w+\.[\w.]+=", text)
+
+
+def _read_toml(what: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{what} {path}: cannot be read ({error.strerror}); see jobs/recipes/ for examples"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path}: not valid TOML ({error})") from None
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`; where both hold a table, that is merged the same way."""
+    found = dict(base)
+    for key, value in over.items():
+        mine = found.get(key)
+        both_tables = isinstance(mine, dict) and isinstance(value, dict)
+        found[key] = _merged(cast(Table, mine), cast(Table, value)) if both_tables else value
+    return found
+
+
+def _apply_override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    *tables, name = key.split(".")
+    if not equals or not tables or not all([*tables, name]):
+        raise UserError(
+            f"override {text!r}: write it as section.key=value, for example generate.num_samples=4"
+        )
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string: data.dataset=movielens
+    target = raw
+    for depth, table in enumerate(tables):
+        below = target.setdefault(table, {})
+        if not isinstance(below, dict):
+            kind = "table" if depth else "section"
+            raise UserError(
+                f"override {text!r}: {'.'.join(tables[: depth + 1])!r} is not a {kind} of the recipe"
+            )
+        target = cast(Table, below)
+    target[name] = parsed
+
+
+def _check_keys(raw: dict[str, Any], where: str) -> None:
+    """Name the nearest known key, which pydantic's own message does not."""
+    sections = Config.model_fields
+    for section, values in raw.items():
+        if section not in sections:
+            raise UserError(f"{where}: unknown section [{section}]{nearest(section, list(sections))}")
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: [{section}] must be a section with keys, not {values!r}")
+        kind = sections[section].annotation
+        assert isinstance(kind, type) and issubclass(kind, Section)
+        known = list(kind.model_fields)
+        for key, value in values.items():
+            if renamed := RENAMED_KEYS.get((section, key)):
+                raise UserError(f"{where}: {section}.{key} is called {section}.{renamed} now")
+            if isinstance(value, str) and (renamed := RENAMED_VALUES.get((section, key, value))):
+                raise UserError(f"{where}: {section}.{key} = {value!r} is called {renamed!r} now")
+            if key not in known:
+                raise UserError(f"{where}: unknown key {section}.{key}{nearest(key, known)}")

@@ -1,0 +1,133 @@
+"""Rerankers, the reward they give, pairs, and the evaluation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from dpo4rec_ray.config.section import Section, first_mistake, nearest
+
+
+class RerankerArchitecture(Section):
+    """What a reranker is; saved with its weights."""
+
+    backbone: str = "prm"
+    """Backbone of the reward, and of the evaluation unless evaluate.backbones names others: dlcm, prm, setrank or mir."""
+    adapter: str = "hea"
+    """What makes features of text vectors: mlp, moe or hea."""
+    similarity: bool = True
+    """One more input: the cosine of user and item vector. false is the paper's way."""
+    input_layer: Literal["linear", "concat"] = "linear"
+    """"linear": features pass through a linear layer. "concat": the bare features, as in the paper."""
+    embed_dim: int = Field(default=32, ge=1)
+    """Width of the embeddings of items and attributes, and of the adapter's output."""
+    hidden_dim: int = Field(default=64, ge=2)
+    """Width of the backbone's hidden layers."""
+    num_heads: int = Field(default=2, ge=1)
+    """Attention heads."""
+    num_layers: int = Field(default=1, ge=1)
+    """Layers of the backbone."""
+    num_shared_experts: int = Field(default=2, ge=1)
+    """Experts for both sides (hea)."""
+    num_dedicated_experts: int = Field(default=5, ge=1)
+    """Experts for each side (moe, hea)."""
+
+
+class FitSection(Section):
+    """How a reranker is trained: the same with and without knowledge."""
+
+    epochs: int = Field(default=20, ge=1)
+    """Epochs, at most; the best one on the validation lists is kept."""
+    batch_size: int = Field(default=256, ge=1)
+    """Lists per step."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate (Adam)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the scores in the softmax loss (SetRank)."""
+    patience: int = Field(default=0, ge=0)
+    """Epochs without a better validation metric before training stops. 0: never."""
+    metric: str = "ndcg@5"
+    """Validation metric."""
+    resample_negatives: bool = True
+    """Draw the training lists' negatives anew in every epoch, or small data is memorised. Other lists stay as they are."""
+
+
+class RerankerSection(RerankerArchitecture, FitSection):
+    """Backbone, adapter and training."""
+
+    per_backbone: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Other values for one backbone, as `jobs/search.py` finds them: [reranker.per_backbone.dlcm] lr = 5e-4."""
+
+    @model_validator(mode="after")
+    def _per_backbone_fits(self) -> RerankerSection:
+        for name in self.per_backbone:
+            self.of(name)
+        return self
+
+    def of(self, backbone: str) -> RerankerSection:
+        """This section as it holds for one backbone."""
+        own = self.per_backbone.get(backbone, {})
+        values = self.model_dump(exclude={"per_backbone"}) | {"backbone": backbone}
+        for key in own:
+            if key not in values or key == "backbone":
+                raise ValueError(f"per_backbone.{backbone}: unknown key {key}{nearest(key, list(values))}")
+        try:
+            return RerankerSection.model_validate(values | own)
+        except ValidationError as error:
+            raise ValueError(f"per_backbone.{backbone}.{first_mistake(error)}") from None
+
+
+class RewardSection(Section):
+    """The reward rerankers, and the reward of a text (docs/method.md, section 4)."""
+
+    placement = frozenset({"num_scorers", "cpus_per_scorer", "gpus_per_worker"})
+    metric: str = "log_likelihood"
+    """Metric per list whose mean is the reward: log_likelihood, ndcg@k, map@k or mrr@k."""
+    compare: tuple[str, ...] = ("ndcg@5", "map@5", "mrr@10", "log_likelihood")
+    """Further metrics that `score` reports on. Pairs come from `metric` alone."""
+    num_redraws: int = Field(default=8, ge=0)
+    """Candidate lists drawn around the same positives; the reward is their mean. 0: the lists as they are."""
+    hard_negatives: float = Field(default=0.0, ge=0, le=2)
+    """Power of the popularity by which redrawn negatives are drawn; 0 is uniform. Higher powers make harder
+    negatives, and more of them are items that the user likes elsewhere (MovieLens-1M: 6 % at 0, 13 % at 0.5, 21 % at 1)."""
+    num_folds: int = Field(default=5, ge=1)
+    """Folds of users. A user's texts are scored by a reranker that was trained without the user. 1 is the paper's way."""
+    num_workers: int = Field(default=1, ge=1)
+    """1: each fold is a Ray task, several at the same time. More: folds one by one, each under Ray Train."""
+    num_scorers: int = Field(default=1, ge=1)
+    """Scorers at the same time."""
+    cpus_per_scorer: float = Field(default=1, gt=0)
+    """CPUs of a scorer."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of a training worker or a scorer."""
+
+
+class PairSection(Section):
+    """Which texts become a preference pair."""
+
+    rule: str = "best_vs_worst"
+    """Name of the pairing rule."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """Least difference between the rewards of chosen and rejected; users below it give no pair."""
+    num_rejected: int = Field(default=1, ge=1)
+    """Most rejected texts per chosen one: the worst texts (dpo.loss = "softmax" uses several)."""
+    shrinkage: bool = False
+    """Pull each reward towards its user's mean, more where it is less reliable. min_margin is then in units of
+    what should hold on other lists."""
+
+
+class EvaluateSection(Section):
+    """The evaluation on the test users."""
+
+    placement = frozenset({"gpus_per_task"})
+    backbones: tuple[str, ...] = ()
+    """Backbones to fit. Empty: reranker.backbone alone."""
+    num_seeds: int = Field(default=3, ge=1)
+    """Fits of each system, with different seeds."""
+    num_resamples: int = Field(default=2000, ge=100)
+    """Bootstrap resamples of the users, for the intervals."""
+    gpus_per_task: float = Field(default=0, ge=0)
+    """GPUs of a fit."""

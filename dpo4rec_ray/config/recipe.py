@@ -1,0 +1,71 @@
+"""A whole recipe: all sections in the order in which the stages use them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import Field
+
+from dpo4rec_ray.config.data import DataSection, LoggedSection, SampleSection, TableSection
+from dpo4rec_ray.config.ranking import EvaluateSection, PairSection, RerankerSection, RewardSection
+from dpo4rec_ray.config.section import Section
+from dpo4rec_ray.config.serving import ServingSection
+from dpo4rec_ray.config.texts import (
+    EncoderSection,
+    GenerateSection,
+    LLMSection,
+    OpenAISection,
+    PromptSection,
+    TextsSection,
+)
+from dpo4rec_ray.config.training import BootstrapSection, DPOSection
+
+
+class RunSection(Section):
+    """Where the run lives and how long it goes on."""
+
+    name: str = ""
+    """Name of the run folder. "": the recipe's file name."""
+    root: str = "runs"
+    """Folder of the run folders. On a cluster, storage that every node sees."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn."""
+    num_rounds: int = Field(default=1, ge=0)
+    """Most rounds. 0: no DPO; the base LLM's texts are evaluated."""
+    patience: int = Field(default=1, ge=1)
+    """Rounds without a better held-out reward before the run stops."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    table: TableSection = TableSection()
+    logged: LoggedSection = LoggedSection()
+    sample: SampleSection = SampleSection()
+    llm: LLMSection = LLMSection()
+    bootstrap: BootstrapSection = BootstrapSection()
+    prompt: PromptSection = PromptSection()
+    openai: OpenAISection = OpenAISection()
+    texts: TextsSection = TextsSection()
+    generate: GenerateSection = GenerateSection()
+    encoder: EncoderSection = EncoderSection()
+    reranker: RerankerSection = RerankerSection()
+    reward: RewardSection = RewardSection()
+    pair: PairSection = PairSection()
+    dpo: DPOSection = DPOSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    serving: ServingSection = ServingSection()
+
+    def section_hash(self, *parts: str) -> str:
+        """Hash of the run seed and of the named parts ("section" or "section.key"): what a stage's output depends on."""
+        chosen: dict[str, Any] = {"seed": self.run.seed}
+        for part in parts:
+            name, _, key = part.partition(".")
+            section: Section = getattr(self, name)
+            values = section.model_dump(mode="json", exclude=set(section.placement))
+            chosen[part] = values[key] if key else values
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]

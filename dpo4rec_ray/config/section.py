@@ -1,0 +1,31 @@
+"""What every section of a recipe shares."""
+
+from __future__ import annotations
+
+import difflib
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Section(BaseModel):
+    """A section of a recipe: frozen, and an unknown key is an error. The string below a field says what it means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
+    # Keys that say where the work runs and cannot change its result: finished work survives a change of them.
+    placement: ClassVar[frozenset[str]] = frozenset()
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Key, value and reason of the first of pydantic's complaints, on one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    value = first.get("input")
+    shown = f" = {value!r}" if not isinstance(value, dict) else ""
+    return f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint behind an unknown name: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

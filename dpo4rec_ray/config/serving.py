@@ -1,0 +1,57 @@
+"""Reranks over HTTP."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dpo4rec_ray.config.section import Section
+
+
+class ServingSection(Section):
+    """The server (jobs/serve.py)."""
+
+    registry: str = "runs/registry"
+    """Folder of the published versions, on storage that every node sees."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 opens the server to the network."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port to listen on."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Replicas."""
+    max_replicas: int = Field(default=0, ge=0)
+    """Most replicas; above num_replicas, Ray Serve scales up to it."""
+    cpus_per_replica: float = Field(default=1, gt=0)
+    """CPUs of a replica."""
+    gpus_per_replica: float = Field(default=0, ge=0)
+    """GPUs of a replica."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of a replica's forward pass."""
+    max_batch: int = Field(default=64, ge=1)
+    """Most lists in one forward pass."""
+    max_waiting: int = Field(default=512, ge=64)
+    """Most lists that wait; further requests are answered 503 with Retry-After."""
+    max_body: int = Field(default=2**20, ge=1024)
+    """Most bytes of a request; larger ones are answered 413."""
+    request_timeout_s: float = Field(default=30, gt=0)
+    """Seconds until a request is given up."""
+    token_file: str = ""
+    """File of bearer tokens, one per line, on every node. "": no token is needed."""
+    poll_s: float = Field(default=1.0, gt=0)
+    """Seconds between reads of the registry."""
+    online_llm: Literal["off", "async"] = "off"
+    """"async": for a user whom no version knows, a text is written in the background from the history in the request. The
+    LLM that wrote the version's texts writes it (llm.source = "vllm"). Later requests use it."""
+    writer_cpus: float = Field(default=1, gt=0)
+    """CPUs of the writer."""
+    writer_gpus: float = Field(default=0, ge=0)
+    """GPUs of the writer. A fraction shares one with replicas."""
+    fresh_queue: int = Field(default=256, ge=1)
+    """Most users who wait for a text; further ones are refused."""
+    fresh_retry_s: float = Field(default=60, gt=0)
+    """Seconds until a text that did not come is ordered again."""
+    fresh_ttl_s: float = Field(default=86_400, gt=0)
+    """Seconds that a text is used."""
+    fresh_max_users: int = Field(default=100_000, ge=1)
+    """Most texts kept, over all versions; the oldest are removed first."""

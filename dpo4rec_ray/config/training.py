@@ -1,0 +1,163 @@
+"""Training of the LLM: DPO, and the small LLM from scratch. One trainer runs both."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpo4rec_ray.config.section import Section
+
+
+class TrainerSection(Section):
+    """What both trainings share."""
+
+    placement = frozenset(
+        {"gpus_per_worker", "checkpoint_every", "max_failures", "storage_path", "trackers", "min_workers"}
+    )
+    lr: float = Field(default=5e-5, gt=0)
+    """Learning rate (AdamW)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up; cosine and linear end at 0."""
+    epochs: int = Field(default=3, ge=1)
+    """Epochs."""
+    batch_size: int = Field(default=2, ge=1)
+    """Rows (pairs or texts) per worker and micro-step."""
+    gradient_accumulation_steps: int = Field(default=8, ge=1)
+    """Micro-steps per optimiser step."""
+    warmup_frac: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps with a rising learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    num_workers: int = Field(default=2, ge=1)
+    """Data-parallel workers."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of a worker. 0: CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: what workers share out. 1: optimiser states. 2: gradients too. 3: weights too."""
+    offload_optimizer: bool = False
+    """Keep optimiser states in the CPU's memory."""
+    offload_params: bool = False
+    """Keep the shared weights in the CPU's memory (zero_stage 3)."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    deepspeed: str = ""
+    """JSON file that is merged over the DeepSpeed config that these keys make."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Optimiser steps between checkpoints. A killed worker goes on from the last one."""
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts of the workers, each from the last checkpoint."""
+    storage_path: str = ""
+    """Folder or URI (s3://...) of the checkpoints, on storage that all nodes see. "": in the run folder."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Experiment trackers that get every step's metrics."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows per optimiser step, over all workers."""
+        return self.batch_size * self.gradient_accumulation_steps * self.num_workers
+
+    @model_validator(mode="after")
+    def _offloadable(self) -> TrainerSection:
+        if self.offload_params and self.zero_stage != 3:
+            raise ValueError("offload_params needs zero_stage = 3")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer needs zero_stage = 1 or more")
+        return self
+
+
+class DPOSection(TrainerSection):
+    """Direct preference optimisation (docs/method.md, section 5)."""
+
+    beta: float = Field(default=0.01, gt=0)
+    """Beta of the DPO loss."""
+    loss: Literal["sigmoid", "robust", "ipo", "ipo_norm", "hinge", "sigmoid_norm", "softmax"] = "sigmoid"
+    """Preference loss. ipo sums over tokens, ipo_norm and sigmoid_norm take means; softmax takes several rejected texts."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Label smoothing of sigmoid (then cDPO), sigmoid_norm and robust."""
+    nll_weight: float = Field(default=0.0, ge=0)
+    """Weight of the chosen texts' negative log-likelihood per token, added to the loss."""
+    reference: Literal["cached", "lora_off"] = "cached"
+    """Where the reference's log-probabilities come from. "cached": computed once, stored beside the pairs. "lora_off": from the
+    model in training with its LoRA off, at every step."""
+    reference_policy: Literal["previous", "base"] = "previous"
+    """Reference of round r: policy r-1, or the base model."""
+    tuning: Literal["lora", "full"] = "lora"
+    """Train a LoRA, or all weights."""
+    lora_rank: int = Field(default=16, ge=1)
+    """Rank of the LoRA."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """Alpha of the LoRA: it is scaled by alpha / rank."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the LoRA."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Modules that get a LoRA: "all-linear", or names such as q_proj, v_proj."""
+    lora_init: str = "default"
+    """First weights of the LoRA: "default" or "gaussian". Both start at exactly the base model."""
+    quantize: Literal["none", "4bit"] = "none"
+    """"4bit" is QLoRA: the frozen base in 4 bits (bitsandbytes, GPU)."""
+    max_length: int = Field(default=0, ge=0)
+    """Most tokens of prompt and text; longer pairs are left out. 0: llm.max_model_len."""
+    # What a step costs: none of the next four changes the result beyond rounding.
+    prefix_sharing: bool = True
+    """Texts of a pair share one pass over their prompt."""
+    packing: bool = True
+    """Pairs of a micro-batch lie in one row, without padding."""
+    length_sorted: bool = True
+    """Pairs of similar length meet in a step."""
+    chunk_tokens: int = Field(default=512, ge=0)
+    """Tokens whose logits are held at the same time. 0: all of a micro-batch."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on the held-out pairs. 0: only at the end."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations without a lower held-out loss before training stops. 0: never."""
+    max_kl_per_token: float = Field(default=0.5, gt=0)
+    """KL to the reference per token above which a warning is printed."""
+    min_workers: int = Field(default=0, ge=0)
+    """Least number of workers to go on with when a node is lost. 0: num_workers."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DPOSection:
+        if self.lora_init not in ("default", "gaussian"):
+            raise ValueError(
+                f"lora_init = {self.lora_init!r} changes the base weights, so that the saved LoRA alone would not be the "
+                'policy; use "default" or "gaussian"'
+            )
+        if self.tuning == "full" and self.reference == "lora_off":
+            raise ValueError('tuning = "full" has no LoRA to switch off; use reference = "cached"')
+        if self.tuning == "full" and self.quantize != "none":
+            raise ValueError('quantize needs tuning = "lora": 4-bit weights are not trained')
+        if self.quantize != "none" and (not self.gpus_per_worker or self.zero_stage == 3):
+            raise ValueError("quantize needs gpus_per_worker > 0 and zero_stage below 3")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "sigmoid_norm"):
+            raise ValueError(f"loss = {self.loss!r} has no label_smoothing; set it to 0")
+        if self.patience and not self.eval_every:
+            raise ValueError("patience needs eval_every > 0")
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers = {self.min_workers} is above num_workers = {self.num_workers}")
+        if 0 < self.min_workers < self.num_workers and self.zero_stage:
+            raise ValueError(
+                "min_workers below num_workers needs zero_stage = 0: checkpoints of the others belong to one number of workers"
+            )
+        return self
+
+
+class BootstrapSection(TrainerSection):
+    """The small LLM that is trained from scratch, for llm.path = "bootstrap"."""
+
+    lr: float = Field(default=3e-3, gt=0)
+    """Learning rate (AdamW)."""
+    epochs: int = Field(default=1, ge=1)
+    """Epochs."""
+    batch_size: int = Field(default=32, ge=1)
+    """Texts per worker and micro-step."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-steps per optimiser step."""
+    num_users: int = Field(default=60000, ge=100)
+    """Simulated users, with one prompt and one text each."""
+    hidden_size: int = Field(default=128, ge=32)
+    """Width of the model."""
+    num_layers: int = Field(default=2, ge=1)
+    """Layers of the model."""

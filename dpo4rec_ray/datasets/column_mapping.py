@@ -1,0 +1,283 @@
+"""Files with mapped columns: found by a pattern, checked by their headers, and given their parsers."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+from numpy.typing import NDArray
+
+from dpo4rec_ray.datasets import files, parsing
+from dpo4rec_ray.datasets.cells import Column, converted, fits, is_text
+from dpo4rec_ray.datasets.column_readers import REFUSED, CsvReader, JsonReader
+from dpo4rec_ray.datasets.parsing import Lines
+from dpo4rec_ray.datasets.raw import DataFile, Parsed, Tally
+from dpo4rec_ray.errors import UserError
+
+TextOf = Callable[[int], bytes | str]  # row of the block -> what stands there
+_FORMATS = {
+    ".parquet": "parquet",
+    ".csv": ",",
+    ".tsv": "\t",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+}
+_WANTED = {
+    "id": "text or whole numbers",
+    "number": "numbers",
+    "time": "numbers or times",
+    "text": "text or numbers",
+    "values": "text, numbers or lists of them",
+    "ids": "lists of text or whole numbers",
+    "numbers": "lists of numbers",
+}
+
+
+class Origin(NamedTuple):
+    """Where the rows of a table come from: the arguments that `parsing.checked_events` takes beside the table."""
+
+    rows: NDArray[np.int64]  # [table.num_rows] rows of the block
+    rows_read: int
+    tally: Tally
+    text_of: TextOf
+
+
+Finish = Callable[[pa.Table, Origin], Parsed]  # converted columns -> what the stage takes
+
+
+def data_files(
+    folder: str, pattern: str, key: str, columns: tuple[Column, ...], finish: Finish
+) -> tuple[DataFile, ...]:
+    """The files that `pattern` names, each with its parser.
+
+    key: the recipe key that holds the pattern. finish: from converted columns to what the stage takes; picklable.
+
+    Raises:
+        UserError: as `describe`.
+    """
+    paths = matching_files(folder, pattern, key)
+    if len(paths) > 1:  # a writer's empty parts have no header either
+        paths = [path for path in paths if not files.is_empty(path)] or paths
+    with ThreadPoolExecutor(16) as pool:  # a remote file's header takes a round trip or two
+        return tuple(pool.map(lambda path: _data_file(path, columns, finish), paths))
+
+
+def matching_files(folder: str, pattern: str, key: str) -> list[str]:
+    """Paths or URIs of the files below a folder that a pattern (*, ? and [...] within names) matches, by name.
+
+    Raises:
+        UserError: there is none, or a folder cannot be listed.
+    """
+    parts = [part for part in pattern.split("/") if part]
+    if not parts:
+        raise UserError(
+            f'{key} is not set; name a file below the raw folder, or a pattern such as "events/*.parquet"'
+        )
+    folder = folder or "."
+    try:
+        found = _expand(folder, parts)
+        there = "" if found else ", ".join(name for name, _ in _entries(folder)[:20])
+    except UserError:
+        raise
+    except Exception as error:  # the file systems behind fsspec have exceptions of their own
+        raise UserError(f"{folder}: {key} = {pattern!r} cannot be looked up ({error})") from None
+    if not found:
+        raise UserError(
+            f"{folder}: no file matches {key} = {pattern!r}; the folder holds: {there or 'nothing'}"
+        )
+    return sorted(found)
+
+
+def _expand(folder: str, parts: list[str]) -> list[str]:
+    found = [folder]
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        if not any(sign in part for sign in "*?["):
+            found = [
+                path for path in (files.join(path, part) for path in found) if not last or _is_file(path)
+            ]
+            continue
+        entries = [(path, name) for path in found for name, is_file in _entries(path) if is_file == last]
+        found = [files.join(path, name) for path, name in entries if fnmatchcase(name, part)]
+    return found
+
+
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """(name, is a file) of what a folder holds, hidden ones left out, by name; nothing when there is no such folder."""
+    filesystem, inner = files.open_filesystem(folder)
+    found = filesystem.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
+    names = [(PurePosixPath(info.path).name, info.is_file) for info in found]
+    return sorted(entry for entry in names if not entry[0].startswith("."))
+
+
+def _is_file(path: str) -> bool:
+    filesystem, inner = files.open_filesystem(path)
+    return filesystem.get_file_info(inner).is_file
+
+
+def _data_file(path: str, columns: tuple[Column, ...], finish: Finish) -> DataFile:
+    name = PurePosixPath(files.without_query(path))
+    suffix = (name.with_suffix("") if files.compression_of(name.name) else name).suffix.lower()
+    form = _FORMATS.get(suffix)
+    if form is None or (form == "parquet" and files.compression_of(name.name)):
+        raise UserError(
+            f"{path}: the format is not known; known: {', '.join(_FORMATS)}, text also with .gz, .bz2, .zst"
+        )
+    if form == "parquet":
+        _check(path, _parquet_schema(path), columns)
+        names = tuple(dict.fromkeys(column.name for column in columns))
+        return DataFile(
+            path, partial(parse_rows, columns=columns, finish=finish), kind="parquet", columns=names
+        )
+    if form == "json":
+        reader = JsonReader(_json_schema(path, columns), columns)
+    else:
+        header = _csv_header(path, form)
+        _check(path, pa.schema([(name, pa.string()) for name in header]), columns)
+        reader = CsvReader(tuple(header), form, columns)
+    return DataFile(path, partial(parse_block, reader=reader, finish=finish), header=form != "json")
+
+
+def _parquet_schema(path: str) -> pa.Schema:
+    filesystem, inner = files.open_filesystem(path)
+    try:
+        with filesystem.open_input_file(inner) as handle:
+            return pq.read_schema(handle)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a Parquet file that can be read ({error})") from None
+
+
+def _csv_header(path: str, delimiter: str) -> list[str]:
+    try:
+        header = next(csv.reader([files.read_header(path).decode()], delimiter=delimiter, strict=True), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path}: the first line is not a header of column names in UTF-8 ({error})"
+        ) from None
+    return [name.strip() for name in header]
+
+
+def _json_schema(path: str, columns: tuple[Column, ...]) -> pa.Schema:
+    """The mapped columns' types by the first lines: of each column, the first value that its role can be."""
+    head = files.read_blocks(files.Split(0, path, 0, 0, whole=True, order=0, size=0), DataFile(path), 2**16)
+    objects: list[dict[str, Any]] = []
+    for line in next((block.content for block in head), b"").split(b"\n"):
+        try:
+            value = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            continue
+        objects += [value] if isinstance(value, dict) else []
+    if not objects:
+        raise UserError(f"{path}: its first lines hold no JSON object; write one object per line")
+    types: dict[str, pa.DataType] = {}
+    for name in dict.fromkeys(name for row in objects for name in row):
+        column = next((column for column in columns if column.name == name), None)
+        if column is None:
+            types[name] = pa.null()
+            continue
+        seen = [_json_type(row[name]) for row in objects if row.get(name) is not None]
+        known = [kind for kind in seen if kind not in (pa.null(), pa.list_(pa.null()))]
+        fitting = (kind for kind in known if fits(column, kind))
+        types[name] = next(fitting, known[0] if known else pa.null())
+    _check(path, pa.schema(types.items()), columns)
+    return pa.schema([(name, _read_as(name, types[name], columns)) for name in {c.name: 0 for c in columns}])
+
+
+def _json_type(value: Any) -> pa.DataType:
+    try:
+        return pa.array([value]).type
+    except (*REFUSED, OverflowError):  # a huge number, or a list of this and that
+        return pa.null()
+
+
+def _read_as(name: str, kind: pa.DataType, columns: tuple[Column, ...]) -> pa.DataType:
+    """The type to read a JSON column as: 5 may stand beside 4.5 in one that holds numbers."""
+    roles = {column.role for column in columns if column.name == name}
+    listed = pt.is_list(kind)
+    kind = kind.value_type if listed else kind
+    if pt.is_null(kind):
+        kind, listed = pa.string(), bool(roles & {"ids", "numbers"})
+    if pt.is_integer(kind) and roles <= {"number", "time", "numbers"}:
+        kind = pa.float64()
+    return pa.list_(kind) if listed else kind
+
+
+def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
+    for column in columns:
+        places = schema.get_all_field_indices(column.name)
+        if len(places) != 1:
+            what = "stands twice" if places else "is not there"
+            found = ", ".join(dict.fromkeys(schema.names)) or "none"
+            raise UserError(
+                f"{path}: the column {column.name!r} ({column.key}) {what}; columns found: {found}"
+            )
+        kind = schema.field(places[0]).type
+        if not fits(column, kind):
+            counted = column.unit == "iso" and pt.is_primitive(kind)
+            advice = "; set timestamp_unit to s, ms or us" if counted else ""
+            raise UserError(
+                f"{path}: the column {column.name!r} ({column.key}) is of type {kind}; it must hold "
+                f"{_WANTED[column.role]}{advice}"
+            )
+
+
+def parse_block(block: bytes, *, reader: CsvReader | JsonReader, finish: Finish) -> Parsed:
+    """Parse a block of lines."""
+    whole, tally = Lines(block), Tally()
+    table, rows = parsing.parse_lines(whole, _refusing(reader.read), reader.why, tally)
+    if not table.num_rows:
+        table = converted(pa.table({c.name: pa.nulls(0) for c in reader.columns}), reader.columns)
+    return finish(*_set_aside(table, Origin(rows, len(whole), tally, whole.line)))
+
+
+def _refusing(read: Callable[[bytes], pa.Table]) -> Callable[[bytes], pa.Table]:
+    """`read` with one exception for all that a bad line can raise."""
+
+    def fast(block: bytes) -> pa.Table:
+        try:
+            return read(block)
+        except REFUSED as error:
+            raise pa.ArrowInvalid(str(error)) from None
+
+    return fast
+
+
+def parse_rows(table: pa.Table, *, columns: tuple[Column, ...], finish: Finish) -> Parsed:
+    """Parse a row group of a Parquet file."""
+    mapped = table.select(list(dict.fromkeys(column.name for column in columns)))
+
+    def text_of(row: int) -> str:
+        return ", ".join(f"{name}={_shown(mapped[name][row])}" for name in mapped.column_names)
+
+    origin = Origin(np.arange(table.num_rows), table.num_rows, Tally(), text_of)
+    return finish(*_set_aside(converted(mapped, columns), origin))
+
+
+def _shown(cell: pa.Scalar) -> str:
+    try:
+        return repr(cell.as_py())
+    except (ValueError, OverflowError):  # text that is not UTF-8, a time that Python has no object for
+        return repr(cell.as_buffer().to_pybytes()) if is_text(cell.type) else f"<{cell.type}>"
+
+
+def _set_aside(table: pa.Table, origin: Origin) -> tuple[pa.Table, Origin]:
+    """Quarantine the rows with a reason; the others and where they came from."""
+    reasons = table["reason"]
+    for reason in pc.drop_null(pc.unique(reasons)).to_pylist():
+        places = np.flatnonzero(pc.fill_null(pc.equal(reasons, reason), False).to_numpy())
+        parsing.quarantine(places, origin.rows, reason, origin.tally, origin.text_of)
+    good = pc.is_null(reasons)
+    return table.drop_columns("reason").filter(good), origin._replace(rows=origin.rows[good.to_numpy()])

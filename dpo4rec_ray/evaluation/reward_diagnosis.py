@@ -1,0 +1,125 @@
+"""Is the reward worth following? Ties, agreement between metrics, and what carries over, from a round's metric scores.
+
+What carries over (method.md section 4): the best and the worst sample are chosen on a random half of a user's lists and
+measured on the other half. Every metric is also measured on one yardstick, NDCG@5 of the other half's lists as they were
+drawn, because gaps in different units do not compare. A reward that does not carry over teaches nothing. The shrunk gap
+is what shrinkage (`core.rewards.shrink`) makes of the gap where it was chosen: if it is right, all of that carries over.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo4rec_ray.core.metrics import paired_bootstrap, ratio_bootstrap
+from dpo4rec_ray.core.rewards import carried_share, carry_over, list_noise, rank_agreement, shrink, tie_rates
+from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
+
+MEASURED = ("reward", "std_error", "num_lists", "half_a", "half_b")  # columns of metric_scores
+Matrices = dict[str, dict[str, np.ndarray]]  # metric -> one of MEASURED -> [U, N]
+
+
+def read_matrices(metric_scores: pa.Table) -> tuple[np.ndarray, Matrices]:
+    """User ids [U] and each metric's rewards per user and sample [U, N]."""
+    table = metric_scores.sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
+    users, counts = np.unique(table["user_id"].to_numpy(), return_counts=True)
+    metrics = list(dict.fromkeys(metric_scores["metric"].slice(0, int(counts[0])).to_pylist()))
+    found: Matrices = {}
+    for metric in metrics:
+        own = table.filter(pc.equal(table["metric"], metric))
+        found[metric] = {
+            name: own[name].to_numpy().astype(np.float64).reshape(len(users), -1) for name in MEASURED
+        }
+    return users, found
+
+
+def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray) -> dict[str, Any]:
+    """The figures of `score`'s manifest.
+
+    Args:
+        metric_scores: the whole artifact.
+        metric: the one that pairs are made of; its figures stand at the top as well.
+        held_out: ids of the validation users; they get a table of their own.
+    """
+    users, matrices = read_matrices(metric_scores)
+    own = np.isin(users, held_out)
+    metrics = {name: _of_metric(matrices, name, slice(None)) for name in matrices}
+    first = metrics[metric]
+    return {
+        **{name: first[name] for name in _TOP},
+        "metrics": metrics,
+        "metrics of validation users": {name: _of_metric(matrices, name, own) for name in matrices},
+        "agreement": {
+            f"{a} ~ {b}": rank_agreement(matrices[a]["reward"], matrices[b]["reward"])
+            for a, b in itertools.combinations(matrices, 2)
+        },
+    }
+
+
+_TOP = (
+    "mean_reward",
+    "spread",
+    "users_in_carry_over",
+    "gap_in_sample",
+    "gap_held_out",
+    "gap_held_out_ci95",
+    "carried",
+    "rank_correlation",
+)
+
+
+def _of_metric(matrices: Matrices, metric: str, rows: Any) -> dict[str, Any]:
+    own = {name: values[rows] for name, values in matrices[metric].items()}
+    known = own["reward"][~np.isnan(own["reward"]).any(axis=1)]
+    nothing = [float("nan")] * 2
+    stats: dict[str, Any] = {
+        "mean_reward": float(known.mean()) if len(known) else float("nan"),
+        "spread": float(known.std(axis=1).mean()) if len(known) else float("nan"),
+        **{f"{name} tied": share for name, share in tie_rates(own["reward"])._asdict().items()},
+    }
+    found = carry_over(own["half_a"], own["half_b"])
+    stats["users_in_carry_over"] = len(found.kept)
+    if not len(found.kept):  # no user has two lists with a positive
+        return stats | {
+            "gap_in_sample": None,
+            "gap_held_out": None,
+            "gap_held_out_ci95": nothing,
+            "carried": None,
+            "carried_ci95": nothing,
+            "shrunk_gap": None,
+            "carried_of_shrunk": None,
+            "carried_of_shrunk_ci95": nothing,
+            "yardstick_gap": None,
+            "yardstick_gap_ci95": nothing,
+            "rank_correlation": None,
+        }
+    numbers = np.arange(len(found.kept))
+    num_lists = own["num_lists"][:, 0]
+    noise = list_noise(own["std_error"][:, 0], num_lists)
+    with np.errstate(divide="ignore"):  # a half without lists has no reward
+        in_a = shrink(own["half_a"], noise / np.sqrt((num_lists + 1) // 2))[0]
+        in_b = shrink(own["half_b"], noise / np.sqrt(num_lists // 2))[0]
+    shrunk = carry_over(in_a, in_b).gap_in_sample
+    of_shrunk = ratio_bootstrap(found.gap_held_out, shrunk, numbers)
+    held_out = paired_bootstrap(found.gap_held_out, numbers)
+    share = carried_share(found)
+    measure = {name: values[rows] for name, values in matrices[YARDSTICK].items()}
+    on_yardstick = carry_over(own["half_a"], own["half_b"], measure["half_a"], measure["half_b"])
+    yardstick = paired_bootstrap(on_yardstick.gap_held_out, np.arange(len(on_yardstick.kept)))
+    return stats | {
+        "gap_in_sample": float(found.gap_in_sample.mean()),
+        "gap_held_out": held_out.mean,
+        "gap_held_out_ci95": [held_out.low, held_out.high],
+        "carried": share.mean,
+        "carried_ci95": [share.low, share.high],
+        "shrunk_gap": float(shrunk.mean()),
+        "carried_of_shrunk": of_shrunk.mean,
+        "carried_of_shrunk_ci95": [of_shrunk.low, of_shrunk.high],
+        "yardstick_gap": yardstick.mean,
+        "yardstick_gap_ci95": [yardstick.low, yardstick.high],
+        "rank_correlation": float(found.rank_correlation.mean()),
+    }

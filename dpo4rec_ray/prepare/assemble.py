@@ -1,0 +1,101 @@
+"""Rows about items and users put beside the keys that the events brought: catalogue, profiles, splits, truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.candidates import split_users
+from dpo4rec_ray.core.keys import Keys, seed_of
+from dpo4rec_ray.datasets.raw import ITEMS
+from dpo4rec_ray.prepare.ingest import keys_of
+from dpo4rec_ray.prepare.partitions import UserBlock
+
+
+def item_table(item_keys: Keys, names: tuple[Keys, pa.Array], rows: pa.Table | None) -> tuple[pa.Table, int]:
+    """The catalogue in item id order, which is key order, and how many items have no title.
+
+    names: keys and raw ids of the items; rows: what the item files hold, None without any.
+    """
+    raw_ids = beside(item_keys, *names)
+    rows = ITEMS.empty_table().append_column("key", pa.array([], pa.uint64())) if rows is None else rows
+    titles, attributes = (
+        beside(item_keys, rows["key"].to_numpy(), rows[name].combine_chunks())
+        for name in ("title", "attributes")
+    )
+    untitled = pc.equal(pc.fill_null(pc.binary_length(titles), 0), 0)
+    # Honest, and never an empty prompt: an item without a title goes by its id.
+    titles = pc.if_else(untitled, pc.binary_join_element_wise("item", raw_ids, " "), titles)
+    offsets = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(attributes), 0).to_numpy())])
+    table = pa.table(
+        {
+            "item_id": np.arange(len(item_keys)),
+            "raw_id": raw_ids,
+            "title": titles,
+            "attributes": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), attributes.flatten()),
+        }
+    )
+    return table, int(np.count_nonzero(untitled.to_numpy(zero_copy_only=False)))
+
+
+def new_names(item_keys: Keys, found: Iterable[tuple[int, tuple[Keys, pa.Array]]]) -> tuple[Keys, pa.Array]:
+    """Keys and raw ids from every partition's, each item once: most partitions know most popular items."""
+    known = np.zeros(len(item_keys), dtype=np.bool_)
+    keys, raw_ids = [np.zeros(0, np.uint64)], [pa.array([], pa.string())]
+    for _, (these, names) in found:
+        place = np.searchsorted(item_keys, these)
+        fresh = ~known[place]
+        known[place] = True
+        keys.append(these[fresh])
+        raw_ids.append(names.filter(pa.array(fresh)))
+    return np.concatenate(keys), pa.concat_arrays(raw_ids)
+
+
+def user_blocks(
+    config: Config, user_keys: Keys, sizes: np.ndarray, rows: pa.Table | None, test_frac: float
+) -> tuple[list[UserBlock], int]:
+    """Splits, folds and profiles of the users, cut into partitions of `sizes` users, and how many have no profile."""
+    split, fold = split_users(
+        np.arange(len(user_keys)),
+        test_frac,
+        config.data.valid_frac,
+        config.reward.num_folds,
+        seed_of(config.run.seed, "split"),
+    )
+    untold = 0
+    if rows is None:
+        profiles = pa.array([""]).take(pa.array(np.zeros(len(user_keys), dtype=np.int64)))
+    else:
+        profiles = beside(user_keys, rows["key"].to_numpy(), rows["profile"].combine_chunks())
+        untold = profiles.null_count
+        profiles = pc.fill_null(profiles, "")
+    ends = np.cumsum(sizes)
+    blocks = [
+        # a copy of the slice: pickled, a slice takes the whole column along
+        UserBlock(
+            int(low), split[low:high], fold[low:high], pa.concat_arrays([profiles.slice(low, high - low)])
+        )
+        for low, high in zip(ends - sizes, ends, strict=True)
+    ]
+    return blocks, untold
+
+
+def truth_table(truth: pa.Table | None, user_keys: Keys) -> pa.Table:
+    """What each user loves, in user id order; empty where it is not known."""
+    if truth is None:
+        return pa.table({"user_id": pa.array([], pa.int64()), "tastes": pa.array([], pa.list_(pa.string()))})
+    tastes = beside(user_keys, keys_of(truth["raw_id"]), truth["tastes"].combine_chunks())
+    return pa.table({"user_id": np.arange(len(user_keys)), "tastes": tastes})
+
+
+def beside(keys: Keys, found: Keys, values: pa.Array) -> pa.Array:
+    """values [m] of the found keys [m] in the order of `keys` [n]; of several the first, null where there is none."""
+    if not len(found):
+        return pa.nulls(len(keys), values.type)
+    distinct, first = np.unique(found, return_index=True)
+    place = np.minimum(np.searchsorted(distinct, keys), len(distinct) - 1)
+    return values.take(pa.array(first[place], mask=distinct[place] != keys))

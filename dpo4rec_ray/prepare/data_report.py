@@ -1,0 +1,174 @@
+"""What became of the data: data/report.json, the table on the terminal, and the bad lines set aside.
+
+rows read = rows kept + quarantined (damaged, or a duplicate) + filtered (sound and not wanted), always.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo4rec_ray.datasets.parsing import DUPLICATE, EMPTY_LINE
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.prepare.ingest import FileCounts
+from dpo4rec_ray.prepare.partitions import Built
+from dpo4rec_ray.store.artifacts import write_json
+from dpo4rec_ray.store.progress import say
+
+MAX_LINES = 100  # set aside per reason; the others are counted
+# Filtered: outside the k-core (a user's single event gives no list); beyond data.max_users, or without a logged list.
+TOO_FEW, NOT_TAKEN = "too few events of the user or item", "user not taken"
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass
+class DataReport:
+    """Filled step by step by `stages/prepare.py`."""
+
+    events: FileCounts = field(default_factory=FileCounts)
+    items: FileCounts = field(default_factory=FileCounts)
+    users: FileCounts = field(default_factory=FileCounts)
+    lists: FileCounts = field(default_factory=FileCounts)
+    num_duplicates: int = 0
+    num_in_core: int = 0  # events that are neither duplicates nor outside the k-core
+    untitled_items: int = 0
+    untold_users: int = 0  # without a line in the users' files
+    built: list[Built] = field(default_factory=list[Built])
+
+    def check(self, kind: str, max_bad_fraction: float) -> None:
+        """Stop when more rows of a kind of file ("events", "items", "users" or "lists") are damaged than may be.
+
+        Raises:
+            UserError: names the first bad line.
+        """
+        counts: FileCounts = getattr(self, kind)
+        bad = sum(counts.quarantined.values()) - counts.quarantined[EMPTY_LINE]  # told, and no damage
+        if not counts.rows_read and kind in ("events", "lists"):
+            raise UserError(
+                f"the files of {kind} hold no row; check data.raw_dir, data.file and the recipe's patterns"
+            )
+        if bad > max_bad_fraction * counts.rows_read:
+            first = next(line for line in counts.bad_lines if line["reason"] != EMPTY_LINE)
+            raise UserError(
+                f"{first['path']} line {first['line']}: {first['reason']}: {first['text']!r}; {bad} of {counts.rows_read} "
+                f"rows cannot be used ({_listed(counts.quarantined)}), more than data.max_bad_fraction = "
+                f"{max_bad_fraction:g}; mend the file or raise it"
+            )
+
+    def stats(self, *, num_users: int, num_items: int, num_truth: int) -> dict[str, Any]:
+        """Everything that report.json holds."""
+        built = self.built
+        kept = sum(one.num_events for one in built)
+        quarantined = self.events.quarantined + Counter({DUPLICATE: self.num_duplicates})
+        outside = self.events.rows_kept - self.num_duplicates - self.num_in_core
+        filtered = self.events.filtered + Counter({TOO_FEW: outside, NOT_TAKEN: self.num_in_core - kept})
+        splits = sum((one.splits for one in built), Counter[str]())
+        histograms = {
+            name: sum((one.histograms[name] for one in built), Counter[int]()) for name in built[0].histograms
+        }
+        return {
+            "users": num_users,
+            "items": num_items,
+            "truth": num_truth,
+            "lists": sum(one.num_lists for one in built),
+            "events": kept,
+            "positive_events": sum(one.num_positive_events for one in built),
+            "positive_share": sum(one.num_positives for one in built)
+            / max(1, sum(one.num_candidates for one in built)),
+            "density": kept / (num_users * num_items),
+            "splits": dict(sorted(splits.items())),
+            "quantiles": {name: _quantiles(histogram) for name, histogram in histograms.items()},
+            "rows_read": self.events.rows_read,
+            "rows_kept": kept,
+            "quarantined": dict(quarantined),
+            "filtered": dict(filtered),
+            "duplicates": "of several events of one user and item the earliest counts",
+            "untitled_items": self.untitled_items,
+            "users_without_profile": self.untold_users,
+            "other_files": {
+                name: {
+                    "rows_read": counts.rows_read,
+                    "rows_wanted": counts.rows_kept,
+                    "quarantined": dict(counts.quarantined),
+                    "cleaned": dict(counts.cleaned),
+                }
+                for name, counts in (("items", self.items), ("users", self.users), ("lists", self.lists))
+                if counts.rows_read
+            },
+        }
+
+    def write(self, stats: dict[str, Any], folder: Path) -> None:
+        """Write report.json, print the table."""
+        write_json(folder / "report.json", stats)
+        for line in _table(stats):
+            say(f"  {line}")
+
+    def write_quarantine(self, folder: Path) -> None:
+        """One JSONL file per kind of file with its first bad lines: path, line number, reason, text."""
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("events", "items", "users", "lists"):
+            counts: FileCounts = getattr(self, name)
+            if not counts.bad_lines:
+                continue
+            folder.mkdir(exist_ok=True)
+            seen: Counter[str] = Counter()
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as handle:
+                for line in counts.bad_lines:
+                    seen[line["reason"]] += 1
+                    if seen[line["reason"]] <= MAX_LINES:
+                        handle.write(json.dumps(line) + "\n")
+
+
+def _listed(counts: Counter[str] | dict[str, int]) -> str:
+    return ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.items())) or "none"
+
+
+def _quantiles(histogram: Counter[int]) -> list[int]:
+    """The lengths at QUANTILES of a histogram length -> how many."""
+    lengths = sorted(histogram)
+    done = list(itertools.accumulate(histogram[length] for length in lengths))
+    return (
+        [lengths[bisect.bisect_left(done, max(1, share * done[-1]))] for share in QUANTILES] if done else []
+    )
+
+
+def _table(stats: dict[str, Any]) -> list[str]:
+    rows = [
+        ("rows read", f"{stats['rows_read']:,}"),
+        ("rows kept", f"{stats['rows_kept']:,}"),
+        ("quarantined", _listed(stats["quarantined"])),
+        ("filtered", _listed(stats["filtered"])),
+        (
+            "users, items",
+            f"{stats['users']:,}, {stats['items']:,} (without a title: {stats['untitled_items']:,})",
+        ),
+        (
+            "interactions",
+            f"{stats['events']:,}, positive {stats['positive_events']:,}, density {stats['density']:.3%}",
+        ),
+        (
+            "lists",
+            ", ".join(
+                f"{name.removeprefix('lists/')} {number:,}"
+                for name, number in stats["splits"].items()
+                if name.startswith("lists/")
+            ),
+        ),
+    ]
+    shares = " ".join(f"{share:.0%}" for share in QUANTILES)
+    rows += [
+        (f"{name.replace('_', ' ')}, {shares}", " ".join(f"{value:,}" for value in values))
+        for name, values in stats["quantiles"].items()
+    ]
+    for name, counts in stats["other_files"].items():
+        bad, mended = _listed(counts["quarantined"]), _listed(counts["cleaned"])
+        told = f"{counts['rows_read']:,} rows, {counts['rows_wanted']:,} wanted, quarantined {bad}, cleaned {mended}"
+        rows.append((f"{name} files", told))
+    width = max(len(label) for label, _ in rows)
+    return [f"{label:{width}}  {value}" for label, value in rows]

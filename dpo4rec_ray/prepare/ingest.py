@@ -1,0 +1,261 @@
+"""Files of any source, streamed through Ray Data: into partitions of users on disk, or filtered into one table.
+
+One operator reads and unpacks, the next parses; a compressed file is read by one task and parsed by many. Partitions are
+the shuffle by user: every block becomes one Arrow file whose p-th record batch holds the users of partition p, so
+that a partition is read from all files without a row passing through the driver or the object store twice. (Ray
+Data's own hash shuffle keeps the data set in the memory of its aggregators.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo4rec_ray.core.kcore import contains
+from dpo4rec_ray.core.keys import Keys, partition_of, string_keys
+from dpo4rec_ray.datasets.files import BLOCK_BYTES, Split, plan_splits, read_blocks, read_row_group
+from dpo4rec_ray.datasets.parsing import UNKNOWN_ITEM, UNKNOWN_USER
+from dpo4rec_ray.datasets.raw import MAX_SHOWN, BadLine, DataFile, Parsed
+from dpo4rec_ray.prepare.partition_files import new_arrow
+from dpo4rec_ray.store.progress import Progress
+
+# They differ, or Ray Data would fuse both into one task and one core; together they fit one CPU.
+READER_CPUS, PARSER_CPUS = 0.25, 0.75
+
+
+@dataclass
+class FileCounts:
+    """What became of the rows of some files, over all their blocks."""
+
+    rows_read: int = 0
+    rows_kept: int = 0
+    num_blocks: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter[str])
+    filtered: Counter[str] = field(default_factory=Counter[str])
+    cleaned: Counter[str] = field(default_factory=Counter[str])
+    bad_lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # path, line, reason, text
+
+
+def write_partitions(
+    files: tuple[DataFile, ...],
+    splits: list[Split],
+    folder: Path,
+    num_partitions: int,
+    known: dict[str, Keys],
+    label: str,
+) -> FileCounts:
+    """Parse event files (or logged lists) into `folder`, one Arrow file per block with a batch per partition of users.
+
+    known: sorted keys that "user" and "item" must be among, where the source is closed.
+    """
+    import ray
+
+    folder.mkdir(parents=True)
+    known_ref = ray.put(known)
+
+    def write(batch: pa.Table) -> pa.Table:
+        rows = [
+            _write_block(block, files, folder, num_partitions, ray.get(known_ref))
+            for block in batch.to_pylist()
+        ]
+        return pa.table({"answer": [json.dumps(row) for row in rows]})
+
+    answers = []
+    with Progress(label, 0, "rows") as progress:
+        for batch in _stream(files, splits, write):
+            answers += [json.loads(text) for text in batch["answer"].to_pylist()]
+            rows = sum(answer["rows_read"] for answer in answers)
+            progress.at(rows)
+    return _summed(answers, files)
+
+
+def read_rows(
+    files: tuple[DataFile, ...], schema: pa.Schema, wanted: Keys | None
+) -> tuple[pa.Table, FileCounts]:
+    """Parse item or user files (ITEMS, USERS) into one table with a column `key`, in file order.
+
+    wanted: sorted keys; rows with another one are left out.
+    """
+    import ray
+
+    wanted_ref = ray.put(wanted)
+
+    def select(batch: pa.Table) -> pa.Table:
+        tables = []
+        for block in batch.to_pylist():
+            parsed = _parse(block, files)
+            keys = keys_of(parsed.table["raw_id"])
+            chosen = parsed.table.append_column("key", pa.array(keys))
+            chosen = chosen.append_column(
+                "order", pa.array(block["order"] + np.arange(len(keys)), pa.int64())
+            )
+            among = ray.get(wanted_ref)
+            if among is not None:
+                chosen = chosen.filter(pa.array(contains(among, keys)))
+            tables.append(_with_answer(chosen, json.dumps(_answer(block, parsed, chosen.num_rows))))
+        return pa.concat_tables(tables)
+
+    empty = schema.empty_table().append_column("key", pa.array([], pa.uint64()))
+    tables, answers = [empty], []
+    for batch in _stream(files, plan_splits(files), select):
+        answers += [json.loads(text) for text in batch["answer"].to_pylist() if text]
+        tables.append(batch.drop_columns("answer").filter(pc.is_valid(batch["raw_id"])))
+    table = pa.concat_tables(tables, promote_options="default")
+    table = table.sort_by("order") if table.num_rows else table
+    return table, _summed(answers, files)
+
+
+def _with_answer(table: pa.Table, answer: str) -> pa.Table:
+    """The rows and, on a row of its own so that no row is needed to carry it, what was counted."""
+    carrier = pa.table({"answer": [answer]})
+    return pa.concat_tables([table, carrier], promote_options="default")
+
+
+def keys_of(column: pa.ChunkedArray | pa.StringArray) -> Keys:
+    """64-bit keys of a string column without nulls."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not len(array):
+        return np.zeros(0, dtype=np.uint64)
+    _, offsets, content = array.buffers()
+    places = np.frombuffer(offsets, dtype=np.int32)[array.offset : array.offset + len(array) + 1]
+    return string_keys(places, np.frombuffer(content or b"", dtype=np.uint8))
+
+
+def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any) -> Iterator[pa.Table]:
+    """Read, then work on, every block of the files; the order of the results is arbitrary."""
+    import ray.data
+
+    def read(batch: pa.Table) -> Iterator[pa.Table]:
+        for row in batch.to_pylist():
+            split = Split(**row)
+            if files[split.file].kind != "lines":
+                yield _block_table(split.file, split.order, b"", split)
+                continue
+            for block in read_blocks(split, files[split.file]):
+                yield _block_table(block.file, block.order, block.content, split)
+
+    context = ray.data.DataContext.get_current()
+    usual, context.target_max_block_size = (
+        context.target_max_block_size,
+        BLOCK_BYTES,
+    )  # larger ones would be spilled
+    dataset = ray.data.from_arrow([pa.Table.from_pylist([asdict(split)]) for split in splits])
+    dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=READER_CPUS)
+    dataset = dataset.map_batches(work, batch_size=1, batch_format="pyarrow", num_cpus=PARSER_CPUS)
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    finally:
+        context.target_max_block_size = usual
+
+
+def _block_table(file: int, order: int, content: bytes, split: Split) -> pa.Table:
+    return pa.table(
+        {
+            "file": [file],
+            "order": [order],
+            "content": pa.array([content], pa.large_binary()),
+            "split": [json.dumps(asdict(split))],
+        }
+    )
+
+
+def _parse(block: dict[str, Any], files: tuple[DataFile, ...]) -> Parsed:
+    file = files[block["file"]]
+    if file.kind == "memory":
+        assert file.table is not None
+        return Parsed(file.table, file.table.num_rows)
+    assert file.parse is not None
+    if file.kind == "lines":
+        return file.parse(block["content"])
+    return file.parse(read_row_group(Split(**json.loads(block["split"])), file.columns))
+
+
+def _write_block(
+    block: dict[str, Any],
+    files: tuple[DataFile, ...],
+    folder: Path,
+    num_partitions: int,
+    known: dict[str, Keys],
+) -> dict[str, Any]:
+    parsed = _parse(block, files)
+    table = parsed.table
+    keys = {"user": keys_of(table["user"])}
+    if "item" in table.column_names:
+        keys["item"] = keys_of(table["item"])
+    good = np.ones(table.num_rows, dtype=np.bool_)
+    for name, reason in (("user", UNKNOWN_USER), ("item", UNKNOWN_ITEM)):
+        if name in known and name in keys:
+            strange = good & ~contains(known[name], keys[name])
+            _set_aside(parsed, np.flatnonzero(strange), reason)
+            good &= ~strange
+    order = block["order"] + np.arange(table.num_rows)
+    partition = partition_of(keys["user"], num_partitions)
+    by_partition = np.argsort(partition, kind="stable")
+    by_partition = by_partition[good[by_partition]]
+    columns = {f"{name}_key": pa.array(values[by_partition]) for name, values in keys.items()}
+    columns["order"] = pa.array(order[by_partition])
+    rest = table.combine_chunks().take(pa.array(by_partition))
+    columns |= {name: rest[name] for name in rest.column_names}
+    whole = pa.table(columns).combine_chunks()
+    bounds = np.searchsorted(partition[by_partition], np.arange(num_partitions + 1))
+    with new_arrow(folder / f"{block['order']:020d}.arrow", whole.schema) as writer:
+        for low, high in itertools.pairwise(bounds):
+            part = whole.slice(low, high - low).combine_chunks()
+            batches = part.to_batches()
+            writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], whole.schema))
+    return _answer(block, parsed, len(by_partition))
+
+
+def _set_aside(parsed: Parsed, places: np.ndarray, reason: str) -> None:
+    for place in places[:MAX_SHOWN].tolist():
+        values = parsed.table.slice(place, 1).to_pylist()[0]
+        text = ", ".join(f"{name} {value}" for name, value in values.items())
+        parsed.quarantined.add(place if parsed.row_of is None else int(parsed.row_of[place]), reason, text)
+    parsed.quarantined.counts[reason] += max(0, len(places) - MAX_SHOWN)
+
+
+def _answer(block: dict[str, Any], parsed: Parsed, rows_kept: int) -> dict[str, Any]:
+    lines: list[BadLine] = parsed.quarantined.shown
+    return {
+        "file": block["file"],
+        "order": block["order"],
+        "rows_read": parsed.rows_read,
+        "rows_kept": rows_kept,
+        "quarantined": +parsed.quarantined.counts,
+        "filtered": parsed.filtered,
+        "cleaned": parsed.cleaned,
+        "bad_lines": [asdict(line) for line in lines],
+    }
+
+
+def _summed(answers: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCounts:
+    """All blocks as one; a bad line's number within its file follows from the blocks before it."""
+    total = FileCounts()
+    line_of = {number: 2 if file.header else 1 for number, file in enumerate(files)}
+    for answer in sorted(answers, key=lambda answer: answer["order"]):
+        total.num_blocks += 1
+        total.rows_read += answer["rows_read"]
+        total.rows_kept += answer["rows_kept"]
+        for name in ("quarantined", "filtered", "cleaned"):
+            getattr(total, name).update(answer[name])
+        first = line_of[answer["file"]]
+        for line in answer["bad_lines"]:
+            total.bad_lines.append(
+                {
+                    "path": files[answer["file"]].path,
+                    "line": first + line["row"],
+                    "reason": line["reason"],
+                    "text": line["text"],
+                }
+            )
+        line_of[answer["file"]] = first + answer["rows_read"]
+    return total

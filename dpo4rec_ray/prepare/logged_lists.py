@@ -1,0 +1,221 @@
+"""Logged candidate lists in place of drawn ones: impressions of a first-stage ranker with labels (beyond the paper).
+
+The lists say who is ranked for what; events, where the dataset has them, give the histories. Where lists carry a time,
+everything before a user's first list is history. Where they do not, only the user's events before the first one
+whose item is a positive of a list, and only those whose item stands in no list, so that nothing of a list is told.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from dpo4rec_ray.config.data import DataSection
+from dpo4rec_ray.core.candidates import Events, Ragged, ragged
+from dpo4rec_ray.core.kcore import contains, count_items, merge_counts
+from dpo4rec_ray.core.keys import Keys
+from dpo4rec_ray.prepare.ingest import keys_of
+from dpo4rec_ray.prepare.partition_files import (
+    block_files,
+    read_alive,
+    read_arrow,
+    read_batch,
+    read_core,
+    read_names,
+    user_names,
+    write_arrow,
+)
+from dpo4rec_ray.prepare.partitions import (
+    DAY_S,
+    Built,
+    Counted,
+    UserBlock,
+    key_bounds,
+    pick,
+    write_users_and_lists,
+)
+
+_COLUMNS = (
+    "user_key", "order", "user", "timestamp_s", "split", "candidates", "labels", "history", "history_ratings",
+)  # fmt: skip
+
+
+def collect_lists(work: Path, partition: int, num_blocks: int) -> Counted:
+    """Put a partition's lists in order of user and time, and add what they name to the users and items.
+
+    The answer counts the users that have lists, and the items of lists and events together.
+    """
+    parts = [read_batch(file, partition, _COLUMNS) for file in block_files(work / "lists", num_blocks)]
+    table = pa.Table.from_batches(parts).sort_by(
+        [("user_key", "ascending"), ("timestamp_s", "ascending"), ("order", "ascending")]
+    )
+    write_arrow(
+        work / "logged" / f"{partition}.arrow", {name: table[name].combine_chunks() for name in _COLUMNS}
+    )
+    named = pa.chunked_array(
+        [column.combine_chunks().flatten() for column in (table["candidates"], table["history"])]
+    )
+    _add_names(work, partition, "user", table["user"])
+    _add_names(work, partition, "item", named)
+    event_items = read_alive(work, partition).item_key
+    items = merge_counts([count_items(event_items), count_items(keys_of(named))])
+    splits = frozenset(pc.unique(table["split"]).to_pylist())
+    return Counted(items, len(event_items), len(np.unique(table["user_key"].to_numpy())), splits=splits)
+
+
+def logged_user_keys(work: Path, partition: int, num_users: int) -> Keys:
+    """Keys of the partition's first `num_users` users with lists, in key order."""
+    return np.unique(read_arrow(work / "logged" / f"{partition}.arrow")["user_key"].to_numpy())[:num_users]
+
+
+def build_logged(
+    work: Path,
+    partition: int,
+    users: UserBlock,
+    item_keys: Keys,
+    data: DataSection,
+    draw_valid: bool,
+    folders: dict[str, Path],
+) -> Built:
+    """Write the partition's users and its logged lists.
+
+    draw_valid: no list names the validation split, so the training lists of users drawn for it become validation lists.
+    """
+    table = read_arrow(work / "logged" / f"{partition}.arrow")
+    user_keys, bounds = key_bounds(table["user_key"].to_numpy())
+    num_users = len(users.split)
+    user_keys, bounds = user_keys[:num_users], bounds[: num_users + 1]
+    table = table.slice(0, bounds[-1]).combine_chunks()
+    user = np.repeat(np.arange(num_users), np.diff(bounds))
+    candidates = item_ids_of(item_keys, table["candidates"].combine_chunks())
+    labels = table["labels"].combine_chunks()
+    events = _events_of(work, partition, user_keys, item_keys)
+    time_s = pc.fill_null(table["timestamp_s"], -1).to_numpy()
+    shown = np.flatnonzero(
+        _before_lists(events, user, time_s, candidates, labels, len(item_keys), data.protocol)
+    )
+    ends = np.searchsorted(shown, events.bounds[1:])
+    sizes = np.minimum(ends - np.searchsorted(shown, events.bounds[:-1]), data.max_history)
+    histories = ragged(ends - sizes, sizes)
+    histories = Ragged(histories.offsets, shown[histories.places])
+    lengths = np.minimum(sizes, data.reranker_history)[user]
+    untimed = ragged(histories.offsets[1:][user] - lengths, lengths)
+    untimed = Ragged(untimed.offsets, histories.places[untimed.places])
+    timed = _before_time(events, user, time_s, data.reranker_history, data.protocol)
+    return write_users_and_lists(
+        partition,
+        users,
+        names=user_names(work, partition, user_keys),
+        history=pick(events, histories),
+        list_user=user,
+        list_number=np.arange(len(table)) - bounds[:-1][user],
+        list_split=_splits(table["split"], users.split[user], draw_valid),
+        timestamp_s=pa.array(np.maximum(time_s, 0)),
+        list_history=_list_histories(table, pick(events, timed), pick(events, untimed), item_keys),
+        candidates=candidates,
+        labels=labels,
+        num_events=int(events.bounds[-1]),
+        num_positive_events=int(np.sum(events.ratings >= data.positive_rating)),
+        folders=folders,
+    )
+
+
+def item_ids_of(item_keys: Keys, lists: pa.ListArray) -> pa.ListArray:
+    """Lists of raw ids as lists of item ids; a null list stays null."""
+    ids = np.searchsorted(item_keys, keys_of(lists.flatten()))
+    offsets = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())])
+    nulls = lists.is_null() if lists.null_count else None
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids), mask=nulls)
+
+
+def _events_of(work: Path, partition: int, user_keys: Keys, item_keys: Keys) -> Events:
+    """Events of the users with lists; a user may have none."""
+    columns = read_core(work, partition, ("user_key", "item_key", "rating", "timestamp_s"))
+    wanted = contains(user_keys, columns["user_key"])
+    columns = {name: values[wanted] for name, values in columns.items()}
+    bounds = np.append(np.searchsorted(columns["user_key"], user_keys), np.sum(wanted))
+    items = np.searchsorted(item_keys, columns["item_key"])
+    return Events(bounds.astype(np.int64), items, columns["rating"], columns["timestamp_s"])
+
+
+def _before_lists(
+    events: Events,
+    user: NDArray[np.int64],
+    time_s: NDArray[np.int64],
+    candidates: pa.ListArray,
+    labels: pa.ListArray,
+    num_items: int,
+    protocol: str,
+) -> NDArray[np.bool_]:
+    """Which events a user's prompt may show, [n]. user, time_s: [M] of the lists, time -1 where it is unknown."""
+    num_users, owner = len(events.bounds) - 1, events.user
+    first_s = np.full(num_users, np.iinfo(np.int64).max)
+    np.minimum.at(first_s, user, time_s)
+    timed = first_s >= 0
+    before = _time(events.timestamps_s, protocol) < _time(first_s, protocol)[owner]
+    list_of = np.repeat(np.arange(len(user)), candidates.value_lengths().to_numpy())
+    pair = user[list_of] * num_items + candidates.flatten().to_numpy()
+    own = owner * num_items + events.item_ids
+    positive = np.isin(own, pair[labels.flatten().to_numpy() > 0])
+    first_positive = np.full(num_users, len(own))
+    np.minimum.at(first_positive, owner[positive], np.flatnonzero(positive))
+    apart = (np.arange(len(own)) < first_positive[owner]) & ~np.isin(own, pair)
+    return np.where(timed[owner], before, apart)
+
+
+def _before_time(
+    events: Events, user: NDArray[np.int64], time_s: NDArray[np.int64], length: int, protocol: str
+) -> Ragged:
+    """The last `length` events before each list's time."""
+    scale = 2**33  # more than any time in seconds
+    own = events.user * scale + _time(events.timestamps_s, protocol)
+    ends = np.searchsorted(own, user * scale + np.maximum(_time(time_s, protocol), 0))
+    sizes = np.minimum(ends - events.bounds[:-1][user], length)
+    return ragged(ends - sizes, sizes)
+
+
+def _time(times_s: NDArray[np.int64], protocol: str) -> NDArray[np.int64]:
+    return times_s // DAY_S * DAY_S if protocol == "paper" else times_s
+
+
+def _list_histories(
+    table: pa.Table,
+    timed: tuple[pa.ListArray, pa.ListArray],
+    untimed: tuple[pa.ListArray, pa.ListArray],
+    item_keys: Keys,
+) -> tuple[pa.ListArray, pa.ListArray]:
+    """Item ids and ratings before each list: as logged, else by time, else what the user's prompt shows.
+
+    A logged history without ratings has rating 0: unknown.
+    """
+    has_time = table["timestamp_s"].is_valid().combine_chunks()
+    ids, ratings = (pc.if_else(has_time, one, other) for one, other in zip(timed, untimed, strict=True))
+    logged = table["history"].combine_chunks()
+    given = item_ids_of(item_keys, logged)
+    zeros = pa.ListArray.from_arrays(given.offsets, pa.array(np.zeros(len(given.values), np.float32)))
+    stars = table["history_ratings"].combine_chunks()
+    stars = pc.if_else(stars.is_valid(), stars, zeros)
+    return pc.if_else(given.is_valid(), given, ids), pc.if_else(given.is_valid(), stars, ratings)
+
+
+def _splits(logged: pa.ChunkedArray, drawn: NDArray[np.str_], draw_valid: bool) -> NDArray[np.str_]:
+    split = pc.fill_null(logged, "").to_numpy(zero_copy_only=False).astype(str)
+    split = np.where(split == "", drawn, split)
+    return np.where((split == "train") & (drawn == "valid"), "valid", split) if draw_valid else split
+
+
+def _add_names(work: Path, partition: int, kind: str, found: pa.ChunkedArray) -> None:
+    """Raw ids that the lists name, beside those that the events brought."""
+    before = read_names(work, partition, kind)
+    fresh = pc.unique(found)
+    keys = np.concatenate([before["key"].to_numpy(), keys_of(fresh)])
+    raw_ids = pa.concat_arrays([before["raw_id"].combine_chunks(), fresh])
+    distinct, first = np.unique(keys, return_index=True)
+    write_arrow(
+        work / "names" / f"{kind}s-{partition}.arrow",
+        {"key": distinct, "raw_id": raw_ids.take(pa.array(first))},
+    )

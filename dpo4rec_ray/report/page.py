@@ -1,0 +1,226 @@
+"""summary.json, report.html and the table on the terminal, from a finished run's manifests and metrics."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment
+
+from dpo4rec_ray.checks import has_policy
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.evaluation import paper_table, tables
+from dpo4rec_ray.stages.evaluate import FIGURES
+from dpo4rec_ray.stages.validate import best_round
+from dpo4rec_ray.store.artifacts import RunDir, write_json
+from dpo4rec_ray.store.memory import peak_rss_mb
+from dpo4rec_ray.store.metrics_file import read_metrics
+from dpo4rec_ray.store.outcome import versions
+from dpo4rec_ray.store.progress import say
+
+TEMPLATE = resources.files("dpo4rec_ray") / "report" / "report.html.jinja"
+_DETAIL = ("by user", "on lists with a positive")
+SHOWN = (*tables.PRINTED, *(f"{name} {how}" for how in _DETAIL for name in tables.HEADLINE))
+
+
+def run(
+    config: Config, store: RunDir, last_round: int, log: list[dict[str, object]], seconds: float
+) -> dict[str, Any]:
+    """Write summary.json and report.html; print the table; return the summary."""
+    evaluated = json.loads((store.path("per_list") / FIGURES).read_text(encoding="utf-8"))
+    summary: dict[str, Any] = {
+        "generator": config.llm.source,
+        "simulated_texts": config.llm.source == "template",
+        "trainer": f"deepspeed-zero{config.dpo.zero_stage}" if last_round else "none",
+        "run": config.run.name,
+        "seed": config.run.seed,
+        "stages": log,
+        "stage_seconds": round(sum(float(str(stage["seconds"])) for stage in log), 1),
+        "prepare": store.require("lists").stats,
+        "reward": _stats(store, "reward"),
+        "rewards": {
+            str(round_id): stats
+            for round_id in range(1, max(last_round, _untrained_rounds(config)) + 1)
+            if (stats := _stats(store, "scores", round_id))
+        },
+        "rounds": [_round(store, round_id) for round_id in range(1, last_round + 1)],
+        "best_round": best_round(store, last_round),
+        **evaluated,
+        "versions": versions(),
+        "peak_rss_mb": round(max(peak_rss_mb(), *_earlier_peaks(store, last_round))),
+        "total_seconds": round(seconds, 1),
+    }
+    if has_policy(config) and config.llm.path == "bootstrap":
+        summary["bootstrap"] = store.require("base_llm").stats
+    write_json(store.root / "summary.json", summary)
+    (store.root / "report.html").write_text(_html(store, summary), encoding="utf-8")
+    _print(summary)
+    say(f"report: {store.root / 'summary.json'}, {store.root / 'report.html'}")
+    return summary
+
+
+def _untrained_rounds(config: Config) -> int:
+    """Rounds that end with their pairs, because nothing is trained on them."""
+    return 0 if has_policy(config) else min(1, config.run.num_rounds)
+
+
+def _stats(store: RunDir, name: str, round_id: int = 0) -> dict[str, Any]:
+    """An artifact's figures; empty when the run does without it."""
+    manifest = store.manifest(name, round_id)
+    return manifest.stats if manifest is not None else {}
+
+
+def _earlier_peaks(store: RunDir, last_round: int) -> list[float]:
+    """Peaks of the processes that made the artifacts: parts of a run may come from several."""
+    names = [("lists", 0), ("knowledge", 0), ("reward", 0), ("per_list", 0)]
+    for round_id in range(1, last_round + 1):
+        names += [(name, round_id) for name in ("generations", "scores", "policy", "knowledge", "heldout")]
+    return [manifest.peak_rss_mb for name in names if (manifest := store.manifest(*name)) is not None]
+
+
+def _round(store: RunDir, round_id: int) -> dict[str, Any]:
+    """One round's figures: counts, held-out reward, DPO, and the diagnosis ladder."""
+    generated = store.require("generations", round_id)
+    scores = store.require("scores", round_id).stats
+    pairs = store.require("pairs", round_id).stats
+    heldout = store.require("heldout", round_id).stats
+    texts = {key: value for key, value in heldout.items() if key.startswith(("text_", "distinct_"))}
+    diagnosis = {"shuffle_drop": store.require("reward").stats["shuffle_drop"], **scores, **texts}
+    if "text_accuracy_before" in heldout:  # absent where the truth is not known
+        diagnosis["text_accuracy"] = heldout["text_accuracy_before"]
+    return {
+        "round": round_id,
+        "users": generated.stats["users"],
+        "samples": generated.rows,
+        "failed": generated.stats["failed_by_reason"],
+        "generation": {
+            **{
+                name: generated.stats.get(name, 0)
+                for name in ("tokens", "shortened", "clipped", "invalid_json")
+            },
+            **generated.stats["this_run"],
+        },
+        "pairs": pairs["pairs"],
+        "dropped": pairs["dropped"],
+        "heldout_reward_before": heldout["heldout_reward_before"],
+        "heldout_reward_after": heldout["heldout_reward_after"],
+        "heldout_reward_delta": heldout["heldout_reward_delta"],
+        "heldout_reward_delta_ci95": heldout["heldout_reward_delta_ci95"],
+        "heldout_users": store.require("heldout", round_id).rows,
+        "dpo": store.require("policy", round_id).stats,
+        "diagnosis": diagnosis,
+    }
+
+
+def _print(summary: dict[str, Any]) -> None:
+    print(f"\n{tables.printed(summary)}\n")
+    if summary["simulated_texts"]:
+        print('texts are simulated (llm.source = "template"): no figure here says anything about an LLM')
+    for row in summary["rounds"]:
+        low, high = row["heldout_reward_delta_ci95"]
+        print(
+            f"round {row['round']}: held-out reward {row['heldout_reward_before']:.4f} -> "
+            f"{row['heldout_reward_after']:.4f} ({row['heldout_reward_delta']:+.4f} [{low:+.4f}, {high:+.4f}]), "
+            f"{row['pairs']} pairs of {row['users']} users"
+        )
+    print(f"{summary['total_seconds']:.0f} s, peak memory of the process tree {summary['peak_rss_mb']} MB")
+
+
+def _html(store: RunDir, summary: dict[str, Any]) -> str:
+    environment = Environment(autoescape=True)
+    environment.filters |= {"number": _number, "percent": _percent, "range": _range}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    plots = [
+        ("NDCG@5 per system (mean and standard deviation over seeds)", _plot_systems(summary["systems"]))
+    ]
+    if summary["rounds"]:
+        plots += [
+            ("Held-out reward before and after each round", _plot_rewards(store, summary)),
+            ("DPO loss, accuracy and margin per step", _plot_dpo(store, summary)),
+        ]
+    differences = [row for row in summary["comparisons"] if row["metric"] in tables.HEADLINE]
+    return template.render(
+        summary=summary, metrics=SHOWN, differences=differences, label=paper_table.label, plots=plots
+    )
+
+
+def _number(value: float | None, form: str = "%.4f") -> str:
+    """A figure, or a dash where there is none: a reward that always ties has no share that carries over."""
+    return "–" if value is None or math.isnan(value) else form % value
+
+
+def _percent(value: float | None) -> str:
+    return _number(None if value is None else 100 * value, "%.1f %%")
+
+
+def _range(ends: list[float | None]) -> str:
+    return "" if None in ends or any(map(math.isnan, ends)) else "[{:+.4f}, {:+.4f}]".format(*ends)
+
+
+def _figure(width: float = 7.0, height: float = 3.0, columns: int = 1) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def _embed(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _plot_rewards(store: RunDir, summary: dict[str, Any]) -> str:
+    figure, axes = _figure(columns=max(1, len(summary["rounds"])))
+    axes = [axes] if len(summary["rounds"]) == 1 else list(axes)
+    for axis, row in zip(axes, summary["rounds"], strict=True):
+        table = store.read("heldout", row["round"])
+        before, after = table["reward_before"].to_numpy(), table["reward_after"].to_numpy()
+        low, high = float(min(before.min(), after.min())), float(max(before.max(), after.max()))
+        axis.plot([low, high], [low, high], color="grey", linewidth=0.8)
+        axis.scatter(before, after, s=9, alpha=0.6)
+        axis.set_xlabel("reward before, one dot per user")
+        axis.set_ylabel("after")
+        axis.set_title(
+            f"round {row['round']}: mean difference {row['heldout_reward_delta']:+.4f}", fontsize=10
+        )
+    return _embed(figure)
+
+
+def _plot_dpo(store: RunDir, summary: dict[str, Any]) -> str:
+    figure, axes = _figure(columns=3)
+    for row in summary["rounds"]:
+        steps = read_metrics(store.path("policy", row["round"]))
+        for axis, name in zip(axes, ("loss", "accuracy", "margin"), strict=True):
+            axis.plot(
+                [step["step"] for step in steps],
+                [step[name] for step in steps],
+                label=f"round {row['round']}",
+            )
+            axis.set_title(name, fontsize=10)
+            axis.set_xlabel("step")
+    axes[0].legend(fontsize=8)
+    return _embed(figure)
+
+
+def _plot_systems(table: list[dict[str, Any]]) -> str:
+    figure, axis = _figure(height=0.4 * len(table) + 1)
+    name = "ndcg@5"
+    axis.barh(
+        [f"{paper_table.label(row['backbone'])} {row['system']}" for row in table],
+        [row[name] for row in table],
+        xerr=[row[f"{name} sd"] or 0.0 for row in table],
+        height=0.6,
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel(name)
+    return _embed(figure)

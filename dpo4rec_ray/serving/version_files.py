@@ -1,0 +1,190 @@
+"""A published version of a run: all that serving needs of it, in files that many processes map into memory at once.
+
+A version is a folder; its version.json is written last, so its presence means complete. What is known of millions of
+users stays on disk: a request touches the pages of its own user, and the replicas of a node share them. Items are held
+in memory, as the reranker holds them. Plain NumPy and Arrow files, safetensors and JSON: nothing that could run code
+when it is read.
+
+Of a user's knowledge vector a version keeps what its reranker makes of it, once for all requests: `user_sides.npy`, the
+user part of the input layer, and `user_standard.npy`, the vector scaled for the similarity (rerankers.scorer).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dpo4rec_ray.core.keys import Keys, string_key
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.store.artifacts import write_json
+
+VERSION_FILE = "version.json"
+FORMAT = 1  # raised when the files change their meaning
+# What writes texts for users whom the version does not know, where the run has an LLM: config.json, and of the LLM what
+# has no name of its own (stages/publish, serving/writer).
+WRITER_FOLDER, WRITER_LLM, WRITER_ADAPTER = "writer", "llm", "adapter"
+UNKNOWN = -1  # the row of an id that is not there
+
+# In users.arrow and items.arrow, in the order of the run's dense ids; texts.arrow in the order of the vectors.
+USERS = pa.schema(
+    [
+        ("raw_id", pa.string()),
+        ("history_item_ids", pa.list_(pa.int64())),
+        ("history_ratings", pa.list_(pa.float32())),
+    ]
+)
+ITEMS = pa.schema([("raw_id", pa.string()), ("title", pa.string()), ("attributes", pa.list_(pa.string()))])
+TEXTS = pa.schema([("text", pa.string())])
+
+
+@dataclass(frozen=True)
+class VersionCard:
+    """version.json: what a version is and where it comes from."""
+
+    version: str
+    model: str  # backbone and system, as in the evaluation's tables
+    knowledge: str  # system whose texts the reranker reads; "" for none
+    run: str
+    source: str  # of the evaluation that it was published from: the same run gives the same again
+    created: str
+    num_users: int
+    num_items: int
+    max_history: int  # events of a user that the reranker reads, at most
+    encoder: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def write_card(folder: Path, card: VersionCard) -> None:
+    """The last file of a version."""
+    write_json(folder / VERSION_FILE, asdict(card))
+
+
+def read_card(folder: Path) -> VersionCard:
+    """Raises UserError if the folder holds no complete version, or one of another format."""
+    file = folder / VERSION_FILE
+    try:
+        card = VersionCard(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: no published version ({error}); publish the run again") from None
+    if card.format != FORMAT:
+        raise UserError(f"{file}: format {card.format}, but this code reads {FORMAT}; publish the run again")
+    return card
+
+
+class KeyIndex:
+    """Raw ids -> rows, by 64-bit keys in two mapped arrays; the ids themselves are not read."""
+
+    def __init__(self, folder: Path, name: str):
+        """Raises UserError if a file is missing or damaged."""
+        # Views without numpy.memmap's class: indexing that costs several times as much. The mapping stays.
+        self._keys = mapped(folder / f"{name}_keys.npy").view(np.ndarray)
+        self._rows = mapped(folder / f"{name}_rows.npy").view(np.ndarray)
+        if len(self._keys) != len(self._rows):
+            raise UserError(f"{folder}: {name}_keys.npy and {name}_rows.npy differ in length; publish again")
+
+    @staticmethod
+    def write(folder: Path, name: str, keys: Keys) -> None:
+        """keys: [n], of row 0, 1, ..."""
+        order = np.argsort(keys, kind="stable")
+        np.save(folder / f"{name}_keys.npy", keys[order])
+        np.save(folder / f"{name}_rows.npy", order.astype(np.int64))
+
+    def row(self, raw_id: str) -> int:
+        """UNKNOWN if the id is not there."""
+        key = np.uint64(string_key(raw_id.encode()))
+        place = int(self._keys.searchsorted(key))
+        found = place < len(self._keys) and self._keys[place] == key
+        return int(self._rows[place]) if found else UNKNOWN
+
+
+class PublishedVersion:
+    """A version's files, mapped. Safe to share between threads: nothing is written."""
+
+    def __init__(self, folder: str | Path):
+        """Raises UserError if a file is missing, damaged or does not fit the others."""
+        self.folder = Path(folder)
+        self.card = read_card(self.folder)
+        self.user_index = KeyIndex(self.folder, "user")
+        self.items = table(self.folder / "items.arrow")
+        self.item_rows = {raw: row for row, raw in enumerate(self.items["raw_id"].to_pylist())}
+        self._users = table(self.folder / "users.arrow")
+        if self.card.knowledge:
+            self._standard = mapped(self.folder / "user_standard.npy").view(np.ndarray)
+            self._sides = mapped(self.folder / "user_sides.npy").view(np.ndarray)
+            self._vector_rows = mapped(self.folder / "user_vector_rows.npy").view(np.ndarray)
+            self._texts = table(self.folder / "texts.arrow")
+            fits = len(self._texts) == len(self._standard) == len(self._sides)
+            if not fits or len(self._vector_rows) != len(self._users):
+                raise UserError(f"{self.folder}: vectors, texts and users do not fit; publish the run again")
+
+    @cached_property
+    def item_vectors(self) -> np.ndarray | None:
+        """[num_items, D] float32; None without knowledge."""
+        return np.load(self.folder / "item_vectors.npy", allow_pickle=False) if self.card.knowledge else None
+
+    @property
+    def vector_dim(self) -> int:
+        """D of the knowledge vectors; 0 without knowledge."""
+        return self._standard.shape[1] if self.card.knowledge else 0
+
+    def user_parts(self, rows: npt.NDArray[np.int64]) -> tuple[np.ndarray, np.ndarray, npt.NDArray[np.bool_]]:
+        """What is kept of n users by row (UNKNOWN allowed): standard [n, D] and sides [n, W], copies, and who has
+        knowledge [n]; the rows of the others mean nothing."""
+        stored = self._vector_rows[rows]  # UNKNOWN takes some row
+        there = (rows != UNKNOWN) & (stored != UNKNOWN)
+        return self._standard[stored], self._sides[stored], there
+
+    def text(self, row: int) -> str:
+        """The knowledge text of a user; "" where there is none."""
+        place = int(self._vector_rows[row]) if self.card.knowledge else UNKNOWN
+        return "" if place == UNKNOWN else self._texts["text"][place].as_py()
+
+    def history(self, row: int) -> tuple[list[int], list[float]]:
+        """Item rows and ratings of a user, oldest first."""
+        return self._users["history_item_ids"][row].as_py(), self._users["history_ratings"][row].as_py()
+
+    def user_id(self, row: int) -> str:
+        return self._users["raw_id"][row].as_py()
+
+    def item_id(self, row: int) -> str:
+        return self.items["raw_id"][row].as_py()
+
+    def title(self, row: int) -> str:
+        return self.items["title"][row].as_py()
+
+
+def mapped(file: Path) -> np.ndarray:
+    """A .npy file, mapped read-only; never unpickled.
+
+    Raises:
+        UserError: missing, cut off, or not a plain array.
+    """
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file}: {error}; publish the run again") from None
+
+
+def table(file: Path) -> pa.Table:
+    """An Arrow file, mapped.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{file}: {error}; publish the run again") from None
+
+
+def arrow_writer(file: Path, schema: pa.Schema) -> Any:
+    """Record batches into a file that `table` maps."""
+    return pa.ipc.new_file(str(file), schema)

@@ -1,0 +1,227 @@
+"""Artifacts as those who read them want them: users by range; catalogue, lists and vectors as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.ranking import RerankerSection
+from dpo4rec_ray.core.keys import seed_of
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.rerankers import Catalogue, RerankerSettings
+from dpo4rec_ray.rerankers.catalogue import Histories
+from dpo4rec_ray.rerankers.fit import FitSettings, ListData, load_reranker
+from dpo4rec_ray.rerankers.scorer import ListScorer
+from dpo4rec_ray.rerankers.text_rewards import SampleScorer
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.outcome import commit, versions
+from dpo4rec_ray.store.schemas import SCHEMAS
+
+
+def reranker_settings(section: RerankerSection) -> RerankerSettings:
+    """The architecture that a section (`config.reranker.of(backbone)`) asks for."""
+    return RerankerSettings(
+        backbone=section.backbone,
+        adapter=section.adapter,
+        similarity=section.similarity,
+        input_layer=section.input_layer,
+        embed_dim=section.embed_dim,
+        hidden_dim=section.hidden_dim,
+        num_heads=section.num_heads,
+        num_layers=section.num_layers,
+        num_shared_experts=section.num_shared_experts,
+        num_dedicated_experts=section.num_dedicated_experts,
+    )
+
+
+def fit_settings(section: RerankerSection, seed: int) -> FitSettings:
+    """The training budget that a section asks for: the same with and without knowledge."""
+    return FitSettings(
+        epochs=section.epochs,
+        batch_size=section.batch_size,
+        lr=section.lr,
+        weight_decay=section.weight_decay,
+        temperature=section.temperature,
+        patience=section.patience,
+        metric=section.metric,
+        seed=seed,
+        resample_negatives=section.resample_negatives,
+    )
+
+
+def read_vectors(
+    store: RunDir,
+    round_id: int,
+    subject: str,
+    sample_id: int | None = 0,
+    subject_ids: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Subject ids [S] and their vectors [S, D] of one round, in id order; sample_id None: all samples; subject_ids None: all."""
+    where: list[tuple[str, str, object]] = [("subject", "=", subject)]
+    if sample_id is not None:
+        where.append(("sample_id", "=", sample_id))
+    if subject_ids is not None:
+        where.append(("subject_id", "in", subject_ids))
+    table = store.read("knowledge", round_id, where=where, columns=["subject_id", "sample_id", "vector"])
+    table = table.sort_by([("subject_id", "ascending"), ("sample_id", "ascending")]).combine_chunks()
+    return table["subject_id"].to_numpy(), vectors_of(table["vector"])
+
+
+def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A list column of equal lengths as [n, D] float32."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return flat.reshape(len(column), -1)
+
+
+def read_catalogue(store: RunDir) -> Catalogue:
+    """All items with their knowledge vectors."""
+    attributes = store.read("items", columns=["attributes"])["attributes"].to_pylist()
+    return Catalogue.from_items(attributes, read_vectors(store, 0, "item")[1])
+
+
+def read_list_data(store: RunDir, split: str | tuple[str, ...]) -> ListData:
+    """Lists of a split as dense tensors; a user's row in the vectors is the user id."""
+    return list_data(store.read("lists", split=split, columns=_LIST_COLUMNS))
+
+
+_LIST_COLUMNS = [
+    "user_id",
+    "split",
+    "candidate_item_ids",
+    "labels",
+    "history_item_ids",
+    "history_ratings",
+]
+
+
+def list_data(table: pa.Table) -> ListData:
+    """Rows of the lists artifact as dense tensors.
+
+    Raises:
+        UserError: a list whose labels do not match its candidates, or its history's ratings the history.
+    """
+    item_ids, mask = dense(table["candidate_item_ids"], np.int64)
+    labels, labelled = dense(table["labels"], np.float32)
+    history_ids, history_mask = dense(table["history_item_ids"], np.int64)
+    history_ratings, rated = dense(table["history_ratings"], np.float32)
+    if not np.array_equal(mask, labelled) or not np.array_equal(history_mask, rated):
+        raise UserError(
+            "lists: item ids and their labels or ratings differ in length; prepare the data again"
+        )
+    users = torch.from_numpy(table["user_id"].to_numpy().copy())
+    histories = Histories(*map(torch.from_numpy, (history_ids, history_mask, history_ratings)))
+    return ListData(*map(torch.from_numpy, (item_ids, labels, mask)), users, users, histories)
+
+
+def dense(column: pa.ChunkedArray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as values [n, longest], 0 at padding, and which places are real [n, longest]."""
+    lengths = pc.list_value_length(column).to_numpy()
+    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    values = np.zeros(mask.shape, dtype)
+    values[mask] = pc.list_flatten(column).to_numpy()
+    return values, mask
+
+
+def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> SampleScorer:
+    """The reward rerankers with the lists of the training and validation users.
+
+    A user is rewarded on the lists of the user's own split only: where lists are split by time, a training user's later
+    lists must not choose what is trained on.
+    """
+    table = store.read("lists", split=("train", "valid"), columns=_LIST_COLUMNS)
+    users = store.read("users", columns=["user_id", "split", "fold"])  # in user id order
+    own_split = users["split"].take(table["user_id"])
+    catalogue = read_catalogue(store)
+    folder = store.path("reward")
+    scorers = [
+        ListScorer([load_reranker(folder / f"fold-{fold}", catalogue)], catalogue)
+        for fold in range(config.reward.num_folds)
+    ]
+    weights = None
+    if config.reward.hard_negatives:
+        seen = list_data(table.filter(pc.equal(table["split"], "train")))
+        # one more each: an item that nobody liked may still be drawn
+        counts = popularity(seen, catalogue.shape.num_items) + 1
+        weights = counts**config.reward.hard_negatives
+    return SampleScorer(
+        scorers,
+        list_data(table.filter(pc.equal(table["split"], own_split))),
+        users["fold"].to_numpy(),
+        num_items=catalogue.shape.num_items,
+        metrics=metrics,
+        num_redraws=config.reward.num_redraws,
+        seed=seed_of(config.run.seed, "redraws"),
+        negative_weights=weights,
+    )
+
+
+def popularity(lists: ListData, num_items: int) -> np.ndarray:
+    """How often each item is a positive of the lists, [num_items] float64."""
+    positives = lists.item_ids[lists.labels > 0].numpy()
+    return np.bincount(positives, minlength=num_items).astype(np.float64)
+
+
+def training_facts(config: Config, store: RunDir) -> dict[str, dict[str, object] | str]:
+    """What a model card says of data and versions: "data", "versions", "commit"."""
+    data, report = config.data, store.require("lists").stats
+    facts: dict[str, object] = {
+        "dataset": data.dataset,
+        "protocol": "logged lists" if config.logged.file else data.protocol,
+        "positive rating": data.positive_rating,
+        "candidates per list": data.num_candidates,
+        "knowledge from": config.llm.path if config.llm.source == "vllm" else config.llm.source,
+        "text encoder": config.encoder.path,
+    }
+    facts |= {name: report[name] for name in ("users", "items", "events", "lists") if name in report}
+    return {"data": facts, "versions": versions(), "commit": commit()}
+
+
+class UserRows:
+    """Rows of `users` by id range, for readers of small ranges: finds the row groups once, then decodes only those."""
+
+    def __init__(self, store: RunDir, splits: tuple[str, ...]):
+        self._splits = pa.array(splits)
+        self._groups: list[tuple[int, int, str, int]] = []  # lowest and highest user id, file, row group
+        for file in store.files("users"):
+            footer = pq.read_metadata(file)
+            column = footer.schema.to_arrow_schema().get_field_index("user_id")
+            for group in range(footer.num_row_groups):
+                limits = footer.row_group(group).column(column).statistics
+                if limits is not None and limits.has_min_max:
+                    self._groups.append((limits.min, limits.max, file, group))
+
+    def read(self, low: int, high: int) -> pa.Table:
+        """Users with low <= user_id < high of the splits, in id order."""
+        found = [SCHEMAS["users"].empty_table()]
+        for first, last, file, group in self._groups:
+            if first < high and last >= low:
+                with pq.ParquetFile(file) as parquet:
+                    table = parquet.read_row_group(group)
+                ids = table["user_id"]
+                inside = pc.and_(pc.greater_equal(ids, low), pc.less(ids, high))
+                found.append(table.filter(pc.and_(inside, pc.is_in(table["split"], self._splits))))
+        return pa.concat_tables(found).sort_by("user_id")
+
+
+def users_per_shard(
+    store: RunDir,
+    splits: tuple[str, ...],
+    shard_size: int,
+    takes_part: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """How many users of the splits each shard of `shard_size` user ids has: int64 [shards]. Reads in passing."""
+    counts = np.zeros(-(-store.require("users").rows // shard_size), np.int64)
+    for file in store.files("users"):
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(columns=["user_id", "split"]):
+                ids = batch["user_id"].filter(pc.is_in(batch["split"], pa.array(splits))).to_numpy()
+                if takes_part is not None:
+                    ids = ids[takes_part(ids)]
+                counts += np.bincount(ids // shard_size, minlength=len(counts))
+    return counts

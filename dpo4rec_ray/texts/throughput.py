@@ -1,0 +1,91 @@
+"""What a stage that writes texts has done and how fast, while it runs and for its manifest."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+Row = dict[str, Any]
+
+# Counts of a shard; kept in the notes of its part, so that a run that goes on knows those of its beginning.
+COUNTS = (
+    "users",
+    "samples",
+    "tokens",
+    "prompt_tokens",
+    "clipped",
+    "shortened",
+    "invalid_json",
+    "failed",
+    "requests",
+    "retries",
+)
+
+
+class Throughput:
+    """Adds up shards. `add` takes what a worker answers: COUNTS and, from an engine, its own figures."""
+
+    def __init__(self, num_engines: int) -> None:
+        self._num_engines = num_engines
+        self.total: Counter[str] = Counter()
+        self._engines: dict[str, Row] = {}
+        self._first = 0.0
+        self._base: Counter[str] = Counter()
+
+    def add(self, answer: Row) -> None:
+        self.total.update({name: int(answer.get(name) or 0) for name in COUNTS})
+        if answer.get("engine"):
+            known = self._engines.get(answer["engine"])
+            newer = (
+                not known or answer["engine_tokens"] >= known["engine_tokens"]
+            )  # shards may end in another order
+            self._engines[answer["engine"]] = {**(answer if newer else known), "seen": time.monotonic()}
+        if not self._first:  # rates count from the first result: before it workers were starting
+            self._first, self._base = time.monotonic(), self.total.copy()
+
+    @property
+    def line(self) -> str:
+        """For the progress line: rates, and how well each engine is used."""
+        if not self._engines:
+            seconds = time.monotonic() - self._first
+            done = {name: self.total[name] - self._base[name] for name in ("samples", "tokens")}
+            rates = [f"{number / seconds:,.0f} {name}/s" for name, number in done.items() if number]
+            return ", ".join(rates) if seconds > 1 else ""
+        # By the engines' own clocks: shards end in bunches, so that counting them overrates a short run.
+        engines = list(self._engines.values())
+        span = sum(row["span_s"] for row in engines) / self._at_once
+        rates = [
+            f"{sum(row[f'engine_{name}'] for row in engines) / max(span, 1e-9):,.0f} {name}/s"
+            for name in ("samples", "tokens")
+        ]
+        now = [row for row in engines if time.monotonic() - row["seen"] < _RECENT_S]
+        levels = [
+            f"{label} {min(row[name] for row in now):.0%} to {max(row[name] for row in now):.0%}"
+            if len(now) > 1
+            else f"{label} {now[0][name]:.0%}"
+            for name, label in (("busy", "engines busy"), ("kv_cache", "KV cache"))
+            if now
+        ]
+        return ", ".join([*rates, *levels])
+
+    @property
+    def stats(self) -> Row:
+        """For the manifest: the engines of this run and their rates, by their own clocks."""
+        engines = {
+            name: {key: round(float(row[key]), 4) for key in ENGINE_FIGURES}
+            for name, row in sorted(self._engines.items())
+        }
+        if not engines:
+            return {}
+        tokens, span = (sum(row[name] for row in engines.values()) for name in ("engine_tokens", "span_s"))
+        return {"engines": engines, "tokens_per_s": round(tokens * self._at_once / max(span, 1e-9), 1)}
+
+    @property
+    def _at_once(self) -> int:
+        """Engines at work together: those that died and their successors are more, those that got no shard are not."""
+        return min(self._num_engines, len(self._engines))
+
+
+ENGINE_FIGURES = ("busy", "running", "kv_cache", "prefix_hits", "start_s", "span_s", "engine_tokens")
+_RECENT_S = 60.0  # an engine without an answer for so long is not shown: it may have been replaced

@@ -1,0 +1,61 @@
+"""Where work may run: resources of this machine or cluster, and the environment of worker processes."""
+
+from __future__ import annotations
+
+import os
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.errors import UserError
+
+# Worker processes must not each start a thread per core, talk to a hub, or report usage.
+WORKER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+KEPT: dict[str, float] = {}  # CPUs and GPUs that engines hold between stages (texts/engines.py)
+
+
+def joined_cluster() -> bool:
+    """Whether this job runs on a cluster that was there before it, and that may still grow."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+def check_room(what: str, num_cpus: float, num_gpus: float) -> None:
+    """Refuse work that this machine can never start; Ray would wait for ever. A cluster may grow, so it is not asked.
+
+    Raises:
+        UserError: more CPUs or GPUs are wanted than there are.
+    """
+    import ray
+
+    if joined_cluster():
+        return
+    have = ray.cluster_resources()
+    for kind, need in (("CPU", num_cpus), ("GPU", num_gpus)):
+        free = have.get(kind, 0) - KEPT.get(kind, 0)
+        if need > free:
+            kept = f" free of {have.get(kind, 0):g} (generate.keep_engines)" if KEPT.get(kind) else ""
+            raise UserError(
+                f"{what} need {need:g} {kind}s, this machine has {free:g}{kept}; lower the number of workers or "
+                f"their share in the recipe (num_engines, num_workers, cpus_per_engine, gpus_per_worker, ...)"
+            )
+
+
+def engine_env(config: Config) -> dict[str, str]:
+    """Environment of a vLLM worker; the CPU settings are the fast ones measured, unless the driver's environment has others."""
+    env = dict(WORKER_ENV)
+    if not config.generate.gpus_per_engine:
+        env |= {
+            # more threads than cores stall everything
+            "OMP_NUM_THREADS": str(max(1, int(config.generate.cpus_per_engine))),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": str(config.generate.kv_cache_gib),
+        }
+    passed_on = (*(name for name in env if name.startswith("VLLM_")), "HF_HOME", "HF_HUB_OFFLINE")
+    return env | {name: os.environ[name] for name in passed_on if name in os.environ}

@@ -1,0 +1,128 @@
+"""Streaming users through actor pools, shard by shard, so that a crash loses at most the shards in flight.
+
+A shard is a fixed range of user ids. Ray Data sees one row per shard: the first actor reads its users, the last one
+writes one Parquet part named after the shard and returns only counts. Blocks are never merged or split on the way,
+because every actor takes exactly one shard per call. (Ray 2.60 merges small blocks, and its own checkpoint reads all
+finished ids into memory.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dpo4rec_ray.store.artifacts import MANIFEST
+from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.placement import check_room
+
+Row = dict[str, Any]
+MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it had in hand
+
+
+@dataclass(frozen=True)
+class Pool:
+    """An actor pool: an ordinary class, how it is built, and what each actor occupies."""
+
+    worker: type[Callable[[Row], Row]]
+    arguments: dict[str, Any]
+    size: int
+    num_cpus: float
+    num_gpus: float = 0.0
+    env: dict[str, str] = field(default_factory=dict)
+    shards_at_once: int = 1  # calls that an actor works on together, each in a thread of its own
+    max_restarts: int = MAX_RESTARTS  # -1: the worker itself says when it has died too often
+
+
+def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
+    """User id ranges [low, high), one per shard."""
+    return [(low, min(low + users_per_shard, num_users)) for low in range(0, num_users, users_per_shard)]
+
+
+def part_number(file: str | Path) -> int:
+    """The shard that wrote a Parquet part."""
+    return int(Path(file).stem.removeprefix("part-"))
+
+
+def finished_shards(folder: Path, fingerprint: str) -> set[int]:
+    """Shards that an interrupted run of the same work has committed; another fingerprint empties the folder."""
+    note = folder / "shards.fingerprint"
+    if (folder / MANIFEST).exists() or not note.exists() or note.read_text() != fingerprint:
+        return set()
+    return {part_number(file) for file in folder.glob("part-*.parquet")}
+
+
+def begin_shards(folder: Path, fingerprint: str) -> None:
+    """Name the work the folder's parts belong to, before the first is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.tmp*"):  # of writers that were killed
+        left.unlink(missing_ok=True)
+    note, fresh = folder / "shards.fingerprint", folder / "shards.fingerprint.tmp"
+    if note.exists() and note.read_text() == fingerprint:
+        return
+    fresh.write_text(fingerprint)
+    fresh.replace(note)  # a fingerprint cut short would throw away every finished shard
+
+
+def run_shards(
+    shards: Sequence[tuple[int, int, int]],
+    pools: Sequence[Pool],
+    progress: Progress,
+    *,
+    already: int = 0,
+    extra: Callable[[Row], str] | None = None,
+) -> Iterator[Row]:
+    """Send (shard, low, high) through the pools in turn; what the last one answers, one row per shard as it is done.
+
+    Each answer counts its users (or items) under "users"; `already` were done by an earlier run. extra: takes an answer
+    and says what the progress line adds.
+
+    Raises:
+        UserError: the pools need more CPUs or GPUs than this machine has.
+    """
+    import ray
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    rows = [{"shard": shard, "low": low, "high": high} for shard, low, high in shards]
+    if not rows:
+        return
+    check_room(
+        ", ".join(f"{pool.size} x {pool.worker.__name__}" for pool in pools),
+        sum(pool.size * pool.num_cpus for pool in pools),
+        sum(pool.size * pool.num_gpus for pool in pools),
+    )
+    # Else a worker's UserError comes back as Ray's own exception, whose cause is lost on the way between processes.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
+    # One table is one block, hence one task. (from_items merges them; a repartition would want a CPU of its own.)
+    dataset = ray.data.from_arrow([pa.table({key: [value] for key, value in row.items()}) for row in rows])
+    for pool in pools:
+        with (
+            warnings.catch_warnings()
+        ):  # Ray 2.60 has no other way to bound restarts; its own default is for ever
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            dataset = dataset.map(
+                pool.worker,
+                fn_constructor_kwargs=pool.arguments,
+                compute=ray.data.ActorPoolStrategy(
+                    size=pool.size,
+                    max_tasks_in_flight_per_actor=pool.shards_at_once + 1,
+                    max_concurrent_calls_per_actor=pool.shards_at_once,
+                    enable_true_multi_threading=pool.shards_at_once > 1,
+                ),
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus,
+                runtime_env={"env_vars": pool.env},
+                max_restarts=pool.max_restarts,
+                max_task_retries=pool.max_restarts,
+            )
+    done = already
+    with progress:
+        for row in dataset.iter_rows():
+            done += row["users"]
+            progress.at(done, extra(row) if extra else "")
+            yield row

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from dpo4rec_ray.texts.throughput import Throughput
+
+
+def answer(engine: str, engine_tokens: int, span_s: float, **counts: int) -> dict[str, object]:
+    stats = {"busy": 0.5, "running": 3.0, "kv_cache": 0.1, "prefix_hits": 0.9, "start_s": 4.0}
+    return {
+        **counts,
+        "engine": engine,
+        "engine_tokens": engine_tokens,
+        "engine_samples": engine_tokens // 10,
+        "span_s": span_s,
+        **stats,
+    }
+
+
+def test_counts_add_up_and_an_engine_counts_once() -> None:
+    done = Throughput(num_engines=2)
+    done.add(answer("a", 100, 1.0, users=2, tokens=100, failed=1))
+    done.add(answer("a", 300, 2.0, users=3, tokens=200))
+    done.add(answer("b", 100, 2.0, users=1, tokens=100))
+    assert (done.total["users"], done.total["tokens"], done.total["failed"]) == (6, 400, 1)
+    assert done.stats["tokens_per_s"] == 200, "100 + 300 tokens by two engines in 2 s each"
+    assert done.line == "20 samples/s, 200 tokens/s, engines busy 50% to 50%, KV cache 10% to 10%"
+
+
+def test_a_replaced_engine_is_no_second_one() -> None:
+    done = Throughput(num_engines=1)
+    done.add(answer("a", 100, 1.0))
+    done.add(answer("successor", 100, 1.0))
+    assert done.stats["tokens_per_s"] == pytest.approx(100)
+
+
+def test_an_engine_that_got_no_shard_does_no_work() -> None:
+    done = Throughput(num_engines=8)
+    done.add(answer("a", 100, 1.0))
+    assert done.stats["tokens_per_s"] == pytest.approx(100)
+
+
+def test_without_engines_there_is_nothing_to_say() -> None:
+    done = Throughput(num_engines=1)
+    assert done.line == ""
+    done.add({"users": 5, "samples": 10, "engine": ""})
+    assert done.stats == {}
+    assert done.line == "", "a rate needs a second"

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo4rec_ray.core.keys import seed_of
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.shards import (
+    Pool,
+    begin_shards,
+    finished_shards,
+    part_number,
+    run_shards,
+    shard_ranges,
+)
+
+
+def workers() -> tuple[type, type]:
+    """Classes made inside a function travel to Ray's workers by value: those cannot import a test module."""
+
+    class Doubler:
+        def __init__(self, offset: int):
+            self._offset = offset
+
+        def __call__(self, row: dict) -> dict:
+            import os
+
+            return {**row, "value": 2 * int(row["low"]) + self._offset, "pid": os.getpid()}
+
+    class Counter:
+        def __call__(self, row: dict) -> dict:
+            return {**{key: int(row[key]) for key in ("shard", "value", "pid")}, "users": 1}
+
+    return Doubler, Counter
+
+
+@pytest.fixture(scope="module")
+def ray_local() -> Iterator[None]:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=80 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_every_shard_goes_through_both_pools_once_and_over_several_actors(ray_local: None) -> None:
+    doubler, counter = workers()
+    pools = [Pool(doubler, {"offset": 1}, size=2, num_cpus=0.5), Pool(counter, {}, size=1, num_cpus=0.5)]
+    shards = [(shard, low, high) for shard, (low, high) in enumerate(shard_ranges(23, 2))]
+    answers = list(run_shards(shards, pools, Progress("test", 12, "users")))
+    assert sorted(row["shard"] for row in answers) == list(range(12))
+    assert {row["shard"]: row["value"] for row in answers} == {shard: 4 * shard + 1 for shard in range(12)}
+    assert len({row["pid"] for row in answers}) == 2
+
+
+@pytest.mark.ray
+def test_a_pool_that_can_never_start_is_refused(ray_local: None) -> None:
+    pool = Pool(workers()[0], {"offset": 1}, size=5, num_cpus=1)
+    with pytest.raises(UserError, match="5 x Doubler need 5 CPUs, this machine has 2"):
+        list(run_shards([(0, 0, 1)], [pool], Progress("test", 1, "users")))
+
+
+def test_ranges_cover_every_user_once() -> None:
+    assert shard_ranges(7, 3) == [(0, 3), (3, 6), (6, 7)]
+    assert part_number("some/folder/part-00012.parquet") == 12
+
+
+def test_finished_shards_count_only_for_the_same_work(tmp_path: Path) -> None:
+    begin_shards(tmp_path, "abc")
+    (tmp_path / "part-00001.parquet").touch()
+    (tmp_path / "part-00004.parquet").touch()
+    assert finished_shards(tmp_path, "abc") == {1, 4}
+    assert finished_shards(tmp_path, "other") == set()
+    (tmp_path / "manifest.json").write_text("{}")
+    assert finished_shards(tmp_path, "abc") == set(), "a complete artifact is redone from the start"
+
+
+def test_seeds_are_stable_and_differ() -> None:
+    assert seed_of(0, "generate", 1, 5) == seed_of(0, "generate", 1, 5)
+    assert len({seed_of(0, "generate", 1, user) for user in range(1000)}) == 1000
