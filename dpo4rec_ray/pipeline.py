@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dpo4rec_ray import checks
+from dpo4rec_ray import identity
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.report import page
@@ -45,7 +45,8 @@ Artifact = tuple[str, int]  # name, round
 class Stage:
     """One step: `run(config, store, round_id)` reads `reads` and writes `writes`.
 
-    `sections` ("section" or "section.key") are the config values that can change what it writes.
+    `sections` are the config values that can change what it writes: "section" (all but its keys of placement), "section.key", or
+    "-section.key", which leaves one out.
     """
 
     name: str
@@ -55,16 +56,9 @@ class Stage:
     sections: tuple[str, ...]
 
 
-PROMPT = ("prompt.factors", "prompt.item_attributes", "prompt.ratings")
-# What a text depends on, whoever it is about; the section of an llm.source that has one comes from checks.outside_identity.
-TEXTS = (
-    "llm",
-    *PROMPT,
-    *(
-        f"generate.{name}"
-        for name in ("num_samples", "temperature", "top_p", "max_new_tokens", "format", "engine_args")
-    ),
-)
+PROMPT = ("prompt", "-prompt.describe_items")
+# What a text depends on. The section of an llm.source that has one of its own comes from identity.outside_identity.
+TEXTS = ("llm", *PROMPT, "generate", "-generate.user_frac")
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in [
@@ -178,7 +172,7 @@ class Selection:
 def before_rounds(config: Config) -> list[str]:
     """Those of `BEFORE_ROUNDS` that this recipe needs."""
     needed = {
-        "bootstrap": checks.has_policy(config) and config.llm.path == "bootstrap",
+        "bootstrap": config.has_policy and config.llm.path == "bootstrap",
         "train_reward": config.run.num_rounds > 0,
     }
     return [name for name in BEFORE_ROUNDS if needed.get(name, True)]
@@ -186,7 +180,7 @@ def before_rounds(config: Config) -> list[str]:
 
 def rounds(config: Config) -> dict[int, tuple[str, ...]]:
     """The stages of each round that this recipe may come to."""
-    if checks.has_policy(config):
+    if config.has_policy:
         return dict.fromkeys(range(1, config.run.num_rounds + 1), EACH_ROUND)
     return {1: UNTRAINED_ROUND} if config.run.num_rounds else {}  # evaluate sees round 0 alone
 
@@ -232,7 +226,7 @@ def _all_stages(runner: Runner) -> int:
     for round_id, names in rounds(config).items():
         for name in names:
             runner.step(name, round_id)
-        if not checks.has_policy(config):
+        if not config.has_policy:
             break
         last_round = round_id
         if round_id < config.run.num_rounds and validate.rounds_have_peaked(
@@ -295,14 +289,14 @@ class Runner:
         inputs: dict[str, str] = {}
         for name, input_round in stage.reads(round_id):
             if (name, input_round) == ("policy", 0):  # the base LLM is no artifact of a round
-                inputs["policy/0"] = checks.base_llm_identity(self.config, self.store)
+                inputs["policy/0"] = identity.base_llm_identity(self.config, self.store)
                 continue
             try:
                 inputs[f"{name}/{input_round}"] = self.store.require(name, input_round).produced
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {error}") from None
         own = self.config.section_hash(*stage.sections)
-        outside = checks.outside_identity(self.config, stage.name, stage.sections)
+        outside = identity.outside_identity(self.config, stage.name, stage.sections)
         return fingerprint_of(
             stage.name, str(round_id), own, outside, *(f"{k}={v}" for k, v in inputs.items())
         ), inputs

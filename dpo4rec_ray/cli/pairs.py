@@ -237,7 +237,7 @@ def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
 
 def _import(config: Config, store: RunDir, files: list[Path], form: str, heldout: float) -> None:
     """Write `pairs` of round 1, unless they are there and made from the same."""
-    from dpo4rec_ray import checks
+    from dpo4rec_ray import identity
     from dpo4rec_ray.core.keys import seed_of
     from dpo4rec_ray.datasets.files import absolute, file_identity
     from dpo4rec_ray.knowledge.text_table import Tally
@@ -246,7 +246,7 @@ def _import(config: Config, store: RunDir, files: list[Path], form: str, heldout
     from dpo4rec_ray.store.progress import Progress, say
 
     max_length = config.dpo.max_length or config.llm.max_model_len
-    llm = checks.base_llm_identity(config, store)
+    llm = identity.base_llm_identity(config, store)
     identities = [file_identity(absolute(str(file))) for file in files]
     fingerprint = fingerprint_of(
         "import", form, str(heldout), str(max_length), str(config.run.seed), llm, *identities

@@ -60,12 +60,26 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     serving: ServingSection = ServingSection()
 
+    @property
+    def has_policy(self) -> bool:
+        """Whether an LLM writes the texts that DPO can train; other sources are only sampled."""
+        return self.llm.source == "vllm"
+
     def section_hash(self, *parts: str) -> str:
-        """Hash of the run seed and of the named parts ("section" or "section.key"): what a stage's output depends on."""
+        """Hash of the run seed and of the named parts: what a stage's output depends on.
+
+        A part is "section" (all of its keys but those of placement), "section.key", or "-section.key", which leaves a key out.
+        """
+        left_out = {part[1:] for part in parts if part.startswith("-")}
         chosen: dict[str, Any] = {"seed": self.run.seed}
         for part in parts:
-            name, _, key = part.partition(".")
+            name, _, key = part.removeprefix("-").partition(".")
             section: Section = getattr(self, name)
             values = section.model_dump(mode="json", exclude=set(section.placement))
-            chosen[part] = values[key] if key else values
+            if not key:
+                chosen[part] = {
+                    own: value for own, value in values.items() if f"{name}.{own}" not in left_out
+                }
+            elif not part.startswith("-"):
+                chosen[part] = values[key]
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]

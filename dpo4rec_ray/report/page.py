@@ -11,7 +11,6 @@ from typing import Any
 
 from jinja2 import Environment
 
-from dpo4rec_ray.checks import has_policy
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.evaluation import paper_table, tables
 from dpo4rec_ray.stages.evaluate import FIGURES
@@ -54,7 +53,7 @@ def run(
         "peak_rss_mb": round(max(peak_rss_mb(), *_earlier_peaks(store, last_round))),
         "total_seconds": round(seconds, 1),
     }
-    if has_policy(config) and config.llm.path == "bootstrap":
+    if config.has_policy and config.llm.path == "bootstrap":
         summary["bootstrap"] = store.require("base_llm").stats
     write_json(store.root / "summary.json", summary)
     (store.root / "report.html").write_text(_html(store, summary), encoding="utf-8")
@@ -65,7 +64,7 @@ def run(
 
 def _untrained_rounds(config: Config) -> int:
     """Rounds that end with their pairs, because nothing is trained on them."""
-    return 0 if has_policy(config) else min(1, config.run.num_rounds)
+    return 0 if config.has_policy else min(1, config.run.num_rounds)
 
 
 def _stats(store: RunDir, name: str, round_id: int = 0) -> dict[str, Any]:

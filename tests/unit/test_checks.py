@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray import checks
+from dpo4rec_ray import checks, identity
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import Selection, before_rounds, check_selection
@@ -78,8 +78,10 @@ def test_what_stands_in_place_of_the_base_llm_has_an_identity(tmp_path: Path) ->
     """Without a look at llm.path, which need not exist; another source is another policy 0."""
     store = RunDir(tmp_path)
     bootstrap = load_config(DEMO, [STATISTICS, "llm.path=bootstrap"])
-    assert checks.base_llm_identity(bootstrap, store).startswith("statistics ")
-    assert checks.base_llm_identity(load_config(DEMO), store) != checks.base_llm_identity(bootstrap, store)
+    assert identity.base_llm_identity(bootstrap, store).startswith("statistics ")
+    assert identity.base_llm_identity(load_config(DEMO), store) != identity.base_llm_identity(
+        bootstrap, store
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_a_deepspeed_file_counts_by_what_is_in_it(tmp_path: Path) -> None:
     found = set()
     for content in ('{"steps_per_print": 1}', '{"steps_per_print": 2}'):
         file.write_text(content)
-        found.add(checks.outside_identity(config, "dpo", ("dpo",)))
+        found.add(identity.outside_identity(config, "dpo", ("dpo",)))
     assert len(found) == 2
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.config import Config, load_config
+from dpo4rec_ray.config import Config, default_config, load_config
 from dpo4rec_ray.config.data import LoggedSection, TableSection
 from dpo4rec_ray.datasets.logged import LoggedSettings
 from dpo4rec_ray.datasets.table import TableSettings
@@ -168,6 +168,23 @@ def test_section_hash_follows_its_sections_and_the_seed() -> None:
     assert base.section_hash("generate") == other.section_hash("generate")
     assert base.section_hash("dpo") != other.section_hash("dpo")
     assert base.section_hash("generate") != seeded.section_hash("generate")
+
+
+@pytest.mark.parametrize("section", list(Config.model_fields))
+def test_every_key_says_what_it_means(section: str) -> None:
+    """The string below a field is its documentation: a sentence of its own, that ends with a full stop."""
+    for key, field in Config.model_fields[section].annotation.model_fields.items():
+        assert field.description and field.description.rstrip('"\n')[-1] in ".)", f"{section}.{key}"
+
+
+def test_section_hash_can_leave_a_key_out() -> None:
+    base, fewer = default_config(), default_config(["generate.user_frac=0.5"])
+    without = ("generate", "-generate.user_frac")
+    assert base.section_hash(*without) == fewer.section_hash(*without)
+    assert base.section_hash(*without, "generate.user_frac") != fewer.section_hash(
+        *without, "generate.user_frac"
+    )
+    assert base.section_hash(*without) != default_config(["generate.top_p=0.5"]).section_hash(*without)
 
 
 def test_sections_of_a_source_are_its_settings() -> None:
