@@ -9,10 +9,8 @@ and one line when the recipe, the input or the machine is at fault.
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
-from dpo4rec_ray.cli.session import WORK_ENV, be_quiet, guarded, locked, start_ray
+from dpo4rec_ray.cli.session import guarded, open_run, ray_job
 from dpo4rec_ray.errors import UserError
 
 
@@ -52,14 +50,9 @@ def run(options: argparse.Namespace) -> int:
     from dpo4rec_ray.config import load_config
 
     config = load_config(options.recipe, options.changes)
-    folder = Path(config.run.root) / config.run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update({key: value for key, value in WORK_ENV.items() if key not in os.environ})
-    if not options.verbose:
-        be_quiet(folder / "driver.log")
+    folder = open_run(config, options.verbose)
     from dpo4rec_ray import checks
     from dpo4rec_ray.pipeline import STAGE_NAMES, Selection, check_selection, run_pipeline
-    from dpo4rec_ray.store import memory
     from dpo4rec_ray.store.artifacts import RunDir
 
     for flag, stage in (("--only", options.only), ("--from", options.since)):
@@ -72,8 +65,6 @@ def run(options: argparse.Namespace) -> int:
     selection = Selection(options.only, options.since, options.round)
     check_selection(config, selection)
     checks.check_all(config, options.only)
-    with locked(folder):
-        memory.watch_memory()
-        start_ray(options.verbose)
+    with ray_job(folder, options.verbose):
         run_pipeline(config, RunDir(folder), selection)
     return 0

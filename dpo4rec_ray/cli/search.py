@@ -12,9 +12,7 @@ same command searches from the start, and keeps the finished stages.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo4rec_ray.cli import session
@@ -86,14 +84,9 @@ def run(options: argparse.Namespace) -> int:
     for flag in ("trials", "concurrent"):
         if getattr(options, flag) < 0:
             raise UserError(f"--{flag} {getattr(options, flag)}: must be 0 or more")
-    folder = Path(config.run.root) / config.run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update({key: value for key, value in session.WORK_ENV.items() if key not in os.environ})
-    if not options.verbose:
-        session.be_quiet(folder / "driver.log")
+    folder = session.open_run(config, options.verbose)
     from dpo4rec_ray import checks, grid_search
     from dpo4rec_ray.rerankers import RERANKERS
-    from dpo4rec_ray.store import memory
     from dpo4rec_ray.store.artifacts import RunDir
 
     backbones = tuple(filter(None, options.backbones.split(",")))
@@ -111,9 +104,7 @@ def run(options: argparse.Namespace) -> int:
     )
     checks.check_all(config, "" if plan.knowledge else "prepare")
     store = RunDir(folder)
-    with session.locked(folder):
-        memory.watch_memory()
-        session.start_ray(options.verbose)
+    with session.ray_job(folder, options.verbose):
         prepare(config, store, plan.knowledge)
         try:
             grid_search.run(config, store, plan)

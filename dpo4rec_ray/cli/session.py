@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
 
 WORK_ENV = {
@@ -42,6 +43,30 @@ def guarded(call: Callable[[], int], verbose: bool) -> int:
             raise
         print(f"error: {cause}", file=sys.stderr)
         return 2
+
+
+def open_run(config: Config, verbose: bool) -> Path:
+    """The run's folder, made where it is missing, and this process set up for its work.
+
+    To be called before torch, Ray or an engine is imported: they read the environment once.
+    """
+    folder = Path(config.run.root) / config.run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update({key: value for key, value in WORK_ENV.items() if key not in os.environ})
+    if not verbose:
+        be_quiet(folder / "driver.log")
+    return folder
+
+
+@contextlib.contextmanager
+def ray_job(folder: Path, verbose: bool) -> Iterator[None]:
+    """The only job in a run folder, on a Ray that runs, with its memory watched."""
+    from dpo4rec_ray.store.memory import watch_memory
+
+    with locked(folder):
+        watch_memory()
+        start_ray(verbose)
+        yield
 
 
 @contextlib.contextmanager
