@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from dpo4rec_ray.core.metrics import METRICS
 from dpo4rec_ray.errors import UserError
 
 SCHEMA_VERSION = 3  # raise it when a column changes meaning: manifests carry it, so old artifacts are redone
 
-EVALUATED_METRICS = ("ndcg", "map_paper", "map", "mrr", "hr")  # of core.metrics, at each of
+EVALUATED_METRICS = tuple(METRICS)  # at each of
 EVALUATED_AT = (1, 3, 5, 10)
 
 _IDS = pa.list_(pa.int64())
