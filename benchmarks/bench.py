@@ -584,7 +584,7 @@ def make_raw(folder: Path, like: str, rows: int, options: argparse.Namespace) ->
     if not (raw / "done").exists():
         command = [
             "-m",
-            "dpo4rec_ray.datasets.write_sample",
+            "benchmarks.amazon_files",
             "--like",
             like,
             str(raw),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from dpo4rec_ray.datasets import amazon2018, amazon2023, logged, movielens, synthetic, table
 from dpo4rec_ray.datasets.files import absolute
 from dpo4rec_ray.datasets.logged import LoggedSettings
-from dpo4rec_ray.datasets.raw import Source
+from dpo4rec_ray.datasets.source import Source
 from dpo4rec_ray.datasets.synthetic import SampleSettings
 from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from dpo4rec_ray.datasets.files import join, list_files, without_query
 from dpo4rec_ray.datasets.parsing import clean_strings, parse_events, parse_items, why_fields
-from dpo4rec_ray.datasets.raw import EVENTS, DataFile, Parsed, Source
 from dpo4rec_ray.datasets.readers import one_array, read_csv, read_json, why_json
+from dpo4rec_ray.datasets.source import EVENTS, DataFile, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
 RATINGS = (1.0, 5.0)

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from dpo4rec_ray.datasets.amazon2018 import RATINGS, find_files, item_table, labelled
 from dpo4rec_ray.datasets.files import read_header, without_query
 from dpo4rec_ray.datasets.parsing import parse_events, parse_items, why_fields
-from dpo4rec_ray.datasets.raw import EVENTS, DataFile, Parsed, Source
 from dpo4rec_ray.datasets.readers import one_array, read_csv, read_json, why_json
+from dpo4rec_ray.datasets.source import EVENTS, DataFile, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
 NO_RATING = 0.0  # stands where a reviewer gave none

@@ -23,7 +23,7 @@ from dpo4rec_ray.datasets import files, parsing
 from dpo4rec_ray.datasets.cells import Column, converted, fits, is_text
 from dpo4rec_ray.datasets.column_readers import REFUSED, CsvReader, JsonReader
 from dpo4rec_ray.datasets.parsing import Lines
-from dpo4rec_ray.datasets.raw import DataFile, Parsed, Tally
+from dpo4rec_ray.datasets.source import BadRows, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
 TextOf = Callable[[int], bytes | str]  # row of the block -> what stands there
@@ -51,7 +51,7 @@ class Origin(NamedTuple):
 
     rows: NDArray[np.int64]  # [table.num_rows] rows of the block
     rows_read: int
-    tally: Tally
+    bad_rows: BadRows
     text_of: TextOf
 
 
@@ -236,11 +236,11 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
 
 def parse_block(block: bytes, *, reader: CsvReader | JsonReader, finish: Finish) -> Parsed:
     """Parse a block of lines."""
-    whole, tally = Lines(block), Tally()
-    table, rows = parsing.parse_lines(whole, _refusing(reader.read), reader.why, tally)
+    whole, bad_rows = Lines(block), BadRows()
+    table, rows = parsing.parse_lines(whole, _refusing(reader.read), reader.why, bad_rows)
     if not table.num_rows:
         table = converted(pa.table({c.name: pa.nulls(0) for c in reader.columns}), reader.columns)
-    return finish(*_set_aside(table, Origin(rows, len(whole), tally, whole.line)))
+    return finish(*_set_aside(table, Origin(rows, len(whole), bad_rows, whole.line)))
 
 
 def _refusing(read: Callable[[bytes], pa.Table]) -> Callable[[bytes], pa.Table]:
@@ -262,7 +262,7 @@ def parse_rows(table: pa.Table, *, columns: tuple[Column, ...], finish: Finish) 
     def text_of(row: int) -> str:
         return ", ".join(f"{name}={_shown(mapped[name][row])}" for name in mapped.column_names)
 
-    origin = Origin(np.arange(table.num_rows), table.num_rows, Tally(), text_of)
+    origin = Origin(np.arange(table.num_rows), table.num_rows, BadRows(), text_of)
     return finish(*_set_aside(converted(mapped, columns), origin))
 
 
@@ -278,6 +278,6 @@ def _set_aside(table: pa.Table, origin: Origin) -> tuple[pa.Table, Origin]:
     reasons = table["reason"]
     for reason in pc.drop_null(pc.unique(reasons)).to_pylist():
         places = np.flatnonzero(pc.fill_null(pc.equal(reasons, reason), False).to_numpy())
-        parsing.quarantine(places, origin.rows, reason, origin.tally, origin.text_of)
+        parsing.quarantine(places, origin.rows, reason, origin.bad_rows, origin.text_of)
     good = pc.is_null(reasons)
     return table.drop_columns("reason").filter(good), origin._replace(rows=origin.rows[good.to_numpy()])

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.datasets.raw import DataFile
+from dpo4rec_ray.datasets.source import DataFile
 from dpo4rec_ray.errors import UserError
 
 BLOCK_BYTES = 32 * 2**20  # of text, unpacked: what one parser holds at a time

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dpo4rec_ray.datasets import parsing
 from dpo4rec_ray.datasets.cells import Column, TimestampUnit, any_of
 from dpo4rec_ray.datasets.column_mapping import Origin, data_files
-from dpo4rec_ray.datasets.raw import LISTS, DataFile, Parsed
+from dpo4rec_ray.datasets.source import LISTS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
 MIN_CANDIDATES, MAX_CANDIDATES = 2, 200
@@ -91,13 +91,13 @@ def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:
         )  # first: what is too large for it is infinite
     good = np.ones(len(table), dtype=np.bool_)
     for reason, bad in _faults(columns, given):
-        parsing.quarantine(np.flatnonzero(bad & good), origin.rows, reason, origin.tally, origin.text_of)
+        parsing.quarantine(np.flatnonzero(bad & good), origin.rows, reason, origin.bad_rows, origin.text_of)
         good &= ~bad
     # Negatives drawn at random may repeat a candidate (685 of KAR's own 103,697 lists do): told, and no damage.
     repeated = int(np.sum(_repeated(columns["candidates"]) & good))
     kept = pa.table(columns).filter(pa.array(good)).cast(LISTS)
     cleaned = Counter({REPEATED: repeated} if repeated else {})
-    return Parsed(kept, origin.rows_read, origin.tally, cleaned=cleaned, row_of=origin.rows[good])
+    return Parsed(kept, origin.rows_read, origin.bad_rows, cleaned=cleaned, row_of=origin.rows[good])
 
 
 def _faults(columns: dict[str, pa.Array], given: dict[str, pa.Array]) -> list[tuple[str, NDArray[np.bool_]]]:

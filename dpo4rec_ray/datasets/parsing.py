@@ -1,6 +1,6 @@
 """From a block of lines to a table, whatever the lines hold: the fast reader first, line by line only where it refuses.
 
-Every line ends as a row of the table, or in the tally with its reason. No Python object is made per row unless its
+Every line ends as a row of the table, or in the bad_rows with its reason. No Python object is made per row unless its
 neighbourhood is damaged.
 """
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dpo4rec_ray.datasets.raw import EVENTS, ITEMS, MAX_SHOWN, Parsed, Tally
+from dpo4rec_ray.datasets.source import EVENTS, ITEMS, MAX_SHOWN, BadRows, Parsed
 
 Fast = Callable[[bytes], pa.Table]
 Why = Callable[[bytes], str]
@@ -61,7 +61,7 @@ class Lines:
         return self.block[self.ends[low] : self.ends[high]]
 
 
-def parse_lines(lines: Lines, fast: Fast, why: Why, tally: Tally) -> tuple[pa.Table, NDArray[np.int64]]:
+def parse_lines(lines: Lines, fast: Fast, why: Why, bad_rows: BadRows) -> tuple[pa.Table, NDArray[np.int64]]:
     """Read the lines with `fast`; halve what it refuses, so that only damaged lines are left out.
 
     Args:
@@ -92,7 +92,7 @@ def parse_lines(lines: Lines, fast: Fast, why: Why, tally: Tally) -> tuple[pa.Ta
             middle = (low + high) // 2
             todo += [(middle, high), (low, middle)]
         else:
-            _leaf(lines, low, high, fast, why, tally, take)
+            _leaf(lines, low, high, fast, why, bad_rows, take)
     if not tables:
         return pa.table({}), np.zeros(0, dtype=np.int64)
     return pa.concat_tables(tables, promote_options="default"), np.concatenate(rows)
@@ -108,14 +108,14 @@ def _try(fast: Fast, block: bytes, num_lines: int) -> pa.Table | None:
 
 
 def _leaf(
-    lines: Lines, low: int, high: int, fast: Fast, why: Why, tally: Tally, take: Callable[..., None]
+    lines: Lines, low: int, high: int, fast: Fast, why: Why, bad_rows: BadRows, take: Callable[..., None]
 ) -> None:
     sound: list[int] = []
     for row in range(low, high):
         line = lines.line(row)
         reason = why(line) if line.strip() else EMPTY_LINE
         if reason:
-            tally.add(row, reason, line)
+            bad_rows.add(row, reason, line)
         else:
             sound.append(row)
     together = b"".join(lines.span(row, row + 1) for row in sound)
@@ -126,7 +126,7 @@ def _leaf(
     for row in sound:
         table = _try(fast, lines.span(row, row + 1), 1)
         if table is None:
-            tally.add(row, UNREADABLE, lines.line(row))
+            bad_rows.add(row, UNREADABLE, lines.line(row))
         else:
             take(table, np.array([row]))
 
@@ -139,10 +139,10 @@ def parse_events(
     fast gives the columns of EVENTS (rating may be float64). `ratings` are the lowest and highest that can be; a
     rating equal to `unrated` says that the user gave none: such rows are filtered.
     """
-    lines, tally = Lines(block), Tally()
-    table, rows = parse_lines(lines, fast, why, tally)
+    lines, bad_rows = Lines(block), BadRows()
+    table, rows = parse_lines(lines, fast, why, bad_rows)
     return checked_events(
-        table, rows, len(lines), tally, lambda row: lines.line(row), ratings=ratings, unrated=unrated
+        table, rows, len(lines), bad_rows, lambda row: lines.line(row), ratings=ratings, unrated=unrated
     )
 
 
@@ -150,7 +150,7 @@ def checked_events(
     table: pa.Table,
     rows: NDArray[np.int64],
     rows_read: int,
-    tally: Tally,
+    bad_rows: BadRows,
     text_of: Callable[[int], bytes | str],
     *,
     ratings: tuple[float, float],
@@ -158,10 +158,10 @@ def checked_events(
 ) -> Parsed:
     """Sort out events with missing fields, ratings or times that cannot be, and those without a rating.
 
-    rows: [table.num_rows] which row of the block each came from, for `text_of` and the tally.
+    rows: [table.num_rows] which row of the block each came from, for `text_of` and the bad_rows.
     """
     if not table.num_rows:
-        return Parsed(EVENTS.empty_table(), rows_read, tally)
+        return Parsed(EVENTS.empty_table(), rows_read, bad_rows)
     filtered: Counter[str] = Counter()
     missing = np.zeros(table.num_rows, dtype=np.bool_)
     for name in EVENTS.names:
@@ -180,43 +180,43 @@ def checked_events(
         (OUT_OF_RANGE, ~in_range),
         (BAD_TIME, (timestamp < 0) | (timestamp >= MAX_TIMESTAMP_S)),
     ):
-        quarantine(np.flatnonzero(bad & good), rows, reason, tally, text_of)
+        quarantine(np.flatnonzero(bad & good), rows, reason, bad_rows, text_of)
         good &= ~bad
     if none_given.any():
         filtered[UNRATED] = int(none_given.sum())
     if not good.all():
         table, rows = table.filter(pa.array(good)), rows[good]
-    return Parsed(table.select(EVENTS.names).cast(EVENTS), rows_read, tally, filtered, row_of=rows)
+    return Parsed(table.select(EVENTS.names).cast(EVENTS), rows_read, bad_rows, filtered, row_of=rows)
 
 
 def quarantine(
-    places: NDArray[np.int64], rows: NDArray[np.int64], reason: str, tally: Tally, text_of: Callable
+    places: NDArray[np.int64], rows: NDArray[np.int64], reason: str, bad_rows: BadRows, text_of: Callable
 ) -> None:
     for place in places[:MAX_SHOWN]:
-        tally.add(int(rows[place]), reason, text_of(int(rows[place])))
+        bad_rows.add(int(rows[place]), reason, text_of(int(rows[place])))
     if len(places) > MAX_SHOWN:
-        tally.counts[reason] += len(places) - MAX_SHOWN
+        bad_rows.counts[reason] += len(places) - MAX_SHOWN
 
 
 def parse_items(block: bytes, fast: Fast, why: Why) -> Parsed:
     """One block of items. fast gives the columns of ITEMS; a null or empty title is kept for the caller to name."""
-    lines, tally = Lines(block), Tally()
-    table, rows = parse_lines(lines, fast, why, tally)
-    return checked_items(table, rows, len(lines), tally, lambda row: lines.line(row))
+    lines, bad_rows = Lines(block), BadRows()
+    table, rows = parse_lines(lines, fast, why, bad_rows)
+    return checked_items(table, rows, len(lines), bad_rows, lambda row: lines.line(row))
 
 
 def checked_items(
     table: pa.Table,
     rows: NDArray[np.int64],
     rows_read: int,
-    tally: Tally,
+    bad_rows: BadRows,
     text_of: Callable[[int], bytes | str],
 ) -> Parsed:
     """Sort out items without an id; clean the titles and attributes of the others."""
     if not table.num_rows:
-        return Parsed(ITEMS.empty_table(), rows_read, tally)
+        return Parsed(ITEMS.empty_table(), rows_read, bad_rows)
     missing = pc.fill_null(pc.binary_length(table["raw_id"]), 0).to_numpy() == 0
-    quarantine(np.flatnonzero(missing), rows, MISSING, tally, text_of)
+    quarantine(np.flatnonzero(missing), rows, MISSING, bad_rows, text_of)
     if missing.any():
         table, rows = table.filter(pa.array(~missing)), rows[~missing]
     titles, num_titles = clean_strings(table["title"].combine_chunks())
@@ -225,7 +225,7 @@ def checked_items(
     attributes = pa.ListArray.from_arrays(lists.offsets, values) if len(lists) else lists
     cleaned = Counter({"titles": num_titles}) if num_titles else Counter[str]()
     columns = {"raw_id": table["raw_id"], "title": titles, "attributes": attributes}
-    return Parsed(pa.table(columns).cast(ITEMS), rows_read, tally, cleaned=cleaned, row_of=rows)
+    return Parsed(pa.table(columns).cast(ITEMS), rows_read, bad_rows, cleaned=cleaned, row_of=rows)
 
 
 # Entities, tags and control characters; the last alternative is a script that Amazon's 2018 crawl took for a title.

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dpo4rec_ray.datasets.raw import EVENTS, ITEMS, DataFile, Source
+from dpo4rec_ray.datasets.source import EVENTS, ITEMS, DataFile, Source
 from dpo4rec_ray.errors import UserError
 
 GENRES = ("drama", "comedy", "thriller", "romance", "horror", "western", "mystery", "fantasy")

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from dpo4rec_ray.datasets import parsing
 from dpo4rec_ray.datasets.cells import Column, TimestampUnit
 from dpo4rec_ray.datasets.column_mapping import Origin, data_files
-from dpo4rec_ray.datasets.raw import USERS, Parsed, Source
+from dpo4rec_ray.datasets.source import USERS, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
 
@@ -135,7 +135,7 @@ def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -
 def _finish_users(table: pa.Table, origin: Origin, *, profile: tuple[str, ...]) -> Parsed:
     known = pc.fill_null(pc.greater(pc.binary_length(table["raw_id"]), 0), False)
     missing = np.flatnonzero(~known.to_numpy())
-    parsing.quarantine(missing, origin.rows, parsing.MISSING, origin.tally, origin.text_of)
+    parsing.quarantine(missing, origin.rows, parsing.MISSING, origin.bad_rows, origin.text_of)
     table = table.filter(known)
     told = pa.array([""] * table.num_rows, pa.string())
     for name in profile:
@@ -146,7 +146,7 @@ def _finish_users(table: pa.Table, origin: Origin, *, profile: tuple[str, ...]) 
     return Parsed(
         pa.table({"raw_id": table["raw_id"], "profile": texts}).cast(USERS),
         origin.rows_read,
-        origin.tally,
+        origin.bad_rows,
         cleaned=Counter({"profiles": num_cleaned} if num_cleaned else {}),
         row_of=origin.rows[known.to_numpy()],
     )

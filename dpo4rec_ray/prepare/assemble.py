@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import split_users
 from dpo4rec_ray.core.keys import Keys, seed_of
-from dpo4rec_ray.datasets.raw import ITEMS
+from dpo4rec_ray.datasets.source import ITEMS
 from dpo4rec_ray.prepare.ingest import keys_of
 from dpo4rec_ray.prepare.partitions import UserBlock
 

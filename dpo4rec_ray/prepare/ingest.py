@@ -24,7 +24,7 @@ from dpo4rec_ray.core.kcore import contains
 from dpo4rec_ray.core.keys import Keys, partition_of, string_keys
 from dpo4rec_ray.datasets.files import BLOCK_BYTES, Split, plan_splits, read_blocks, read_row_group
 from dpo4rec_ray.datasets.parsing import UNKNOWN_ITEM, UNKNOWN_USER
-from dpo4rec_ray.datasets.raw import MAX_SHOWN, BadLine, DataFile, Parsed
+from dpo4rec_ray.datasets.source import MAX_SHOWN, BadLine, DataFile, Parsed
 from dpo4rec_ray.prepare.partition_files import new_arrow
 from dpo4rec_ray.store.progress import Progress
 

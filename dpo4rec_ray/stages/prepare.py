@@ -28,7 +28,7 @@ from dpo4rec_ray.core.keys import Keys, seed_of
 from dpo4rec_ray.datasets import SourceSettings, load_source
 from dpo4rec_ray.datasets.files import plan_splits
 from dpo4rec_ray.datasets.logged import LoggedSettings
-from dpo4rec_ray.datasets.raw import ITEMS, USERS, Source
+from dpo4rec_ray.datasets.source import ITEMS, USERS, Source
 from dpo4rec_ray.datasets.synthetic import SampleSettings
 from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError

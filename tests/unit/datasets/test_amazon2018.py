@@ -26,7 +26,7 @@ from dpo4rec_ray.datasets.parsing import (
     MISSING,
     OUT_OF_RANGE,
 )
-from dpo4rec_ray.datasets.raw import EVENTS, ITEMS, DataFile, Parsed
+from dpo4rec_ray.datasets.source import EVENTS, ITEMS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "amazon-gift-cards"

@@ -20,7 +20,7 @@ from dpo4rec_ray.datasets.parsing import (
     OUT_OF_RANGE,
     UNRATED,
 )
-from dpo4rec_ray.datasets.raw import EVENTS, ITEMS
+from dpo4rec_ray.datasets.source import EVENTS, ITEMS
 from dpo4rec_ray.errors import UserError
 
 HEADER = b"user_id,parent_asin,rating,timestamp\n"

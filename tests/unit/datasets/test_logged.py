@@ -30,7 +30,7 @@ from dpo4rec_ray.datasets.logged import (
     describe,
 )
 from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, BAD_TIME, MISSING, UNREADABLE
-from dpo4rec_ray.datasets.raw import LISTS, DataFile, Parsed
+from dpo4rec_ray.datasets.source import LISTS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dpo4rec_ray.datasets.files import plan_splits, read_blocks
 from dpo4rec_ray.datasets.movielens import describe, read_movie, read_movie_100k, read_user_1m, read_user_100k
-from dpo4rec_ray.datasets.raw import EVENTS, ITEMS, USERS, DataFile, Parsed
+from dpo4rec_ray.datasets.source import EVENTS, ITEMS, USERS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "ml-1m"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpo4rec_ray.datasets.raw import EVENTS, ITEMS
+from dpo4rec_ray.datasets.source import EVENTS, ITEMS
 from dpo4rec_ray.datasets.synthetic import (
     SampleSettings,
     TasteSettings,
@@ -14,7 +14,6 @@ from dpo4rec_ray.datasets.synthetic import (
     make_catalogue,
     simulate_users,
 )
-from dpo4rec_ray.datasets.write_sample import main
 from dpo4rec_ray.errors import UserError
 
 CATALOGUE = make_catalogue(120, seed=7)
@@ -99,14 +98,6 @@ def test_the_source_holds_tables_that_agree_and_a_catalogue_that_the_seed_does_n
     assert events.schema == EVENTS and items.schema == ITEMS
     assert set(events["item"].to_pylist()) <= set(items["raw_id"].to_pylist())
     assert set(events["user"].to_pylist()) == set(truth["raw_id"].to_pylist())
-
-
-def test_the_command_writes_files_of_a_real_shape(tmp_path, capsys):
-    arguments = ["--like", "amazon-books", str(tmp_path / "raw"), "--reviews", "2000", "--layout", "csv"]
-    assert main(arguments) == 0
-    assert (tmp_path / "raw" / "Books.csv").read_text().count("\n") == 2000
-    assert main(arguments) == 2
-    assert "--force" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_items", [5, 100_000])

@@ -37,7 +37,7 @@ from dpo4rec_ray.datasets.parsing import (
     OUT_OF_RANGE,
     UNREADABLE,
 )
-from dpo4rec_ray.datasets.raw import EVENTS, ITEMS, USERS, DataFile, Parsed
+from dpo4rec_ray.datasets.source import EVENTS, ITEMS, USERS, DataFile, Parsed
 from dpo4rec_ray.datasets.table import TableSettings, describe
 from dpo4rec_ray.errors import UserError
 

@@ -46,7 +46,7 @@ class BadLine:
 
 
 @dataclass
-class Tally:
+class BadRows:
     """Rows left out, by reason, with the first few of each."""
 
     counts: Counter[str] = field(default_factory=Counter[str])
@@ -65,7 +65,7 @@ class Parsed:
 
     table: pa.Table  # EVENTS, ITEMS, USERS or LISTS
     rows_read: int
-    quarantined: Tally = field(default_factory=Tally)  # rows that are damaged
+    quarantined: BadRows = field(default_factory=BadRows)  # rows that are damaged
     filtered: Counter[str] = field(default_factory=Counter[str])  # rows that are sound and not wanted
     cleaned: Counter[str] = field(default_factory=Counter[str])  # rows that were mended and kept
     row_of: NDArray[np.int64] | None = (

@@ -1,4 +1,4 @@
-"""The lines of synthetic Amazon files: ids, reviews and metadata in the layout of the release of 2018, packed chunk by chunk."""
+"""The lines of synthetic Amazon files (amazon_files.py): ids, reviews and metadata as in the release of 2018, compressed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-Layout = Literal["json.gz", "csv"]
+ReviewFormat = Literal["json.gz", "csv"]
 Ints = NDArray[np.integer[Any]]
 
-META_SHARE = 0.97  # of the items; the others have no line: an assumption
-# Of stars 1 to 5: an assumption, no table is published for the release.
+# Share of the items that have a line in the catalogue (an assumption).
+META_SHARE = 0.97
+# Shares of 1 to 5 stars (an assumption: no table is published for the release).
 STAR_SHARES = (0.04, 0.04, 0.09, 0.20, 0.63)
 FIRST_DAY, LAST_DAY = np.datetime64("1996-05-20"), np.datetime64("2018-10-02")
-RECENT = 0.25  # exponent of the uniform draw of a time: half of the reviews are from 2015 on (an assumption)
+# Exponent of the uniform draw of a time: half of the reviews are from 2015 on (an assumption).
+RECENT = 0.25
 EVENTS_STREAM, REVIEWS_STREAM, META_STREAM = 1, 2, 3
 
 
@@ -59,7 +61,7 @@ def _strings(text: NDArray[np.uint8]) -> pa.StringArray:
     )
 
 
-# Texts of the lines. The pools below them end with what stands between their field and the next.
+# Texts of the lines. Each string of the pools below ends with the text between its field and the next one.
 _DAYS = np.arange(FIRST_DAY, LAST_DAY + 1)
 _SECONDS = _DAYS.astype("datetime64[s]").astype(np.int64)
 _NAMES = (
@@ -98,7 +100,7 @@ _GENRES = ("Literature &amp; Fiction", "Mystery, Thriller &amp; Suspense", "Chil
 
 
 def _pool(values: Iterable[str], before: str = "", after: str = "") -> pa.StringArray:
-    """`values` as the inside of JSON strings, with what stands before and after each of them on the line."""
+    """`values` as the inside of JSON strings, each between the texts before and after it on the line."""
     return pa.array([before + json.dumps(value)[1:-1] + after for value in values])
 
 
@@ -135,7 +137,7 @@ _META_POOLS = {
 }
 
 
-def review_chunk(task: tuple[int, int, Ints, Ints, Layout]) -> tuple[bytes, int]:
+def review_chunk(task: tuple[int, int, Ints, Ints, ReviewFormat]) -> tuple[bytes, int]:
     """Review lines of the rows of one chunk, and how many."""
     seed, number, items, users, layout = task
     rng = np.random.default_rng([seed, REVIEWS_STREAM, number])
@@ -164,7 +166,7 @@ def meta_chunk(task: tuple[int, int, int, int]) -> tuple[bytes, int]:
 def _drawn(
     pools: dict[str, pa.StringArray], given: dict[str, Ints], rng: np.random.Generator, rows: int
 ) -> list[pa.StringArray]:
-    """One string per row out of every pool: at the given places, else at random."""
+    """One string per row from every pool: at the given places, or at random where none are given."""
     places = {
         name: given[name] if name in given else rng.integers(len(pool), size=rows)
         for name, pool in pools.items()
@@ -173,7 +175,7 @@ def _drawn(
 
 
 def _content(*parts: pa.StringArray | str) -> memoryview:
-    """The parts side by side, all rows one after the other: strings lie so in memory once they are joined."""
+    """All rows one after the other, each with its parts joined. Arrow keeps joined strings like this, so nothing is copied."""
     joined = pc.binary_join_element_wise(*parts, "")
     _, offsets, content = joined.buffers()
     end = np.frombuffer(offsets, dtype=np.int32)[len(joined)]
@@ -181,5 +183,5 @@ def _content(*parts: pa.StringArray | str) -> memoryview:
 
 
 def _gzip(content: memoryview) -> bytes:
-    """A gzip file of its own; several in a row are one."""
+    """One gzip member. Several members in a row are one gzip file."""
     return zlib.compress(content, 1, wbits=31)

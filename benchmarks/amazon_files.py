@@ -1,16 +1,18 @@
-"""Files in the layout of the Amazon reviews of 2018, of any size, for benches: the real ones are 12 GB and not ours to ship.
+"""Synthetic files in the layout of the Amazon reviews of 2018: python -m benchmarks.amazon_files --like amazon-books DEST.
 
-Published figures decide how many users, items and reviews there are and how long the tails are; who reviews what is
-drawn independently of it, so there is nothing to be learned from these reviews. Texts come from small pools, about 360
-bytes a line where the real file has about twice that, packed to 46 where the real one takes 230.
+For benchmarks: the real files have 12 GB and may not be shipped. The numbers of users, items and reviews and the lengths
+of the tails follow published written. Who reviews what is random, so nothing can be learned from these reviews. Texts come
+from small pools: about 360 bytes a line where the real file has about twice that, compressed to 46 where the real one
+takes 230.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo4rec_ray.datasets.amazon_lines import EVENTS_STREAM, Ints, Layout, meta_chunk, review_chunk
+from benchmarks.amazon_lines import EVENTS_STREAM, Ints, ReviewFormat, meta_chunk, review_chunk
 from dpo4rec_ray.errors import UserError
 
-CHUNK_ROWS = 200_000  # lines made and compressed at once: about 70 MB; part of what a seed means
+# Lines made and compressed at once: about 70 MB. Another number makes other files of the same seed.
+CHUNK_ROWS = 200_000
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Tail:
 
     Attributes:
         share: in a small file, where it is less than `most`, the longest is this share of the other side, so that
-            repeats stay rare, but at least four times the mean.
+            a user seldom meets an item twice, but at least four times the mean.
     """
 
     least: int
@@ -73,7 +76,7 @@ META_NAME = "meta_Books.json.gz"
 
 
 @dataclass(frozen=True)
-class Figures:
+class Written:
     """What was written. num_meta: items that have a line in the catalogue; num_bytes: of all files."""
 
     reviews: Path
@@ -91,10 +94,10 @@ def write_amazon_like(
     like: str = "amazon-books",
     num_reviews: int | None = None,
     seed: int = 0,
-    layout: Layout = "json.gz",
+    layout: ReviewFormat = "json.gz",
     meta: bool = True,
     processes: int = 1,
-) -> Figures:
+) -> Written:
     """Write reviews, and the catalogue if `meta`, into `folder`; files of the same names are replaced.
 
     Args:
@@ -136,10 +139,10 @@ def write_amazon_like(
         meta_bytes, num_meta = _write(folder / META_NAME, meta_chunk, tasks, processes)
         num_bytes += meta_bytes
     seconds = time.monotonic() - started
-    return Figures(reviews, wanted, num_users, num_items, num_meta, num_bytes, seconds)
+    return Written(reviews, wanted, num_users, num_items, num_meta, num_bytes, seconds)
 
 
-def review_name(shape: Shape, layout: Layout) -> str:
+def review_name(shape: Shape, layout: ReviewFormat) -> str:
     return "Books.csv" if layout == "csv" else f"{shape.stem}.json.gz"
 
 
@@ -222,8 +225,11 @@ def _worked(work: Callable[[Any], Any], tasks: Iterable[Any], processes: int) ->
         yield from pool.imap(work, tasks)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m dpo4rec_ray.datasets.write_sample --like SHAPE DEST`."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the files and print one line. Exit code: 0, or 2 with one line for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.amazon_files", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("folder", metavar="DEST", help="folder to write to")
     parser.add_argument("--like", choices=list(SHAPES), required=True, help="the dataset whose shape it has")
     parser.add_argument(
@@ -236,9 +242,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-meta", action="store_true", help="write no catalogue")
     parser.add_argument("--processes", type=int, default=1, metavar="P")
     parser.add_argument("--force", action="store_true", help="replace such files that are there already")
+    try:
+        _run(parser.parse_args(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def main(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     """Write what the options ask for and print one line.
 
     Raises:
@@ -254,7 +266,7 @@ def main(options: argparse.Namespace) -> None:
     try:
         for path in there:  # a file of the other layout would be read in place of the new one
             path.unlink()
-        figures = write_amazon_like(
+        written = write_amazon_like(
             folder,
             like=options.like,
             num_reviews=options.reviews,
@@ -266,7 +278,11 @@ def main(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
     print(
-        f"{figures.reviews}: {figures.num_reviews:,} reviews of {figures.num_items:,} items by "
-        f"{figures.num_users:,} users, {figures.num_meta:,} items described, {figures.num_bytes / 1e9:.2f} GB, "
-        f"{figures.seconds:.1f} s"
+        f"{written.reviews}: {written.num_reviews:,} reviews of {written.num_items:,} items by "
+        f"{written.num_users:,} users, {written.num_meta:,} items described, {written.num_bytes / 1e9:.2f} GB, "
+        f"{written.seconds:.1f} s"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import json
+import re
 from collections import Counter
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo4rec_ray.datasets import amazon2018, amazon_like, amazon_lines
-from dpo4rec_ray.datasets.amazon_like import SHAPES, draw_events, write_amazon_like
-from dpo4rec_ray.datasets.amazon_lines import asins, reviewer_ids
+from benchmarks import amazon_files, amazon_lines
+from benchmarks.amazon_files import SHAPES, Written, draw_events, main, write_amazon_like
+from benchmarks.amazon_lines import asins, reviewer_ids
+from dpo4rec_ray.datasets import amazon2018
 from dpo4rec_ray.datasets.files import plan_splits, read_blocks
 from dpo4rec_ray.errors import UserError
 
@@ -41,21 +42,21 @@ def _read(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, amazon_like.Figures]:
+def books(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Written]:
     """200,000 reviews and their catalogue."""
     folder = tmp_path_factory.mktemp("books")
     return folder, write_amazon_like(folder, num_reviews=200_000, seed=5)
 
 
 @pytest.fixture(scope="module")
-def reviews(books: tuple[Path, amazon_like.Figures]) -> list[dict]:
+def reviews(books: tuple[Path, Written]) -> list[dict]:
     return _read(books[0] / "Books.json.gz")
 
 
 def test_a_seed_gives_the_same_bytes_whatever_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(amazon_like, "CHUNK_ROWS", 6_000)
+    monkeypatch.setattr(amazon_files, "CHUNK_ROWS", 6_000)
 
     def content(name: str, **options) -> list[bytes]:
         write_amazon_like(tmp_path / name, num_reviews=20_000, **options)
@@ -82,7 +83,7 @@ def test_every_line_has_the_fields_of_the_real_file_in_its_order(reviews: list[d
         assert 50 <= len(review["reviewText"]) <= 160
 
 
-def test_the_marginals_are_the_published_ones(reviews: list[dict], books: tuple[Path, amazon_like.Figures]):
+def test_the_marginals_are_the_published_ones(reviews: list[dict], books: tuple[Path, Written]):
     # 200,000 / 51,311,621 of 15,362,619 users and 2,930,451 items
     users, items = Counter(r["reviewerID"] for r in reviews), Counter(r["asin"] for r in reviews)
     assert (len(reviews), len(users), len(items)) == (200_000, 59_880, 11_422)
@@ -169,7 +170,7 @@ def test_the_ratings_file_has_the_same_events(tmp_path: Path, reviews: list[dict
     ]
 
 
-def test_the_source_of_2018_reads_all_of_it(books: tuple[Path, amazon_like.Figures]):
+def test_the_source_of_2018_reads_all_of_it(books: tuple[Path, Written]):
     source = amazon2018.describe(str(books[0]))
     for files, wanted in ((source.events, 200_000), (source.items, books[1].num_meta)):
         parsed = [
@@ -204,19 +205,23 @@ def test_a_run_that_fails_leaves_no_file(tmp_path: Path, monkeypatch):
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    parser = argparse.ArgumentParser()
-    amazon_like.add_arguments(parser)
     command = [str(tmp_path / "new"), "--like", "amazon-books", "--reviews", "1000"]
-    amazon_like.main(parser.parse_args(command))
+    assert main(command) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "1,000 reviews of 57 items by 299 users" in printed
-    with pytest.raises(UserError, match=r"Books\.json\.gz exists already.*--force"):
-        amazon_like.main(parser.parse_args([*command, "--layout", "csv"]))
-    amazon_like.main(parser.parse_args([*command, "--layout", "csv", "--no-meta", "--force"]))
+    assert main([*command, "--layout", "csv"]) == 2
+    assert re.search(r"Books\.json\.gz exists already.*--force", capsys.readouterr().err)
+    assert main([*command, "--layout", "csv", "--no-meta", "--force"]) == 0
     # What was there is gone: a reader must not meet two layouts.
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["Books.csv"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        amazon_like.main(
-            parser.parse_args([str(tmp_path / "file"), "--like", "amazon-books", "--reviews", "1000"])
-        )
+    assert main([str(tmp_path / "file"), "--like", "amazon-books", "--reviews", "1000"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_command_writes_files_of_a_real_shape(tmp_path, capsys):
+    arguments = ["--like", "amazon-books", str(tmp_path / "raw"), "--reviews", "2000", "--layout", "csv"]
+    assert main(arguments) == 0
+    assert (tmp_path / "raw" / "Books.csv").read_text().count("\n") == 2000
+    assert main(arguments) == 2
+    assert "--force" in capsys.readouterr().err
