@@ -30,9 +30,9 @@ from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.policy.small_llm import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.trackers import check_tracker
+from dpo4rec_ray.prepare.inspection import inspect_source
 from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
-from dpo4rec_ray.stages.prepare import source_of
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.train.loops import train_settings
@@ -82,7 +82,7 @@ def check_all(config: Config, only: str = "") -> None:
     if config.logged.file or config.data.protocol == "time":
         _check_no_redraws(config)
     if only in ("", "prepare"):
-        source_of(config)
+        inspect_source(config)
     if only == "prepare":
         return
     if only == "dpo":  # which needs neither an encoder nor an engine

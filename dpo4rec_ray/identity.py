@@ -12,7 +12,7 @@ from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.prompts import PROMPT_VERSION
 from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
 from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
-from dpo4rec_ray.stages.prepare import source_of
+from dpo4rec_ray.prepare.inspection import source_of
 from dpo4rec_ray.store.artifacts import RunDir, folder_hash
 from dpo4rec_ray.store.policies import base_llm_path
 

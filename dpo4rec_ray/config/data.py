@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from dpo4rec_ray.config.section import Section
 
+TimestampUnit = Literal["s", "ms", "us", "iso"]
+MIN_CANDIDATES, MAX_CANDIDATES = 2, 200
+
 
 class DataSection(Section):
     """Source, splits and candidate lists (docs/method.md, section 1)."""
@@ -34,7 +37,7 @@ class DataSection(Section):
     """Least rating of a positive."""
     max_history: int = Field(default=30, ge=1)
     """Most events of the knowledge history, which the prompt shows."""
-    num_candidates: int = Field(default=10, ge=2, le=200)
+    num_candidates: int = Field(default=10, ge=MIN_CANDIDATES, le=MAX_CANDIDATES)
     """Candidates per list."""
     block_size: int = Field(default=4, ge=1)
     """Consecutive events of a user in one candidate list; the rest of the list is drawn."""
@@ -67,8 +70,8 @@ class TableSection(Section):
     """Column of the rating. "": implicit feedback, every event counts as rated 1."""
     timestamp: str = "timestamp"
     """Column of the time."""
-    timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
-    """Unit of the times: seconds, milliseconds or microseconds since 1970, or ISO 8601."""
+    timestamp_unit: TimestampUnit = "s"
+    """Unit of the times: seconds, milliseconds or microseconds since 1970, or ISO 8601 text. Times in Parquet need none."""
     min_rating: float = 0.0
     """Least rating; a row with a lower one is bad."""
     max_rating: float = 5.0
@@ -78,24 +81,24 @@ class TableSection(Section):
     item_id: str = "item_id"
     """Column of the item's id in the items."""
     title: str = "title"
-    """Column of the title."""
+    """Column of the title. "": items have no titles and go by their ids."""
     attributes: dict[str, str] = Field(default_factory=dict)
     """Attributes of an item: name -> column."""
     attribute_separator: str = "|"
-    """What separates several values in one cell."""
+    """What separates several values in one cell. "": each cell is one value."""
     users: str = ""
     """File of the users. "": users have no profile."""
     user_id: str = "user_id"
     """Column of the user's id in the users."""
     profile: tuple[str, ...] = ()
-    """Columns of the users that the prompt shows."""
+    """Columns of the users that the prompt shows, as "age: 25, country: NL"."""
 
 
 class LoggedSection(Section):
     """Your own candidate lists with labels, on top of any dataset. No list is drawn then."""
 
     file: str = ""
-    """Parquet or JSONL file with list columns: a path or URI. "": lists are drawn from the events."""
+    """Parquet or JSONL file with list columns: a path, URI or pattern. "": lists are drawn from the events."""
     user: str = "user_id"
     """Column of the user's id."""
     candidates: str = "candidate_item_ids"
@@ -103,13 +106,13 @@ class LoggedSection(Section):
     labels: str = "labels"
     """Column of the candidates' labels."""
     timestamp: str = ""
-    """Column of the list's time. "": the log has none."""
-    timestamp_unit: Literal["s", "ms", "us", "iso"] = "s"
+    """Column of the list's time, which every row must have. "": the log has none."""
+    timestamp_unit: TimestampUnit = "s"
     """Unit of the times, as table.timestamp_unit."""
     split: str = ""
-    """Column that says train, valid or test. "": split as data.protocol says."""
+    """Column that says train, valid or test in every row. "": split as data.protocol says."""
     history: str = ""
-    """Column of the history's ids. "": the user's last events before the list."""
+    """Column of the history's ids, oldest first. "" or null: the user's last events before the list."""
     history_ratings: str = ""
     """Column of the history's ratings. "": none."""
 

@@ -1,8 +1,8 @@
 """64-bit keys of strings, and random numbers that depend on a key alone.
 
-Raw ids become integers without a dictionary that every machine would have to share: a key is a hash of the id, the same
-everywhere. Any two of n ids meet with probability n^2 / 2^65 (15 million ids: 6e-6), which is accepted. Draws are
-hashes too, so that they depend neither on the number of partitions nor on the order in which these are worked on.
+Raw ids become integers without a dictionary that all machines would have to share: a key is a hash of the id, the same
+on every machine. The probability that two of n ids get the same key is n^2 / 2^65 (15 million ids: 6e-6), which is
+accepted. Draws are hashes too, so they depend neither on the number of partitions nor on the order of the work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 Keys = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -24,7 +25,7 @@ def string_keys(offsets: npt.NDArray[Any], content: npt.NDArray[np.uint8]) -> Ke
     starts = offsets[:-1].astype(np.int64)
     lengths = np.diff(offsets).astype(np.int64)
     padded = np.concatenate([content, np.zeros(_WORD, dtype=np.uint8)])
-    # Every byte begins a word: an unaligned view, so that words are gathered without a copy per string.
+    # A view in which a word begins at every byte, so that words are gathered without a copy per string.
     words = np.ndarray(shape=(len(content) + 1,), dtype="<u8", buffer=padded.data, strides=(1,))
     keys = mix(lengths.astype(np.uint64) + _GOLDEN)
     for place in range(0, int(lengths.max(initial=0)), _WORD):
@@ -34,6 +35,16 @@ def string_keys(offsets: npt.NDArray[Any], content: npt.NDArray[np.uint8]) -> Ke
         kept = words[starts[rows] + place] & (~np.uint64(0) >> ((np.uint64(_WORD) - left) * np.uint64(8)))
         keys[rows] = mix(keys[rows] ^ kept)
     return keys
+
+
+def keys_of(column: pa.ChunkedArray | pa.StringArray) -> Keys:
+    """One key per string of an Arrow column without nulls, [n]."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not len(array):
+        return np.zeros(0, dtype=np.uint64)
+    _, offsets, content = array.buffers()
+    places = np.frombuffer(offsets, dtype=np.int32)[array.offset : array.offset + len(array) + 1]
+    return string_keys(places, np.frombuffer(content or b"", dtype=np.uint8))
 
 
 def string_key(content: bytes) -> int:
@@ -52,7 +63,7 @@ def _mix_one(value: int) -> int:
 
 
 def mix(values: npt.NDArray[np.uint64]) -> Keys:
-    """splitmix64's finaliser (Steele, Lea and Flood, 2014): a bijection whose every output bit depends on all inputs."""
+    """splitmix64's finaliser (Steele, Lea and Flood, 2014): a bijection in which every output bit depends on every input bit."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -71,7 +82,7 @@ def below(bits: Keys, bound: int) -> npt.NDArray[np.int64]:
 
 
 def random_share(ids: npt.NDArray[np.int64], seed: int, share: float) -> npt.NDArray[np.bool_]:
-    """Which ids belong to a random share of all: each id decides alone, by its hash with the seed. ids: [n] -> [n]."""
+    """Which ids belong to a random share of all, [n] -> [n]. The answer for an id depends on it and the seed alone."""
     bits = stream(mix(ids.astype(np.uint64) + _GOLDEN), seed)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
 

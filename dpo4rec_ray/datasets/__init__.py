@@ -3,56 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+from dpo4rec_ray.config.data import DataSection, LoggedSection, SampleSection, TableSection
 from dpo4rec_ray.datasets import amazon2018, amazon2023, logged, movielens, synthetic, table
 from dpo4rec_ray.datasets.files import absolute
-from dpo4rec_ray.datasets.logged import LoggedSettings
 from dpo4rec_ray.datasets.source import Source
-from dpo4rec_ray.datasets.synthetic import SampleSettings
-from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError
 
 
 @dataclass(frozen=True)
-class SourceSettings:
-    """Everything any source may want to know; each takes its part."""
+class SourceSections:
+    """The sections of a recipe that say what the data is, and the seed of the sample world's users."""
 
-    raw_dir: str = ""
-    file: str = ""  # of the interactions, where the folder holds several
-    seed: int = 0  # of the sample world's users
-    sample: SampleSettings = field(default_factory=SampleSettings)
-    table: TableSettings = field(default_factory=TableSettings)
-    logged: LoggedSettings = field(default_factory=LoggedSettings)
+    data: DataSection
+    table: TableSection
+    logged: LoggedSection
+    sample: SampleSection
+    seed: int
+
+    @property
+    def raw_dir(self) -> str:
+        return absolute(self.data.raw_dir)
 
 
-DATASETS: dict[str, Callable[[SourceSettings], Source]] = {
-    "movielens": lambda settings: movielens.describe(settings.raw_dir),
-    "amazon2018": lambda settings: amazon2018.describe(settings.raw_dir, settings.file),
-    "amazon2023": lambda settings: amazon2023.describe(settings.raw_dir, settings.file),
-    "table": lambda settings: table.describe(settings.raw_dir, settings.table),
-    "sample": lambda settings: synthetic.describe(settings.sample, settings.seed),
+DATASETS: dict[str, Callable[[SourceSections], Source]] = {
+    "movielens": lambda sections: movielens.describe(sections.raw_dir),
+    "amazon2018": lambda sections: amazon2018.describe(sections.raw_dir, sections.data.file),
+    "amazon2023": lambda sections: amazon2023.describe(sections.raw_dir, sections.data.file),
+    "table": lambda sections: table.describe(sections.raw_dir, sections.table),
+    "sample": lambda sections: synthetic.describe(sections.sample, sections.seed),
 }
 
-__all__ = ["DATASETS", "Source", "SourceSettings", "load_source"]
+__all__ = ["DATASETS", "Source", "SourceSections", "load_source"]
 
 
-def load_source(name: str, settings: SourceSettings) -> Source:
-    """Dataset `name`, with logged lists on top where they are given. No event is read yet.
+def load_source(sections: SourceSections) -> Source:
+    """The dataset that the sections name, with logged lists where `logged.file` is set. No event is read yet.
 
     Raises:
-        UserError: an unknown name, or files that are not those of the dataset.
+        UserError: an unknown name, keys that contradict each other, or files that are not those of the dataset.
     """
-    if name not in DATASETS:
-        raise UserError(f"data.dataset = {name!r} is unknown; known: {', '.join(DATASETS)}")
-    if settings.file and name not in ("amazon2018", "amazon2023"):
+    data, log = sections.data, sections.logged
+    if data.dataset not in DATASETS:
+        raise UserError(f"data.dataset = {data.dataset!r} is unknown; known: {', '.join(DATASETS)}")
+    if data.file and data.dataset not in ("amazon2018", "amazon2023"):
         raise UserError(
-            f"data.file = {settings.file!r} is for Amazon's files; data.dataset = {name!r} has no use for it"
+            f"data.file = {data.file!r} is for Amazon's files; leave it out with data.dataset = {data.dataset!r}"
         )
-    if name != "sample" and not settings.raw_dir:
+    if data.dataset != "sample" and not data.raw_dir:
         raise UserError("data.raw_dir is not set; give the folder or URI of the dataset: data.raw_dir=FOLDER")
-    settings = replace(settings, raw_dir=absolute(settings.raw_dir))
-    source = DATASETS[name](settings)
-    if settings.logged.file:
-        source = replace(source, lists=logged.describe(absolute(settings.logged.file), settings.logged))
-    return source
+    if log.file and (data.user_core or data.item_core or data.protocol == "time"):
+        raise UserError(
+            "logged.file is set, and logged lists are taken as they are; leave out data.user_core, data.item_core and "
+            'data.protocol = "time"'
+        )
+    source = DATASETS[data.dataset](sections)
+    return replace(source, lists=logged.describe(absolute(log.file), log)) if log.file else source

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 from numpy.typing import NDArray
 
+from dpo4rec_ray.config.data import TimestampUnit
 from dpo4rec_ray.datasets.parsing import BAD_NUMBER, BAD_TIME, LEAF, UNREADABLE
 
-TimestampUnit = Literal["s", "ms", "us", "iso"]
 Role = Literal["id", "number", "time", "text", "values", "ids", "numbers"]
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _ELEMENT: dict[str, Role] = {

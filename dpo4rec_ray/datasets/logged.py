@@ -6,21 +6,20 @@ Beyond the paper, which draws its lists. One row is one list; a row that cannot 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dpo4rec_ray.config.data import MAX_CANDIDATES, MIN_CANDIDATES, LoggedSection
+from dpo4rec_ray.core.candidates import SPLITS
 from dpo4rec_ray.datasets import parsing
-from dpo4rec_ray.datasets.cells import Column, TimestampUnit, any_of
+from dpo4rec_ray.datasets.cells import Column, any_of
 from dpo4rec_ray.datasets.column_mapping import Origin, data_files
 from dpo4rec_ray.datasets.source import LISTS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
-MIN_CANDIDATES, MAX_CANDIDATES = 2, 200
-SPLITS = ("train", "valid", "test")
 LENGTHS_DIFFER = "candidates and labels differ in number"
 WRONG_SIZE = f"not {MIN_CANDIDATES} to {MAX_CANDIDATES} candidates"
 REPEATED = "a candidate twice (kept)"
@@ -29,36 +28,13 @@ UNKNOWN_SPLIT = f"split is not one of {', '.join(SPLITS)}"
 BAD_HISTORY = "history and its ratings differ in number or have gaps"
 
 
-@dataclass(frozen=True)
-class LoggedSettings:
-    """Which columns of the logged lists hold what.
-
-    Attributes:
-        file: path or URI, or a pattern such as "/logs/2024-*.parquet"; Parquet or JSON lines with list columns.
-        timestamp: "" when the log has none. A column that is named must hold a value in every row; so must `split`.
-        timestamp_unit: of numbers; "iso" for text.
-        history, history_ratings: items seen before the list and their ratings, oldest first. A null history is taken
-            from the events, as it is for all rows when no column is named.
-    """
-
-    file: str = ""
-    user: str = "user_id"
-    candidates: str = "candidate_item_ids"
-    labels: str = "labels"
-    timestamp: str = ""
-    timestamp_unit: TimestampUnit = "s"
-    split: str = ""
-    history: str = ""
-    history_ratings: str = ""
-
-
-def describe(path_or_uri: str, settings: LoggedSettings) -> tuple[DataFile, ...]:
-    """The files of the logged lists, whose parsers give LISTS. path_or_uri: as `LoggedSettings.file`.
+def describe(path_or_uri: str, section: LoggedSection) -> tuple[DataFile, ...]:
+    """The files of the logged lists, whose parsers give LISTS. path_or_uri: as `logged.file`, absolute.
 
     Raises:
         UserError: no such file, a mapped column is missing or of a type it cannot have, ratings without a history.
     """
-    s = settings
+    s = section
     if s.history_ratings and not s.history:
         raise UserError(
             f"logged.history_ratings = {s.history_ratings!r} and logged.history is not set; name the column of the items"

@@ -14,12 +14,13 @@ run's users.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dpo4rec_ray.config.data import SampleSection
 from dpo4rec_ray.datasets.source import EVENTS, ITEMS, DataFile, Source
 from dpo4rec_ray.errors import UserError
 
@@ -70,16 +71,6 @@ class TasteSettings:
     stars_noise: float = 0.4
     min_events: int = 24
     max_events: int = 36
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """The sample world. The catalogue depends on `num_items` and `catalogue_seed` only."""
-
-    num_users: int = 600
-    num_items: int = 320
-    catalogue_seed: int = 7
-    taste: TasteSettings = field(default_factory=TasteSettings)
 
 
 @dataclass(frozen=True)
@@ -231,19 +222,18 @@ def _draw_tastes(
     return loves
 
 
-def describe(settings: SampleSettings, seed: int) -> Source:
+def describe(section: SampleSection, seed: int) -> Source:
     """The sample world's users (drawn from `seed`) over its fixed catalogue, in memory, with their true tastes."""
-    catalogue = make_catalogue(settings.num_items, settings.catalogue_seed)
+    catalogue = make_catalogue(section.num_items, section.catalogue_seed)
     users = simulate_users(
         catalogue.attributes,
         catalogue.popularity,
-        settings.num_users,
+        section.num_users,
         seed,
         quality=catalogue.quality,
-        settings=settings.taste,
     )
-    user_ids = pa.array([f"u{i}" for i in range(settings.num_users)])
-    item_ids = pa.array([f"i{i}" for i in range(settings.num_items)])
+    user_ids = pa.array([f"u{i}" for i in range(section.num_users)])
+    item_ids = pa.array([f"i{i}" for i in range(section.num_items)])
     events = pa.table(
         {
             "user": user_ids.take(pa.array(users.user_index)),

@@ -8,60 +8,27 @@ costs its row, never the run. Whatever the file holds, ids become text and times
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo4rec_ray.config.data import TableSection
 from dpo4rec_ray.datasets import parsing
-from dpo4rec_ray.datasets.cells import Column, TimestampUnit
+from dpo4rec_ray.datasets.cells import Column
 from dpo4rec_ray.datasets.column_mapping import Origin, data_files
 from dpo4rec_ray.datasets.source import USERS, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
 
-@dataclass(frozen=True)
-class TableSettings:
-    """Where the tables are and which of their columns hold what.
-
-    Attributes:
-        interactions, items, users: a file or a pattern below the raw folder, such as "events/*.parquet"; the suffix
-            tells the format. Items and users may be "".
-        rating: "" for implicit feedback: every event counts as rated 1.0.
-        timestamp_unit: of numbers; "iso" for text such as 2024-05-01T10:00:00Z. Parquet's own times need none.
-        title: "" when items have none and go by their ids.
-        attributes: facet -> column, such as {"genre": "genres"}.
-        attribute_separator: splits one cell of an attribute column into several values; "" splits nothing.
-        profile: columns of the users, shown as "age: 25, country: NL".
-    """
-
-    interactions: str = ""
-    user: str = "user_id"
-    item: str = "item_id"
-    rating: str = "rating"
-    timestamp: str = "timestamp"
-    timestamp_unit: TimestampUnit = "s"
-    min_rating: float = 0.0
-    max_rating: float = 5.0
-    items: str = ""
-    item_id: str = "item_id"
-    title: str = "title"
-    attributes: dict[str, str] = field(default_factory=dict[str, str])
-    attribute_separator: str = "|"
-    users: str = ""
-    user_id: str = "user_id"
-    profile: tuple[str, ...] = ()
-
-
-def describe(raw_dir: str, settings: TableSettings) -> Source:
+def describe(raw_dir: str, section: TableSection) -> Source:
     """The source behind `raw_dir`, a local folder or URI. Reads headers, Parquet schemas and first lines only.
 
     Raises:
         UserError: no file matches, a format is unknown, a mapped column is missing or of a type it cannot have.
     """
-    s = settings
+    s = section
     if s.min_rating > s.max_rating:
         raise UserError(
             f"table.min_rating = {s.min_rating:g} is above table.max_rating = {s.max_rating:g}; swap them"

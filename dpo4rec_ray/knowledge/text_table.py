@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.core.keys import Keys, string_keys
+from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.errors import UserError
 
 JSON_LINES, KLG = (".jsonl", ".ndjson"), (".klg", ".json")
@@ -124,7 +124,7 @@ def place_texts(
     if _identity_of(target) == identity:
         return None
     tally = Tally()
-    known_keys = _keys(raw_ids)
+    known_keys = keys_of(raw_ids)
     order = np.argsort(known_keys)
     sorted_keys = known_keys[order]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def place_texts(
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for rows in _batches(Path(source).expanduser(), columns, tally):
                 ids, texts, places = _usable(rows, tally)
-                keys = _keys(pa.array(ids, pa.string()))
+                keys = keys_of(pa.array(ids, pa.string()))
                 found = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
                 known = sorted_keys[found] == keys
                 for at in np.flatnonzero(~known):
@@ -173,15 +173,6 @@ class TextTable:
         """The first `count` texts of a subject, or as many as there are."""
         low, high = np.searchsorted(self._ids, [subject_id, subject_id + 1])
         return [self._texts[int(row)].as_py() for row in self._rows[low : min(high, low + count)]]
-
-
-def _keys(ids: pa.StringArray) -> Keys:
-    """64-bit keys of strings, [n]: sorted integers are searched much faster than a table of strings is built."""
-    if not len(ids):
-        return np.zeros(0, np.uint64)
-    _, offsets, content = ids.buffers()
-    places = np.frombuffer(offsets, np.int32)[ids.offset : ids.offset + len(ids) + 1]
-    return string_keys(places, np.frombuffer(content or b"", np.uint8))
 
 
 def _usable(rows: Rows, tally: Tally) -> tuple[list[str], list[str], list[str]]:

@@ -10,9 +10,8 @@ import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import split_users
-from dpo4rec_ray.core.keys import Keys, seed_of
+from dpo4rec_ray.core.keys import Keys, keys_of, seed_of
 from dpo4rec_ray.datasets.source import ITEMS
-from dpo4rec_ray.prepare.ingest import keys_of
 from dpo4rec_ray.prepare.partitions import UserBlock
 
 

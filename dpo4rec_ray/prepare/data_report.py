@@ -31,6 +31,7 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 class DataReport:
     """Filled step by step by `stages/prepare.py`."""
 
+    files: list[str]
     events: FileCounts = field(default_factory=FileCounts)
     items: FileCounts = field(default_factory=FileCounts)
     users: FileCounts = field(default_factory=FileCounts)
@@ -84,6 +85,7 @@ class DataReport:
             "density": kept / (num_users * num_items),
             "splits": dict(sorted(splits.items())),
             "quantiles": {name: _quantiles(histogram) for name, histogram in histograms.items()},
+            "files": self.files,
             "rows_read": self.events.rows_read,
             "rows_kept": kept,
             "quarantined": dict(quarantined),

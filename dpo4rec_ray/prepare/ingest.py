@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.core.kcore import contains
-from dpo4rec_ray.core.keys import Keys, partition_of, string_keys
+from dpo4rec_ray.core.keys import Keys, keys_of, partition_of
 from dpo4rec_ray.datasets.files import BLOCK_BYTES, Split, plan_splits, read_blocks, read_row_group
 from dpo4rec_ray.datasets.parsing import UNKNOWN_ITEM, UNKNOWN_USER
 from dpo4rec_ray.datasets.source import MAX_SHOWN, BadLine, DataFile, Parsed
@@ -118,16 +118,6 @@ def _with_answer(table: pa.Table, answer: str) -> pa.Table:
     """The rows and, on a row of its own so that no row is needed to carry it, what was counted."""
     carrier = pa.table({"answer": [answer]})
     return pa.concat_tables([table, carrier], promote_options="default")
-
-
-def keys_of(column: pa.ChunkedArray | pa.StringArray) -> Keys:
-    """64-bit keys of a string column without nulls."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if not len(array):
-        return np.zeros(0, dtype=np.uint64)
-    _, offsets, content = array.buffers()
-    places = np.frombuffer(offsets, dtype=np.int32)[array.offset : array.offset + len(array) + 1]
-    return string_keys(places, np.frombuffer(content or b"", dtype=np.uint8))
 
 
 def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any) -> Iterator[pa.Table]:

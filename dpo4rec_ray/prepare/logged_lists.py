@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.core.candidates import Events, Ragged, ragged
 from dpo4rec_ray.core.kcore import contains, count_items, merge_counts
-from dpo4rec_ray.core.keys import Keys
-from dpo4rec_ray.prepare.ingest import keys_of
+from dpo4rec_ray.core.keys import Keys, keys_of
 from dpo4rec_ray.prepare.partition_files import (
     block_files,
     read_alive,

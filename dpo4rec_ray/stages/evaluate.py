@@ -20,10 +20,10 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.evaluation import paper_table, tables
+from dpo4rec_ray.prepare.inspection import file_names, source_of
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.stages.prepare import source_of
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
@@ -193,8 +193,9 @@ def _about(store: RunDir) -> pd.DataFrame:
 
 def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame) -> None:
     """Write the tables, and figures.json with everything in them, which the report reads."""
-    source = source_of(config)
-    files = [file.path for file in (*source.events, *source.users)]
+    stats = store.require("lists").stats
+    # Data prepared by an older version does not name its files.
+    files = stats["files"] if "files" in stats else file_names(source_of(config))
     # a sample of the users, or lists of one's own, are not the paper's data
     other = config.logged.file or config.data.max_users
     paper = None if other else paper_table.key_of(config.data.dataset, files)

@@ -25,16 +25,13 @@ from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.core.candidates import SPLITS
 from dpo4rec_ray.core.kcore import ItemCounts, merge_counts
 from dpo4rec_ray.core.keys import Keys, seed_of
-from dpo4rec_ray.datasets import SourceSettings, load_source
 from dpo4rec_ray.datasets.files import plan_splits
-from dpo4rec_ray.datasets.logged import LoggedSettings
 from dpo4rec_ray.datasets.source import ITEMS, USERS, Source
-from dpo4rec_ray.datasets.synthetic import SampleSettings
-from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.assemble import item_table, new_names, truth_table, user_blocks
 from dpo4rec_ray.prepare.data_report import DataReport
 from dpo4rec_ray.prepare.ingest import read_rows, write_partitions
+from dpo4rec_ray.prepare.inspection import file_names, take_source
 from dpo4rec_ray.prepare.logged_lists import build_logged, collect_lists, logged_user_keys
 from dpo4rec_ray.prepare.partition_files import item_names, user_keys_of
 from dpo4rec_ray.prepare.partitions import NUM_BINS, Counted, build, collect, peel, time_histogram, time_range
@@ -47,7 +44,8 @@ ARTIFACTS = ("users", "items", "truth", "lists")
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Read the dataset and write users, items, truth (empty unless it is known), lists, and data/report.json."""
-    source, report = source_of(config), DataReport()
+    source = take_source(config)
+    report = DataReport(files=file_names(source))
     folders = {name: store.start(name) for name in ARTIFACTS}
     data_folder = folders["lists"].parent
     for leftover in data_folder.glob("work-*"):  # of a run that was killed
@@ -62,25 +60,6 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     report.write(stats, data_folder)
     rows = {name: stats[name] for name in ARTIFACTS}
     return Outcome(rows_in=stats["rows_read"], rows_out=rows["lists"], stats=stats, rows=rows)
-
-
-def source_of(config: Config) -> Source:
-    """The recipe's data source; none of its events has been read."""
-    data = config.data
-    settings = SourceSettings(
-        raw_dir=data.raw_dir,
-        file=data.file,
-        seed=config.run.seed,
-        sample=SampleSettings(**config.sample.model_dump()),
-        table=TableSettings(**config.table.model_dump()),
-        logged=LoggedSettings(**config.logged.model_dump()),
-    )
-    source = load_source(data.dataset, settings)
-    if source.lists and (data.user_core or data.item_core or data.protocol == "time"):
-        raise UserError(
-            'logged.file is set: the lists are taken as they are; leave out data.user_core, data.item_core and "time"'
-        )
-    return source
 
 
 def _prepare(

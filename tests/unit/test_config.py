@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from dpo4rec_ray.config import Config, default_config, load_config
-from dpo4rec_ray.config.data import LoggedSection, TableSection
-from dpo4rec_ray.datasets.logged import LoggedSettings
-from dpo4rec_ray.datasets.table import TableSettings
 from dpo4rec_ray.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
@@ -185,9 +181,3 @@ def test_section_hash_can_leave_a_key_out() -> None:
         *without, "generate.user_frac"
     )
     assert base.section_hash(*without) != default_config(["generate.top_p=0.5"]).section_hash(*without)
-
-
-def test_sections_of_a_source_are_its_settings() -> None:
-    """The recipe's sections and what the sources take are written twice; they must not drift apart."""
-    for section, settings in ((TableSection, TableSettings), (LoggedSection, LoggedSettings)):
-        assert section().model_dump() == dataclasses.asdict(settings())

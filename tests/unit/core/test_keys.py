@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo4rec_ray.core.keys import below, mix, partition_of, random_share, stream, string_keys
+from dpo4rec_ray.core.keys import below, keys_of, mix, partition_of, random_share, stream, string_keys
 
 
 def keys(texts: list[str]) -> np.ndarray:
@@ -46,8 +46,6 @@ def test_a_key_depends_on_its_string_alone(texts: list[str], random: object) -> 
 def test_a_slice_of_an_arrow_column() -> None:
     whole = pa.array(["user1", "x" * 30, "", "user1"])
     part = whole.slice(1, 3)
-    from dpo4rec_ray.prepare.ingest import keys_of
-
     assert keys_of(part).tolist() == keys(["x" * 30, "", "user1"]).tolist()
 
 

@@ -6,7 +6,6 @@ import gzip
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo4rec_ray.config.data import LoggedSection
 from dpo4rec_ray.datasets import files
 from dpo4rec_ray.datasets.logged import (
     BAD_HISTORY,
@@ -26,7 +26,6 @@ from dpo4rec_ray.datasets.logged import (
     REPEATED,
     UNKNOWN_SPLIT,
     WRONG_SIZE,
-    LoggedSettings,
     describe,
 )
 from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, BAD_TIME, MISSING, UNREADABLE
@@ -34,7 +33,7 @@ from dpo4rec_ray.datasets.source import LISTS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
-FULL = LoggedSettings(
+FULL = LoggedSection(
     user="user", candidates="shown", labels="clicks", timestamp="at", split="split", history="before",
     history_ratings="stars",
 )  # fmt: skip
@@ -136,10 +135,10 @@ def test_each_kind_of_damage_is_named_and_the_rest_comes_through(tmp_path: Path,
 def test_columns_that_are_not_named_are_null(tmp_path: Path):
     pq.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "l.parquet")
     path = f"{tmp_path}/l.parquet"
-    few = LoggedSettings(user="user", candidates="shown", labels="clicks")
+    few = LoggedSection(user="user", candidates="shown", labels="clicks")
     unknown = {"timestamp_s": None, "split": None, "history": None, "history_ratings": None}
     assert read(describe(path, few)).table.to_pylist() == [{**EXPECTED, **unknown}]
-    with_history = replace(few, history="before")
+    with_history = few.model_copy(update={"history": "before"})
     assert read(describe(path, with_history)).table.to_pylist() == [
         {**EXPECTED, **unknown, "history": ["8", "9"]}
     ]
@@ -181,7 +180,7 @@ def test_parquet_list_types_dictionaries_and_times(kind: pa.DataType):
     )
     with memory.open("/logged_types/l.parquet", "wb") as sink:
         pq.write_table(table, sink)
-    mapping = LoggedSettings(
+    mapping = LoggedSection(
         user="user", candidates="shown", labels="clicks", timestamp="at", timestamp_unit="iso"
     )
     lists = read(describe("memory://logged_types/l.parquet", mapping)).table.to_pylist()
@@ -200,7 +199,7 @@ def test_elements_that_cannot_be_read(tmp_path: Path):
         "clicks": [["1", "0"], ["1", "nope"]],
     })  # fmt: skip
     pq.write_table(table, tmp_path / "l.parquet")
-    few = LoggedSettings(user="user", candidates="shown", labels="clicks")
+    few = LoggedSection(user="user", candidates="shown", labels="clicks")
     parsed = read(describe(f"{tmp_path}/l.parquet", few))
     assert bad_rows(parsed) == [(0, UNREADABLE), (1, BAD_NUMBER)]
     (tmp_path / "l.jsonl").write_bytes(
@@ -236,21 +235,21 @@ def test_a_wrong_mapping_is_told_before_anything_is_read(tmp_path: Path):
         with pytest.raises(
             UserError, match=rf"'no' \(logged\.{key}\) is not there; columns found: user, shown"
         ):
-            describe(path, replace(FULL, **{key: "no"}))
+            describe(path, FULL.model_copy(update={key: "no"}))
     with pytest.raises(
         UserError, match=r"'user' \(logged\.labels\) is of type int64; it must hold lists of numbers"
     ):
-        describe(path, replace(FULL, labels="user"))
+        describe(path, FULL.model_copy(update={"labels": "user"}))
     with pytest.raises(
         UserError, match=r"'split' \(logged\.candidates\) is of type string; it must hold lists"
     ):
-        describe(path, replace(FULL, candidates="split"))
+        describe(path, FULL.model_copy(update={"candidates": "split"}))
     with pytest.raises(
         UserError, match=r"'shown' \(logged\.candidates\) is of type string; it must hold lists"
     ):
-        describe(f"{tmp_path}/l.csv", LoggedSettings(user="user", candidates="shown", labels="clicks"))
+        describe(f"{tmp_path}/l.csv", LoggedSection(user="user", candidates="shown", labels="clicks"))
     with pytest.raises(UserError, match=r"logged\.history is not set"):
-        describe(path, replace(FULL, history=""))
+        describe(path, FULL.model_copy(update={"history": ""}))
     with pytest.raises(UserError, match=r"no file matches logged\.file = 'none\.parquet'"):
         describe(f"{tmp_path}/none.parquet", FULL)
 
@@ -367,7 +366,7 @@ def test_all_of_kars_lists_come_through():
     path = DATA / "ml-1m-reference-lists" / "lists.parquet"
     if not path.exists():
         pytest.skip("shared/data is not here")
-    mapping = LoggedSettings(split="split", history="history_item_ids", history_ratings="history_ratings")
+    mapping = LoggedSection(split="split", history="history_item_ids", history_ratings="history_ratings")
     parsed = read(describe(str(path), mapping))
     assert not parsed.quarantined.counts and parsed.rows_read == 103_697
     splits = parsed.table["split"].value_counts().to_pylist()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dpo4rec_ray.config.data import SampleSection
 from dpo4rec_ray.datasets.source import EVENTS, ITEMS
 from dpo4rec_ray.datasets.synthetic import (
-    SampleSettings,
     TasteSettings,
     describe,
     facet_values,
@@ -90,7 +90,7 @@ def test_simulated_users_work_over_a_catalogue_with_several_genres_and_no_creato
 
 
 def test_the_source_holds_tables_that_agree_and_a_catalogue_that_the_seed_does_not_change():
-    settings = SampleSettings(num_users=30, num_items=60)
+    settings = SampleSection(num_users=30, num_items=60)
     one, other = describe(settings, seed=1), describe(settings, seed=2)
     items, events, truth = one.items[0].table, one.events[0].table, one.truth
     assert items.equals(other.items[0].table) and not truth.equals(other.truth)

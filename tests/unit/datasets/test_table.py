@@ -11,7 +11,6 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo4rec_ray.config.data import TableSection
 from dpo4rec_ray.datasets import files
 from dpo4rec_ray.datasets.cells import Column, converted
 from dpo4rec_ray.datasets.column_mapping import matching_files
@@ -38,7 +38,7 @@ from dpo4rec_ray.datasets.parsing import (
     UNREADABLE,
 )
 from dpo4rec_ray.datasets.source import EVENTS, ITEMS, USERS, DataFile, Parsed
-from dpo4rec_ray.datasets.table import TableSettings, describe
+from dpo4rec_ray.datasets.table import describe
 from dpo4rec_ray.errors import UserError
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -104,7 +104,7 @@ def write_parquet(path: Path, **columns: list) -> None:
 )
 def test_text_formats_give_the_same_events_in_file_order(tmp_path: Path, name: str, content: bytes):
     (tmp_path / name).write_bytes(content)
-    source = describe(str(tmp_path), TableSettings(interactions=name))
+    source = describe(str(tmp_path), TableSection(interactions=name))
     (parsed,) = read(source.events)
     assert parsed.table.equals(TABLE) and parsed.rows_read == 3
     assert not source.closed and source.items == source.users == source.lists == ()
@@ -115,7 +115,7 @@ def test_parquet_gives_the_same_events_one_block_per_row_group(tmp_path: Path):
     table = pa.table({"user_id": TABLE["user"], "item_id": TABLE["item"], "rating": TABLE["rating"],
                       "timestamp": TABLE["timestamp_s"], "more": [[1]] * 3})  # fmt: skip
     pq.write_table(table, tmp_path / "e.parquet", row_group_size=2)
-    parsed = read(describe(str(tmp_path), TableSettings(interactions="e.parquet")).events)
+    parsed = read(describe(str(tmp_path), TableSection(interactions="e.parquet")).events)
     assert [one.table.num_rows for one in parsed] == [2, 1]
     assert pa.concat_tables([one.table for one in parsed]).equals(TABLE)
 
@@ -213,7 +213,7 @@ def test_csv_quarantines_what_is_bad_and_nothing_else(tmp_path: Path):
     (tmp_path / "e.csv").write_bytes(
         CSV.split(b"\n")[0] + b"\n" + b"\n".join(line for line, _ in CSV_TROUBLE)
     )
-    (parsed,) = read(describe(str(tmp_path), TableSettings(interactions="e.csv")).events)
+    (parsed,) = read(describe(str(tmp_path), TableSection(interactions="e.csv")).events)
     assert bad_rows(parsed) == [(row, reason) for row, (_, reason) in enumerate(CSV_TROUBLE) if reason]
     texts = {bad.row: bad.text for bad in parsed.quarantined.shown}
     assert texts[8] == "u1,a,good,100" and texts[19] == "u1,\\xff\\xfe,4,100"
@@ -226,7 +226,7 @@ def test_csv_quarantines_what_is_bad_and_nothing_else(tmp_path: Path):
 def test_csv_line_does_not_depend_on_where_its_block_ends(tmp_path: Path):
     """Every line alone, as the last of two and as the first of two: always the same verdict."""
     (tmp_path / "e.csv").write_bytes(CSV)
-    parse = describe(str(tmp_path), TableSettings(interactions="e.csv")).events[0].parse
+    parse = describe(str(tmp_path), TableSection(interactions="e.csv")).events[0].parse
     assert parse is not None
     for line, reason in CSV_TROUBLE[:3] + CSV_TROUBLE[4:]:  # an empty block has no line
         for before, after in ((b"", b""), (b"v,b,3,7\n", b""), (b"", b"v,b,3,7\n")):
@@ -237,7 +237,7 @@ def test_csv_line_does_not_depend_on_where_its_block_ends(tmp_path: Path):
 def test_csv_damage_that_cancels_out_in_the_count_of_rows(tmp_path: Path):
     """A quote joins two lines and a carriage return splits one: three lines, three rows, none of them a line."""
     (tmp_path / "e.csv").write_bytes(CSV)
-    parse = describe(str(tmp_path), TableSettings(interactions="e.csv")).events[0].parse
+    parse = describe(str(tmp_path), TableSection(interactions="e.csv")).events[0].parse
     assert parse is not None
     parsed = parse(b'u3,"c\nd",4,100\nu1,a,4,100\ru2,b,3,7\nu4,e,5,101\n')
     assert bad_rows(parsed) == [(0, UNREADABLE), (1, FIELD_COUNT), (2, UNREADABLE)]
@@ -246,7 +246,7 @@ def test_csv_damage_that_cancels_out_in_the_count_of_rows(tmp_path: Path):
 
 def test_a_byte_order_mark_within_the_file_is_part_of_its_field_wherever_a_block_begins(tmp_path: Path):
     (tmp_path / "e.csv").write_bytes(CSV)
-    parse = describe(str(tmp_path), TableSettings(interactions="e.csv")).events[0].parse
+    parse = describe(str(tmp_path), TableSection(interactions="e.csv")).events[0].parse
     assert parse is not None
     marked = b"\xef\xbb\xbfu3,c,4,100\n"
     for block in (marked, b"u1,a,4,100\n" + marked):
@@ -284,7 +284,7 @@ JSON_TROUBLE = [
 
 def test_jsonl_quarantines_what_is_bad_and_nothing_else(tmp_path: Path):
     (tmp_path / "e.jsonl").write_text("\n".join(line for line, _ in JSON_TROUBLE))
-    (parsed,) = read(describe(str(tmp_path), TableSettings(interactions="e.jsonl")).events)
+    (parsed,) = read(describe(str(tmp_path), TableSection(interactions="e.jsonl")).events)
     assert bad_rows(parsed) == [(row, reason) for row, (_, reason) in enumerate(JSON_TROUBLE) if reason]
     good = parsed.table.to_pylist()
     assert [row["user"] for row in good] == ["u1", "5", "5", "u1", "u1"]
@@ -296,7 +296,7 @@ def test_jsonl_quarantines_what_is_bad_and_nothing_else(tmp_path: Path):
 def test_jsonl_block_of_nulls_does_not_crash_the_reader(tmp_path: Path):
     """pyarrow's own reader ends the process on it (apache/arrow #47409)."""
     (tmp_path / "e.jsonl").write_bytes(JSONL)
-    parse = describe(str(tmp_path), TableSettings(interactions="e.jsonl")).events[0].parse
+    parse = describe(str(tmp_path), TableSection(interactions="e.jsonl")).events[0].parse
     assert parse is not None
     parsed = parse(b"null\n" * 200)
     assert parsed.quarantined.counts == {BAD_JSON: 200} and parsed.table.schema == EVENTS
@@ -315,7 +315,7 @@ def test_parquet_rows_are_quarantined_with_what_they_hold(tmp_path: Path):
         }
     )
     pq.write_table(table, tmp_path / "e.parquet")
-    (parsed,) = read(describe(str(tmp_path), TableSettings(interactions="e.parquet")).events)
+    (parsed,) = read(describe(str(tmp_path), TableSection(interactions="e.parquet")).events)
     assert parsed.table.to_pylist() == [{"user": "u1", "item": "1", "rating": 4.0, "timestamp_s": 100}]
     assert bad_rows(parsed) == [
         (1, UNREADABLE), (2, BAD_NUMBER), (3, OUT_OF_RANGE), (4, MISSING), (5, MISSING), (6, BAD_TIME),
@@ -333,7 +333,7 @@ def test_parquet_bad_cells_among_many_rows(tmp_path: Path):
     write_parquet(tmp_path / "e.parquet", user_id=list(range(1000)), item_id=list(range(1000)), rating=ratings,
                   timestamp=["2024-05-01"] * 1000)  # fmt: skip
     (parsed,) = read(
-        describe(str(tmp_path), TableSettings(interactions="e.parquet", timestamp_unit="iso")).events
+        describe(str(tmp_path), TableSection(interactions="e.parquet", timestamp_unit="iso")).events
     )
     assert bad_rows(parsed) == [(0, BAD_NUMBER), (500, BAD_NUMBER), (999, BAD_NUMBER)]
     assert parsed.table["user"].to_pylist() == [str(n) for n in range(1000) if n not in (0, 500, 999)]
@@ -341,7 +341,7 @@ def test_parquet_bad_cells_among_many_rows(tmp_path: Path):
 
 def test_implicit_feedback_counts_every_event_as_rated_1(tmp_path: Path):
     (tmp_path / "e.csv").write_text("who,what,when\nu1,a,100\nu2,b,-1\n")
-    mapping = TableSettings(
+    mapping = TableSection(
         interactions="e.csv", user="who", item="what", rating="", timestamp="when", min_rating=3
     )
     (parsed,) = read(describe(str(tmp_path), mapping).events)
@@ -371,12 +371,14 @@ def test_items_titles_and_attributes_in_every_format(tmp_path: Path):
     ]
     (tmp_path / "i.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "i.parquet")
-    mapping = TableSettings(interactions="e.parquet", attributes={"genre": "genres", "author": "author"})
+    mapping = TableSection(interactions="e.parquet", attributes={"genre": "genres", "author": "author"})
     for name in ("i.csv", "i.jsonl", "i.parquet"):
-        (parsed,) = read(describe(str(tmp_path), replace(mapping, items=name)).items)
+        (parsed,) = read(describe(str(tmp_path), mapping.model_copy(update={"items": name})).items)
         assert parsed.table.to_pylist() == expected and parsed.table.schema == ITEMS
         assert bad_rows(parsed) == [(3, MISSING)]
-    plain = replace(mapping, items="i.csv", title="", attributes={"genre": "genres"}, attribute_separator="")
+    plain = mapping.model_copy(
+        update={"items": "i.csv", "title": "", "attributes": {"genre": "genres"}, "attribute_separator": ""}
+    )
     (parsed,) = read(describe(str(tmp_path), plain).items)
     assert parsed.table["title"].null_count == 3
     assert parsed.table["attributes"].to_pylist() == [["genre: Comedy| Animation |Comedy"], [], ["genre: |"]]
@@ -390,11 +392,11 @@ def test_attributes_may_be_numbers_dates_or_mixed_lists(tmp_path: Path):
         '{"item_id": 1, "title": 7, "year": 1995.0, "codes": [3, "4"], "out": "2024-05-01"}\n'
         '{"item_id": 2, "title": 8, "codes": []}\n'
     )
-    mapping = TableSettings(
+    mapping = TableSection(
         interactions="e.parquet", attributes={"year": "year", "code": "codes", "out": "out"}
     )
     for name in ("i.parquet", "i.jsonl"):
-        (parsed,) = read(describe(str(tmp_path), replace(mapping, items=name)).items)
+        (parsed,) = read(describe(str(tmp_path), mapping.model_copy(update={"items": name})).items)
         assert parsed.table.to_pylist() == [
             {
                 "raw_id": "1",
@@ -409,7 +411,7 @@ def test_attributes_stay_with_their_items_in_the_order_of_the_facets(tmp_path: P
     (tmp_path / "e.csv").write_bytes(CSV)
     cells = [f"{n},T{n},x{n}|y|z{n % 3},a{n}\n" for n in range(100)]
     (tmp_path / "i.csv").write_text("item_id,title,genres,author\n" + "".join(cells))
-    mapping = TableSettings(
+    mapping = TableSection(
         interactions="e.csv", items="i.csv", attributes={"by": "author", "genre": "genres"}
     )
     (parsed,) = read(describe(str(tmp_path), mapping).items)
@@ -421,7 +423,7 @@ def test_attributes_stay_with_their_items_in_the_order_of_the_facets(tmp_path: P
 def test_users_and_their_profiles(tmp_path: Path):
     (tmp_path / "e.csv").write_bytes(CSV)
     (tmp_path / "u.csv").write_text("user_id,age,country\nu1,25,NL\nu2,, <b>FR</b>\nu3,,\n,30,DE\n")
-    mapping = TableSettings(interactions="e.csv", users="u.csv", profile=("age", "country"))
+    mapping = TableSection(interactions="e.csv", users="u.csv", profile=("age", "country"))
     (parsed,) = read(describe(str(tmp_path), mapping).users)
     assert parsed.table.schema == USERS
     assert parsed.table.to_pylist() == [
@@ -431,7 +433,7 @@ def test_users_and_their_profiles(tmp_path: Path):
     ]
     assert bad_rows(parsed) == [(3, MISSING)] and parsed.cleaned == {"profiles": 1}
     assert parsed.row_of is not None and parsed.row_of.tolist() == [0, 1, 2]
-    (parsed,) = read(describe(str(tmp_path), replace(mapping, profile=())).users)
+    (parsed,) = read(describe(str(tmp_path), mapping.model_copy(update={"profile": ()})).users)
     assert parsed.table["profile"].to_pylist() == ["", "", ""]
 
 
@@ -443,7 +445,7 @@ def test_patterns_take_several_files_and_each_has_its_own_columns(tmp_path: Path
     (tmp_path / "day=2" / "p0.csv").write_text("user_id,item_id,rating,timestamp\nu1,c,3,3\n")
     (tmp_path / "day=2" / ".hidden.csv").write_text("no")
     (tmp_path / "day=2" / "sub.csv").mkdir()
-    rows = rows_of(describe(str(tmp_path), TableSettings(interactions="day=*/*.csv")).events)
+    rows = rows_of(describe(str(tmp_path), TableSection(interactions="day=*/*.csv")).events)
     assert [(row["item"], row["rating"]) for row in rows] == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
     assert matching_files(str(tmp_path), "day=1/p[1-9].csv", "k") == [f"{tmp_path}/day=1/p1.csv"]
     assert matching_files(f"{tmp_path}/", "/day=1/p?.csv", "k") == [
@@ -460,13 +462,13 @@ def test_uris_through_pyarrow_and_fsspec(tmp_path: Path):
         memory.pipe(f"/test_table/events/{name}", (tmp_path / "events" / name).read_bytes())
     memory.pipe("/test_table/none.txt", b"")
     for root in (tmp_path.as_uri(), "memory://test_table"):
-        described = describe(root, TableSettings(interactions="events/*")).events
+        described = describe(root, TableSection(interactions="events/*")).events
         assert [file.path for file in described] == [f"{root}/events/a.csv", f"{root}/events/b.jsonl.gz"]
         assert [one.table.equals(TABLE) for one in read(described)] == [True, True]
         with pytest.raises(
             UserError, match=r"no file matches table\.interactions = 'x\*'; the folder holds: events"
         ):
-            describe(root, TableSettings(interactions="x*"))
+            describe(root, TableSection(interactions="x*"))
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -492,9 +494,9 @@ def web_server(folder: Path):
 def test_a_csv_over_http(tmp_path: Path):
     (tmp_path / "e.csv").write_bytes(CSV)
     with web_server(tmp_path) as root:
-        (parsed,) = read(describe(root, TableSettings(interactions="e.csv")).events)
+        (parsed,) = read(describe(root, TableSection(interactions="e.csv")).events)
         with pytest.raises(UserError, match=r"no file matches table\.interactions = 'other\.csv'"):
-            describe(root, TableSettings(interactions="other.csv"))
+            describe(root, TableSection(interactions="other.csv"))
     assert parsed.table.equals(TABLE)
 
 
@@ -504,7 +506,7 @@ def test_a_missing_column_is_told_before_anything_is_read(tmp_path: Path):
     write_parquet(tmp_path / "e.parquet", user_id=["u"], item_id=[1], rating=[4.0], timestamp=[100])
     for name in ("e.csv", "e.jsonl", "e.parquet"):
         with pytest.raises(UserError) as error:
-            describe(str(tmp_path), TableSettings(interactions=name, timestamp="time"))
+            describe(str(tmp_path), TableSection(interactions=name, timestamp="time"))
         assert f"{tmp_path}/{name}: the column 'time' (table.timestamp) is not there" in str(error.value)
         assert "columns found: user_id, item_id, rating, timestamp" in str(error.value)
         assert "\n" not in str(error.value)
@@ -513,16 +515,16 @@ def test_a_missing_column_is_told_before_anything_is_read(tmp_path: Path):
         ("table.title", {"title": "no"}),
         ("table.attributes.genre", {"attributes": {"genre": "no"}}),
     ):
-        mapping = TableSettings(interactions="e.csv", items="e.csv", title="")
+        mapping = TableSection(interactions="e.csv", items="e.csv", title="")
         with pytest.raises(UserError, match=rf"'no' \({key}\) is not there"):
-            describe(str(tmp_path), replace(mapping, **change))
+            describe(str(tmp_path), mapping.model_copy(update=change))
     with pytest.raises(UserError, match=r"'no' \(table\.profile\) is not there"):
-        describe(str(tmp_path), TableSettings(interactions="e.csv", users="e.csv", profile=("no",)))
+        describe(str(tmp_path), TableSection(interactions="e.csv", users="e.csv", profile=("no",)))
 
 
 def test_json_keys_may_be_missing_in_the_first_line(tmp_path: Path):
     (tmp_path / "e.jsonl").write_bytes(b'damaged\n{"user_id": "u0", "rating": null}\n' + JSONL)
-    (parsed,) = read(describe(str(tmp_path), TableSettings(interactions="e.jsonl")).events)
+    (parsed,) = read(describe(str(tmp_path), TableSection(interactions="e.jsonl")).events)
     assert bad_rows(parsed) == [(0, BAD_JSON), (1, MISSING)] and parsed.table.equals(TABLE)
 
 
@@ -549,7 +551,7 @@ def test_a_column_of_the_wrong_type_is_told_before_anything_is_read(
     (tmp_path / "e.jsonl").write_text(json.dumps(row) + "\n")
     for name in ("e.parquet", "e.jsonl"):
         with pytest.raises(UserError, match=told):
-            describe(str(tmp_path), TableSettings(interactions=name, timestamp_unit="iso"))
+            describe(str(tmp_path), TableSection(interactions=name, timestamp_unit="iso"))
 
 
 def test_other_mistakes_are_told(tmp_path: Path):
@@ -573,15 +575,15 @@ def test_other_mistakes_are_told(tmp_path: Path):
         ("folder", "no file matches table.interactions = 'folder'"),
     ):
         with pytest.raises(UserError, match=told):
-            describe(str(tmp_path), TableSettings(interactions=name))
+            describe(str(tmp_path), TableSection(interactions=name))
     with pytest.raises(UserError, match=r"table\.attributes is set and table\.items is not"):
-        describe(str(tmp_path), TableSettings(interactions="twice.csv", attributes={"a": "b"}))
+        describe(str(tmp_path), TableSection(interactions="twice.csv", attributes={"a": "b"}))
     with pytest.raises(UserError, match=r"table\.profile is set and table\.users is not"):
-        describe(str(tmp_path), TableSettings(interactions="twice.csv", profile=("age",)))
+        describe(str(tmp_path), TableSection(interactions="twice.csv", profile=("age",)))
     with pytest.raises(UserError, match=r"table\.min_rating = 6 is above"):
-        describe(str(tmp_path), TableSettings(interactions="twice.csv", min_rating=6))
+        describe(str(tmp_path), TableSection(interactions="twice.csv", min_rating=6))
     with pytest.raises(UserError, match="cannot be opened"):
-        describe("nosuch://bucket", TableSettings(interactions="e.csv"))
+        describe("nosuch://bucket", TableSection(interactions="e.csv"))
 
 
 # Fuzz: damaged lines among sound ones never harm the sound ones.
@@ -654,7 +656,7 @@ def check_fuzzed(
 def test_fuzz_csv(edits: list[tuple[int, int, int, bytes, bool]]):
     folder = fsspec.filesystem("memory")
     folder.pipe("/fuzz_table/e.csv", b"user_id,item_id,rating,timestamp,note\n")
-    parse = describe("memory://fuzz_table", TableSettings(interactions="e.csv")).events[0].parse
+    parse = describe("memory://fuzz_table", TableSection(interactions="e.csv")).events[0].parse
     assert parse is not None
     check_fuzzed(parse, *mangled(SOUND_CSV, edits))
 
@@ -664,7 +666,7 @@ def test_fuzz_csv(edits: list[tuple[int, int, int, bytes, bool]]):
 def test_fuzz_jsonl(edits: list[tuple[int, int, int, bytes, bool]]):
     folder = fsspec.filesystem("memory")
     folder.pipe("/fuzz_table/e.jsonl", SOUND_JSON[0] + b"\n")
-    parse = describe("memory://fuzz_table", TableSettings(interactions="e.jsonl")).events[0].parse
+    parse = describe("memory://fuzz_table", TableSection(interactions="e.jsonl")).events[0].parse
     assert parse is not None
     check_fuzzed(parse, *mangled(SOUND_JSON, edits))
 
@@ -680,9 +682,9 @@ def test_fuzz_anything_at_all(block: bytes, form: str):
     )
     for name in ("csv", "jsonl"):
         folder.copy(f"/fuzz_any/e.{name}", f"/fuzz_any/i.{name}")
-    mapping = TableSettings(interactions="e.csv", attributes={"tag": "tags"}, items="i.csv", users="u.csv")
+    mapping = TableSection(interactions="e.csv", attributes={"tag": "tags"}, items="i.csv", users="u.csv")
     key = {"e": "interactions", "i": "items", "u": "users"}[form[0]]
-    source = describe("memory://fuzz_any", replace(mapping, **{key: form}))
+    source = describe("memory://fuzz_any", mapping.model_copy(update={key: form}))
     ((file,), schema) = {
         "e": (source.events, EVENTS),
         "i": (source.items, ITEMS),
@@ -765,7 +767,7 @@ def parquet_parse(columns: tuple[Column, ...]) -> Callable[[pa.Table], Parsed]:
     memory = fsspec.filesystem("memory")
     with memory.open("/fuzz_parquet/e.parquet", "wb") as sink:
         pq.write_table(pa.table({"user_id": ["u"], "item_id": [1], "rating": [1.0], "timestamp": [1]}), sink)
-    parse = describe("memory://fuzz_parquet", TableSettings(interactions="e.parquet")).events[0].parse
+    parse = describe("memory://fuzz_parquet", TableSection(interactions="e.parquet")).events[0].parse
     assert isinstance(parse, partial)
     return partial(parse.func, **{**parse.keywords, "columns": columns})
 
@@ -774,7 +776,7 @@ def test_real_amazon_files_as_a_team_would_map_them():
     folder = DATA / "amazon-gift-cards"
     if not folder.exists():
         pytest.skip("shared/data is not here")
-    mapping = TableSettings(
+    mapping = TableSection(
         interactions="Gift_Cards_5.json.gz", user="reviewerID", item="asin", rating="overall",
         timestamp="unixReviewTime", items="meta_*.json.gz", item_id="asin", attributes={"brand": "brand"},
     )  # fmt: skip

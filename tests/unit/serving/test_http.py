@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
-from dpo4rec_ray.prepare.ingest import keys_of
+from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.serving.api import MAX_BATCH, MAX_CANDIDATES, RerankResponse
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry

@@ -1,0 +1,51 @@
+"""The recipe's data source: its raw files are looked at once per run, and what was found is handed on.
+
+Looking means to list a folder and to read headers, which takes seconds where the files are far away. The checks look
+first, then the identity of the stage needs the files, then the stage itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.datasets import Source, SourceSections, load_source
+from dpo4rec_ray.datasets.files import without_query
+
+# A table may have thousands of files.
+MAX_NAMES = 20
+# The last answer of `inspect_source` until the stage prepare has used it.
+_found: list[tuple[SourceSections, Source]] = []
+
+
+def inspect_source(config: Config) -> Source:
+    """Look at the raw files now. No event is read.
+
+    Raises:
+        UserError: as `load_source`.
+    """
+    sections = _sections(config)
+    _found[:] = [(sections, load_source(sections))]
+    return _found[0][1]
+
+
+def source_of(config: Config) -> Source:
+    """What `inspect_source` found for the same sections, or a look at the files now."""
+    return _found[0][1] if _found and _found[0][0] == _sections(config) else inspect_source(config)
+
+
+def take_source(config: Config) -> Source:
+    """`source_of` for the stage prepare. The files may change later, so the next run looks at them again."""
+    source = source_of(config)
+    _found.clear()
+    return source
+
+
+def file_names(source: Source) -> list[str]:
+    """Names of the first files of events and users, without folders and queries, which may hold secrets."""
+    files = [file for file in (*source.events, *source.users) if file.kind != "memory"]
+    return [PurePosixPath(without_query(file.path)).name for file in files[:MAX_NAMES]]
+
+
+def _sections(config: Config) -> SourceSections:
+    return SourceSections(config.data, config.table, config.logged, config.sample, config.run.seed)
