@@ -1,4 +1,4 @@
-"""Rows about items and users put beside the keys that the events brought: catalogue, profiles, splits, truth."""
+"""Items and users in the order of their keys: the catalogue, profiles, splits and known tastes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,32 @@ import pyarrow.compute as pc
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import split_users
 from dpo4rec_ray.core.keys import Keys, keys_of, seed_of
-from dpo4rec_ray.datasets.source import ITEMS
-from dpo4rec_ray.prepare.partitions import UserBlock
+from dpo4rec_ray.datasets.source import ITEMS, USERS, Source
+from dpo4rec_ray.prepare.data_report import DataReport
+from dpo4rec_ray.prepare.ingest import read_rows
+from dpo4rec_ray.prepare.partition_lists import UserBlock
+
+
+def rows_about(kind: str, source: Source, wanted: Keys | None, report: DataReport) -> pa.Table | None:
+    """What the files of "items" or "users" hold, with a column `key`; None where the source has no such files.
+
+    wanted: sorted keys; rows with another one are left out. None: all rows are kept.
+
+    Raises:
+        UserError: too many rows are damaged.
+    """
+    files = source.items if kind == "items" else source.users
+    if not files:
+        return None
+    table, counts = read_rows(files, ITEMS if kind == "items" else USERS, wanted)
+    report.add(kind, counts)
+    return table
 
 
 def item_table(item_keys: Keys, names: tuple[Keys, pa.Array], rows: pa.Table | None) -> tuple[pa.Table, int]:
-    """The catalogue in item id order, which is key order, and how many items have no title.
+    """The catalogue in item id order, which is the order of keys, and how many items have no title.
 
-    names: keys and raw ids of the items; rows: what the item files hold, None without any.
+    names: keys and raw ids of the items; rows: of `rows_about`.
     """
     raw_ids = beside(item_keys, *names)
     rows = ITEMS.empty_table().append_column("key", pa.array([], pa.uint64())) if rows is None else rows
@@ -27,7 +45,7 @@ def item_table(item_keys: Keys, names: tuple[Keys, pa.Array], rows: pa.Table | N
         for name in ("title", "attributes")
     )
     untitled = pc.equal(pc.fill_null(pc.binary_length(titles), 0), 0)
-    # Honest, and never an empty prompt: an item without a title goes by its id.
+    # A prompt must not be empty: an item without a title is shown by its id.
     titles = pc.if_else(untitled, pc.binary_join_element_wise("item", raw_ids, " "), titles)
     offsets = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(attributes), 0).to_numpy())])
     table = pa.table(
@@ -42,7 +60,7 @@ def item_table(item_keys: Keys, names: tuple[Keys, pa.Array], rows: pa.Table | N
 
 
 def new_names(item_keys: Keys, found: Iterable[tuple[int, tuple[Keys, pa.Array]]]) -> tuple[Keys, pa.Array]:
-    """Keys and raw ids from every partition's, each item once: most partitions know most popular items."""
+    """Keys and raw ids of all partitions, each item once. (Most partitions have the popular items.)"""
     known = np.zeros(len(item_keys), dtype=np.bool_)
     keys, raw_ids = [np.zeros(0, np.uint64)], [pa.array([], pa.string())]
     for _, (these, names) in found:
@@ -65,26 +83,37 @@ def user_blocks(
         config.reward.num_folds,
         seed_of(config.run.seed, "split"),
     )
-    untold = 0
+    without_profile = 0
     if rows is None:
         profiles = pa.array([""]).take(pa.array(np.zeros(len(user_keys), dtype=np.int64)))
     else:
         profiles = beside(user_keys, rows["key"].to_numpy(), rows["profile"].combine_chunks())
-        untold = profiles.null_count
+        without_profile = profiles.null_count
         profiles = pc.fill_null(profiles, "")
     ends = np.cumsum(sizes)
     blocks = [
-        # a copy of the slice: pickled, a slice takes the whole column along
+        # A copy of the slice: when a slice is pickled, the whole column goes with it.
         UserBlock(
             int(low), split[low:high], fold[low:high], pa.concat_arrays([profiles.slice(low, high - low)])
         )
         for low, high in zip(ends - sizes, ends, strict=True)
     ]
-    return blocks, untold
+    return blocks, without_profile
+
+
+def first_users(sizes: np.ndarray, max_users: int) -> np.ndarray:
+    """How many users of each partition to keep: all, or the first `max_users` of all partitions.
+
+    Users are in key order, and a key is a hash, so the first ones are a random sample.
+    """
+    if not max_users:
+        return sizes
+    before = np.cumsum(sizes) - sizes
+    return np.clip(max_users - before, 0, sizes)
 
 
 def truth_table(truth: pa.Table | None, user_keys: Keys) -> pa.Table:
-    """What each user loves, in user id order; empty where it is not known."""
+    """What each user loves, in user id order; no rows where it is not known."""
     if truth is None:
         return pa.table({"user_id": pa.array([], pa.int64()), "tastes": pa.array([], pa.list_(pa.string()))})
     tastes = beside(user_keys, keys_of(truth["raw_id"]), truth["tastes"].combine_chunks())
@@ -92,7 +121,10 @@ def truth_table(truth: pa.Table | None, user_keys: Keys) -> pa.Table:
 
 
 def beside(keys: Keys, found: Keys, values: pa.Array) -> pa.Array:
-    """values [m] of the found keys [m] in the order of `keys` [n]; of several the first, null where there is none."""
+    """The values [m] of the found keys [m], in the order of `keys`, [n].
+
+    Where a key is found several times the first value is taken; where it is not found the value is null.
+    """
     if not len(found):
         return pa.nulls(len(keys), values.type)
     distinct, first = np.unique(found, return_index=True)

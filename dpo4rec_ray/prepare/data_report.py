@@ -1,4 +1,4 @@
-"""What became of the data: data/report.json, the table on the terminal, and the bad lines set aside.
+"""What happened to the data: data/report.json, the table on the terminal, and the files of bad lines.
 
 rows read = rows kept + quarantined (damaged, or a duplicate) + filtered (sound and not wanted), always.
 """
@@ -14,61 +14,71 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo4rec_ray.core.candidates import SPLITS
 from dpo4rec_ray.datasets.parsing import DUPLICATE, EMPTY_LINE
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.ingest import FileCounts
-from dpo4rec_ray.prepare.partitions import Built
+from dpo4rec_ray.prepare.partition_lists import Built
 from dpo4rec_ray.store.artifacts import write_json
 from dpo4rec_ray.store.progress import say
 
-MAX_LINES = 100  # set aside per reason; the others are counted
-# Filtered: outside the k-core (a user's single event gives no list); beyond data.max_users, or without a logged list.
+KINDS = ("events", "items", "users", "lists")
+# Bad lines kept per reason and kind of file; the others are only counted.
+MAX_LINES = 100
+# Reasons to filter an event: it is outside the k-core (a user's single event gives no list), or its user is beyond
+# data.max_users or has no logged list.
 TOO_FEW, NOT_TAKEN = "too few events of the user or item", "user not taken"
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclass
 class DataReport:
-    """Filled step by step by `stages/prepare.py`."""
+    """Filled step by step by `stages/prepare.py`.
+
+    Attributes:
+        files: names of the files of events and users.
+        counts: per kind of file, what happened to its rows.
+        num_in_core: events that are neither duplicates nor outside the k-core.
+        users_without_profile: users without a line in the users' files.
+    """
 
     files: list[str]
-    events: FileCounts = field(default_factory=FileCounts)
-    items: FileCounts = field(default_factory=FileCounts)
-    users: FileCounts = field(default_factory=FileCounts)
-    lists: FileCounts = field(default_factory=FileCounts)
+    max_bad_fraction: float
+    counts: dict[str, FileCounts] = field(default_factory=lambda: {kind: FileCounts() for kind in KINDS})
     num_duplicates: int = 0
-    num_in_core: int = 0  # events that are neither duplicates nor outside the k-core
+    num_in_core: int = 0
     untitled_items: int = 0
-    untold_users: int = 0  # without a line in the users' files
+    users_without_profile: int = 0
     built: list[Built] = field(default_factory=list[Built])
 
-    def check(self, kind: str, max_bad_fraction: float) -> None:
-        """Stop when more rows of a kind of file ("events", "items", "users" or "lists") are damaged than may be.
+    def add(self, kind: str, counts: FileCounts) -> None:
+        """Note what happened to the rows of a kind of file, and stop when too many are damaged.
 
         Raises:
             UserError: names the first bad line.
         """
-        counts: FileCounts = getattr(self, kind)
-        bad = sum(counts.quarantined.values()) - counts.quarantined[EMPTY_LINE]  # told, and no damage
+        self.counts[kind] = counts
+        # An empty line is counted among the quarantined, but it is no damage.
+        bad = sum(counts.quarantined.values()) - counts.quarantined[EMPTY_LINE]
         if not counts.rows_read and kind in ("events", "lists"):
             raise UserError(
                 f"the files of {kind} hold no row; check data.raw_dir, data.file and the recipe's patterns"
             )
-        if bad > max_bad_fraction * counts.rows_read:
+        if bad > self.max_bad_fraction * counts.rows_read:
             first = next(line for line in counts.bad_lines if line["reason"] != EMPTY_LINE)
             raise UserError(
                 f"{first['path']} line {first['line']}: {first['reason']}: {first['text']!r}; {bad} of {counts.rows_read} "
                 f"rows cannot be used ({_listed(counts.quarantined)}), more than data.max_bad_fraction = "
-                f"{max_bad_fraction:g}; mend the file or raise it"
+                f"{self.max_bad_fraction:g}; mend the file or raise it"
             )
 
     def stats(self, *, num_users: int, num_items: int, num_truth: int) -> dict[str, Any]:
         """Everything that report.json holds."""
-        built = self.built
+        built, events = self.built, self.counts["events"]
         kept = sum(one.num_events for one in built)
-        quarantined = self.events.quarantined + Counter({DUPLICATE: self.num_duplicates})
-        outside = self.events.rows_kept - self.num_duplicates - self.num_in_core
-        filtered = self.events.filtered + Counter({TOO_FEW: outside, NOT_TAKEN: self.num_in_core - kept})
+        quarantined = events.quarantined + Counter({DUPLICATE: self.num_duplicates})
+        outside = events.rows_kept - self.num_duplicates - self.num_in_core
+        filtered = events.filtered + Counter({TOO_FEW: outside, NOT_TAKEN: self.num_in_core - kept})
         splits = sum((one.splits for one in built), Counter[str]())
         histograms = {
             name: sum((one.histograms[name] for one in built), Counter[int]()) for name in built[0].histograms
@@ -86,13 +96,13 @@ class DataReport:
             "splits": dict(sorted(splits.items())),
             "quantiles": {name: _quantiles(histogram) for name, histogram in histograms.items()},
             "files": self.files,
-            "rows_read": self.events.rows_read,
+            "rows_read": events.rows_read,
             "rows_kept": kept,
             "quarantined": dict(quarantined),
             "filtered": dict(filtered),
             "duplicates": "of several events of one user and item the earliest counts",
             "untitled_items": self.untitled_items,
-            "users_without_profile": self.untold_users,
+            "users_without_profile": self.users_without_profile,
             "other_files": {
                 name: {
                     "rows_read": counts.rows_read,
@@ -100,13 +110,13 @@ class DataReport:
                     "quarantined": dict(counts.quarantined),
                     "cleaned": dict(counts.cleaned),
                 }
-                for name, counts in (("items", self.items), ("users", self.users), ("lists", self.lists))
-                if counts.rows_read
+                for name, counts in self.counts.items()
+                if name != "events" and counts.rows_read
             },
         }
 
     def write(self, stats: dict[str, Any], folder: Path) -> None:
-        """Write report.json, print the table."""
+        """Write report.json and print the table."""
         write_json(folder / "report.json", stats)
         for line in _table(stats):
             say(f"  {line}")
@@ -114,8 +124,7 @@ class DataReport:
     def write_quarantine(self, folder: Path) -> None:
         """One JSONL file per kind of file with its first bad lines: path, line number, reason, text."""
         shutil.rmtree(folder, ignore_errors=True)
-        for name in ("events", "items", "users", "lists"):
-            counts: FileCounts = getattr(self, name)
+        for name, counts in self.counts.items():
             if not counts.bad_lines:
                 continue
             folder.mkdir(exist_ok=True)
@@ -127,12 +136,26 @@ class DataReport:
                         handle.write(json.dumps(line) + "\n")
 
 
+def check_splits(splits: dict[str, int]) -> None:
+    """Raises UserError if a split has no list. Without this check it would show only after models have been trained."""
+    missing = [name for name in SPLITS if not splits.get(f"lists/{name}")]
+    if len(missing) == len(SPLITS):
+        raise UserError(
+            "no candidate list could be built: every user has too few events; check data.raw_dir and data.max_history"
+        )
+    if missing:
+        raise UserError(
+            f"no list for {' and '.join(missing)}: use more users or events, other shares (data.valid_frac, "
+            "data.test_frac), or name all three splits in the log"
+        )
+
+
 def _listed(counts: Counter[str] | dict[str, int]) -> str:
     return ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.items())) or "none"
 
 
 def _quantiles(histogram: Counter[int]) -> list[int]:
-    """The lengths at QUANTILES of a histogram length -> how many."""
+    """The lengths at QUANTILES of a histogram {length: number}."""
     lengths = sorted(histogram)
     done = list(itertools.accumulate(histogram[length] for length in lengths))
     return (

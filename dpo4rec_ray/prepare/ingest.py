@@ -1,9 +1,9 @@
 """Files of any source, streamed through Ray Data: into partitions of users on disk, or filtered into one table.
 
-One operator reads and unpacks, the next parses; a compressed file is read by one task and parsed by many. Partitions are
-the shuffle by user: every block becomes one Arrow file whose p-th record batch holds the users of partition p, so
-that a partition is read from all files without a row passing through the driver or the object store twice. (Ray
-Data's own hash shuffle keeps the data set in the memory of its aggregators.)
+One operator reads and unpacks, the next parses: a compressed file is read by one task and parsed by many. The shuffle by
+user happens on disk: every block becomes one Arrow file whose p-th record batch holds the users of partition p. A
+partition is then read from all these files, and no row passes through the driver or twice through the object store. (Ray
+Data's own hash shuffle keeps the whole data set in the memory of its aggregators.)
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ from dpo4rec_ray.datasets.source import MAX_SHOWN, BadLine, DataFile, Parsed
 from dpo4rec_ray.prepare.partition_files import new_arrow
 from dpo4rec_ray.store.progress import Progress
 
-# They differ, or Ray Data would fuse both into one task and one core; together they fit one CPU.
+# Two numbers that differ, or Ray Data would fuse both operators into one task. Together they are one CPU.
 READER_CPUS, PARSER_CPUS = 0.25, 0.75
 
 
 @dataclass
 class FileCounts:
-    """What became of the rows of some files, over all their blocks."""
+    """What happened to the rows of some files, over all their blocks.
+
+    Attributes:
+        bad_lines: the first quarantined rows, each with path, line, reason and text.
+    """
 
     rows_read: int = 0
     rows_kept: int = 0
@@ -42,7 +46,7 @@ class FileCounts:
     quarantined: Counter[str] = field(default_factory=Counter[str])
     filtered: Counter[str] = field(default_factory=Counter[str])
     cleaned: Counter[str] = field(default_factory=Counter[str])
-    bad_lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # path, line, reason, text
+    bad_lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 def write_partitions(
@@ -53,9 +57,9 @@ def write_partitions(
     known: dict[str, Keys],
     label: str,
 ) -> FileCounts:
-    """Parse event files (or logged lists) into `folder`, one Arrow file per block with a batch per partition of users.
+    """Parse event files (or logged lists) into `folder`: one Arrow file per block, one batch per partition of users.
 
-    known: sorted keys that "user" and "item" must be among, where the source is closed.
+    known: the sorted keys of "user" and "item" that a closed source describes. Rows with other keys are quarantined.
     """
     import ray
 
@@ -67,15 +71,14 @@ def write_partitions(
             _write_block(block, files, folder, num_partitions, ray.get(known_ref))
             for block in batch.to_pylist()
         ]
-        return pa.table({"answer": [json.dumps(row) for row in rows]})
+        return pa.table({"counts": [json.dumps(row) for row in rows]})
 
-    answers = []
+    counts = []
     with Progress(label, 0, "rows") as progress:
         for batch in _stream(files, splits, write):
-            answers += [json.loads(text) for text in batch["answer"].to_pylist()]
-            rows = sum(answer["rows_read"] for answer in answers)
-            progress.at(rows)
-    return _summed(answers, files)
+            counts += [json.loads(text) for text in batch["counts"].to_pylist()]
+            progress.at(sum(block["rows_read"] for block in counts))
+    return _summed(counts, files)
 
 
 def read_rows(
@@ -101,27 +104,26 @@ def read_rows(
             among = ray.get(wanted_ref)
             if among is not None:
                 chosen = chosen.filter(pa.array(contains(among, keys)))
-            tables.append(_with_answer(chosen, json.dumps(_answer(block, parsed, chosen.num_rows))))
+            tables.append(_with_counts(chosen, json.dumps(_counts(block, parsed, chosen.num_rows))))
         return pa.concat_tables(tables)
 
     empty = schema.empty_table().append_column("key", pa.array([], pa.uint64()))
-    tables, answers = [empty], []
+    tables, counts = [empty], []
     for batch in _stream(files, plan_splits(files), select):
-        answers += [json.loads(text) for text in batch["answer"].to_pylist() if text]
-        tables.append(batch.drop_columns("answer").filter(pc.is_valid(batch["raw_id"])))
+        counts += [json.loads(text) for text in batch["counts"].to_pylist() if text]
+        tables.append(batch.drop_columns("counts").filter(pc.is_valid(batch["raw_id"])))
     table = pa.concat_tables(tables, promote_options="default")
     table = table.sort_by("order") if table.num_rows else table
-    return table, _summed(answers, files)
+    return table, _summed(counts, files)
 
 
-def _with_answer(table: pa.Table, answer: str) -> pa.Table:
-    """The rows and, on a row of its own so that no row is needed to carry it, what was counted."""
-    carrier = pa.table({"answer": [answer]})
-    return pa.concat_tables([table, carrier], promote_options="default")
+def _with_counts(table: pa.Table, counts: str) -> pa.Table:
+    """The rows and one more row that holds the counts, so that a block without rows has counts too."""
+    return pa.concat_tables([table, pa.table({"counts": [counts]})], promote_options="default")
 
 
 def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any) -> Iterator[pa.Table]:
-    """Read, then work on, every block of the files; the order of the results is arbitrary."""
+    """Read every block of the files and apply `work` to it. The results come in any order."""
     import ray.data
 
     def read(batch: pa.Table) -> Iterator[pa.Table]:
@@ -134,10 +136,8 @@ def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any) -> Iter
                 yield _block_table(block.file, block.order, block.content, split)
 
     context = ray.data.DataContext.get_current()
-    usual, context.target_max_block_size = (
-        context.target_max_block_size,
-        BLOCK_BYTES,
-    )  # larger ones would be spilled
+    usual = context.target_max_block_size
+    context.target_max_block_size = BLOCK_BYTES  # larger blocks would be spilled to disk
     dataset = ray.data.from_arrow([pa.Table.from_pylist([asdict(split)]) for split in splits])
     dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=READER_CPUS)
     dataset = dataset.map_batches(work, batch_size=1, batch_format="pyarrow", num_cpus=PARSER_CPUS)
@@ -202,7 +202,7 @@ def _write_block(
             part = whole.slice(low, high - low).combine_chunks()
             batches = part.to_batches()
             writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], whole.schema))
-    return _answer(block, parsed, len(by_partition))
+    return _counts(block, parsed, len(by_partition))
 
 
 def _set_aside(parsed: Parsed, places: np.ndarray, reason: str) -> None:
@@ -213,7 +213,7 @@ def _set_aside(parsed: Parsed, places: np.ndarray, reason: str) -> None:
     parsed.quarantined.counts[reason] += max(0, len(places) - MAX_SHOWN)
 
 
-def _answer(block: dict[str, Any], parsed: Parsed, rows_kept: int) -> dict[str, Any]:
+def _counts(block: dict[str, Any], parsed: Parsed, rows_kept: int) -> dict[str, Any]:
     lines: list[BadLine] = parsed.quarantined.shown
     return {
         "file": block["file"],
@@ -227,25 +227,19 @@ def _answer(block: dict[str, Any], parsed: Parsed, rows_kept: int) -> dict[str, 
     }
 
 
-def _summed(answers: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCounts:
-    """All blocks as one; a bad line's number within its file follows from the blocks before it."""
+def _summed(counts: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCounts:
+    """The counts of all blocks together. The line number of a bad line follows from the rows of the blocks before."""
     total = FileCounts()
     line_of = {number: 2 if file.header else 1 for number, file in enumerate(files)}
-    for answer in sorted(answers, key=lambda answer: answer["order"]):
+    for block in sorted(counts, key=lambda block: block["order"]):
         total.num_blocks += 1
-        total.rows_read += answer["rows_read"]
-        total.rows_kept += answer["rows_kept"]
+        total.rows_read += block["rows_read"]
+        total.rows_kept += block["rows_kept"]
         for name in ("quarantined", "filtered", "cleaned"):
-            getattr(total, name).update(answer[name])
-        first = line_of[answer["file"]]
-        for line in answer["bad_lines"]:
-            total.bad_lines.append(
-                {
-                    "path": files[answer["file"]].path,
-                    "line": first + line["row"],
-                    "reason": line["reason"],
-                    "text": line["text"],
-                }
-            )
-        line_of[answer["file"]] = first + answer["rows_read"]
+            getattr(total, name).update(block[name])
+        first, path = line_of[block["file"]], files[block["file"]].path
+        for bad in block["bad_lines"]:
+            found = {"path": path, "line": first + bad["row"], "reason": bad["reason"], "text": bad["text"]}
+            total.bad_lines.append(found)
+        line_of[block["file"]] = first + block["rows_read"]
     return total

@@ -1,8 +1,8 @@
 """Logged candidate lists in place of drawn ones: impressions of a first-stage ranker with labels (beyond the paper).
 
-The lists say who is ranked for what; events, where the dataset has them, give the histories. Where lists carry a time,
-everything before a user's first list is history. Where they do not, only the user's events before the first one
-whose item is a positive of a list, and only those whose item stands in no list, so that nothing of a list is told.
+The dataset's events give the histories. Where lists have a time, a user's history is every event before the first list.
+Where they have none, it ends before the first event whose item is a positive of a list, and leaves out every item that is
+in one of the user's lists. So the history tells nothing about a list.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.core.candidates import Events, Ragged, ragged
 from dpo4rec_ray.core.kcore import contains, count_items, merge_counts
 from dpo4rec_ray.core.keys import Keys, keys_of
+from dpo4rec_ray.prepare.partition_events import DAY_S, Counted
 from dpo4rec_ray.prepare.partition_files import (
     block_files,
     read_alive,
@@ -28,15 +29,7 @@ from dpo4rec_ray.prepare.partition_files import (
     user_names,
     write_arrow,
 )
-from dpo4rec_ray.prepare.partitions import (
-    DAY_S,
-    Built,
-    Counted,
-    UserBlock,
-    key_bounds,
-    pick,
-    write_users_and_lists,
-)
+from dpo4rec_ray.prepare.partition_lists import Built, UserBlock, key_bounds, pick, write_users_and_lists
 
 _COLUMNS = (
     "user_key", "order", "user", "timestamp_s", "split", "candidates", "labels", "history", "history_ratings",
@@ -44,9 +37,10 @@ _COLUMNS = (
 
 
 def collect_lists(work: Path, partition: int, num_blocks: int) -> Counted:
-    """Put a partition's lists in order of user and time, and add what they name to the users and items.
+    """Sort a partition's lists by user and time, and add the raw ids in them to the users' and items'.
 
-    The answer counts the users that have lists, and the items of lists and events together.
+    Returns:
+        The number of users with lists, and the counts of items in lists and events together.
     """
     parts = [read_batch(file, partition, _COLUMNS) for file in block_files(work / "lists", num_blocks)]
     table = pa.Table.from_batches(parts).sort_by(
@@ -82,7 +76,7 @@ def build_logged(
 ) -> Built:
     """Write the partition's users and its logged lists.
 
-    draw_valid: no list names the validation split, so the training lists of users drawn for it become validation lists.
+    draw_valid: no list names the validation split: the training lists of the users drawn for validation move to it.
     """
     table = read_arrow(work / "logged" / f"{partition}.arrow")
     user_keys, bounds = key_bounds(table["user_key"].to_numpy())
@@ -132,7 +126,7 @@ def item_ids_of(item_keys: Keys, lists: pa.ListArray) -> pa.ListArray:
 
 
 def _events_of(work: Path, partition: int, user_keys: Keys, item_keys: Keys) -> Events:
-    """Events of the users with lists; a user may have none."""
+    """The events of the users with lists; some users may have no event."""
     columns = read_core(work, partition, ("user_key", "item_key", "rating", "timestamp_s"))
     wanted = contains(user_keys, columns["user_key"])
     columns = {name: values[wanted] for name, values in columns.items()}
@@ -150,7 +144,10 @@ def _before_lists(
     num_items: int,
     protocol: str,
 ) -> NDArray[np.bool_]:
-    """Which events a user's prompt may show, [n]. user, time_s: [M] of the lists, time -1 where it is unknown."""
+    """Which events a user's prompt may show, [n].
+
+    user, time_s: [M] of the lists; the time is -1 where it is unknown.
+    """
     num_users, owner = len(events.bounds) - 1, events.user
     first_s = np.full(num_users, np.iinfo(np.int64).max)
     np.minimum.at(first_s, user, time_s)
@@ -170,7 +167,8 @@ def _before_time(
     events: Events, user: NDArray[np.int64], time_s: NDArray[np.int64], length: int, protocol: str
 ) -> Ragged:
     """The last `length` events before each list's time."""
-    scale = 2**33  # more than any time in seconds
+    # More than any time in seconds.
+    scale = 2**33
     own = events.user * scale + _time(events.timestamps_s, protocol)
     ends = np.searchsorted(own, user * scale + np.maximum(_time(time_s, protocol), 0))
     sizes = np.minimum(ends - events.bounds[:-1][user], length)
@@ -187,9 +185,9 @@ def _list_histories(
     untimed: tuple[pa.ListArray, pa.ListArray],
     item_keys: Keys,
 ) -> tuple[pa.ListArray, pa.ListArray]:
-    """Item ids and ratings before each list: as logged, else by time, else what the user's prompt shows.
+    """Item ids and ratings before each list: as logged, else the events before its time, else the prompt's history.
 
-    A logged history without ratings has rating 0: unknown.
+    A logged history without ratings gets rating 0, which means unknown.
     """
     has_time = table["timestamp_s"].is_valid().combine_chunks()
     ids, ratings = (pc.if_else(has_time, one, other) for one, other in zip(timed, untimed, strict=True))
@@ -208,7 +206,7 @@ def _splits(logged: pa.ChunkedArray, drawn: NDArray[np.str_], draw_valid: bool) 
 
 
 def _add_names(work: Path, partition: int, kind: str, found: pa.ChunkedArray) -> None:
-    """Raw ids that the lists name, beside those that the events brought."""
+    """Add the raw ids in the lists to those of the events."""
     before = read_names(work, partition, kind)
     fresh = pc.unique(found)
     keys = np.concatenate([before["key"].to_numpy(), keys_of(fresh)])

@@ -1,8 +1,8 @@
-"""What `prepare` keeps on disk while it works, one Arrow file per block or partition, and how it is read and written.
+"""The files that `prepare` writes and reads while it works: one Arrow file per block or partition.
 
-events/BLOCK  lists/BLOCK     as `ingest` leaves them: batch p holds the users of partition p
+events/BLOCK  lists/BLOCK     written by `ingest`: record batch p holds the users of partition p
 core/P  alive/P               a partition's events in order; the places of those that are still in the k-core
-names/users-P  names/items-P  raw ids beside their keys, in key order
+names/users-P  names/items-P  keys and raw ids, in key order
 logged/P                      a partition's logged lists in order
 """
 
@@ -26,16 +26,22 @@ from dpo4rec_ray.errors import UserError
 
 @dataclass(frozen=True)
 class Alive:
-    """The events of a partition that are still in the k-core: their places in its file, and what the core is about."""
+    """The n events of a partition that are still in the k-core.
 
-    place: NDArray[np.int32]  # [n]
-    user: NDArray[np.int32]  # [n] numbered within the partition, ascending
-    item_key: Keys  # [n]
+    Attributes:
+        place: [n] rows of the file core/P.
+        user: [n] numbers within the partition, ascending.
+        item_key: [n].
+    """
+
+    place: NDArray[np.int32]
+    user: NDArray[np.int32]
+    item_key: Keys
 
 
 @contextlib.contextmanager
 def new_arrow(target: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    """An Arrow file that gets its name when it is complete, so that a task that is run again never sees half of one."""
+    """An Arrow file that gets its name when it is complete: a task that Ray retries never reads half a file."""
     temporary = target.with_suffix(f".tmp{os.getpid()}")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -70,12 +76,12 @@ def block_files(folder: Path, num_blocks: int) -> list[Path]:
     """The files that `ingest` wrote, in file order.
 
     Raises:
-        UserError: some cannot be seen from here.
+        UserError: this node does not see all of them.
     """
     found = sorted(folder.glob("*.arrow"))
     if len(found) != num_blocks:
         raise UserError(
-            f"{folder}: {len(found)} of {num_blocks} files are there; run.root must be a folder that every node sees"
+            f"{folder}: this node sees {len(found)} of {num_blocks} files; set run.root to a folder that every node sees"
         )
     return found
 
@@ -86,7 +92,7 @@ def read_alive(work: Path, partition: int) -> Alive:
 
 
 def read_core(work: Path, partition: int, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """Columns of the partition's living events, in order."""
+    """Columns of the partition's events that are still in the k-core, in order."""
     table = read_arrow(work / "core" / f"{partition}.arrow")
     place = read_alive(work, partition).place
     return {name: table[name].to_numpy()[place] for name in names}
@@ -106,7 +112,7 @@ def write_names(
     user_key: Keys,
     item_key: Keys,
 ) -> None:
-    """Raw ids of the users and items among the chosen events: strings are read at one row each, and block by block."""
+    """Write the raw ids of the users and items of the chosen events. One row per id is read, one block after the other."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     for column, keys in (("user", user_key), ("item", item_key)):
         distinct, first = np.unique(keys, return_index=True)

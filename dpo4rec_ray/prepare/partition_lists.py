@@ -1,0 +1,225 @@
+"""The users and candidate lists of one partition: knowledge histories, drawn lists, and the parts of both artifacts.
+
+Placed on Ray by the stage, once per partition. `logged_lists.py` does the same with lists that are not drawn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dpo4rec_ray.config.data import DataSection
+from dpo4rec_ray.core.candidates import (
+    SPLITS,
+    Events,
+    Ragged,
+    fill_lists,
+    first_segment_sizes,
+    histories_before,
+    knowledge_cut,
+    plan_lists,
+    ragged,
+)
+from dpo4rec_ray.core.keys import Keys, mix, stream
+from dpo4rec_ray.prepare.partition_files import read_core, user_names
+from dpo4rec_ray.store.artifacts import write_part
+
+
+@dataclass(frozen=True)
+class UserBlock:
+    """A partition's users in key order: their first id, and what the driver drew or read for each, [U]."""
+
+    first_id: int
+    split: NDArray[np.str_]
+    fold: NDArray[np.int32]
+    profile: pa.Array
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a partition wrote.
+
+    Attributes:
+        num_events: events of the users that were kept.
+        num_positives: candidates with a label above 0.
+        histograms: name -> {length: number of users or lists}.
+        splits: users and lists per split: "users/train", "lists/train", ...
+    """
+
+    num_events: int
+    num_positive_events: int
+    num_lists: int
+    num_positives: int
+    num_candidates: int
+    histograms: dict[str, Counter[int]]
+    splits: Counter[str]
+
+
+def build(
+    work: Path,
+    partition: int,
+    users: UserBlock,
+    item_keys: Keys,
+    data: DataSection,
+    cuts_s: tuple[int, int] | None,
+    seed: int,
+    folders: dict[str, Path],
+) -> Built:
+    """Write the partition's users and lists.
+
+    Args:
+        users: the first users of the partition; the others are left out.
+        item_keys: the catalogue's keys in item id order, which is ascending.
+        cuts_s: when validation and test time begin; None unless the protocol is "time".
+        seed: of the drawn lists.
+    """
+    columns = read_core(work, partition, ("user_key", "item_key", "rating", "timestamp_s"))
+    user_keys, bounds = key_bounds(columns["user_key"])
+    num_users = len(users.split)
+    user_keys, bounds = user_keys[:num_users], bounds[: num_users + 1]
+    columns = {name: values[: bounds[-1]] for name, values in columns.items()}
+    events = Events(
+        bounds, np.searchsorted(item_keys, columns["item_key"]), columns["rating"], columns["timestamp_s"]
+    )
+    segment = np.searchsorted(np.array(cuts_s), events.timestamps_s, side="right") if cuts_s else None
+    sizes = np.diff(bounds) if segment is None else first_segment_sizes(bounds, segment)
+    history_sizes = knowledge_cut(sizes, data.max_history)
+    plan = plan_lists(bounds, history_sizes, data.block_size, segment)
+    keys = stream(mix(user_keys ^ np.uint64(seed))[plan.user], plan.number)
+    ids, labels = fill_lists(
+        events,
+        plan,
+        keys,
+        num_items=len(item_keys),
+        num_candidates=data.num_candidates,
+        positive_rating=data.positive_rating,
+        avoid_seen=data.protocol == "time",
+    )
+    list_split = users.split[plan.user] if segment is None else np.array(SPLITS)[segment[plan.start]]
+    candidates = Ragged(np.arange(len(ids) + 1) * ids.shape[1], ids.ravel())
+    return write_users_and_lists(
+        partition,
+        users,
+        names=user_names(work, partition, user_keys),
+        history=pick(events, ragged(bounds[:-1], history_sizes)),
+        list_user=plan.user,
+        list_number=plan.number,
+        list_split=list_split,
+        timestamp_s=pa.array(events.timestamps_s[plan.start]),
+        list_history=pick(events, histories_before(bounds, plan.user, plan.start, data.reranker_history)),
+        candidates=list_array(candidates.offsets, candidates.places),
+        labels=list_array(candidates.offsets, labels.ravel()),
+        num_events=int(bounds[-1]),
+        num_positive_events=int(np.sum(events.ratings >= data.positive_rating)),
+        folders=folders,
+    )
+
+
+def write_users_and_lists(
+    partition: int,
+    users: UserBlock,
+    *,
+    names: pa.Array,
+    history: tuple[pa.ListArray, pa.ListArray],
+    list_user: NDArray[np.int64],
+    list_number: NDArray[np.int64],
+    list_split: NDArray[np.str_],
+    timestamp_s: pa.Array,
+    list_history: tuple[pa.ListArray, pa.ListArray],
+    candidates: pa.ListArray,
+    labels: pa.ListArray,
+    num_events: int,
+    num_positive_events: int,
+    folders: dict[str, Path],
+) -> Built:
+    """Write the partition's parts of both artifacts; decide each user's split from its lists.
+
+    Args:
+        history, list_history: item ids and ratings, one entry per user and per list.
+        list_user: [M] the user's place in the partition. list_number: [M] 0, 1, ... within the user.
+    """
+    user_ids = users.first_id + np.arange(len(names))
+    split = user_splits(users.split, list_user, list_split)
+    user_table = pa.table(
+        {
+            "user_id": user_ids,
+            "raw_id": names,
+            "profile": users.profile,
+            "split": pa.array(split),
+            "fold": users.fold,
+            "history_item_ids": history[0],
+            "history_ratings": history[1],
+        }
+    )
+    list_table = pa.table(
+        {
+            # Unique without counting the lists of other partitions: a user may have a million lists.
+            "list_id": (user_ids[list_user] << 20) + list_number,
+            "user_id": user_ids[list_user],
+            "split": pa.array(list_split),
+            "timestamp_s": timestamp_s,
+            "history_item_ids": list_history[0],
+            "history_ratings": list_history[1],
+            "candidate_item_ids": candidates,
+            "labels": labels,
+        }
+    )
+    write_part(folders["users"], "users", user_table, partition)
+    write_part(folders["lists"], "lists", list_table, partition)
+    lengths = {
+        "history_length": history[0].value_lengths(),
+        "lists_per_user": pa.array(np.bincount(list_user, minlength=len(names))),
+        "list_length": candidates.value_lengths(),
+        "list_history_length": list_history[0].value_lengths(),
+    }
+    splits = Counter(f"users/{name}" for name in split.tolist())
+    splits.update(f"lists/{name}" for name in list_split.tolist())
+    return Built(
+        num_events=num_events,
+        num_positive_events=num_positive_events,
+        num_lists=len(list_table),
+        num_positives=int(np.sum(labels.flatten().to_numpy() > 0)),
+        num_candidates=len(candidates.flatten()),
+        histograms={name: Counter(values.to_pylist()) for name, values in lengths.items()},
+        splits=splits,
+    )
+
+
+def user_splits(
+    drawn: NDArray[np.str_], list_user: NDArray[np.int64], list_split: NDArray[np.str_]
+) -> NDArray[np.str_]:
+    """The split of each user, which decides about DPO and held-out rewards, [U].
+
+    A user without training lists is never trained on. A user with both training and validation lists (a split by time)
+    is a validation user if `drawn` says so, else a training user. A user without lists keeps the drawn split.
+    """
+    has = {name: np.bincount(list_user[list_split == name], minlength=len(drawn)) > 0 for name in SPLITS}
+    held_out = has["valid"] & (~has["train"] | (drawn == "valid"))
+    split = np.where(has["train"], "train", "test")
+    split = np.where(held_out, "valid", split)
+    none = ~(has["train"] | has["valid"] | has["test"])
+    return np.where(none, drawn, split)
+
+
+def key_bounds(user_key: Keys) -> tuple[Keys, NDArray[np.int64]]:
+    """The distinct keys [U] of sorted keys, and where each begins, with the end of the last, [U + 1]."""
+    keys, first = np.unique(user_key, return_index=True)
+    return keys, np.append(first, len(user_key)).astype(np.int64)
+
+
+def pick(events: Events, chosen: Ragged) -> tuple[pa.ListArray, pa.ListArray]:
+    """Item ids and ratings at the chosen places, as list columns."""
+    return (
+        list_array(chosen.offsets, events.item_ids[chosen.places]),
+        list_array(chosen.offsets, events.ratings[chosen.places].astype(np.float32)),
+    )
+
+
+def list_array(offsets: NDArray[np.int64], values: NDArray[Any]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))

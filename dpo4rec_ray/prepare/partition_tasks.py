@@ -1,0 +1,116 @@
+"""One Ray task per partition of users, and what the driver makes of their answers: the k-core and the cuts in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo4rec_ray.config.data import DataSection
+from dpo4rec_ray.core.kcore import ItemCounts, merge_counts
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.prepare.data_report import DataReport
+from dpo4rec_ray.prepare.partition_events import NUM_BINS, Counted, collect, peel, time_histogram, time_range
+from dpo4rec_ray.store.progress import Progress
+
+
+def each(
+    label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, Any]]:
+    """Run a function on Ray with the arguments of each task: (place of the task, result) as they come.
+
+    Ray replaces references among the arguments by their values.
+    """
+    import ray
+
+    remote = ray.remote(function)
+    place_of = {remote.remote(*task): place for place, task in enumerate(tasks)}
+    left = list(place_of)
+    with Progress(label, len(tasks), "partitions") as progress:
+        while left:
+            (ref,), left = ray.wait(left, num_returns=1)
+            progress.at(len(tasks) - len(left))
+            yield place_of.pop(ref), ray.get(ref)
+
+
+def in_order(label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The results of `each` in the order of the tasks."""
+    return [result for _, result in sorted(each(label, function, tasks), key=lambda found: found[0])]
+
+
+def shared(value: Any) -> Any:
+    """A reference to what every task needs: the object store holds it once, not once per task."""
+    import ray
+
+    return ray.put(value)
+
+
+def counted(
+    label: str, function: Callable[..., Counted], tasks: Sequence[tuple[Any, ...]]
+) -> tuple[ItemCounts, list[Counted]]:
+    """Run a counting function on every partition: the items of all partitions, and the other counts of each."""
+    merged = ItemCounts(np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    waiting: list[ItemCounts] = []
+    counts: list[Any] = [None] * len(tasks)
+    for place, one in each(label, function, tasks):
+        waiting.append(one.items)
+        counts[place] = replace(one, items=None)
+        if sum(len(items.keys) for items in waiting) > max(2**22, len(merged.keys)):
+            merged, waiting = merge_counts([merged, *waiting]), []
+    return merge_counts([merged, *waiting]), counts
+
+
+def k_core(
+    work: Path, num_partitions: int, user_core: int, data: DataSection, report: DataReport
+) -> tuple[ItemCounts, list[Counted]]:
+    """Collect every partition, then peel until all users have `user_core` events and all items `data.item_core`.
+
+    Raises:
+        UserError: no event is left.
+    """
+    rows_kept, num_blocks = report.counts["events"].rows_kept, report.counts["events"].num_blocks
+    tasks = [(work, p, num_blocks, data.protocol, user_core) for p in range(num_partitions)]
+    items, counts = counted("prepare: sorting", collect, tasks)
+    collected = sum(one.num_collected for one in counts)
+    if collected != rows_kept:
+        raise RuntimeError(f"{rows_kept} events were read, {collected} arrived in partitions")
+    report.num_duplicates = sum(one.num_duplicates for one in counts)
+    while len(dead := items.keys[items.counts < data.item_core]):
+        dead_ref = shared(dead)
+        tasks = [(work, p, dead_ref, user_core) for p in range(num_partitions)]
+        items, counts = counted("prepare: k-core", peel, tasks)
+    report.num_in_core = sum(one.num_events for one in counts)
+    if collected and not report.num_in_core:
+        raise UserError(
+            f"none of {collected} events is left: no user has {user_core} events, or data.user_core = {data.user_core} "
+            f"and data.item_core = {data.item_core} are too high for this dataset"
+        )
+    return items, counts
+
+
+def cuts_in_time(work: Path, num_partitions: int, data: DataSection) -> tuple[int, int]:
+    """When validation and when test time begin, in seconds since 1970.
+
+    Test time holds the last `data.test_frac` of all events, validation time the last `data.valid_frac` of the others.
+
+    Raises:
+        UserError: the events cannot be cut in three.
+    """
+    tasks = [(work, p) for p in range(num_partitions)]
+    ranges = [found for _, found in each("prepare: time", time_range, tasks) if found[1] >= found[0]]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    width = (high - low) // NUM_BINS + 1
+    tasks = [(work, p, low, width) for p in range(num_partitions)]
+    bins = sum(found for _, found in each("prepare: time", time_histogram, tasks))
+    done = np.cumsum(bins) / np.sum(bins)
+    shares = ((1 - data.test_frac) * (1 - data.valid_frac), 1 - data.test_frac)
+    valid_s, test_s = (int(low + width * np.searchsorted(done, share)) for share in shares)
+    if not low < valid_s < test_s <= high:
+        raise UserError(
+            f'data.protocol = "time": the events (from {low} to {high} s) cannot be cut in three by time: there are too '
+            'few, or nearly all have the same time; use more events or data.protocol = "user"'
+        )
+    return valid_s, test_s
