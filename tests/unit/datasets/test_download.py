@@ -27,8 +27,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.datasets import download
-from dpo4rec_ray.datasets.download import DATASETS, main, unpack
+from dpo4rec_ray.datasets import fetch
+from dpo4rec_ray.datasets.archives import unpack
+from dpo4rec_ray.datasets.download import DATASETS, main
 from dpo4rec_ray.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -141,7 +142,7 @@ class Site:
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(fetch, "BACKOFF_S", 0.0)
     site = Site()
     yield site
     site.close()
@@ -387,7 +388,7 @@ def test_a_pause_after_each_failure(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """1 s after progress, then 2, 4, ... s: here in units of 0.01 s, so 0.01 + 0.02 + 0.04 s at least."""
-    monkeypatch.setattr(download, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(fetch, "BACKOFF_S", 0.01)
     site.answers["/small.zip"] = Answer(ARCHIVE, etag='"1"', drops=[10, 0, 0])
     started = time.monotonic()
     assert small(site, tmp_path) == 0
@@ -781,7 +782,14 @@ def test_the_terms_are_asked_on_a_terminal(site: Site, tmp_path: Path, answer: s
 
 def test_an_interrupt_keeps_what_came(site: Site, tmp_path: Path) -> None:
     site.answers["/small.zip"] = Answer(ARCHIVE, etag='"1"', slow_after=200_000)
-    process = subprocess.Popen(command(site, tmp_path, "--yes"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # A shell starts background processes with SIGINT ignored, and a child would inherit that; a handler becomes the default.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command(site, tmp_path, "--yes"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     part = tmp_path / "ml-latest-small.zip.part"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (part.exists() and part.stat().st_size > 0):
