@@ -1,9 +1,8 @@
 """Candidate lists after the knowledge history, redrawn negatives, and the splits.
 
-The lists follow KAR (arXiv 2306.10933), whose data processing the paper uses. Departs from it: a validation
-share of the training users, cross-fit folds, a split by time, and redraws of the negatives for the same positives,
-uniform or by weight.
-Item ids are 0..num_items-1. Everything works on the events of many users at once.
+The lists follow KAR (arXiv 2306.10933), whose data processing the paper uses. New here: validation users, cross-fit
+folds, a split by time, and redraws of the negatives for the same positives, uniform or by weight.
+Item ids are 0..num_items-1. All functions work on the events of many users at once.
 """
 
 from __future__ import annotations
@@ -23,54 +22,71 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 SPLITS = ("train", "valid", "test")
-MAX_ATTEMPTS = 100_000  # a list that needs one exact item of a large catalogue gets it long before
-WEIGHTED_ATTEMPTS = (
-    100  # of drawing by weight; only weights on a handful of items leave lists open for longer
-)
+# Far more than even a list needs that only one item of a large catalogue can complete.
+MAX_ATTEMPTS = 100_000
+# Of drawing by weight. Only where a few items hold almost all of the weight, some lists are not full by then.
+WEIGHTED_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
 class Events:
-    """Events of U users, user after user, each user's in the order of the protocol, no item twice per user."""
+    """Events of U users, user after user, each user's in the order of the protocol, no item twice per user.
 
-    bounds: IntArray  # [U + 1] where each user's events begin and end
-    item_ids: IntArray  # [n]
-    ratings: FloatArray  # [n]
-    timestamps_s: IntArray  # [n]
+    Attributes:
+        bounds: [U + 1] where each user's events begin and end.
+        item_ids, ratings, timestamps_s: [n].
+    """
+
+    bounds: IntArray
+    item_ids: IntArray
+    ratings: FloatArray
+    timestamps_s: IntArray
 
     @property
     def user(self) -> IntArray:
-        """[n] which user each event is of."""
+        """[n] the user of each event."""
         return np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
 
 
 @dataclass(frozen=True)
 class ListPlan:
-    """Where the events of M lists stand; no item is drawn yet."""
+    """The events of M lists; no item is drawn yet. All [M].
 
-    user: IntArray  # [M]
-    number: IntArray  # [M] 0, 1, ... within the user
-    start: IntArray  # [M] place of the first event
-    size: IntArray  # [M] consecutive events
+    Attributes:
+        number: 0, 1, ... within the user.
+        start: place of the first event among all events.
+        size: number of consecutive events.
+    """
+
+    user: IntArray
+    number: IntArray
+    start: IntArray
+    size: IntArray
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """M sequences of differing length, one after the other."""
+    """M sequences of different lengths, one after the other.
 
-    offsets: IntArray  # [M + 1]
-    places: IntArray  # [offsets[-1]] places among the events
+    Attributes:
+        offsets: [M + 1] where each sequence begins and ends.
+        places: [offsets[-1]] places among the events.
+    """
+
+    offsets: IntArray
+    places: IntArray
 
 
 def knowledge_cut(num_events: Array | int, cap: int) -> Any:
-    """How many of a user's first events the language model may see: half, rounded up, at most `cap`."""
+    """How many of a user's first events the language model may see: half of all, rounded up, and at most `cap`."""
     return np.minimum((np.asarray(num_events) + 1) // 2, cap)
 
 
 def first_segment_sizes(bounds: IntArray, segment: Array) -> IntArray:
-    """How many events each user has in the earliest segment in which there are any; segment [n] never falls.
+    """How many events each user has in the user's first segment (training, validation or test time), [U].
 
-    With one cut in time for valid and one for test, the length of a history may depend on nothing later.
+    With a split by time, the length of a knowledge history must not depend on later events. segment: [n], per user in
+    ascending order.
     """
     first = segment[np.minimum(bounds[:-1], max(0, len(segment) - 1))] if len(segment) else bounds[:-1]
     user = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
@@ -95,7 +111,7 @@ def plan_lists(bounds: IntArray, cuts: IntArray, block_size: int, segment: Array
     start = np.flatnonzero((place >= run_start) & ((place - run_start) % block_size == 0))
     owner = user[start]
     first_list = np.searchsorted(owner, np.arange(len(bounds) - 1))
-    # a list ends where the next begins, or with its user
+    # A list ends where the next one begins, or with its user.
     following = np.append(start[1:], num_events)
     end = np.minimum(following, bounds[1:][owner])
     return ListPlan(owner, np.arange(len(start)) - first_list[owner], start, end - start)
@@ -111,14 +127,14 @@ def fill_lists(
     positive_rating: float,
     avoid_seen: bool,
 ) -> tuple[IntArray, FloatArray]:
-    """The lists' candidates and labels, [M, L] each: their events, filled up with drawn items, then shuffled.
+    """The candidates and labels of the lists, [M, L] each: their events, filled up with drawn items, then shuffled.
 
     Items are drawn uniformly from the catalogue without repeats within a list. An event rated `positive_rating` or more
     has label 1.0, other events and drawn items 0.0.
 
     Args:
-        keys: [M] random bits of each list; they alone decide what is drawn and the order.
-        avoid_seen: draw no item that the user has met in or before the list.
+        keys: [M] random bits of each list; they alone decide which items are drawn, and the order.
+        avoid_seen: draw no item that the user has met before or in the list.
 
     Raises:
         UserError: the catalogue is too small for a list, or leaves too few items that a user has not met.
@@ -151,14 +167,14 @@ def histories_before(bounds: IntArray, user: IntArray, start: IntArray, length: 
 
 
 def ragged(first: IntArray, sizes: IntArray) -> Ragged:
-    """Sequences of consecutive places from their beginnings and lengths, [M] each."""
+    """Sequences of consecutive places, given their first places and lengths, [M] each."""
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes)
     return Ragged(offsets, np.repeat(first, sizes) + within)
 
 
 class _SeenItems:
-    """Answers whether a list's user has met an item in or before the list."""
+    """Whether a list's user has met an item before or in the list."""
 
     def __init__(self, events: Events, plan: ListPlan, num_items: int, num_candidates: int):
         pair = events.user * num_items + events.item_ids
@@ -189,18 +205,18 @@ def redraw_negatives(
 ) -> tuple[IntArray, FloatArray]:
     """Fresh negatives for the same positives: every place with label <= 0 is drawn anew (beyond the paper).
 
-    candidate_item_ids, labels: [B, L] -> ids, labels: [R, B, L], R = num_redraws. Positives keep their place;
-    drawn items come from the catalogue without repeats within a list. Padding counts as any other place without a
-    positive and is drawn too: the caller's mask goes on holding.
+    candidate_item_ids, labels: [B, L] -> ids, labels: [R, B, L], R = num_redraws. Positives keep their place; drawn
+    items come from the catalogue without repeats within a list. Padding is drawn too, like every place without a
+    positive: the caller's mask stays valid.
 
-    Without weights all items are equally likely. With weights a list's items are drawn one after the other, each in
-    proportion to the weights of the items that the list does not hold yet, and then shuffled over its open places, since
-    likelier items come up earlier and a place must not tell how popular its item is. A list's share of a heavy item is
-    thus below proportion. Lists still not full after `WEIGHTED_ATTEMPTS` attempts, because few items hold almost all of
-    the weight, are filled up uniformly from the items with a weight above 0.
+    Without weights all items are equally likely. With weights the items of a list are drawn one after the other, each in
+    proportion to the weights of the items that the list does not hold yet. They are then shuffled over the open places:
+    likely items are drawn early, and a place must not show how popular its item is. As no item comes twice, the share of
+    an item with a large weight is below its weight. Lists that are not full after `WEIGHTED_ATTEMPTS` attempts, because
+    few items hold almost all of the weight, are filled up uniformly from the items with a weight above 0.
 
     Args:
-        weights: [num_items] >= 0, how likely each item is drawn; items with 0 never are. None: all alike.
+        weights: [num_items] >= 0, in proportion to which items are drawn, 0: never. None: all items are equally likely.
 
     Raises:
         UserError: the catalogue has fewer items than a list has places, or fewer with a weight above 0; weights are not
@@ -229,9 +245,9 @@ def split_users(
 ) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int32]]:
     """Each user's split ("train", "valid" or "test") and cross-fit fold (0..num_folds-1), at random by seed.
 
-    user_ids: [U], distinct -> split [U], fold [U]. test_frac is a share of all users, valid_frac of the
-    others; both are rounded, and a share above 0 gets at least one user. Folds differ in size by at most one,
-    over all users and within each split. A user's split depends on the set of ids and not on their order.
+    user_ids: [U], distinct -> split [U], fold [U]. test_frac is a share of all users, valid_frac of the others; both
+    numbers are rounded, and a share above 0 gets at least one user. Folds differ in size by at most one, over all users
+    and within each split. A user's split depends on the set of ids and not on their order.
 
     Raises:
         UserError: a share is outside [0, 1), num_folds < 1, or no training user is left.
@@ -277,14 +293,14 @@ def _check_catalogue(num_items: int, num_candidates: int) -> None:
 def _uniform_sampler(
     num_items: int, num_candidates: int, rng: np.random.Generator
 ) -> Callable[[IntArray, int], IntArray]:
-    """Draws for `_draw_distinct`: any item, all alike."""
+    """Draws for `_draw_distinct`: all items are equally likely."""
     return lambda rows, _: rng.integers(num_items, size=(len(rows), num_candidates))
 
 
 def _weighted_sampler(
     weights: Array, num_items: int, num_candidates: int, rng: np.random.Generator
 ) -> Callable[[IntArray, int], IntArray]:
-    """Draws for `_draw_distinct` in proportion to the weights, and uniform ones once too many attempts repeated."""
+    """Draws for `_draw_distinct` in proportion to the weights, and uniform ones after `WEIGHTED_ATTEMPTS` attempts."""
     if weights.shape != (num_items,) or not np.isfinite(weights).all() or (weights < 0).any():
         raise UserError(
             f"weights of negatives must be {num_items} finite numbers >= 0, one per item: got shape {weights.shape}, "
@@ -310,9 +326,8 @@ def _weighted_sampler(
 
 def _shuffle_places(ids: IntArray, movable: BoolArray, rng: np.random.Generator) -> None:
     """Shuffle each row's items over its movable places, in place; ids, movable: [M, L]."""
-    places = np.argsort(
-        ~movable, axis=1, kind="stable"
-    )  # the movable ones first, then the others as they stand
+    # The movable places first, then the others in their order.
+    places = np.argsort(~movable, axis=1, kind="stable")
     shuffled = np.argsort(np.where(movable, rng.random(ids.shape), 1.0), axis=1, kind="stable")
     np.put_along_axis(ids, places, np.take_along_axis(ids, shuffled, axis=1), axis=1)
 
@@ -325,13 +340,13 @@ def _draw_distinct(
 ) -> None:
     """Fill the places marked in `drawn` [M, L] of `ids` [M, L], in place, without repeats within a row.
 
-    All open places are drawn at once; those that repeat an item of their row, or are forbidden, are drawn again until
-    none is. What stays are the first distinct items in the order drawn: with uniform draws every set of items that are
-    not in the row to begin with is equally likely, with others each item comes in proportion among those left.
+    All open places are drawn at once. Places that repeat an item of their row, or hold a forbidden one, are drawn again
+    until there are none. The result is the first distinct items in the order drawn: with uniform draws every set of
+    allowed items is equally likely; with weights each item is drawn in proportion among those not drawn yet.
 
     Args:
         sample: rows [m] and the number of the attempt -> items [m, L].
-        forbidden: rows [m] and items [m, L] -> which may not stand there, [m, L].
+        forbidden: rows [m] and items [m, L] -> which are not allowed there, [m, L].
 
     Raises:
         UserError: some list still has no valid items after very many attempts.
@@ -343,7 +358,7 @@ def _draw_distinct(
             return
         current = ids[rows]
         current[pending] = sample(rows, attempt)[pending]
-        # Equal items become neighbours, the settled one first, so that only pending places count as repeats.
+        # Equal items become neighbours, the one to keep first, so that only pending places count as repeats.
         order = np.argsort(2 * current + pending, axis=1, kind="stable")
         in_order = np.take_along_axis(current, order, axis=1)
         repeat = np.zeros(current.shape, dtype=np.bool_)

@@ -1,8 +1,8 @@
 """The k-core of users and items, one partition of users at a time.
 
-A user-item graph has one largest part in which every user has at least `user_core` and every item `item_core` distinct
-partners, whatever the order of removal. A partition holds whole users, so it counts them alone; only the counts of
-items travel.
+The k-core is the largest part of the user-item graph in which every user has at least `user_core` and every item at least
+`item_core` distinct partners. It does not depend on the order of removal. A partition holds whole users, so it counts
+these without the others; only the counts of items are sent between processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ItemCounts:
 def keep_core_users(
     user: npt.NDArray[Any], alive: npt.NDArray[np.bool_], user_core: int
 ) -> npt.NDArray[np.bool_]:
-    """The events [n] that stay when users with fewer than `user_core` living events go. user: [n] ints, grouped."""
+    """The events [n] that are left when users with fewer than `user_core` events alive are removed. user: [n], grouped."""
     if user_core <= 1 or not len(user):
         return alive
     _, index = np.unique(user, return_inverse=True)

@@ -1,9 +1,9 @@
 """Amazon reviews of 2018 (Ni et al., EMNLP 2019): `Books_5.json.gz` (the 5-core), `Books.json.gz` (all reviews) or
 `Books.csv` (ratings only: item,user,rating,timestamp without a header), beside `meta_Books.json.gz` if it is there.
 
-Each is also taken packed or unpacked. From the metadata come title, author or brand, and the category path; not the
-price, the sales rank or what was bought together, which are as of the crawl, after every review. Finding the files
-and naming are shared with the release of 2023.
+Each file may be compressed or not. The metadata give title, author or brand, and the category path. Price, sales rank and
+what was bought together are not used: they are from the day of the crawl, after every review. The release of 2023 uses
+this module's functions to find files and to name attributes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from dpo4rec_ray.datasets.source import EVENTS, DataFile, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
 RATINGS = (1.0, 5.0)
-MAX_CATEGORIES = 4  # of one item
-MAX_NAME = 60  # characters: what is longer is a text about the product that the crawl took for a name
-AUTHORED = ("Books", "Kindle_Store")  # categories whose `brand` is the author
+# Categories kept per item.
+MAX_CATEGORIES = 4
+# Characters of a name; longer ones are texts about the product.
+MAX_NAME = 60
+# Categories whose `brand` is the author.
+AUTHORED = ("Books", "Kindle_Store")
 
-# `ratings_Books.csv` is of the release of 2014, whose first two columns are the other way round.
+# `ratings_Books.csv` belongs to the release of 2014, whose first two columns are swapped.
 _EVENTS = re.compile(r"(?!meta_|ratings_)(?P<category>.+?)(_5)?\.(json|csv)(\.gz)?")
 _WANTED = "<Category>_5.json.gz, <Category>.json.gz or <Category>.csv"
 _META_ENDINGS = (".json.gz", ".json")
@@ -38,7 +41,7 @@ _NO_NAME = ("", "-", "by", "unknown", "n/a", "none", "null", "generic", "unbrand
 
 
 def describe(raw_dir: str, file: str = "") -> Source:
-    """The source in a folder, or around one file of interactions; `file` names it where a folder holds several.
+    """The source in a folder, or of one file of interactions; `file` names it where a folder holds several.
 
     Raises:
         UserError: no file of interactions or several, or two of metadata.
@@ -85,8 +88,8 @@ def find_files(
     """Path of the interactions, their category, and path of its metadata if there is any.
 
     Args:
-        events: what a name of interactions is like, with a group "category"; `wanted` says it in words.
-        meta_endings: of "meta_<category>".
+        events: pattern of the names of interactions, with a group "category"; `wanted` says the same in words.
+        meta_endings: suffixes of "meta_<category>".
 
     Raises:
         UserError: as for `describe`.
@@ -106,7 +109,7 @@ def find_files(
     name, path = chosen[0].name, chosen[0].path
     category = events.fullmatch(name)["category"]
     names = [f"meta_{category}{ending}" for ending in meta_endings]
-    if path == raw_dir:  # a server may give files and list nothing: ask for each
+    if path == raw_dir:  # some servers give files but list nothing: ask for each
         plain = without_query(path)
         beside = plain.removesuffix(name) + path.removeprefix(plain)
         metas = [meta for meta in (join(beside, meta) for meta in names) if _is_there(meta)]
@@ -133,9 +136,8 @@ def item_table(
     row = np.repeat(np.arange(len(lengths)), lengths)
     level = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
     names = labelled("category", paths.flatten())
-    names = pc.if_else(
-        pc.ends_with(names, "."), None, names
-    )  # a sentence: feature text that the crawl took for a name
+    # A name that ends with "." is a sentence about the product.
+    names = pc.if_else(pc.ends_with(names, "."), None, names)
     usable = (level > 0) & names.is_valid().to_numpy(zero_copy_only=False)
     row, names = row[usable], names.filter(pa.array(usable))
     codes = names.dictionary_encode()
@@ -154,7 +156,7 @@ def item_table(
 
 
 def labelled(facet: str, names: pa.ChunkedArray | pa.StringArray) -> pa.StringArray:
-    """ "facet: name", without markup and the frame of an author's page; null where there is no name."""
+    """ "facet: name" without markup and without "Visit Amazon's ... Page"; null where there is no name."""
     names, _ = clean_strings(one_array(names))
     names = pc.utf8_trim_whitespace(names)
     names = pc.replace_substring_regex(names, r"^Visit Amazon['’]s (.+) Page$", r"\1")

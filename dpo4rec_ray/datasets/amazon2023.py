@@ -1,9 +1,9 @@
 """Amazon reviews of 2023 (Hou et al., arXiv 2403.03952): `Books.jsonl.gz` (reviews) or `Books.csv.gz` (ratings only, with
 the header user_id,parent_asin,rating,timestamp), beside `meta_Books.jsonl.gz` if it is there. Also unpacked.
 
-An item is a `parent_asin`: the versions of a product count as one. Times are milliseconds in the files. From the metadata
-come title, author or store, and the category path. `average_rating` and `rating_number` are never used: they are as of
-2023 and would tell every list its own future.
+An item is a `parent_asin`: the versions of a product count as one. Times are milliseconds in the files. The metadata give
+title, author or store, and the category path. `average_rating` and `rating_number` are never used: they are from 2023, so
+they would show every list its own future.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dpo4rec_ray.datasets.readers import one_array, read_csv, read_json, why_jso
 from dpo4rec_ray.datasets.source import EVENTS, DataFile, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
-NO_RATING = 0.0  # stands where a reviewer gave none
+# In the files where a reviewer gave no rating.
+NO_RATING = 0.0
 
 _EVENTS = re.compile(r"(?!meta_)(?P<category>.+)\.(jsonl|csv)(\.gz)?")
 _WANTED = "<Category>.jsonl.gz or <Category>.csv.gz"
@@ -37,11 +38,12 @@ _PRODUCT = pa.schema(
         "categories": pa.list_(_TEXT),
     }
 )
-_BY_AUTHOR = r"^([^(]+?)\s*\(Author\).*$"  # how the store of a book is given
+# The store of a book.
+_BY_AUTHOR = r"^([^(]+?)\s*\(Author\).*$"
 
 
 def describe(raw_dir: str, file: str = "") -> Source:
-    """The source in a folder, or around one file of interactions; `file` names it where a folder holds several.
+    """The source in a folder, or of one file of interactions; `file` names it where a folder holds several.
 
     Raises:
         UserError: no file of interactions or several, two of metadata, or a ratings file with another header.
@@ -81,7 +83,7 @@ def parse_ratings(block: bytes) -> Parsed:
 
 
 def _in_seconds(table: pa.Table) -> pa.Table:
-    """Columns of EVENTS. A negative time stays as it is: divided it might become 0 and pass for a time."""
+    """Columns of EVENTS. A negative time stays as it is: divided by 1000 it might become 0, which is a valid time."""
     time_ms = table["timestamp"]
     time_s = pc.if_else(pc.less(time_ms, 0), time_ms, pc.divide(time_ms, 1000))
     return table.set_column(3, "timestamp", time_s).rename_columns(EVENTS.names)
@@ -101,7 +103,7 @@ def parse_products(block: bytes) -> Parsed:
 
 
 def _makers(authors: pa.StringArray, stores: pa.StringArray) -> pa.StringArray:
-    """The author where one is given, or where the store is "X (Author)"; else the store as the brand."""
+    """The author, given as such or as the store "X (Author)"; else the store as the brand."""
     is_author = pc.match_substring_regex(stores, _BY_AUTHOR)
     named = pc.if_else(is_author, pc.replace_substring_regex(stores, _BY_AUTHOR, r"\1"), None)
     return pc.coalesce(labelled("author", authors), labelled("author", named), labelled("brand", stores))

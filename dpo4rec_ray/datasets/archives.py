@@ -25,7 +25,7 @@ def unpack(archive: Path, folder: Path, max_bytes: int = MAX_UNPACKED_BYTES) -> 
         The one folder that the archive holds, or `folder` when it holds several things.
 
     Raises:
-        UserError: the archive is damaged or unsafe (it is set aside as name.bad), or something else is in the way.
+        UserError: the archive is damaged or unsafe (it is kept as name.bad), or other files are in the way.
         OSError: the disk is full or cannot be written.
     """
     fresh = folder / f"{archive.name}.unpacking"

@@ -1,6 +1,6 @@
-"""Cells of mapped columns as what the stages take: ids as text, times as seconds, numbers, lists of these.
+"""Cells of mapped columns, converted: ids to text, times to seconds, numbers to floats, and lists of these.
 
-A cell that cannot be used costs its row, never the run.
+A cell that cannot be read makes its row a bad row; it does not stop the run.
 """
 
 from __future__ import annotations
@@ -22,25 +22,30 @@ from dpo4rec_ray.datasets.parsing import BAD_NUMBER, BAD_TIME, LEAF, UNREADABLE
 
 Role = Literal["id", "number", "time", "text", "values", "ids", "numbers"]
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
-_ELEMENT: dict[str, Role] = {
-    "values": "text",
-    "ids": "id",
-    "numbers": "number",
-}  # what a list role is a list of
+# The elements of the roles that are lists.
+_ELEMENT: dict[str, Role] = {"values": "text", "ids": "id", "numbers": "number"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.I)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One mapped column."""
+    """One mapped column.
 
-    key: str  # of the recipe, such as "table.timestamp"
-    name: str  # in the files
+    Attributes:
+        key: of the recipe, such as "table.timestamp".
+        name: in the files.
+        to: its name after `converted`.
+        unit: of a time.
+        separator: of several values in one cell.
+    """
+
+    key: str
+    name: str
     role: Role
-    to: str  # its name after `converted`
-    unit: TimestampUnit = "s"  # of a time
-    separator: str = ""  # of values in one cell
+    to: str
+    unit: TimestampUnit = "s"
+    separator: str = ""
 
 
 def fits(column: Column, kind: pa.DataType) -> bool:
@@ -74,8 +79,8 @@ def is_text(kind: pa.DataType) -> bool:
 def converted(table: pa.Table, columns: tuple[Column, ...]) -> pa.Table:
     """The mapped columns as text (id, text), float64 (number), int64 seconds (time) or lists of these.
 
-    A cell without a value is null. The column "reason" says why a row holds a cell that cannot be what it should be,
-    and is null for the others.
+    A cell without a value is null. The column "reason" says what is wrong with a row that has a cell that cannot be
+    read, and is null for the other rows.
     """
     arrays: dict[str, pa.Array] = {}
     reason = pa.nulls(table.num_rows, pa.string())
@@ -133,7 +138,7 @@ def _scalars(array: pa.Array, role: Role, unit: TimestampUnit) -> pa.Array:
 
 
 def _strings(array: pa.Array) -> pa.StringArray:
-    """Text of anything; 5.0 becomes "5", as an id column that once held a null has it."""
+    """Any values as text. 5.0 becomes "5": pandas writes whole ids like that when one of them is null."""
     kind = array.type
     if is_text(kind):
         return _row_safe(array.cast(pa.binary()), lambda a: a.cast(pa.string()), bytes.decode, pa.string())
@@ -192,7 +197,7 @@ def _iso_time(text: str) -> int | None:
 def _row_safe(
     array: pa.Array, convert: Callable[[pa.Array], pa.Array], one: Callable[[Any], Any], kind: pa.DataType
 ) -> pa.Array:
-    """convert(array); where pyarrow refuses the whole for some value, halves, and at last `one` value after another."""
+    """convert(array). Where pyarrow fails because of a value, each half alone, and at last `one` value after the other."""
     try:
         return convert(array)
     except pa.ArrowInvalid:

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from dpo4rec_ray.datasets import files, parsing
 from dpo4rec_ray.datasets.cells import Column, converted, fits, is_text
-from dpo4rec_ray.datasets.column_readers import REFUSED, CsvReader, JsonReader
 from dpo4rec_ray.datasets.parsing import Lines
+from dpo4rec_ray.datasets.readers import REFUSED, CsvReader, JsonReader
 from dpo4rec_ray.datasets.source import BadRows, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
-TextOf = Callable[[int], bytes | str]  # row of the block -> what stands there
+TextOf = Callable[[int], bytes | str]
 _FORMATS = {
     ".parquet": "parquet",
     ".csv": ",",
@@ -47,31 +47,39 @@ _WANTED = {
 
 
 class Origin(NamedTuple):
-    """Where the rows of a table come from: the arguments that `parsing.checked_events` takes beside the table."""
+    """Where the rows of a table come from: what `parsing.checked_events` takes after the table.
 
-    rows: NDArray[np.int64]  # [table.num_rows] rows of the block
+    Attributes:
+        rows: [table.num_rows] rows of the block.
+        text_of: row of the block -> its text.
+    """
+
+    rows: NDArray[np.int64]
     rows_read: int
     bad_rows: BadRows
     text_of: TextOf
 
 
-Finish = Callable[[pa.Table, Origin], Parsed]  # converted columns -> what the stage takes
+# From converted columns to the columns that the stage needs.
+Finish = Callable[[pa.Table, Origin], Parsed]
 
 
 def data_files(
     folder: str, pattern: str, key: str, columns: tuple[Column, ...], finish: Finish
 ) -> tuple[DataFile, ...]:
-    """The files that `pattern` names, each with its parser.
+    """The files that `pattern` matches, each with its parser.
 
-    key: the recipe key that holds the pattern. finish: from converted columns to what the stage takes; picklable.
+    Args:
+        key: the recipe key of the pattern.
+        finish: picklable.
 
     Raises:
-        UserError: as `describe`.
+        UserError: no file matches, a format is unknown, or a column is missing or has a type that does not fit.
     """
     paths = matching_files(folder, pattern, key)
-    if len(paths) > 1:  # a writer's empty parts have no header either
+    if len(paths) > 1:  # some writers leave empty files, without a header
         paths = [path for path in paths if not files.is_empty(path)] or paths
-    with ThreadPoolExecutor(16) as pool:  # a remote file's header takes a round trip or two
+    with ThreadPoolExecutor(16) as pool:  # the header of a remote file takes one or two requests
         return tuple(pool.map(lambda path: _data_file(path, columns, finish), paths))
 
 
@@ -92,8 +100,8 @@ def matching_files(folder: str, pattern: str, key: str) -> list[str]:
         there = "" if found else ", ".join(name for name, _ in _entries(folder)[:20])
     except UserError:
         raise
-    except Exception as error:  # the file systems behind fsspec have exceptions of their own
-        raise UserError(f"{folder}: {key} = {pattern!r} cannot be looked up ({error})") from None
+    except Exception as error:  # the file systems of fsspec have their own exceptions
+        raise UserError(f"{folder}: {key} = {pattern!r} cannot be listed ({error})") from None
     if not found:
         raise UserError(
             f"{folder}: no file matches {key} = {pattern!r}; the folder holds: {there or 'nothing'}"
@@ -116,7 +124,7 @@ def _expand(folder: str, parts: list[str]) -> list[str]:
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    """(name, is a file) of what a folder holds, hidden ones left out, by name; nothing when there is no such folder."""
+    """(name, is a file) of the visible entries of a folder, by name; none when there is no such folder."""
     filesystem, inner = files.open_filesystem(folder)
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
     names = [(PurePosixPath(info.path).name, info.is_file) for info in found]
@@ -171,7 +179,7 @@ def _csv_header(path: str, delimiter: str) -> list[str]:
 
 
 def _json_schema(path: str, columns: tuple[Column, ...]) -> pa.Schema:
-    """The mapped columns' types by the first lines: of each column, the first value that its role can be."""
+    """The types of the mapped columns: of each column, the type of the first value in the first lines that fits its role."""
     head = files.read_blocks(files.Split(0, path, 0, 0, whole=True, order=0, size=0), DataFile(path), 2**16)
     objects: list[dict[str, Any]] = []
     for line in next((block.content for block in head), b"").split(b"\n"):
@@ -199,12 +207,12 @@ def _json_schema(path: str, columns: tuple[Column, ...]) -> pa.Schema:
 def _json_type(value: Any) -> pa.DataType:
     try:
         return pa.array([value]).type
-    except (*REFUSED, OverflowError):  # a huge number, or a list of this and that
+    except (*REFUSED, OverflowError):  # a huge number, or a list of several types
         return pa.null()
 
 
 def _read_as(name: str, kind: pa.DataType, columns: tuple[Column, ...]) -> pa.DataType:
-    """The type to read a JSON column as: 5 may stand beside 4.5 in one that holds numbers."""
+    """The type with which a JSON column is read: a column of numbers may hold both 5 and 4.5."""
     roles = {column.role for column in columns if column.name == name}
     listed = pt.is_list(kind)
     kind = kind.value_type if listed else kind
@@ -219,7 +227,7 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
     for column in columns:
         places = schema.get_all_field_indices(column.name)
         if len(places) != 1:
-            what = "stands twice" if places else "is not there"
+            what = "is there twice" if places else "is not there"
             found = ", ".join(dict.fromkeys(schema.names)) or "none"
             raise UserError(
                 f"{path}: the column {column.name!r} ({column.key}) {what}; columns found: {found}"
@@ -244,7 +252,7 @@ def parse_block(block: bytes, *, reader: CsvReader | JsonReader, finish: Finish)
 
 
 def _refusing(read: Callable[[bytes], pa.Table]) -> Callable[[bytes], pa.Table]:
-    """`read` with one exception for all that a bad line can raise."""
+    """`read` with pyarrow.ArrowInvalid in place of all errors that a bad line can raise."""
 
     def fast(block: bytes) -> pa.Table:
         try:
@@ -269,12 +277,12 @@ def parse_rows(table: pa.Table, *, columns: tuple[Column, ...], finish: Finish) 
 def _shown(cell: pa.Scalar) -> str:
     try:
         return repr(cell.as_py())
-    except (ValueError, OverflowError):  # text that is not UTF-8, a time that Python has no object for
+    except (ValueError, OverflowError):  # text that is not UTF-8, or a time that Python cannot represent
         return repr(cell.as_buffer().to_pybytes()) if is_text(cell.type) else f"<{cell.type}>"
 
 
 def _set_aside(table: pa.Table, origin: Origin) -> tuple[pa.Table, Origin]:
-    """Quarantine the rows with a reason; the others and where they came from."""
+    """Quarantine the rows with a reason; return the others and their origin."""
     reasons = table["reason"]
     for reason in pc.drop_null(pc.unique(reasons)).to_pylist():
         places = np.flatnonzero(pc.fill_null(pc.equal(reasons, reason), False).to_numpy())

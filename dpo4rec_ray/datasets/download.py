@@ -30,12 +30,12 @@ _OVERRIDES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 with one line for what the user can mend, 130 when interrupted."""
+    """Exit code: 0, 2 with one line for what the user can fix, 130 when interrupted."""
     options = _parse(arguments)
     try:
         _run(options)
     except KeyboardInterrupt:
-        tell("interrupted; the same command goes on from here")
+        tell("interrupted; run the same command again to continue")
         return 130
     except UserError as error:
         tell(f"error: {error}")
@@ -52,7 +52,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("name", nargs="?", help="a dataset, see --list")
     parser.add_argument("folder", nargs="?", help="where to put it; made when it is missing")
-    parser.add_argument("--list", action="store_true", help="print the names and where their terms stand")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names and the addresses of their terms"
+    )
     parser.add_argument("--yes", action="store_true", help="accept the terms without being asked")
     parser.add_argument(
         "--url", action="append", default=[], help="fetch from here instead; once per file of the dataset"
@@ -93,7 +95,7 @@ def _run(options: argparse.Namespace) -> None:
         _agree(dataset, options.yes)
         folder.mkdir(parents=True, exist_ok=True)
         with requests.Session() as session:
-            # A server that packs the answer would change the bytes that sizes, ranges and checksums speak of.
+            # Sizes, ranges and checksums are those of the bytes as published: the server must not compress them.
             session.headers.update({"Accept-Encoding": "identity", "User-Agent": "dpo4rec-ray"})
             for file in missing:
                 fetch(session, file, folder)
@@ -107,7 +109,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _overridden(files: tuple[RemoteFile, ...], options: argparse.Namespace) -> tuple[RemoteFile, ...]:
-    """The files with what --url, --md5 and --sha256 say instead, one value per file."""
+    """The files with the values of --url, --md5 and --sha256 in place of their own, one value per file."""
     for option, (form, what) in _OVERRIDES.items():
         values = getattr(options, option)
         for value in values:

@@ -57,19 +57,19 @@ def fetch(session: requests.Session, file: RemoteFile, folder: Path) -> Path:
 
 
 def _receive(session: requests.Session, file: RemoteFile, part: Path) -> str:
-    """Bring `part` to its full size; the checksum that the server named, or ""."""
+    """Download until `part` has its full size; returns the checksum that the server named, or ""."""
     failures, furthest = 0, size_of(part)
     while True:
         try:
             return _attempt(session, file, part)
         except _Dropped as error:
-            # Only bytes beyond the furthest point count as progress: else a server that cannot resume would be asked forever.
+            # Only bytes beyond the furthest point are progress: else a server that cannot resume would be asked forever.
             failures = 0 if size_of(part) > furthest else failures + 1
             furthest = max(furthest, size_of(part))
             if failures >= ATTEMPTS:
                 raise UserError(
-                    f"{_shown(file.url)}: {error}, {failures} times in a row; {size_of(part)} bytes are kept, the same "
-                    "command goes on from there"
+                    f"{_shown(file.url)}: {error}, {failures} times in a row; {size_of(part)} bytes are kept, run the same "
+                    "command again to continue"
                 ) from error
             wait_s = min(BACKOFF_S * 2**failures, MAX_BACKOFF_S)
             tell(f"{file.name}: {error}; trying again in {wait_s:.0f} s")
@@ -113,7 +113,9 @@ def _save(response: requests.Response, file: RemoteFile, part: Path, start: int,
         part.unlink(missing_ok=True)
         raise _Dropped("the file has changed on the server")
     if start and not resumed:
-        tell(f"{file.name}: starting afresh: the file has changed, or the server cannot resume")
+        tell(
+            f"{file.name}: starting again from the first byte: the file has changed, or the server cannot resume"
+        )
         start = 0
     length = response.headers.get("Content-Length", "")
     total = start + int(length) if length.isdigit() else None
@@ -199,7 +201,7 @@ def verify(at: Path, path: Path, checksum: str) -> None:
             set_aside(at, path)
             raise UserError(
                 f"{path}: what came is not a {path.suffix} file, it begins with {first!r}; it is kept as {path.name}.bad, "
-                "the same command starts afresh"
+                "run the same command again to download it anew"
             )
         file.seek(0)
         algorithm, _, wanted = (checksum or "sha256:").partition(":")
@@ -209,8 +211,8 @@ def verify(at: Path, path: Path, checksum: str) -> None:
     elif found != wanted:
         set_aside(at, path)
         raise UserError(
-            f"{path}: {algorithm} is {found}, expected {wanted}; it is kept as {path.name}.bad, the same command starts "
-            "afresh"
+            f"{path}: {algorithm} is {found}, expected {wanted}; it is kept as {path.name}.bad, run the same command again "
+            "to download it anew"
         )
 
 

@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 from dpo4rec_ray.datasets.source import DataFile
 from dpo4rec_ray.errors import UserError
 
-BLOCK_BYTES = 32 * 2**20  # of text, unpacked: what one parser holds at a time
-UNPACKED = 6  # text beside its packed form, about; it decides nothing but the number of partitions
-_LINE_BITS = 40  # a split's lines are numbered by their bytes: up to a terabyte of them
+# Text without compression: what one parser holds at a time.
+BLOCK_BYTES = 32 * 2**20
+# How much larger text is than its compressed form, roughly. Only the number of partitions depends on it.
+UNPACKED = 6
+# The lines of a split are numbered by their bytes: a split may hold a terabyte.
+_LINE_BITS = 40
 _PYARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
 _COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 _BOM = b"\xef\xbb\xbf"
@@ -28,28 +31,35 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Listed:
-    """One file of a folder."""
+    """One file of a folder; `path` is a local path or URI."""
 
     name: str
-    path: str  # local path or URI
+    path: str
 
 
 @dataclass(frozen=True)
 class Split:
-    """What one reader reads: bytes [start, end) of a file, or a row group; `order` grows in file order."""
+    """What one task reads: bytes [start, end) of a file, or a row group.
 
-    file: int  # place in the list of files
+    Attributes:
+        file: place in the list of files.
+        whole: the file is one stream, because it is compressed.
+        order: grows from split to split in the order of the files.
+        size: bytes without compression, roughly.
+    """
+
+    file: int
     path: str
     start: int
     end: int
-    whole: bool  # the file is one stream
+    whole: bool
     order: int
-    size: int  # bytes it holds, unpacked, about
+    size: int
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of one split. `order` grows in file order and leaves room for a number per line."""
+    """Whole lines of one split. `order` grows in file order, by at least one per line."""
 
     file: int
     order: int
@@ -87,7 +97,7 @@ def list_files(folder: str) -> list[Listed]:
         info = filesystem.get_file_info(inner)
         if info.type == pyarrow.fs.FileType.NotFound:
             raise UserError(f"{folder}: not found; set data.raw_dir to the folder of the dataset")
-        # Over http a folder passes for a file.
+        # Over http a folder looks like a file.
         if info.type == pyarrow.fs.FileType.File and not inner.endswith("/"):
             return [Listed(PurePosixPath(inner).name, folder)]
         found = filesystem.get_file_info(pyarrow.fs.FileSelector(inner))
@@ -99,12 +109,12 @@ def list_files(folder: str) -> list[Listed]:
 
 
 def absolute(path: str) -> str:
-    """A local path from the root on, as workers have a working directory of their own; a URI or "" as it is."""
+    """A local path from the root on, since workers have another working directory; a URI or "" unchanged."""
     return path if not path or "://" in path else str(Path(path).expanduser().absolute())
 
 
 def without_query(path: str) -> str:
-    """A URI without its query, such as ?endpoint_override=...; a local path as it is."""
+    """A URI without its query, such as ?endpoint_override=...; a local path unchanged."""
     return path.partition("?")[0] if "://" in path else path
 
 
@@ -115,7 +125,7 @@ def join(folder: str, name: str) -> str:
 
 
 def file_identity(path: str) -> str:
-    """Path, size and time of change, as far as the file system tells them: another content is likely to differ."""
+    """Path, size and time of the last change, as far as the file system has them. Other content gives another identity."""
     filesystem, inner = open_filesystem(path)
     with _failures(path):
         info = filesystem.get_file_info(inner)
@@ -130,7 +140,7 @@ def is_empty(path: str) -> bool:
 
 
 def compression_of(path: str) -> str | None:
-    """pyarrow's name of the compression that the file's name tells, or None."""
+    """pyarrow's name of the compression, by the suffix of the file, or None."""
     return _COMPRESSION.get(PurePosixPath(without_query(path)).suffix)
 
 
@@ -153,7 +163,7 @@ def plan_splits(files: tuple[DataFile, ...], split_bytes: int = BLOCK_BYTES) -> 
         filesystem, inner = open_filesystem(file.path)
         with _failures(file.path):
             size = filesystem.get_file_info(inner).size
-            if size is None:  # not there, or a server that does not say
+            if size is None:  # the file is missing, or the server does not give the size
                 with filesystem.open_input_file(inner) as handle:
                     size = handle.size()
         if not size and len(files) > 1:
@@ -188,7 +198,7 @@ def read_row_group(split: Split, columns: tuple[str, ...]) -> pa.Table:
 
 @contextlib.contextmanager
 def _failures(path: str) -> Iterator[None]:
-    """Whatever a file system raises becomes one line: each of fsspec's has exceptions of its own."""
+    """Any error of a file system becomes one line. (Each file system of fsspec has its own exceptions.)"""
     try:
         yield
     except UserError:
@@ -244,14 +254,14 @@ def _stream(
 
 
 def _range(filesystem: pyarrow.fs.FileSystem, path: str, split: Split, block_bytes: int) -> Iterator[bytes]:
-    """A line belongs to the range in which it begins; so the first piece starts after the first line end from start-1."""
+    """The lines that begin in a range: the first starts behind the first line end at or after byte start - 1."""
     with filesystem.open_input_file(path) as handle:
         begin = max(0, split.start - 1)
         handle.seek(begin)
         data = handle.read(split.end - begin)
         if split.start > 0:
             cut = data.find(b"\n")
-            if cut < 0:  # the line of an earlier range fills this one
+            if cut < 0:  # one line of an earlier range covers the whole range
                 return
             data = data[cut + 1 :]
         if not data:

@@ -1,6 +1,6 @@
 """Logged candidate lists: impressions of a first-stage ranker with labels, from Parquet or JSON lines.
 
-Beyond the paper, which draws its lists. One row is one list; a row that cannot be used is quarantined with its reason.
+Beyond the paper, which draws its lists. One row is one list. A row that cannot be used is quarantined with its reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def describe(path_or_uri: str, section: LoggedSection) -> tuple[DataFile, ...]:
     """The files of the logged lists, whose parsers give LISTS. path_or_uri: as `logged.file`, absolute.
 
     Raises:
-        UserError: no such file, a mapped column is missing or of a type it cannot have, ratings without a history.
+        UserError: ratings without a history, or as `data_files`.
     """
     s = section
     if s.history_ratings and not s.history:
@@ -58,18 +58,17 @@ def describe(path_or_uri: str, section: LoggedSection) -> tuple[DataFile, ...]:
 
 
 def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:
-    """Sort out the rows that are no list to rank."""
+    """Leave out the rows that are no list to rank."""
     given = {name: table[name].combine_chunks() for name in table.column_names}
     columns = {field.name: given.get(field.name, pa.nulls(len(table), field.type)) for field in LISTS}
     for name in ("labels", "history_ratings"):
-        columns[name] = columns[name].cast(
-            pa.list_(pa.float32())
-        )  # first: what is too large for it is infinite
+        # Before the checks: a number that is too large becomes infinite.
+        columns[name] = columns[name].cast(pa.list_(pa.float32()))
     good = np.ones(len(table), dtype=np.bool_)
     for reason, bad in _faults(columns, given):
         parsing.quarantine(np.flatnonzero(bad & good), origin.rows, reason, origin.bad_rows, origin.text_of)
         good &= ~bad
-    # Negatives drawn at random may repeat a candidate (685 of KAR's own 103,697 lists do): told, and no damage.
+    # Negatives drawn at random may repeat a candidate (685 of KAR's own 103,697 lists do): such lists are counted and kept.
     repeated = int(np.sum(_repeated(columns["candidates"]) & good))
     kept = pa.table(columns).filter(pa.array(good)).cast(LISTS)
     cleaned = Counter({REPEATED: repeated} if repeated else {})
@@ -77,7 +76,7 @@ def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:
 
 
 def _faults(columns: dict[str, pa.Array], given: dict[str, pa.Array]) -> list[tuple[str, NDArray[np.bool_]]]:
-    """(reason, [rows] which have it), in the order in which they are told."""
+    """(reason, [rows] which have it); of several reasons the first one counts."""
     candidates, labels = columns["candidates"], columns["labels"]
     history, ratings = columns["history"], columns["history_ratings"]
     lengths = _lengths(candidates)

@@ -1,6 +1,6 @@
 """MovieLens as downloaded, every release: 100K, 1M, 10M, and 20M, 25M, latest and latest-small, which share a layout.
 
-Which films become candidates, and whether events are ordered by second or by day, is decided later (stages/prepare.py).
+The stage prepare decides later which films become candidates, and whether events are ordered by second or by day.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class Part:
 
 
 def describe(raw_dir: str) -> Source:
-    """The release in a folder, told by the names of its files.
+    """The release in a folder, recognised by the names of its files.
 
     Raises:
         UserError: no release is there, or several are, or a file of it is missing or has another header.
     """
     listed = {file.name: file.path for file in list_files(raw_dir)}
-    other = "10M" if "users.dat" in listed else "1M"  # these two name two files alike
+    other = "10M" if "users.dat" in listed else "1M"  # these two share the names of two files
     releases = {name: [part.name for part in parts] for name, parts in _RELEASES.items()}
     fitting = [name for name in releases if name != other and not listed.keys().isdisjoint(releases[name])]
     found = f"found: {', '.join(list(listed)[:20]) or 'no file'}"
@@ -118,7 +118,7 @@ def parse_ratings(block: bytes, separator: bytes, lowest: float) -> Parsed:
     def fast(lines: bytes) -> pa.Table:
         if separator != b",":
             if b"," in lines:
-                raise pa.ArrowInvalid("a comma stands in a field")
+                raise pa.ArrowInvalid("there is a comma in a field")
             lines = lines.replace(separator, b",")
         table = read_csv(lines, _COLUMNS)
         for name in ("user", "item"):

@@ -1,7 +1,7 @@
-"""From a block of lines to a table, whatever the lines hold: the fast reader first, line by line only where it refuses.
+"""A block of lines becomes a table: by the fast reader, and line by line only where that fails.
 
-Every line ends as a row of the table, or in the bad_rows with its reason. No Python object is made per row unless its
-neighbourhood is damaged.
+Every line becomes a row of the table or one of the bad rows, with its reason. No Python object is made per row, except
+near a damaged one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from dpo4rec_ray.datasets.source import EVENTS, ITEMS, MAX_SHOWN, BadRows, Parse
 Fast = Callable[[bytes], pa.Table]
 Why = Callable[[bytes], str]
 
-LEAF = 64  # lines that are looked at one by one once their neighbourhood is known to be damaged
-MAX_TIMESTAMP_S = 4_102_444_800  # 2100-01-01: a later time is milliseconds, or damage
+# Lines that are read one by one when the fast reader fails on all of them together.
+LEAF = 64
+# 2100-01-01: a later time is in milliseconds, or damaged.
+MAX_TIMESTAMP_S = 4_102_444_800
 EMPTY_LINE, UNREADABLE, MISSING = "empty line", "unreadable", "missing field"
 FIELD_COUNT, BAD_NUMBER, BAD_JSON = "wrong field count", "bad number", "not JSON"
 OUT_OF_RANGE, BAD_TIME = "rating out of range", "impossible timestamp"
@@ -35,7 +37,7 @@ class Lines:
     """A block of lines; the places of the line ends are found when first asked for."""
 
     def __init__(self, block: bytes):
-        # one byte is found much faster than two
+        # Searching for one byte is much faster than for two.
         self.block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
         if self.block and not self.block.endswith(b"\n"):
             self.block += b"\n"
@@ -62,12 +64,12 @@ class Lines:
 
 
 def parse_lines(lines: Lines, fast: Fast, why: Why, bad_rows: BadRows) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Read the lines with `fast`; halve what it refuses, so that only damaged lines are left out.
+    """Read the lines with `fast`. Where it fails, each half is tried alone, so that only damaged lines are left out.
 
     Args:
         fast: whole lines -> a table with one row per line; raises pyarrow.ArrowInvalid when a line cannot be read.
-            A null says that a field is missing.
-        why: the reason why one line cannot be used, "" when none is seen.
+            A null means that a field is missing.
+        why: the reason why one line cannot be used, "" when it finds none.
 
     Returns:
         The table, and [rows] which line each of its rows came from.
@@ -101,7 +103,7 @@ def parse_lines(lines: Lines, fast: Fast, why: Why, bad_rows: BadRows) -> tuple[
 def _try(fast: Fast, block: bytes, num_lines: int) -> pa.Table | None:
     try:
         table = fast(block)
-        table.validate(full=True)  # UTF-8 too: not every reader looks
+        table.validate(full=True)  # UTF-8 too, which not every reader checks
     except _REFUSED:
         return None
     return table if table.num_rows == num_lines else None
@@ -136,8 +138,10 @@ def parse_events(
 ) -> Parsed:
     """One block of events.
 
-    fast gives the columns of EVENTS (rating may be float64). `ratings` are the lowest and highest that can be; a
-    rating equal to `unrated` says that the user gave none: such rows are filtered.
+    Args:
+        fast: gives the columns of EVENTS (rating may be float64).
+        ratings: the lowest and the highest rating that are possible.
+        unrated: a rating with this value means that the user gave none; such rows are filtered.
     """
     lines, bad_rows = Lines(block), BadRows()
     table, rows = parse_lines(lines, fast, why, bad_rows)
@@ -156,7 +160,7 @@ def checked_events(
     ratings: tuple[float, float],
     unrated: float | None = None,
 ) -> Parsed:
-    """Sort out events with missing fields, ratings or times that cannot be, and those without a rating.
+    """Leave out events with missing fields, impossible ratings or times, and events without a rating.
 
     rows: [table.num_rows] which row of the block each came from, for `text_of` and the bad_rows.
     """
@@ -199,7 +203,7 @@ def quarantine(
 
 
 def parse_items(block: bytes, fast: Fast, why: Why) -> Parsed:
-    """One block of items. fast gives the columns of ITEMS; a null or empty title is kept for the caller to name."""
+    """One block of items. `fast` gives the columns of ITEMS; a null or empty title is kept."""
     lines, bad_rows = Lines(block), BadRows()
     table, rows = parse_lines(lines, fast, why, bad_rows)
     return checked_items(table, rows, len(lines), bad_rows, lambda row: lines.line(row))
@@ -212,7 +216,7 @@ def checked_items(
     bad_rows: BadRows,
     text_of: Callable[[int], bytes | str],
 ) -> Parsed:
-    """Sort out items without an id; clean the titles and attributes of the others."""
+    """Leave out items without an id; clean the titles and attributes of the others."""
     if not table.num_rows:
         return Parsed(ITEMS.empty_table(), rows_read, bad_rows)
     missing = pc.fill_null(pc.binary_length(table["raw_id"]), 0).to_numpy() == 0
@@ -228,7 +232,7 @@ def checked_items(
     return Parsed(pa.table(columns).cast(ITEMS), rows_read, bad_rows, cleaned=cleaned, row_of=rows)
 
 
-# Entities, tags and control characters; the last alternative is a script that Amazon's 2018 crawl took for a title.
+# Entities, tags and control characters. The last alternative is a script, which Amazon's 2018 files have in some titles.
 _DIRTY = r"&#?\w+;|</?\w[^>]*>|[\x00-\x1f\x7f]|\(new Date\(\)\)\.getTime"
 _SCRIPT = re.compile(r"\(new Date\(\)\)\.getTime")
 _TAG = re.compile(r"</?\w[^>]*>")
@@ -236,7 +240,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def clean_strings(texts: pa.StringArray) -> tuple[pa.StringArray, int]:
-    """Trimmed, with HTML entities, tags and control characters taken out, and how many had any. Nulls stay."""
+    """Trimmed texts without HTML entities, tags and control characters, and how many had any. Nulls stay."""
     texts = pc.utf8_trim_whitespace(texts)
     dirty = pc.fill_null(pc.match_substring_regex(texts, _DIRTY), False).to_numpy(zero_copy_only=False)
     places = np.flatnonzero(dirty)
@@ -255,11 +259,11 @@ def clean_string(text: str) -> str:
 
 
 def is_number(text: bytes, *, whole: bool) -> bool:
-    """Whether a field is a plain decimal number that the fast readers take too."""
+    """Whether a field is a plain decimal number that the fast readers accept too."""
     return (_WHOLE if whole else _DECIMAL).fullmatch(text.strip()) is not None
 
 
-# What pyarrow takes, so that a line fares alike wherever it stands; nan and inf are out of every range.
+# What pyarrow accepts, so that both ways of reading accept the same lines. nan and inf are outside every range.
 _WHOLE = re.compile(rb"-?[0-9]{1,18}|0[xX][0-9a-fA-F]{1,15}")
 _DECIMAL = re.compile(
     rb"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|-?(nan|inf|infinity)", re.IGNORECASE

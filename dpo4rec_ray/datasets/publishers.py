@@ -1,6 +1,6 @@
-"""Where the publishers keep their datasets, their terms, and the checksums they name; `download.py` fetches them.
+"""Published datasets: addresses, terms, and the checksums that their publishers name; `download.py` downloads them.
 
-Checked against stored copies of the publishers' pages, not fetched. Where no checksum is given the publisher names none.
+Checked against stored copies of the publishers' pages. Where no checksum is given, the publisher names none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """checksum: "md5:..." or "sha256:..."; "" where none is known beforehand."""
+    """checksum: "md5:..." or "sha256:..."; "" where none is known before the download."""
 
     name: str
     url: str
@@ -19,7 +19,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A published dataset, its terms in brief, and where they stand in full."""
+    """A published dataset, its terms in brief, and the address of the full terms."""
 
     files: tuple[RemoteFile, ...]
     terms: str

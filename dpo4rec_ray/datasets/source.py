@@ -1,7 +1,7 @@
-"""What a data source says about its files, and what a parser makes of one block of them.
+"""A data source: its files, a parser for each of them, and what a parser returns for one block of a file.
 
-A source names files and hands over one parser per file; it reads no events itself. `stages/prepare.py` cuts the files
-into blocks, parses them wherever there is room, and never sees a format.
+A source reads no events itself. The room `prepare` cuts the files into blocks and parses them on any worker; it knows no
+format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EVENTS = pa.schema(
 )
 ITEMS = pa.schema([("raw_id", pa.string()), ("title", pa.string()), ("attributes", pa.list_(pa.string()))])
 USERS = pa.schema([("raw_id", pa.string()), ("profile", pa.string())])
-# Logged candidate lists; null: `split` is drawn, `timestamp_s` is unknown, the history is taken from the events.
+# Logged candidate lists. Null means: `split` is to be drawn, `timestamp_s` is unknown, the history comes from the events.
 LISTS = pa.schema(
     [
         ("user", pa.string()),
@@ -32,22 +32,23 @@ LISTS = pa.schema(
         ("history_ratings", pa.list_(pa.float32())),
     ]
 )
-MAX_SHOWN = 20  # bad lines kept per reason and block
-MAX_TEXT = 200  # characters kept of a bad line
+# Bad rows that are kept per reason and block, and characters that are kept of each.
+MAX_SHOWN = 20
+MAX_TEXT = 200
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """One row that could not be used."""
+    """One row that could not be used; `row` counts from 0 within its block."""
 
-    row: int  # within its block, from 0
+    row: int
     reason: str
     text: str
 
 
 @dataclass
 class BadRows:
-    """Rows left out, by reason, with the first few of each."""
+    """Damaged rows: how many for each reason, and the first of them."""
 
     counts: Counter[str] = field(default_factory=Counter[str])
     shown: list[BadLine] = field(default_factory=list[BadLine])
@@ -61,16 +62,22 @@ class BadRows:
 
 @dataclass(frozen=True)
 class Parsed:
-    """One block. rows_read = table.num_rows + the quarantined + the filtered, always."""
+    """One block. rows_read = table.num_rows + the quarantined + the filtered, always.
 
-    table: pa.Table  # EVENTS, ITEMS, USERS or LISTS
+    Attributes:
+        table: columns of EVENTS, ITEMS, USERS or LISTS.
+        quarantined: rows that are damaged.
+        filtered: rows that are sound and not wanted.
+        cleaned: rows that were repaired and kept.
+        row_of: [table.num_rows] the row of the block that each row came from; None: the same.
+    """
+
+    table: pa.Table
     rows_read: int
-    quarantined: BadRows = field(default_factory=BadRows)  # rows that are damaged
-    filtered: Counter[str] = field(default_factory=Counter[str])  # rows that are sound and not wanted
-    cleaned: Counter[str] = field(default_factory=Counter[str])  # rows that were mended and kept
-    row_of: NDArray[np.int64] | None = (
-        None  # [table.num_rows] which row of the block each came from; None: the same
-    )
+    quarantined: BadRows = field(default_factory=BadRows)
+    filtered: Counter[str] = field(default_factory=Counter[str])
+    cleaned: Counter[str] = field(default_factory=Counter[str])
+    row_of: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ class DataFile:
         path: local path or URI; `.gz`, `.bz2` and `.zst` are unpacked while they are read.
         parse: picklable. For "lines" it gets whole lines as bytes, for "parquet" a pyarrow table.
         header: "lines" only: the first line holds names and is not given to `parse`.
-        complete: "lines" only: the publisher ends every line, so a file that ends within one was cut off.
-        columns: "parquet" only: those that `parse` wants; none: all.
+        complete: "lines" only: the publisher ends every line, so a file without a last line end is truncated.
+        columns: "parquet" only: those that `parse` needs; none: all.
         table: kind "memory" only: the parsed rows themselves.
     """
 
@@ -100,8 +107,8 @@ class Source:
     """A dataset on disk or in memory.
 
     Attributes:
-        closed: an event whose user or item has no line in `users` or `items` is damaged. Otherwise such an item is
-            kept and goes by its id.
+        closed: an event whose user or item has no line in `users` or `items` is damaged. If not closed, such an event is
+            kept, and the item is shown by its id.
         truth: "facet: value" strings that each user loves (columns raw_id, tastes); sample world only.
     """
 

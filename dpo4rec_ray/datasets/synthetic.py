@@ -1,14 +1,12 @@
 """The sample world: a deterministic synthetic catalogue and users whose true tastes are known.
 
-Not in the paper. It exists so that `make demo` runs without any download and so that the first rung of the
-diagnosis ladder can be measured: do the knowledge texts name what a user truly loves? A user loves a few
-values of each facet; taste and popularity decide which items are met, and taste, item quality and noise
-decide the stars.
+Not in the paper. With it `make demo` needs no download, and the first question about a reward can be answered: do the
+knowledge texts name what a user truly loves? A user loves a few values of each facet. Taste and popularity decide which
+items the user meets; taste, item quality and noise decide the stars.
 
-`simulate_users` works over any catalogue given as attributes, so the small LLM for another catalogue
-(MovieLens: genre and era only) can be trained on simulated users too. Training users come from a random
-stream of their own ("bootstrap"), never from the one that makes a run's users ("run"), and are never a
-run's users.
+`simulate_users` takes any catalogue given as attributes, so the small LLM for another catalogue (MovieLens: genre and era
+only) can be trained on simulated users too. These training users come from the random stream "bootstrap", a run's users
+from the stream "run", so the two never meet.
 """
 
 from __future__ import annotations
@@ -40,16 +38,18 @@ LAST_WORDS = (
     "Summer", "Witness", "Promise", "Voyage", "Shadow", "Castle", "Verdict", "Melody", "Horizon", "Stranger",
     "Meadow", "Signal", "Tower", "Carnival", "Compass",
 )  # fmt: skip
-# Random streams: the second word of every seed sequence, so that equal seeds never meet across streams.
+# Random streams: the second word of every seed sequence, so that equal seeds give other draws in other streams.
 STREAMS = {"run": 1, "bootstrap": 2}
 _CATALOGUE_STREAM = 3
-_FIRST_EVENT_S = 1_000_000_000  # 2001-09-09: any fixed time does
-_USERS_PER_BLOCK = 256  # bounds the [users, items] arrays
+# 2001-09-09; any fixed time would do.
+_FIRST_EVENT_S = 1_000_000_000
+# Bounds the size of the [users, items] arrays.
+_USERS_PER_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class TasteSettings:
-    """How users love, meet and rate.
+    """What users love, which items they meet and how they rate them.
 
     Attributes:
         loved_share: share of a facet's values that a user loves, at least one.
@@ -95,7 +95,7 @@ class SimulatedUsers:
 
 
 def make_catalogue(num_items: int, seed: int) -> Catalogue:
-    """Titles (distinct, two words), attributes (one genre, era and creator each), popularity and quality.
+    """Distinct titles of two words, attributes (one genre, era and creator per item), popularity and quality.
 
     Raises:
         UserError: num_items below 20 (no list of ten could be filled) or above the number of distinct titles.
@@ -106,8 +106,7 @@ def make_catalogue(num_items: int, seed: int) -> Catalogue:
     rng = np.random.default_rng([seed, _CATALOGUE_STREAM])
     pairs = rng.permutation(most)[:num_items]
     titles = [f"{FIRST_WORDS[p // len(LAST_WORDS)]} {LAST_WORDS[p % len(LAST_WORDS)]}" for p in pairs]
-    # Shuffled round-robin: every value is about equally frequent, so that naming a frequent one is no
-    # knowledge.
+    # A shuffled round-robin makes all values about equally frequent: else a text could name frequent ones and be right.
     columns = [
         [f"{facet}: {values[i % len(values)]}" for i in rng.permutation(num_items)]
         for facet, values in (("genre", GENRES), ("era", ERAS), ("creator", CREATORS))
@@ -141,12 +140,10 @@ def simulate_users(
     quality: NDArray[np.float64] | None = None,
     settings: TasteSettings | None = None,
 ) -> SimulatedUsers:
-    """Users with tastes over the facets of `attributes` ("facet: value" strings per item), and what they
-    watched.
+    """Users with tastes over the facets of `attributes` ("facet: value" strings per item), and what they rated.
 
-    Items are met without replacement with odds popularity^p * exp(taste * matches): Gumbel top-n, which is
-    the same as drawing one after the other. popularity, quality: [I]. The same arguments give the same
-    users.
+    Items are drawn without replacement with odds popularity^p * exp(taste * matches) by Gumbel top-n, which is the same
+    as drawing one after the other. popularity, quality: [I]. The same arguments give the same users.
 
     Raises:
         UserError: an unknown stream, or a catalogue with fewer items than one user's events.

@@ -1,8 +1,8 @@
 """A team's own interactions, items and users: Parquet, CSV or JSON lines, with the names of their columns.
 
-Not in the paper. Columns are looked up in every file before anything is read; after that a cell that cannot be used
-costs its row, never the run. Whatever the file holds, ids become text and times become seconds since 1970 (UTC).
-`logged.py` reads its lists with the same readers.
+Not in the paper. The columns are checked in every file before any event is read. After that, a cell that cannot be read
+makes its row a bad row and does not stop the run. Ids become text and times become seconds since 1970 (UTC). `logged.py`
+uses the same readers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dpo4rec_ray.errors import UserError
 
 
 def describe(raw_dir: str, section: TableSection) -> Source:
-    """The source behind `raw_dir`, a local folder or URI. Reads headers, Parquet schemas and first lines only.
+    """The source in `raw_dir`, a local folder or URI. Reads headers, Parquet schemas and first lines only.
 
     Raises:
-        UserError: no file matches, a format is unknown, a mapped column is missing or of a type it cannot have.
+        UserError: keys that contradict each other, or as `data_files`.
     """
     s = section
     if s.min_rating > s.max_rating:
@@ -90,9 +90,11 @@ def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -
         parents.append(pc.list_parent_indices(lists).filter(kept).to_numpy())
     all_values, of_item = pa.concat_arrays(values), np.concatenate(parents)
     codes = all_values.dictionary_encode().indices.to_numpy()
-    _, first = np.unique(of_item * len(codes) + codes, return_index=True)  # what is told twice counts once
+    _, first = np.unique(of_item * len(codes) + codes, return_index=True)  # a value counts once per item
     first.sort()
-    order = first[np.argsort(of_item[first], kind="stable")]  # by item, then by facet, then as in the cell
+    order = first[
+        np.argsort(of_item[first], kind="stable")
+    ]  # by item, then by facet, then in the order of the cell
     offsets = np.concatenate([[0], np.cumsum(np.bincount(of_item[first], minlength=size))]).astype(np.int32)
     attributes = pa.ListArray.from_arrays(pa.array(offsets), all_values.take(pa.array(order)))
     columns = {"raw_id": table["raw_id"], "title": pc.utf8_trim_whitespace(title), "attributes": attributes}
@@ -104,12 +106,12 @@ def _finish_users(table: pa.Table, origin: Origin, *, profile: tuple[str, ...]) 
     missing = np.flatnonzero(~known.to_numpy())
     parsing.quarantine(missing, origin.rows, parsing.MISSING, origin.bad_rows, origin.text_of)
     table = table.filter(known)
-    told = pa.array([""] * table.num_rows, pa.string())
+    texts = pa.array([""] * table.num_rows, pa.string())
     for name in profile:
         text = pc.fill_null(pc.utf8_trim_whitespace(table[f"profile {name}"].combine_chunks()), "")
         part = pc.binary_join_element_wise(f", {name}: ", text, "")
-        told = pc.binary_join_element_wise(told, pc.if_else(pc.equal(text, ""), "", part), "")
-    texts, num_cleaned = parsing.clean_strings(pc.utf8_slice_codeunits(told, len(", ")))
+        texts = pc.binary_join_element_wise(texts, pc.if_else(pc.equal(text, ""), "", part), "")
+    texts, num_cleaned = parsing.clean_strings(pc.utf8_slice_codeunits(texts, len(", ")))
     return Parsed(
         pa.table({"raw_id": table["raw_id"], "profile": texts}).cast(USERS),
         origin.rows_read,

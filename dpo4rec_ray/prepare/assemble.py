@@ -38,10 +38,10 @@ def item_table(item_keys: Keys, names: tuple[Keys, pa.Array], rows: pa.Table | N
 
     names: keys and raw ids of the items; rows: of `rows_about`.
     """
-    raw_ids = beside(item_keys, *names)
+    raw_ids = aligned(item_keys, *names)
     rows = ITEMS.empty_table().append_column("key", pa.array([], pa.uint64())) if rows is None else rows
     titles, attributes = (
-        beside(item_keys, rows["key"].to_numpy(), rows[name].combine_chunks())
+        aligned(item_keys, rows["key"].to_numpy(), rows[name].combine_chunks())
         for name in ("title", "attributes")
     )
     untitled = pc.equal(pc.fill_null(pc.binary_length(titles), 0), 0)
@@ -87,7 +87,7 @@ def user_blocks(
     if rows is None:
         profiles = pa.array([""]).take(pa.array(np.zeros(len(user_keys), dtype=np.int64)))
     else:
-        profiles = beside(user_keys, rows["key"].to_numpy(), rows["profile"].combine_chunks())
+        profiles = aligned(user_keys, rows["key"].to_numpy(), rows["profile"].combine_chunks())
         without_profile = profiles.null_count
         profiles = pc.fill_null(profiles, "")
     ends = np.cumsum(sizes)
@@ -116,11 +116,11 @@ def truth_table(truth: pa.Table | None, user_keys: Keys) -> pa.Table:
     """What each user loves, in user id order; no rows where it is not known."""
     if truth is None:
         return pa.table({"user_id": pa.array([], pa.int64()), "tastes": pa.array([], pa.list_(pa.string()))})
-    tastes = beside(user_keys, keys_of(truth["raw_id"]), truth["tastes"].combine_chunks())
+    tastes = aligned(user_keys, keys_of(truth["raw_id"]), truth["tastes"].combine_chunks())
     return pa.table({"user_id": np.arange(len(user_keys)), "tastes": tastes})
 
 
-def beside(keys: Keys, found: Keys, values: pa.Array) -> pa.Array:
+def aligned(keys: Keys, found: Keys, values: pa.Array) -> pa.Array:
     """The values [m] of the found keys [m], in the order of `keys`, [n].
 
     Where a key is found several times the first value is taken; where it is not found the value is null.

@@ -192,8 +192,8 @@ def _table(stats: dict[str, Any]) -> list[str]:
         for name, values in stats["quantiles"].items()
     ]
     for name, counts in stats["other_files"].items():
-        bad, mended = _listed(counts["quarantined"]), _listed(counts["cleaned"])
-        told = f"{counts['rows_read']:,} rows, {counts['rows_wanted']:,} wanted, quarantined {bad}, cleaned {mended}"
-        rows.append((f"{name} files", told))
+        bad, cleaned = _listed(counts["quarantined"]), _listed(counts["cleaned"])
+        text = f"{counts['rows_read']:,} rows, {counts['rows_wanted']:,} wanted, quarantined {bad}, cleaned {cleaned}"
+        rows.append((f"{name} files", text))
     width = max(len(label) for label, _ in rows)
     return [f"{label:{width}}  {value}" for label, value in rows]

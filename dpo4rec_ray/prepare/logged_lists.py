@@ -2,7 +2,7 @@
 
 The dataset's events give the histories. Where lists have a time, a user's history is every event before the first list.
 Where they have none, it ends before the first event whose item is a positive of a list, and leaves out every item that is
-in one of the user's lists. So the history tells nothing about a list.
+in one of the user's lists. So the history shows nothing of a list.
 """
 
 from __future__ import annotations

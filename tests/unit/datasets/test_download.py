@@ -797,7 +797,7 @@ def test_an_interrupt_keeps_what_came(site: Site, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert printed.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert printed.splitlines()[-1] == "interrupted; run the same command again to continue"
     assert "Traceback" not in printed
     assert part.read_bytes() == ARCHIVE[: part.stat().st_size]
     kept = part.stat().st_size

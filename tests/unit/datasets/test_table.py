@@ -565,7 +565,7 @@ def test_other_mistakes_are_told(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     for name, told in (
         ("", "table.interactions is not set"),
-        ("twice.csv", r"'rating' \(table.rating\) stands twice"),
+        ("twice.csv", r"'rating' \(table.rating\) is there twice"),
         ("e.xlsx", "the format is not known; known: .parquet, .csv"),
         ("e.parquet.gz", "the format is not known"),
         ("e.parquet", "not a Parquet file that can be read"),
