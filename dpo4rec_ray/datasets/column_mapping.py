@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +17,14 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pyarrow.types as pt
-from numpy.typing import NDArray
 
 from dpo4rec_ray.datasets import files, parsing
 from dpo4rec_ray.datasets.cells import Column, converted, fits, is_text
-from dpo4rec_ray.datasets.parsing import Lines
+from dpo4rec_ray.datasets.parsing import Lines, Origin
 from dpo4rec_ray.datasets.readers import REFUSED, CsvReader, JsonReader
 from dpo4rec_ray.datasets.source import BadRows, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
-TextOf = Callable[[int], bytes | str]
 _FORMATS = {
     ".parquet": "parquet",
     ".csv": ",",
@@ -44,21 +42,6 @@ _WANTED = {
     "ids": "lists of text or whole numbers",
     "numbers": "lists of numbers",
 }
-
-
-class Origin(NamedTuple):
-    """Where the rows of a table come from: what `parsing.checked_events` takes after the table.
-
-    Attributes:
-        rows: [table.num_rows] rows of the block.
-        text_of: row of the block -> its text.
-    """
-
-    rows: NDArray[np.int64]
-    rows_read: int
-    bad_rows: BadRows
-    text_of: TextOf
-
 
 # From converted columns to the columns that the stage needs.
 Finish = Callable[[pa.Table, Origin], Parsed]
@@ -286,6 +269,6 @@ def _set_aside(table: pa.Table, origin: Origin) -> tuple[pa.Table, Origin]:
     reasons = table["reason"]
     for reason in pc.drop_null(pc.unique(reasons)).to_pylist():
         places = np.flatnonzero(pc.fill_null(pc.equal(reasons, reason), False).to_numpy())
-        parsing.quarantine(places, origin.rows, reason, origin.bad_rows, origin.text_of)
+        origin.quarantine(places, reason)
     good = pc.is_null(reasons)
     return table.drop_columns("reason").filter(good), origin._replace(rows=origin.rows[good.to_numpy()])

@@ -16,7 +16,8 @@ from dpo4rec_ray.config.data import MAX_CANDIDATES, MIN_CANDIDATES, LoggedSectio
 from dpo4rec_ray.core.candidates import SPLITS
 from dpo4rec_ray.datasets import parsing
 from dpo4rec_ray.datasets.cells import Column, any_of
-from dpo4rec_ray.datasets.column_mapping import Origin, data_files
+from dpo4rec_ray.datasets.column_mapping import data_files
+from dpo4rec_ray.datasets.parsing import Origin
 from dpo4rec_ray.datasets.source import LISTS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
@@ -66,7 +67,7 @@ def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:
         columns[name] = columns[name].cast(pa.list_(pa.float32()))
     good = np.ones(len(table), dtype=np.bool_)
     for reason, bad in _faults(columns, given):
-        parsing.quarantine(np.flatnonzero(bad & good), origin.rows, reason, origin.bad_rows, origin.text_of)
+        origin.quarantine(np.flatnonzero(bad & good), reason)
         good &= ~bad
     # Negatives drawn at random may repeat a candidate (685 of KAR's own 103,697 lists do): such lists are counted and kept.
     repeated = int(np.sum(_repeated(columns["candidates"]) & good))

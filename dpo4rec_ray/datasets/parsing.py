@@ -10,6 +10,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -133,39 +134,51 @@ def _leaf(
             take(table, np.array([row]))
 
 
+class Origin(NamedTuple):
+    """Where the rows of a table come from, and the bad rows of the same block.
+
+    Attributes:
+        rows: [table.num_rows] rows of the block.
+        text_of: row of the block -> its text.
+    """
+
+    rows: NDArray[np.int64]
+    rows_read: int
+    bad_rows: BadRows
+    text_of: Callable[[int], bytes | str]
+
+    def quarantine(self, places: NDArray[np.int64], reason: str) -> None:
+        """Count the rows at these places of the table as bad."""
+        for row in self.rows[places[:MAX_SHOWN]].tolist():
+            self.bad_rows.add(row, reason, self.text_of(row))
+        if len(places) > MAX_SHOWN:
+            self.bad_rows.counts[reason] += len(places) - MAX_SHOWN
+
+
+def _parsed_lines(block: bytes, fast: Fast, why: Why) -> tuple[pa.Table, Origin]:
+    lines, bad_rows = Lines(block), BadRows()
+    table, rows = parse_lines(lines, fast, why, bad_rows)
+    return table, Origin(rows, len(lines), bad_rows, lines.line)
+
+
 def parse_events(
     block: bytes, fast: Fast, why: Why, *, ratings: tuple[float, float], unrated: float | None = None
 ) -> Parsed:
-    """One block of events.
-
-    Args:
-        fast: gives the columns of EVENTS (rating may be float64).
-        ratings: the lowest and the highest rating that are possible.
-        unrated: a rating with this value means that the user gave none; such rows are filtered.
-    """
-    lines, bad_rows = Lines(block), BadRows()
-    table, rows = parse_lines(lines, fast, why, bad_rows)
-    return checked_events(
-        table, rows, len(lines), bad_rows, lambda row: lines.line(row), ratings=ratings, unrated=unrated
-    )
+    """One block of events. `fast` gives the columns of EVENTS (rating may be float64); the rest as `checked_events`."""
+    return checked_events(*_parsed_lines(block, fast, why), ratings=ratings, unrated=unrated)
 
 
 def checked_events(
-    table: pa.Table,
-    rows: NDArray[np.int64],
-    rows_read: int,
-    bad_rows: BadRows,
-    text_of: Callable[[int], bytes | str],
-    *,
-    ratings: tuple[float, float],
-    unrated: float | None = None,
+    table: pa.Table, origin: Origin, *, ratings: tuple[float, float], unrated: float | None = None
 ) -> Parsed:
     """Leave out events with missing fields, impossible ratings or times, and events without a rating.
 
-    rows: [table.num_rows] which row of the block each came from, for `text_of` and the bad_rows.
+    Args:
+        ratings: the lowest and the highest rating that are possible.
+        unrated: a rating with this value means that the user gave none; such rows are filtered.
     """
     if not table.num_rows:
-        return Parsed(EVENTS.empty_table(), rows_read, bad_rows)
+        return Parsed(EVENTS.empty_table(), origin.rows_read, origin.bad_rows)
     filtered: Counter[str] = Counter()
     missing = np.zeros(table.num_rows, dtype=np.bool_)
     for name in EVENTS.names:
@@ -184,43 +197,29 @@ def checked_events(
         (OUT_OF_RANGE, ~in_range),
         (BAD_TIME, (timestamp < 0) | (timestamp >= MAX_TIMESTAMP_S)),
     ):
-        quarantine(np.flatnonzero(bad & good), rows, reason, bad_rows, text_of)
+        origin.quarantine(np.flatnonzero(bad & good), reason)
         good &= ~bad
     if none_given.any():
         filtered[UNRATED] = int(none_given.sum())
+    rows = origin.rows
     if not good.all():
         table, rows = table.filter(pa.array(good)), rows[good]
-    return Parsed(table.select(EVENTS.names).cast(EVENTS), rows_read, bad_rows, filtered, row_of=rows)
-
-
-def quarantine(
-    places: NDArray[np.int64], rows: NDArray[np.int64], reason: str, bad_rows: BadRows, text_of: Callable
-) -> None:
-    for place in places[:MAX_SHOWN]:
-        bad_rows.add(int(rows[place]), reason, text_of(int(rows[place])))
-    if len(places) > MAX_SHOWN:
-        bad_rows.counts[reason] += len(places) - MAX_SHOWN
+    table = table.select(EVENTS.names).cast(EVENTS)
+    return Parsed(table, origin.rows_read, origin.bad_rows, filtered, row_of=rows)
 
 
 def parse_items(block: bytes, fast: Fast, why: Why) -> Parsed:
     """One block of items. `fast` gives the columns of ITEMS; a null or empty title is kept."""
-    lines, bad_rows = Lines(block), BadRows()
-    table, rows = parse_lines(lines, fast, why, bad_rows)
-    return checked_items(table, rows, len(lines), bad_rows, lambda row: lines.line(row))
+    return checked_items(*_parsed_lines(block, fast, why))
 
 
-def checked_items(
-    table: pa.Table,
-    rows: NDArray[np.int64],
-    rows_read: int,
-    bad_rows: BadRows,
-    text_of: Callable[[int], bytes | str],
-) -> Parsed:
+def checked_items(table: pa.Table, origin: Origin) -> Parsed:
     """Leave out items without an id; clean the titles and attributes of the others."""
     if not table.num_rows:
-        return Parsed(ITEMS.empty_table(), rows_read, bad_rows)
+        return Parsed(ITEMS.empty_table(), origin.rows_read, origin.bad_rows)
     missing = pc.fill_null(pc.binary_length(table["raw_id"]), 0).to_numpy() == 0
-    quarantine(np.flatnonzero(missing), rows, MISSING, bad_rows, text_of)
+    origin.quarantine(np.flatnonzero(missing), MISSING)
+    rows = origin.rows
     if missing.any():
         table, rows = table.filter(pa.array(~missing)), rows[~missing]
     titles, num_titles = clean_strings(table["title"].combine_chunks())
@@ -229,7 +228,8 @@ def checked_items(
     attributes = pa.ListArray.from_arrays(lists.offsets, values) if len(lists) else lists
     cleaned = Counter({"titles": num_titles}) if num_titles else Counter[str]()
     columns = {"raw_id": table["raw_id"], "title": titles, "attributes": attributes}
-    return Parsed(pa.table(columns).cast(ITEMS), rows_read, bad_rows, cleaned=cleaned, row_of=rows)
+    table = pa.table(columns).cast(ITEMS)
+    return Parsed(table, origin.rows_read, origin.bad_rows, cleaned=cleaned, row_of=rows)
 
 
 # Entities, tags and control characters. The last alternative is a script, which Amazon's 2018 files have in some titles.

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from dpo4rec_ray.config.data import TableSection
 from dpo4rec_ray.datasets import parsing
 from dpo4rec_ray.datasets.cells import Column
-from dpo4rec_ray.datasets.column_mapping import Origin, data_files
+from dpo4rec_ray.datasets.column_mapping import data_files
+from dpo4rec_ray.datasets.parsing import Origin
 from dpo4rec_ray.datasets.source import USERS, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
@@ -75,7 +76,7 @@ def describe(raw_dir: str, section: TableSection) -> Source:
 def _finish_events(table: pa.Table, origin: Origin, *, ratings: tuple[float, float] | None) -> Parsed:
     if ratings is None:  # implicit feedback
         table = table.append_column("rating", pa.array(np.ones(table.num_rows)))
-    return parsing.checked_events(table, *origin, ratings=ratings or (1.0, 1.0))
+    return parsing.checked_events(table, origin, ratings=ratings or (1.0, 1.0))
 
 
 def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -> Parsed:
@@ -98,13 +99,12 @@ def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -
     offsets = np.concatenate([[0], np.cumsum(np.bincount(of_item[first], minlength=size))]).astype(np.int32)
     attributes = pa.ListArray.from_arrays(pa.array(offsets), all_values.take(pa.array(order)))
     columns = {"raw_id": table["raw_id"], "title": pc.utf8_trim_whitespace(title), "attributes": attributes}
-    return parsing.checked_items(pa.table(columns), *origin)
+    return parsing.checked_items(pa.table(columns), origin)
 
 
 def _finish_users(table: pa.Table, origin: Origin, *, profile: tuple[str, ...]) -> Parsed:
     known = pc.fill_null(pc.greater(pc.binary_length(table["raw_id"]), 0), False)
-    missing = np.flatnonzero(~known.to_numpy())
-    parsing.quarantine(missing, origin.rows, parsing.MISSING, origin.bad_rows, origin.text_of)
+    origin.quarantine(np.flatnonzero(~known.to_numpy()), parsing.MISSING)
     table = table.filter(known)
     texts = pa.array([""] * table.num_rows, pa.string())
     for name in profile:

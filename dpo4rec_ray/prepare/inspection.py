@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.datasets import Source, SourceSections, load_source
 from dpo4rec_ray.datasets.files import without_query
+from dpo4rec_ray.store.artifacts import RunDir
 
 # A table may have thousands of files.
 MAX_NAMES = 20
@@ -39,6 +40,13 @@ def take_source(config: Config) -> Source:
     source = source_of(config)
     _found.clear()
     return source
+
+
+def files_of_run(config: Config, store: RunDir) -> list[str]:
+    """Names of the files of events and users that the run's data were prepared from."""
+    stats = store.require("lists").stats
+    # Data prepared by an older version does not name its files.
+    return stats["files"] if "files" in stats else file_names(source_of(config))
 
 
 def file_names(source: Source) -> list[str]:

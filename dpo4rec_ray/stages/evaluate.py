@@ -20,7 +20,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.evaluation import paper_table, tables
-from dpo4rec_ray.prepare.inspection import file_names, source_of
+from dpo4rec_ray.prepare.inspection import files_of_run
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
@@ -193,12 +193,9 @@ def _about(store: RunDir) -> pd.DataFrame:
 
 def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame) -> None:
     """Write the tables, and figures.json with everything in them, which the report reads."""
-    stats = store.require("lists").stats
-    # Data prepared by an older version does not name its files.
-    files = stats["files"] if "files" in stats else file_names(source_of(config))
     # a sample of the users, or lists of one's own, are not the paper's data
     other = config.logged.file or config.data.max_users
-    paper = None if other else paper_table.key_of(config.data.dataset, files)
+    paper = None if other else paper_table.key_of(config.data.dataset, files_of_run(config, store))
     summary = tables.summarise(per_list, _about(store), config.evaluate.num_resamples, paper)
     folder = store.path("per_list")
     write_json(folder / FIGURES, summary)

@@ -11,7 +11,15 @@ from dpo4rec_ray.config.data import LoggedSection, SampleSection, TableSection
 from dpo4rec_ray.datasets import Source, logged, synthetic, table
 from dpo4rec_ray.datasets.source import DataFile
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.prepare.inspection import MAX_NAMES, file_names, inspect_source, source_of, take_source
+from dpo4rec_ray.prepare.inspection import (
+    MAX_NAMES,
+    file_names,
+    files_of_run,
+    inspect_source,
+    source_of,
+    take_source,
+)
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
 
 EMPTY = Source(())
 
@@ -85,3 +93,16 @@ def test_names_of_files_hold_no_folder_and_no_secret() -> None:
     memory = DataFile("the sample world", kind="memory")
     assert file_names(Source((files[0], memory), users=(files[1],))) == ["Books_5.json.gz", "users.dat"]
     assert len(file_names(Source((files[1],) * 100))) == MAX_NAMES
+
+
+def test_the_files_of_a_run_are_those_that_prepare_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data prepared by an older version names no files: then the raw files are looked at."""
+    monkeypatch.setattr(table, "describe", lambda *_: Source((DataFile("/raw/now.csv"),)))
+    config = Config.model_validate({"data": {"dataset": "table", "raw_dir": str(tmp_path)}})
+    store = RunDir(tmp_path / "run")
+    for stats, files in (({"files": ["then.csv"]}, ["then.csv"]), ({}, ["now.csv"])):
+        store.start("lists")
+        store.finish(Manifest(artifact="lists", fingerprint="x", rows=1, stats=stats))
+        assert files_of_run(config, store) == files
