@@ -38,6 +38,7 @@ class Column:
         to: its name after `converted`.
         unit: of a time.
         separator: of several values in one cell.
+        optional: left out where the recipe gives no name.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Column:
     to: str
     unit: TimestampUnit = "s"
     separator: str = ""
+    optional: bool = False
 
 
 def fits(column: Column, kind: pa.DataType) -> bool:

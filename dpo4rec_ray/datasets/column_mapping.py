@@ -59,6 +59,7 @@ def data_files(
     Raises:
         UserError: no file matches, a format is unknown, or a column is missing or has a type that does not fit.
     """
+    columns = tuple(column for column in columns if column.name or not column.optional)
     paths = matching_files(folder, pattern, key)
     if len(paths) > 1:  # some writers leave empty files, without a header
         paths = [path for path in paths if not files.is_empty(path)] or paths

@@ -18,7 +18,7 @@ import requests
 
 from dpo4rec_ray.datasets.archives import unpack
 from dpo4rec_ray.datasets.fetch import fetch, tell, verify
-from dpo4rec_ray.datasets.publishers import DATASETS, Dataset, RemoteFile, key_of
+from dpo4rec_ray.datasets.publishers import PUBLISHED, PublishedDataset, RemoteFile, key_of
 from dpo4rec_ray.errors import UserError
 
 # Option -> what its value must match, as a pattern and in words.
@@ -72,14 +72,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> None:
     if options.list:
-        for name, dataset in DATASETS.items():
+        for name, dataset in PUBLISHED.items():
             print(f"{name:<42}{dataset.link}")
         return
-    if key_of(options.name) not in DATASETS:
-        near = difflib.get_close_matches(key_of(options.name), DATASETS, n=3)
+    if key_of(options.name) not in PUBLISHED:
+        near = difflib.get_close_matches(key_of(options.name), PUBLISHED, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"dataset {options.name!r} is unknown; {hint}--list prints all names")
-    dataset = DATASETS[key_of(options.name)]
+    dataset = PUBLISHED[key_of(options.name)]
     files = _overridden(dataset.files, options)
     if "://" in options.folder:
         raise UserError(f"{options.folder!r} is not a local folder; download to one and copy it there")
@@ -126,7 +126,7 @@ def _overridden(files: tuple[RemoteFile, ...], options: argparse.Namespace) -> t
     return files
 
 
-def _agree(dataset: Dataset, yes: bool) -> None:
+def _agree(dataset: PublishedDataset, yes: bool) -> None:
     tell(f"{dataset.terms}. In full: {dataset.link}")
     if yes:
         return

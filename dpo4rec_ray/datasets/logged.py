@@ -40,22 +40,17 @@ def describe(path_or_uri: str, section: LoggedSection) -> tuple[DataFile, ...]:
         raise UserError(
             f"logged.history_ratings = {s.history_ratings!r} and logged.history is not set; name the column of the items"
         )
-    columns = [
+    columns = (
         Column("logged.user", s.user, "id", "user"),
         Column("logged.candidates", s.candidates, "ids", "candidates"),
         Column("logged.labels", s.labels, "numbers", "labels"),
-        Column("logged.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit),
-        Column("logged.split", s.split, "text", "split"),
-        Column("logged.history", s.history, "ids", "history"),
-        Column("logged.history_ratings", s.history_ratings, "numbers", "history_ratings"),
-    ]
-    folder, slash, pattern = path_or_uri.rpartition("/")
-    mapped = tuple(
-        column
-        for column in columns
-        if column.name or column.key in ("logged.user", "logged.candidates", "logged.labels")
+        Column("logged.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit, optional=True),
+        Column("logged.split", s.split, "text", "split", optional=True),
+        Column("logged.history", s.history, "ids", "history", optional=True),
+        Column("logged.history_ratings", s.history_ratings, "numbers", "history_ratings", optional=True),
     )
-    return data_files(folder + slash, pattern, "logged.file", mapped, _finish_lists)
+    folder, slash, pattern = path_or_uri.rpartition("/")
+    return data_files(folder + slash, pattern, "logged.file", columns, _finish_lists)
 
 
 def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:

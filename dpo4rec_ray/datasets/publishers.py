@@ -18,7 +18,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class PublishedDataset:
     """A published dataset, its terms in brief, and the address of the full terms."""
 
     files: tuple[RemoteFile, ...]
@@ -75,31 +75,31 @@ def _file(url: str, checksum: str = "") -> RemoteFile:
     return RemoteFile(url.rpartition("/")[2], url, checksum)
 
 
-def _movielens(name: str, md5: str) -> Dataset:
+def _movielens(name: str, md5: str) -> PublishedDataset:
     readme = f"{name}-README.{'txt' if name in ('ml-100k', 'ml-1m') else 'html'}"
     archive = _file(f"{_MOVIELENS}/{name}.zip", f"md5:{md5}" if md5 else "")
-    return Dataset((archive,), _MOVIELENS_TERMS, f"{_MOVIELENS}/{readme}")
+    return PublishedDataset((archive,), _MOVIELENS_TERMS, f"{_MOVIELENS}/{readme}")
 
 
-def _amazon_2018(category: str) -> Dataset:
+def _amazon_2018(category: str) -> PublishedDataset:
     events = _file(f"{_AMAZON_2018}/categoryFilesSmall/{category}_5.json.gz")
     items = _file(f"{_AMAZON_2018}/metaFiles2/meta_{category}.json.gz")
-    return Dataset(
+    return PublishedDataset(
         (events, items), _AMAZON_2018_TERMS, "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/"
     )
 
 
-def _amazon_2023(category: str) -> Dataset:
+def _amazon_2023(category: str) -> PublishedDataset:
     events = _file(f"{_AMAZON_2023}/review_categories/{category}.jsonl")
     items = _file(f"{_AMAZON_2023}/meta_categories/meta_{category}.jsonl")
-    return Dataset((events, items), _AMAZON_2023_TERMS, "https://amazon-reviews-2023.github.io/")
+    return PublishedDataset((events, items), _AMAZON_2023_TERMS, "https://amazon-reviews-2023.github.io/")
 
 
 def key_of(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-DATASETS: dict[str, Dataset] = {
+PUBLISHED: dict[str, PublishedDataset] = {
     **{name: _movielens(name, md5) for name, md5 in _MOVIELENS_MD5.items()},
     "amazon2018-beauty": _amazon_2018("All_Beauty"),  # the paper's Amazon-Beauty: 5,269 events
     **{f"amazon2018-{key_of(name)}": _amazon_2018(name) for name in _AMAZON_2018_CATEGORIES.split()},

@@ -38,6 +38,14 @@ LAST_WORDS = (
     "Summer", "Witness", "Promise", "Voyage", "Shadow", "Castle", "Verdict", "Melody", "Horizon", "Stranger",
     "Meadow", "Signal", "Tower", "Carnival", "Compass",
 )  # fmt: skip
+# Share of a facet's values that a user loves: at least one value and at most MAX_LOVED.
+LOVED_SHARE, MAX_LOVED = 0.25, 2
+# Log-odds of meeting an item, per facet of it that the user loves; exponent of its popularity in the same odds.
+TASTE_STRENGTH, POPULARITY_STRENGTH = 1.8, 0.5
+# Stars are base + per_match * (loved facets of the item) + quality * (its quality) + noise * N(0, 1), rounded and clipped.
+STARS_BASE, STARS_PER_MATCH, STARS_QUALITY, STARS_NOISE = 2.2, 1.0, 0.3, 0.4
+# Events per user, both ends included.
+MIN_EVENTS, MAX_EVENTS = 24, 36
 # Random streams: the second word of every seed sequence, so that equal seeds give other draws in other streams.
 STREAMS = {"run": 1, "bootstrap": 2}
 _CATALOGUE_STREAM = 3
@@ -48,33 +56,7 @@ _USERS_PER_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class TasteSettings:
-    """What users love, which items they meet and how they rate them.
-
-    Attributes:
-        loved_share: share of a facet's values that a user loves, at least one.
-        max_loved: at most this many values of a facet are loved.
-        taste_strength: log-odds of meeting an item, per facet of it that the user loves.
-        popularity_strength: exponent on the item's popularity in the odds of meeting it.
-        stars_base, stars_per_match, stars_quality, stars_noise: stars are the rounded and clipped
-            base + per_match * (loved facets of the item) + quality * (item quality) + noise * N(0, 1).
-        min_events, max_events: events per user, both ends included.
-    """
-
-    loved_share: float = 0.25
-    max_loved: int = 2
-    taste_strength: float = 1.8
-    popularity_strength: float = 0.5
-    stars_base: float = 2.2
-    stars_per_match: float = 1.0
-    stars_quality: float = 0.3
-    stars_noise: float = 0.4
-    min_events: int = 24
-    max_events: int = 36
-
-
-@dataclass(frozen=True)
-class Catalogue:
+class SampleCatalogue:
     """titles and attributes per item; popularity [I] sums to 1 (Zipf), quality [I] is standard normal."""
 
     titles: list[str]
@@ -94,7 +76,7 @@ class SimulatedUsers:
     timestamp_s: NDArray[np.int64]
 
 
-def make_catalogue(num_items: int, seed: int) -> Catalogue:
+def make_catalogue(num_items: int, seed: int) -> SampleCatalogue:
     """Distinct titles of two words, attributes (one genre, era and creator per item), popularity and quality.
 
     Raises:
@@ -112,7 +94,7 @@ def make_catalogue(num_items: int, seed: int) -> Catalogue:
         for facet, values in (("genre", GENRES), ("era", ERAS), ("creator", CREATORS))
     ]
     popularity = 1.0 / (1.0 + rng.permutation(num_items))
-    return Catalogue(
+    return SampleCatalogue(
         titles=titles,
         attributes=[list(values) for values in zip(*columns, strict=True)],
         popularity=popularity / popularity.sum(),
@@ -138,7 +120,6 @@ def simulate_users(
     *,
     stream: str = "run",
     quality: NDArray[np.float64] | None = None,
-    settings: TasteSettings | None = None,
 ) -> SimulatedUsers:
     """Users with tastes over the facets of `attributes` ("facet: value" strings per item), and what they rated.
 
@@ -150,10 +131,9 @@ def simulate_users(
     """
     if stream not in STREAMS:
         raise UserError(f"sample world: stream {stream!r} is unknown; known: {', '.join(STREAMS)}")
-    taste = settings or TasteSettings()
     num_items = len(attributes)
-    if num_items < taste.max_events:
-        raise UserError(f"sample world: {num_items} items are too few for {taste.max_events} events per user")
+    if num_items < MAX_EVENTS:
+        raise UserError(f"sample world: {num_items} items are too few for {MAX_EVENTS} events per user")
     rng = np.random.default_rng([seed, STREAMS[stream]])
     quality = np.zeros(num_items) if quality is None else quality
     facets = facet_values(attributes)
@@ -162,29 +142,29 @@ def simulate_users(
     has = np.zeros((num_items, len(names)), dtype=np.float32)
     for i, item in enumerate(attributes):
         has[i, [column[a] for a in item]] = 1.0
-    appeal = taste.popularity_strength * np.log(np.maximum(popularity, 1e-12))
+    appeal = POPULARITY_STRENGTH * np.log(np.maximum(popularity, 1e-12))
 
     tastes: list[list[str]] = []
     parts: list[tuple[NDArray, ...]] = []
     for start in range(0, num_users, _USERS_PER_BLOCK):
         block = min(_USERS_PER_BLOCK, num_users - start)
-        loves = _draw_tastes(rng, block, facets, has, taste)
+        loves = _draw_tastes(rng, block, facets, has)
         # One match per facet, however many of an item's values (genres) are loved.
         matches = np.zeros((block, num_items), dtype=np.float64)
         for values in facets.values():
             columns = [column[v] for v in values]
             matches += (loves[:, columns] @ has[:, columns].T) > 0
-        odds = appeal + taste.taste_strength * matches + rng.gumbel(size=(block, num_items))
-        items = np.argsort(-odds, axis=1, kind="stable")[:, : taste.max_events]
+        odds = appeal + TASTE_STRENGTH * matches + rng.gumbel(size=(block, num_items))
+        items = np.argsort(-odds, axis=1, kind="stable")[:, :MAX_EVENTS]
         stars = (
-            taste.stars_base
-            + taste.stars_per_match * np.take_along_axis(matches, items, axis=1)
-            + taste.stars_quality * quality[items]
-            + taste.stars_noise * rng.standard_normal(items.shape)
+            STARS_BASE
+            + STARS_PER_MATCH * np.take_along_axis(matches, items, axis=1)
+            + STARS_QUALITY * quality[items]
+            + STARS_NOISE * rng.standard_normal(items.shape)
         )
         times = _FIRST_EVENT_S + np.cumsum(rng.integers(3600, 7 * 86400, size=items.shape), axis=1)
-        lengths = rng.integers(taste.min_events, taste.max_events + 1, size=block)
-        keep = np.arange(taste.max_events)[None, :] < lengths[:, None]
+        lengths = rng.integers(MIN_EVENTS, MAX_EVENTS + 1, size=block)
+        keep = np.arange(MAX_EVENTS)[None, :] < lengths[:, None]
         users = np.broadcast_to(np.arange(start, start + block)[:, None], items.shape)
         parts.append((users[keep], items[keep], np.clip(np.rint(stars), 1, 5)[keep], times[keep]))
         tastes += [[names[c] for c in np.flatnonzero(row)] for row in loves]
@@ -199,7 +179,6 @@ def _draw_tastes(
     num_users: int,
     facets: dict[str, list[str]],
     has: NDArray[np.float32],
-    settings: TasteSettings,
 ) -> NDArray[np.float32]:
     """Loved values [num_users, V] as 0/1, drawn per facet without replacement with odds sqrt(frequency).
 
@@ -209,7 +188,7 @@ def _draw_tastes(
     frequency = has.sum(axis=0)
     first = 0
     for values in facets.values():
-        number = int(np.clip(round(settings.loved_share * len(values)), 1, settings.max_loved))
+        number = int(np.clip(round(LOVED_SHARE * len(values)), 1, MAX_LOVED))
         keys = 0.5 * np.log(frequency[first : first + len(values)]) + rng.gumbel(
             size=(num_users, len(values))
         )

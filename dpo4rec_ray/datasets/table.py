@@ -42,19 +42,18 @@ def describe(raw_dir: str, section: TableSection) -> Source:
         raise UserError(
             "table.profile is set and table.users is not; set table.users to the file of the users"
         )
+    separator = s.attribute_separator
     event_columns = (
         Column("table.user", s.user, "id", "user"),
         Column("table.item", s.item, "id", "item"),
-        *([Column("table.rating", s.rating, "number", "rating")] if s.rating else []),
+        Column("table.rating", s.rating, "number", "rating", optional=True),
         Column("table.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit),
     )
     item_columns = (
         Column("table.item_id", s.item_id, "id", "raw_id"),
-        *([Column("table.title", s.title, "text", "title")] if s.title else []),
+        Column("table.title", s.title, "text", "title", optional=True),
         *(
-            Column(
-                f"table.attributes.{facet}", name, "values", f"facet {facet}", separator=s.attribute_separator
-            )
+            Column(f"table.attributes.{facet}", name, "values", f"facet {facet}", separator=separator)
             for facet, name in s.attributes.items()
         ),
     )

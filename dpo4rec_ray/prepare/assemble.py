@@ -33,7 +33,9 @@ def rows_about(kind: str, source: Source, wanted: Keys | None, report: DataRepor
     return table
 
 
-def item_table(item_keys: Keys, names: tuple[Keys, pa.Array], rows: pa.Table | None) -> tuple[pa.Table, int]:
+def catalogue_table(
+    item_keys: Keys, names: tuple[Keys, pa.Array], rows: pa.Table | None
+) -> tuple[pa.Table, int]:
     """The catalogue in item id order, which is the order of keys, and how many items have no title.
 
     names: keys and raw ids of the items; rows: of `rows_about`.

@@ -61,7 +61,7 @@ class Built:
     splits: Counter[str]
 
 
-def build(
+def build_drawn(
     work: Path,
     partition: int,
     users: UserBlock,

@@ -23,8 +23,8 @@ from dpo4rec_ray.datasets.files import plan_splits
 from dpo4rec_ray.datasets.source import Source
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.assemble import (
+    catalogue_table,
     first_users,
-    item_table,
     new_names,
     rows_about,
     truth_table,
@@ -35,7 +35,7 @@ from dpo4rec_ray.prepare.ingest import write_partitions
 from dpo4rec_ray.prepare.inspection import file_names, take_source
 from dpo4rec_ray.prepare.logged_lists import build_logged, collect_lists, logged_user_keys
 from dpo4rec_ray.prepare.partition_files import item_names, user_keys_of
-from dpo4rec_ray.prepare.partition_lists import build
+from dpo4rec_ray.prepare.partition_lists import build_drawn
 from dpo4rec_ray.prepare.partition_tasks import counted, cuts_in_time, each, in_order, k_core, shared
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
@@ -106,7 +106,7 @@ def _prepare(
     names = new_names(
         item_keys, each("prepare: items", item_names, [(work, p, catalogue) for p in partitions])
     )
-    table, report.untitled_items = item_table(item_keys, names, item_rows)
+    table, report.untitled_items = catalogue_table(item_keys, names, item_rows)
     store.write("items", table)
 
     sizes = first_users(np.array([one.num_users for one in counts]), data.max_users)
@@ -130,7 +130,7 @@ def _prepare(
         cuts_s = cuts_in_time(work, num_partitions, data) if data.protocol == "time" else None
         seed = seed_of(config.run.seed, "lists")
         tasks = [(work, p, blocks[p], catalogue, data, cuts_s, seed, folders) for p in partitions]
-        report.built = in_order("prepare: building lists", build, tasks)
+        report.built = in_order("prepare: building lists", build_drawn, tasks)
     num_truth = len(user_keys) if source.truth is not None else 0
     stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth)
     check_splits(stats["splits"])

@@ -29,7 +29,7 @@ import pytest
 
 from dpo4rec_ray.datasets import fetch
 from dpo4rec_ray.datasets.archives import unpack
-from dpo4rec_ray.datasets.download import DATASETS, main
+from dpo4rec_ray.datasets.download import PUBLISHED, main
 from dpo4rec_ray.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -172,17 +172,17 @@ def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_catalogue() -> None:
-    assert set(DATASETS) >= {
+    assert set(PUBLISHED) >= {
         "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-latest-small",
         "amazon2018-books", "amazon2018-beauty", "amazon2018-gift-cards", "amazon2023-books",
     }  # fmt: skip
-    assert len(DATASETS) == 6 + 29 + 1 + 34
-    for dataset in DATASETS.values():
+    assert len(PUBLISHED) == 6 + 29 + 1 + 34
+    for dataset in PUBLISHED.values():
         assert dataset.terms and dataset.link.startswith("https://")
         for file in dataset.files:
             assert file.url.startswith("https://") and file.url.endswith(f"/{file.name}")
             assert re.fullmatch("(md5:[0-9a-f]{32})?", file.checksum)
-    assert [file.url for file in DATASETS["amazon2018-beauty"].files] == [
+    assert [file.url for file in PUBLISHED["amazon2018-beauty"].files] == [
         "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/All_Beauty_5.json.gz",
         "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/metaFiles2/meta_All_Beauty.json.gz",
     ]
@@ -190,7 +190,7 @@ def test_the_catalogue() -> None:
 
 def test_list_prints_every_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(DATASETS)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PUBLISHED)
 
 
 # --- a download that goes well

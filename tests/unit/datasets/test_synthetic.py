@@ -8,7 +8,6 @@ import pytest
 from dpo4rec_ray.config.data import SampleSection
 from dpo4rec_ray.datasets.source import EVENTS, ITEMS
 from dpo4rec_ray.datasets.synthetic import (
-    TasteSettings,
     describe,
     facet_values,
     make_catalogue,
@@ -108,6 +107,6 @@ def test_a_catalogue_that_cannot_be_made_is_a_user_error(num_items: int):
 
 def test_too_few_items_or_an_unknown_stream_is_a_user_error():
     with pytest.raises(UserError, match="too few"):
-        simulate_users([["genre: drama"]] * 10, np.ones(10), 2, 0, settings=TasteSettings())
+        simulate_users([["genre: drama"]] * 10, np.ones(10), 2, 0)
     with pytest.raises(UserError, match="unknown"):
         _users(0, stream="test")
