@@ -16,15 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dpo4rec_ray.core.metrics import (
-    METRICS,
-    Interval,
-    Metric,
-    check_lists,
-    list_metrics,
-    metric_by_name,
-    ratio_bootstrap,
-)
+from dpo4rec_ray.core.intervals import Interval, ratio_bootstrap
+from dpo4rec_ray.core.metrics import METRICS, Metric, check_lists, list_metrics, metric_by_name
 from dpo4rec_ray.errors import UserError
 
 Array = npt.NDArray[Any]

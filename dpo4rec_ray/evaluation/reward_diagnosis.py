@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo4rec_ray.core.metrics import paired_bootstrap, ratio_bootstrap
+from dpo4rec_ray.core.intervals import paired_bootstrap, ratio_bootstrap
 from dpo4rec_ray.core.rewards import carried_share, carry_over, list_noise, rank_agreement, shrink, tie_rates
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from dpo4rec_ray.core.metrics import Interval
+from dpo4rec_ray.core.intervals import Interval, bootstrap_columns
 from dpo4rec_ray.evaluation.paper_table import (
     BACKBONE,
     HEADLINE,
@@ -44,7 +44,6 @@ DETAILED = (*HEADLINE, "map@5")  # those also given by user and over the lists w
 PRINTED = (*HEADLINE, "map@5", "mrr@10", "hr@10")  # on the terminal
 POPULARITY, UPPER_BOUND = "popularity", "upper-bound"
 _ROUND = re.compile(r"dpo4rec-round(\d+)")
-_MAX_COUNTS_IN_MEMORY = 4_000_000  # resampled user counts held at once (float64: 32 MB)
 NUM_BUCKETS = 3
 
 
@@ -228,8 +227,10 @@ def comparisons(per_list: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
     if not pairs:
         return []
     columns = np.concatenate(sums, axis=1)
-    intervals = iter(_intervals(columns, lists.sizes, num_resamples))
-    by_user = iter(_intervals(columns / lists.sizes[:, None], np.ones(len(lists.sizes)), num_resamples))
+    intervals = iter(bootstrap_columns(columns, lists.sizes, num_resamples))
+    by_user = iter(
+        bootstrap_columns(columns / lists.sizes[:, None], np.ones(len(lists.sizes)), num_resamples)
+    )
     return [
         {
             "backbone": mine[0],
@@ -314,7 +315,7 @@ def _bucket(lists: _Lists, num_resamples: int) -> list[Row]:
     intervals: dict[tuple[str, str], list[Interval]] = {}
     if sums:
         width = len(lists.names)
-        every = _intervals(np.concatenate(list(sums.values()), axis=1), lists.sizes, num_resamples)
+        every = bootstrap_columns(np.concatenate(list(sums.values()), axis=1), lists.sizes, num_resamples)
         intervals = {mine: every[place * width :][:width] for place, mine in enumerate(sums)}
     rows: list[Row] = []
     for (backbone, system), seeds in systems.items():
@@ -347,35 +348,6 @@ def buckets(values: Array, sample: Array) -> list[tuple[str, npt.NDArray[np.bool
         low, high = (f"{round(float(bound), 1):g}" for bound in (values[wanted].min(), values[wanted].max()))
         found.append((low if low == high else f"{low}-{high}", wanted))
     return found
-
-
-def _intervals(sums: FloatArray, sizes: FloatArray, num_resamples: int, seed: int = 0) -> list[Interval]:
-    """`core.metrics.paired_bootstrap` of many columns at once, from one draw of users.
-
-    sums: [G, C] differences summed over each user's lists; sizes: [G] lists of each user. Drawing the users takes nearly
-    all the time, and the same users serve every column.
-
-    Raises:
-        ValueError: a sum is not finite.
-    """
-    if not np.isfinite(sums).all():
-        raise ValueError("a metric is not finite: the ranker has diverged")
-    num_users = len(sizes)
-    means = sums.sum(axis=0) / sizes.sum()
-    if num_users == 1:
-        return [Interval(float(mean), *[float("nan")] * 3) for mean in means]
-    rng = np.random.default_rng(seed)
-    shares = np.full(num_users, 1.0 / num_users)
-    resampled = np.empty((num_resamples, sums.shape[1]))
-    chunk = max(1, _MAX_COUNTS_IN_MEMORY // num_users)
-    for start in range(0, num_resamples, chunk):
-        stop = min(start + chunk, num_resamples)
-        counts = rng.multinomial(num_users, shares, size=stop - start).astype(np.float64)  # [R, G]
-        resampled[start:stop] = (counts @ sums) / (counts @ sizes)[:, None]
-    lows, highs = np.percentile(resampled, [2.5, 97.5], axis=0)
-    rarer_side = np.minimum((resampled <= 0).sum(axis=0), (resampled >= 0).sum(axis=0))
-    p_values = np.minimum(1.0, 2 * (1 + rarer_side) / (num_resamples + 1))
-    return [Interval(*map(float, row)) for row in zip(means, lows, highs, p_values, strict=True)]
 
 
 def _figures(found: Interval) -> Row:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.metrics import paired_bootstrap
+from dpo4rec_ray.core.intervals import paired_bootstrap
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.teacher import text_accuracy
 from dpo4rec_ray.store.artifacts import RunDir

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpo4rec_ray.core.metrics import METRICS, paired_bootstrap
-from dpo4rec_ray.evaluation import tables
+from dpo4rec_ray.core.intervals import paired_bootstrap
+from dpo4rec_ray.core.metrics import METRICS
 from dpo4rec_ray.evaluation.paper_table import (
     HEADLINE,
     TABLE_I,
@@ -222,7 +222,7 @@ def test_comparisons_against_the_bootstrap_per_list(room: int, monkeypatch: pyte
     The round lacks seed 1, the base knowledge seed 2: each pair meets on the seeds that both have. Also where the resamples
     do not fit in memory at once.
     """
-    monkeypatch.setattr(tables, "_MAX_COUNTS_IN_MEMORY", room)
+    monkeypatch.setattr("dpo4rec_ray.core.intervals._MAX_COUNTS_IN_MEMORY", room)
     seeds = {"backbone": (0, 1, 2), "statistics": (0, 1), "dpo4rec-round1": (0, 2)}
     fits = [
         (backbone, system, seed)
