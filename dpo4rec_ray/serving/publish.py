@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.evaluation.tables import HEADLINE
+from dpo4rec_ray.evaluation.systems import HEADLINE
 from dpo4rec_ray.prepare.ingest import keys_of
 from dpo4rec_ray.rerankers.fit import CARD_FILE, WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
