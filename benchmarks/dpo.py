@@ -109,7 +109,7 @@ def measured(what: str, spec: Row) -> Row:
 
 
 def switches(bench: Bench) -> list[Row]:
-    """What each switch brings, on pairs of varying lengths: alone over the plain path, and its loss when it is taken away."""
+    """What each switch gains on pairs of varying lengths: added to the plain path, and taken away from all of them."""
     folder = bench.data([300, 900], [60, 240], rows=max(64, 8 * bench.steps))
     spec = {**COMMON, "folder": folder, "steps": bench.steps}
     cases = {"plain": PLAIN}

@@ -8,8 +8,9 @@ from pathlib import Path
 import harness
 from harness import Row
 
-PAPER_REVIEWS = 1_410_000  # Amazon-Books as the paper uses it
-FULL_REVIEWS, FULL_SIZE = 51_311_621, 36  # the whole of it, as a multiple of that
+# Amazon-Books as the paper uses it; and the whole of it, whose size is given as a multiple of that.
+PAPER_REVIEWS = 1_410_000
+FULL_REVIEWS, FULL_SIZE = 51_311_621, 36
 COUNTS = ("users", "items", "events", "lists")
 
 
@@ -36,25 +37,16 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     for data, like, reviews, with_peer in cases:
         raw = make_raw(folder, like, reviews, options)
         for program in ("dpo4rec_ray", "pandas") if with_peer else ("dpo4rec_ray",):
+            case = {"data": data, "program": program, "reviews": reviews}
             runs = [
-                harness.note(
-                    {
-                        "data": data,
-                        "program": program,
-                        "reviews": reviews,
-                        **PROGRAMS[program](raw, folder, options),
-                    }
-                )
-                for _ in range(options.repeats)
+                harness.note(case | PROGRAMS[program](raw, folder, options)) for _ in range(options.repeats)
             ]
             found.append(harness.median_run(runs, "seconds"))
     for row in found:
         row["reviews_per_s"] = row["reviews"] / row["seconds"]
         if row["data"].endswith("x"):  # linear growth is 1.00
-            base = next(
-                one for one in found if one["program"] == row["program"] and one["data"].endswith("x")
-            )
-            row["growth"] = base["reviews_per_s"] / row["reviews_per_s"]
+            sizes = [one for one in found if one["program"] == row["program"] and one["data"].endswith("x")]
+            row["growth"] = sizes[0]["reviews_per_s"] / row["reviews_per_s"]
     harness.print_table(
         found,
         "data {data} | program {program} | reviews {reviews:,} | seconds {seconds} | wall {wall_s} | peak MiB {peak_mib:,} | "
@@ -69,17 +61,9 @@ def make_raw(folder: Path, like: str, reviews: int, options: argparse.Namespace)
     """Synthetic raw files of the published shape, made once."""
     raw = folder / f"{like}-{reviews}-{options.layout}-{options.seed}"
     if not (raw / "done").exists():
-        program = [
-            "-m",
-            "dpo4rec_ray.datasets.write_sample",
-            "--like",
-            like,
-            str(raw),
-            "--reviews",
-            str(reviews),
-        ]
-        more = ["--force", "--layout", options.layout, "--seed", str(options.seed), "--processes", "2"]
-        harness.run(*program, *more)
+        shape = f"--like {like} --reviews {reviews} --layout {options.layout} --seed {options.seed}"
+        module = ["-m", "dpo4rec_ray.datasets.write_sample", str(raw), "--force", "--processes", "2"]
+        harness.run(*module, *shape.split())
         (raw / "done").touch()
     return raw
 
@@ -90,13 +74,8 @@ def run_ours(raw: Path, folder: Path, options: argparse.Namespace) -> Row:
     recipe = ["jobs/recipes/amazon_books.toml", *overrides]
     wall_s, peaks, _ = harness.watched(["jobs/run.py", *recipe, "--only", "prepare"])
     manifest = harness.manifest_of(recipe, "lists")
-    counts = {name: manifest.stats[name] for name in COUNTS}
-    return {
-        "wall_s": round(wall_s, 1),
-        "seconds": manifest.seconds,
-        "peak_mib": round(peaks.tree_mib),
-        **counts,
-    }
+    measured = {"wall_s": round(wall_s, 1), "seconds": manifest.seconds, "peak_mib": round(peaks.tree_mib)}
+    return measured | {name: manifest.stats[name] for name in COUNTS}
 
 
 def run_pandas(raw: Path, folder: Path, options: argparse.Namespace) -> Row:

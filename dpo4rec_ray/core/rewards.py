@@ -92,7 +92,7 @@ def reward_by_name(name: str) -> Metric:
 
 
 class TieRates(NamedTuple):
-    """How often a reward cannot tell samples apart: shares in 0..1, NaN when no user is left to count."""
+    """How often samples have the same reward: shares in 0..1, NaN when no user is left to count."""
 
     best: float  # of users: two or more samples share the best reward
     all: float  # of users: all samples have the same reward
@@ -226,7 +226,7 @@ class CarryOver:
 def carry_over(
     half_a: Array, half_b: Array, measure_a: Array | None = None, measure_b: Array | None = None
 ) -> CarryOver:
-    """Choose best and worst sample on one half of a user's lists, measure their gap on both (beyond).
+    """Choose best and worst sample on one half of a user's lists, measure their gap on both (beyond the paper).
 
     The gaps are averaged over both directions. The rank correlation is that of the reward on one half with the measure
     on the other, averaged likewise. Users with a NaN in any of the arrays are dropped. Tied samples share their mean

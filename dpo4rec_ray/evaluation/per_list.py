@@ -129,7 +129,7 @@ class PerList:
 
 
 def interval_stats(found: Interval) -> dict[str, Any]:
-    """An interval as "delta", "ci95" and "p_value"; None where one user alone gave no interval."""
+    """An interval as "delta", "ci95" and "p_value"; None where a single user gave no interval."""
     known = not np.isnan(found.p_value)
     return {
         "delta": found.mean,

@@ -44,7 +44,7 @@ def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray)
     Args:
         metric_scores: the whole artifact.
         metric: the one that pairs are made of; its main numbers are repeated at the top.
-        held_out: ids of the validation users; their numbers are also given apart.
+        held_out: ids of the validation users; their numbers are also given separately.
     """
     users, matrices = read_matrices(metric_scores)
     own = np.isin(users, held_out)

@@ -1,4 +1,4 @@
-"""The metrics and systems of the tables: their names, the order in which they stand, and what is compared with what."""
+"""The metrics and systems of the tables: their names, their order in all tables, and what is compared with what."""
 
 from __future__ import annotations
 

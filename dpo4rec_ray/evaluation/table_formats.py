@@ -47,7 +47,7 @@ def to_latex(table: Sequence[Row], comparisons: Sequence[Row], paper: str | None
     """`paper_table.layout` as a tabular for LaTeX; needs the package booktabs."""
     titles = [title for name in HEADLINE for title in (TITLES[name], rf"$\Delta$ {TITLES[name]}")]
     rows: list[list[str]] = []
-    rules: list[str] = []  # what stands above each row
+    rules: list[str] = []  # the rule above each row
     before = ("", "")
     for row in layout(table, comparisons, paper):
         block = (row["backbone"], row["source"])

@@ -53,14 +53,15 @@ def seed_rows(per_list: pd.DataFrame) -> list[Row]:
 
     per_list: list_id, user_id, system, backbone, seed and METRIC_NAMES; one row per list and fit. A row has each metric's
     mean over lists, and for DETAILED also "<metric> by user" (mean over users of the mean over a user's lists) and
-    "<metric> on lists with a positive" (None where no list has one). The ceiling is the row of `upper-bound`.
+    "<metric> on lists with a positive" (None where no list has one). The row of `upper-bound` has the highest values that
+    any ranking can reach.
 
     Raises:
         ValueError: no rows, a list twice in one fit, fits measured on different lists, or no upper bound.
     """
     lists = PerList.of(per_list)
     if (NO_BACKBONE, UPPER_BOUND) not in lists.systems:
-        raise ValueError(f"per_list has no rows of {UPPER_BOUND}, which says what lists have a positive")
+        raise ValueError(f"per_list has no rows of {UPPER_BOUND}, which show what lists have a positive")
     best = lists.values[NO_BACKBONE, UPPER_BOUND, lists.systems[NO_BACKBONE, UPPER_BOUND][0]]
     has_positive = best[:, METRIC_NAMES.index("hr@1")] > 0
     found: list[Row] = []
@@ -81,7 +82,7 @@ def seed_rows(per_list: pd.DataFrame) -> list[Row]:
 def systems_table(rows: Sequence[Row]) -> list[Row]:
     """Mean and "<metric> sd" (standard deviation, n - 1) over seeds of each backbone and system of `seed_rows`.
 
-    Random and popularity first, then each backbone: alone, with base knowledge, with each round's; upper-bound last.
+    Random and popularity first, then each backbone: without knowledge, with base knowledge, with each round's; upper-bound last.
     One seed has no deviation: None.
     """
     groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -107,11 +108,11 @@ def comparisons(per_list: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
     Per backbone: each knowledge system minus the backbone, each round minus the base knowledge, and the backbone minus
     popularity. "delta" is the mean over lists of the difference, averaged over the common seeds ("seeds", at least 1);
     "delta sd" is its deviation over those seeds, None for one. "ci95" [low, high] and "p_value" (two-sided, for 0) come
-    from resampling users with all their lists, as `core.metrics.paired_bootstrap` does, after a list's difference was
-    averaged over the seeds: they say how far other users would move the figure of these fits, while "delta sd" says
-    how far other fits would. With one user they are None. "by user delta", "by user ci95" and "by user p_value" are the
-    same for the mean over users of the mean over a user's lists, in which every user counts alike. Every pair and metric
-    is resampled with the same users. A pair without a common seed is left out.
+    from resampling users with all their lists, as `core.intervals.paired_bootstrap` does, after a list's difference was
+    averaged over the seeds. They say how much the difference of these fits would change with other users; "delta sd"
+    says how much it changes with other fits. With one user they are None. "by user delta", "by user ci95" and "by user
+    p_value" are the same for the mean over users of the mean over a user's lists, in which every user has the same
+    weight. Every pair and metric is resampled with the same users. A pair without a common seed is left out.
 
     Raises:
         ValueError: as `seed_rows`, or a metric is not finite.

@@ -96,20 +96,20 @@ def test_padding_is_never_ranked_or_counted(name: str) -> None:
 
 
 def test_padding_below_a_real_minus_infinity() -> None:
-    """Padding comes first and the only real candidate scores -inf: it still takes rank 1, the figure is 1."""
+    """Padding comes first and the only real candidate scores -inf: it still takes rank 1, the metric is 1."""
     assert one("ndcg@1", [0.0, -np.inf], [0, 1], [False, True]) == 1.0
 
 
 @pytest.mark.parametrize("name", [f"{metric}@5" for metric in METRICS])
 def test_wholly_padded_list_and_empty_batch(name: str) -> None:
-    """Nothing real to rank counts 0.0; no list gives no figure."""
+    """Nothing real to rank counts 0.0; no list gives no value."""
     assert one(name, [1.0, 2.0], [1, 1], [False, False]) == 0.0
     assert metric_by_name(name)(np.empty((0, 3)), np.empty((0, 3))).shape == (0,)
     assert metric_by_name(name)(np.empty((2, 0)), np.empty((2, 0))).tolist() == [0.0, 0.0]
 
 
 def test_float32_and_integer_inputs_give_float64() -> None:
-    """Labels arrive as float32 or int; the figure is float64 and the same."""
+    """Labels arrive as float32 or int; the metric is float64 and the same."""
     scores = DESCENDING.astype(np.float32)
     for labels in (np.array([[0, 1, 0, 1, 0]]), np.array([[0, 1, 0, 1, 0]], dtype=np.float32)):
         value = metric_by_name("ndcg@5")(scores, labels)
@@ -183,7 +183,7 @@ def test_metrics_against_a_loop(data: tuple[np.ndarray, np.ndarray, np.ndarray],
 
 
 def test_many_lists_are_ranked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 2 lists of 3 (7 candidates fit), the last of one list, and lists longer than a part: the same figures."""
+    """Parts of 2 lists of 3 (7 candidates fit), the last of one list, and lists longer than a part: the same values."""
     rng = np.random.default_rng(0)
     scores, labels = rng.normal(size=(7, 3)), rng.integers(0, 2, (7, 3))
     mask = rng.random((7, 3)) < 0.8

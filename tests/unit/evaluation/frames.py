@@ -46,7 +46,7 @@ def frame(fits: Fits, lists: list[int] = LISTS, users: list[int] = USERS) -> pd.
 def random_frame(
     systems: list[tuple[str, str, int]], num_lists: int = 150, num_users: int = 25
 ) -> pd.DataFrame:
-    """Every metric its own random figure, users with 1 to many lists."""
+    """Every metric has its own random values, users with 1 to many lists."""
     rng = np.random.default_rng(11)
     users = np.r_[np.arange(num_users), rng.integers(0, num_users, num_lists - num_users) ** 2 // num_users]
     parts: list[pd.DataFrame] = []

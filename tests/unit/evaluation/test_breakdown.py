@@ -51,7 +51,7 @@ def test_breakdown_by_hand() -> None:
 
 
 def test_breakdown_against_the_bootstrap_per_list() -> None:
-    """A bucket's figures are those of its lists alone, and the buckets hold every list once."""
+    """A bucket's values are those of its lists only, and the buckets hold every list once."""
     per_list = random_frame([*SIMPLE, ("prm", "backbone", 0), ("prm", "base-llm", 0), ("mir", "backbone", 0)])
     rng = np.random.default_rng(0)
     ids = np.unique(per_list["list_id"])

@@ -31,7 +31,7 @@ def change(cell: str) -> tuple[float | None, float | None]:
     return (float(found[1]), float(found[2]) if found[2] else None) if found else (None, None)
 
 
-def test_csv_markdown_and_latex_hold_the_same_figures(summary: dict[str, Any]) -> None:
+def test_csv_markdown_and_latex_hold_the_same_values(summary: dict[str, Any]) -> None:
     """Each is read back and set against the layout; Markdown and LaTeX are rounded."""
     arguments = summary["systems"], summary["comparisons"], summary["paper"]
     lines = layout(*arguments)
