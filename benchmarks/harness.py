@@ -177,6 +177,7 @@ def run_parts(folder: Path, parts: Mapping[str, Callable[[Any], list[Row]]], nam
     for name in names.split(","):
         if name not in parts:
             raise SystemExit(f"unknown part '{name}'. Known: {', '.join(parts)}")
+        folder.mkdir(parents=True, exist_ok=True)
         write_results(folder / f"{name}.json", parts[name](bench))
 
 
