@@ -1,25 +1,45 @@
-"""The parts of `python benchmarks/bench.py dpo`: each is a table and a file of results. The trainings: dpo_training.py."""
+"""The benchmark of the stage `dpo`: pairs per second and first steps, against TRL's DPOTrainer (dpo_training.py)."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import dpo_training as program
+import harness
+from harness import Row
 
-ROOT = Path(__file__).resolve().parents[1]
+from dpo4rec_ray.serving.haproxy import free_ports
+
 SHAPES = {"600/150": (600, 150), "300/150": (300, 150)}
 ALL_ON = {"prefix_sharing": True, "packing": True, "length_sorted": True, "chunk_tokens": 512}
 PLAIN = {"prefix_sharing": False, "packing": False, "length_sorted": False, "chunk_tokens": 0}
 COMMON = {"batch_size": 2, "accumulation": 4, "beta": 0.1, "loss": "sigmoid", "lr": 5e-5}
-Found = list[dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", default=",".join(PARTS), help="each writes its own results")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of peer and trainer in turn; medians are shown"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=8, help="optimiser steps of 8 pairs that are timed, plus one"
+    )
+    parser.add_argument("--gpu", action="store_true", help="instead: an 8B-shaped Llama on one GPU")
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    folder /= "dpo"
+    bench = Bench(folder, options.repeats, options.steps + 1, "8b" if options.gpu else "11m")
+    if options.gpu:
+        harness.run_parts(folder, {"gpu": gpu}, "gpu", bench)
+    else:
+        harness.run_parts(folder, PARTS, options.parts, bench)
+    return 0
 
 
 @dataclass
@@ -37,100 +57,80 @@ class Bench:
         folder = self.folder / name
         if not (folder / "pairs.parquet").exists():
             shape = {"prompt": prompt, "completion": completion, "rows": rows, "num_rejected": num_rejected}
-            run("make", {"folder": str(folder), "shape": self.shape, **shape})
+            train("make", {"folder": str(folder), "shape": self.shape, **shape})
         if not (folder / "reference.parquet").exists():
-            made = run("reference", {"folder": str(folder), "shape": self.shape})
-            print(f"reference: {made}", file=sys.stderr, flush=True)
+            harness.note(train("reference", {"folder": str(folder), "shape": self.shape}))
         return str(folder)
 
 
-def run(what: str, spec: dict[str, Any], threads: int = 2) -> dict[str, Any]:
-    """One training in a process of its own (`world` of them); rank 0's answer."""
+def train(what: str, spec: Row, threads: int = 2) -> Row:
+    """One training in a process of its own (`world` of them); rank 0's answer, with the memory of all."""
     world = spec.get("world", 1)
-    port = program.free_port() if world > 1 else None
     env = {
-        **os.environ,
         "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL's trainer would report each run
         "OMP_NUM_THREADS": str(max(1, threads // world)),
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    processes = []
-    for rank in range(world):
-        own = {**spec, "rank": rank, **({"port": port} if port else {})}
-        command = [sys.executable, str(ROOT / "benchmarks/dpo_training.py"), what, json.dumps(own)]
-        processes.append(
-            subprocess.Popen(
-                command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    outputs = [process.communicate() for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit("\n".join(error[-2000:] for _, error in outputs))
-    answers = [json.loads(output.strip().splitlines()[-1]) for output, _ in outputs]
+    (port,) = free_ports(1)
+    answers = harness.together(
+        [
+            ["benchmarks/dpo_training.py", what, json.dumps({**spec, "rank": rank, "port": port})]
+            for rank in range(world)
+        ],
+        env,
+    )
     return {**answers[0], **({"peak_mb": sum(one["peak_mb"] for one in answers)} if world > 1 else {})}
 
 
-def peer(bench: Bench) -> Found:
+def peer(bench: Bench) -> list[Row]:
     """Pairs per second and peak memory beside TRL's DPOTrainer and our own plain path, in turn."""
-    found: Found = []
+    found: list[Row] = []
     for name, (prompt, completion) in SHAPES.items():
         folder = bench.data([prompt, prompt], [completion, completion], rows=max(64, 8 * bench.steps))
         spec = {**COMMON, "folder": folder, "steps": bench.steps}
-        programs: dict[str, Callable[[], dict[str, Any]]] = {
-            "TRL DPOTrainer": lambda spec=spec: run("trl", spec),
-            "ours": lambda spec=spec: run("ours", {**spec, **ALL_ON}),
-            "ours, plain": lambda spec=spec: run("ours", {**spec, **PLAIN}),
+        programs: dict[str, Callable[[], Row]] = {
+            "TRL DPOTrainer": lambda spec=spec: measured("trl", spec),
+            "ours": lambda spec=spec: measured("ours", {**spec, **ALL_ON}),
+            "ours, plain": lambda spec=spec: measured("ours", {**spec, **PLAIN}),
         }
-        runs: dict[str, Found] = {one: [] for one in programs}
-        for _ in range(bench.repeats):
-            for one, start in programs.items():
-                runs[one].append(start())
-                shown = {key: runs[one][-1][key] for key in ("pairs_per_s", "peak_mb", "before_mb")}
-                print(f"{name} {one}: {shown}", file=sys.stderr, flush=True)
-        middle = {
-            one: sorted(all_runs, key=lambda run: run["pairs_per_s"])[len(all_runs) // 2]
-            for one, all_runs in runs.items()
-        }
-        base = middle["TRL DPOTrainer"]
-        for one, row in middle.items():
-            found.append(
-                {
-                    "prompt/text": name,
-                    "program": one,
-                    **{key: row[key] for key in ("pairs_per_s", "peak_mb", "before_mb")},
-                    "rates": [each["pairs_per_s"] for each in runs[one]],
-                    "over TRL": round(row["pairs_per_s"] / base["pairs_per_s"], 2),
-                    "memory over TRL": round(row["peak_mb"] / base["peak_mb"], 2),
-                }
-            )
-    print_table(found)
+        rows = harness.in_turn(programs, bench.repeats, "pairs_per_s")
+        for row in rows:
+            row["over TRL"] = round(row["pairs_per_s"] / rows[0]["pairs_per_s"], 2)
+            row["memory over TRL"] = round(row["peak_mb"] / rows[0]["peak_mb"], 2)
+            found.append({"prompt/text": name, **row})
+    harness.print_table(found)
     return found
 
 
-def switches(bench: Bench) -> Found:
-    """What each switch brings, on pairs of varying lengths: alone over the plain path, and its loss when it is taken away."""
+def measured(what: str, spec: Row) -> Row:
+    """`train` without its losses."""
+    row = train(what, spec)
+    return {key: row[key] for key in ("pairs_per_s", "peak_mb", "before_mb")}
+
+
+def switches(bench: Bench) -> list[Row]:
+    """What each switch gains on pairs of varying lengths: added to the plain path, and taken away from all of them."""
     folder = bench.data([300, 900], [60, 240], rows=max(64, 8 * bench.steps))
     spec = {**COMMON, "folder": folder, "steps": bench.steps}
     cases = {"plain": PLAIN}
     cases |= {f"plain + {name}": {**PLAIN, name: value} for name, value in ALL_ON.items()}
     cases |= {"all": ALL_ON}
     cases |= {f"all - {name}": {**ALL_ON, name: PLAIN[name]} for name in ALL_ON}
-    found: Found = []
+    found: list[Row] = []
     for name, on in cases.items():
-        row = run("ours", {**spec, **on})
+        row = train("ours", {**spec, **on})
         found.append({"switches": name, **{key: row[key] for key in ("pairs_per_s", "peak_mb")}})
-        print(found[-1], file=sys.stderr, flush=True)
+        harness.note(found[-1])
     for row in found:
         row["over plain"] = round(row["pairs_per_s"] / found[0]["pairs_per_s"], 2)
-    print_table(found)
+    harness.print_table(found)
     return found
 
 
-def parity(bench: Bench) -> Found:
+def parity(bench: Bench) -> list[Row]:
     """The first 20 losses and gradient norms beside TRL's, same pairs, order and LoRA."""
     folder = bench.data([40, 80], [10, 30], rows=160)
-    found: Found = []
+    found: list[Row] = []
     for loss, theirs, more in (
         ("sigmoid", "sigmoid", {}),
         ("hinge", "hinge", {}),
@@ -139,9 +139,9 @@ def parity(bench: Bench) -> Found:
         ("sigmoid_norm", "sigmoid_norm", {}),
     ):
         spec = {**COMMON, "folder": folder, "steps": 20, "lr": 1e-3, **more}
-        trl = run("trl", {**spec, "loss": theirs})
+        trl = train("trl", {**spec, "loss": theirs})
         for name, on in (("plain", PLAIN), ("all on", {**ALL_ON, "length_sorted": False})):
-            ours = run("ours", {**spec, "loss": loss, **on})
+            ours = train("ours", {**spec, "loss": loss, **on})
             found.append(
                 {
                     "loss": loss,
@@ -153,18 +153,18 @@ def parity(bench: Bench) -> Found:
                     "of gradient norms": worst(ours["grad_norms"], trl["grad_norms"]),
                 }
             )
-            print(found[-1], file=sys.stderr, flush=True)
-    print_table(found)
+            harness.note(found[-1])
+    harness.print_table(found)
     return found
 
 
-def workers(bench: Bench) -> Found:
+def workers(bench: Bench) -> list[Row]:
     """The same effective batch in different pieces, and ZeRO 0 to 3 on 1 and 2 workers: steps and final weights."""
     from safetensors.torch import load_file
 
     folder = bench.data([40, 80], [10, 30], rows=160)
-    found: Found = []
-    first: dict[str, Any] = {}
+    found: list[Row] = []
+    first: Row = {}
     with tempfile.TemporaryDirectory() as place:
         for world, batch_size, stage in (
             (1, 8, 0),
@@ -186,7 +186,7 @@ def workers(bench: Bench) -> Found:
                 "zero_stage": stage,
                 "weights": weights,
             }
-            row = run("ours", spec)
+            row = train("ours", spec)
             own = load_file(weights)
             first = first or {"run": row, "weights": own}
             largest = max((own[name] - value).abs().max().item() for name, value in first["weights"].items())
@@ -200,12 +200,12 @@ def workers(bench: Bench) -> Found:
                     "of final weights": f"{largest:.1e}",
                 }
             )
-            print(found[-1], file=sys.stderr, flush=True)
-    print_table(found)
+            harness.note(found[-1])
+    harness.print_table(found)
     return found
 
 
-def gpu(bench: Bench) -> Found:
+def gpu(bench: Bench) -> list[Row]:
     """An 8B-shaped Llama in bfloat16 on one GPU: LoRA and full (ZeRO-3, optimizer offloaded), with and without sharing.
 
     Model FLOPs: 2 per weight and token forwards and again backwards to the activations, 2 more where weights are trained; of
@@ -213,7 +213,7 @@ def gpu(bench: Bench) -> Found:
     """
     folder = bench.data([600, 600], [256, 256], rows=8 * bench.steps)
     weights = 8.03e9
-    found: Found = []
+    found: list[Row] = []
     for tuning, more, flops in (
         ("lora", {"zero_stage": 0}, 4),
         ("full", {"zero_stage": 3, "offload": True, "checkpointing": True}, 8),
@@ -232,16 +232,16 @@ def gpu(bench: Bench) -> Found:
                 "steps": bench.steps,
                 "tuning": tuning,
             }
-            row = run("ours", spec, threads=os.cpu_count() or 1)
+            row = train("ours", spec, threads=os.cpu_count() or 1)
             used = row["tokens_per_s"] * flops * weights / 989e12
             shown = {key: row[key] for key in ("pairs_per_s", "tokens_per_s", "peak_mb")}
             found.append({"tuning": tuning, "switches": name, **shown, "of the peak": f"{used:.0%}"})
-            print(found[-1], file=sys.stderr, flush=True)
-    print_table(found)
+            harness.note(found[-1])
+    harness.print_table(found)
     return found
 
 
-PARTS: dict[str, Callable[[Bench], Found]] = {
+PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "peer": peer,
     "switches": switches,
     "parity": parity,
@@ -253,12 +253,3 @@ def worst(ours: list[float], theirs: list[float]) -> str:
     """Largest relative difference, of as many steps as both have."""
     assert len(ours) == len(theirs), (len(ours), len(theirs))
     return f"{max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, theirs, strict=True)):.1e}"
-
-
-def print_table(found: Found) -> None:
-    """Markdown."""
-    names = list(found[0])
-    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
-    for row in found:
-        print("| " + " | ".join(str(row[name]) for name in names) + " |")
-    print(flush=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import socket
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from harness import LLAMA_8B
 
 VOCABULARY = 8192
 SHAPES = {
@@ -31,17 +31,10 @@ SHAPES = {
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
     },
-    # Llama 3.1 8B
-    "8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
+    "8b": LLAMA_8B,
 }
-WORDS = 4  # the first ids are <pad> <s> </s> <unk>
+# The first word's id: those before are <pad> <s> </s> <unk>.
+WORDS = 4
 
 
 def main() -> int:
@@ -141,7 +134,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(spec.get("port") or free_port()),
+        MASTER_PORT=str(spec["port"]),
     )
     import logging
 
@@ -344,12 +337,6 @@ def rates(spec: dict[str, Any], times: list[float], work: list[float] | None = N
 def memory_mb() -> float:
     """Peak resident size of this process, MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -1,369 +1,307 @@
-"""Measurements beside `stages/generate.py`, each a program of its own; `benchmarks/bench.py generate` runs them.
-
-    python benchmarks/generate.py model FOLDER [--shape 4m] [--stop never]
-    python benchmarks/generate.py vllm RECIPE [section.key=value ...]
-    python benchmarks/generate.py transformers RECIPE [section.key=value ...]
-    python benchmarks/generate.py users FOLDER [--users 100000]
-
-Each prints one JSON line. `vllm` and `transformers` take the recipe and overrides of `jobs/run.py`, so that model, prompts,
-lengths and seeds are those of the stage; the users must be prepared. vllm and torch are imported late: what an engine
-reads from its environment has to be set before.
-"""
+"""The benchmark of the stage `generate`: samples per second, against vLLM and transformers alone (generate_peers.py)."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import sys
-import time
-from collections import Counter
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
-import pyarrow as pa
+import harness
+from harness import Peaks, Row
 
-from dpo4rec_ray.config import Config, load_config
-from dpo4rec_ray.core.keys import seed_of
-from dpo4rec_ray.knowledge.prompts import control_tokens, encode_chat, fit_history
-from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.store.policies import base_llm_path
-from dpo4rec_ray.texts.sources import PromptSettings, engine_settings, sampling_of
-from dpo4rec_ray.workers.placement import WORKER_ENV, engine_env
+from dpo4rec_ray.knowledge.generator import EngineSettings
+from dpo4rec_ray.store.artifacts import RunDir
 
-BUNDLED = Path(__file__).resolve().parents[1] / "dpo4rec_ray" / "policy" / "bundled"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-STOP_SHARE = (
-    0.03  # of the vocabulary: a random model draws all tokens alike, so that lengths have a mean of 1 / 0.03
+# Engine arguments that the stage sets and vLLM has other defaults for; enforce_eager is measured under `settings`.
+OURS = "block_size,enable_chunked_prefill,max_num_batched_tokens,max_num_seqs"
+# Of every synthetic user: prompts of about 600 tokens. Histories of the sample world are shorter.
+GPU_EVENTS = 30
+GPU_ENGINE = [
+    "generate.gpus_per_engine=1",
+    'generate.engine_args.load_format="dummy"',
+    "llm.dtype=bfloat16",
+    "llm.max_model_len=1024",
+    "prompt.factors=movies",
+]
+RATES = (
+    "LLM {llm} | program {program} | samples {samples:,} | tokens {tokens:,} | seconds {seconds} | "
+    "tokens/s, median {tokens_per_s:,.0f} | all runs {rates} | same samples as the stage {same_samples:.1%} | "
+    "stage / this {stage_over_this:.2f}"
 )
-SHAPES = {
-    "4m": {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 8},
-    # Llama 3 8B. Only its config is written; vLLM makes the weights up (load_format "dummy").
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-}
-BATCHES = (4, 8, 16, 32)  # users per batch that the transformers peer tries
-ITEMS, PART = 10_000, 1_000_000  # of the synthetic users: catalogue, users per file
+MEMORY = "driver MiB {driver_mib:,.0f} | object store MiB {store_mib:,.2f} | whole tree MiB {tree_mib:,.0f}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/generate.py", description="One measurement of generation."
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", default=",".join(PARTS), help="each writes its own results")
+    parser.add_argument("--gpu", action="store_true", help="an 8B-shaped LLM on one GPU; only `steady`")
+    parser.add_argument("--repeats", type=int, default=3, help="of stage and peer in turn; medians are shown")
+    parser.add_argument(
+        "--size", type=float, default=1.0, help="of all inputs; 0.05 shows that everything runs"
     )
-    programs = parser.add_subparsers(dest="program", required=True)
-    model = programs.add_parser("model", help="write the folder of a random LLM")
-    model.add_argument("folder", type=Path)
-    model.add_argument("--shape", choices=("bundled", *SHAPES), default="4m")
-    model.add_argument("--stop", choices=("never", "often"), default="never")
-    users = programs.add_parser("users", help="write synthetic artifacts `users` and `items`")
-    users.add_argument("folder", type=Path, help="of the run")
-    users.add_argument("--users", type=int, default=100_000)
-    users.add_argument("--events", type=int, default=8, help="of every user")
-    for name, about in (
-        ("vllm", "LLM.generate on the stage's prompts"),
-        ("transformers", "generate on the stage's prompts"),
-    ):
-        program = programs.add_parser(name, help=about)
-        program.add_argument("recipe")
-        program.add_argument("changes", nargs="*")
-        program.add_argument("--users", type=int, default=0, help="only the first; 0: all")
-        if name == "vllm":
-            program.add_argument("--calls", choices=("one", "shard"), default="one")
-            program.add_argument("--drop", default="", help="engine arguments left to vLLM, comma-separated")
-            program.add_argument("--engine-args", default="{}", help="JSON, over those of the stage")
-            program.add_argument("--threads", type=int, default=1)
-            program.add_argument("--part", default="0/1", help="i/k: every k-th user, and wait for k engines")
-            program.add_argument("--gate", type=Path, help="folder where engines wait for one another")
-            program.add_argument("--no-seeds", action="store_true")
-            program.add_argument("--compare", action="store_true", help="with the round's generations")
-    options = parser.parse_args()
-    print(json.dumps(PROGRAMS[options.program](options)))
+    parser.add_argument(
+        "--simulated", default="100000,1000000", help="users that `simulated` writes template texts for"
+    )
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    folder = folder / ("generate-gpu" if options.gpu else "generate")
+    simulated = [int(number) for number in options.simulated.split(",")]
+    bench = Bench(folder, options.repeats, options.size, options.gpu, simulated)
+    harness.run_parts(folder, PARTS, "steady" if options.gpu else options.parts, bench)
     return 0
 
 
-def write_model(options: argparse.Namespace) -> dict[str, Any]:
-    """A Llama with random weights (seed 0) and the bundled tokenizer, or the bundled model itself.
+@dataclass
+class Bench:
+    """What the parts share: where things are, and how the stage and its peers are run."""
 
-    stop "never": no EOS is named, so that every sample has max_new_tokens. vLLM takes the tokenizer's EOS and those of
-    generation_config.json. "often": a share of the vocabulary ends a sample, so that lengths are geometric.
-    """
-    folder: Path = options.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        shutil.copy(BUNDLED / name, folder)
-    settings = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
-    vocabulary = SHAPES.get(options.shape, {}).get("vocab_size", settings["vocab_size"])
-    _widen(folder / "tokenizer.json", vocabulary)
-    if options.shape == "bundled":
-        shutil.copy(BUNDLED / "model.safetensors", folder)
-        _write(folder / "config.json", settings | {"eos_token_id": None})
-    else:
-        _write_llama(folder, options.shape, vocabulary)
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    del tokenizer["eos_token"]
-    _write(folder / "tokenizer_config.json", tokenizer)
-    generation: dict[str, Any] = {"bos_token_id": 1, "pad_token_id": 0}
-    if options.stop == "often":
-        count = round(STOP_SHARE * vocabulary)
-        generation["eos_token_id"] = np.linspace(8, vocabulary - 1, count).astype(int).tolist()
-    _write(folder / "generation_config.json", generation)
-    return {"folder": str(folder)}
+    folder: Path
+    repeats: int
+    size: float
+    gpu: bool
+    simulated: list[int]
 
+    def model(self, shape: str, stop: str = "never") -> Path:
+        """Folder of a random LLM, made once."""
+        folder = self.folder / f"llm-{shape}-{stop}"
+        if not (folder / "generation_config.json").exists():
+            peer("model", str(folder), "--shape", shape, "--stop", stop)
+        return folder
 
-def _write_llama(folder: Path, shape: str, vocabulary: int) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    def recipe(self, model: Path, users: int, max_new_tokens: int, *more: str) -> list[str]:
+        """Recipe and overrides of a run with about so many users; they are prepared once per number."""
+        count = max(40, round(users * self.size))
+        name = f"users-{count}"
+        common = [
+            "jobs/recipes/demo.toml",
+            f"run.root={self.folder}",
+            f"run.name={name}",
+            f"sample.num_users={round(count / 0.9)}",  # a tenth is for testing and gets no samples
+        ]
+        store = RunDir(self.folder / name)
+        if self.gpu and store.manifest("users") is None:
+            peer("users", str(store.root), "--users", str(count), "--events", str(GPU_EVENTS))
+        elif not self.gpu and store.manifest("lists") is None:
+            harness.run("jobs/run.py", *common, "--only", "prepare")
+        return [
+            *common,
+            f"llm.path={model}",
+            f"generate.max_new_tokens={max_new_tokens}",
+            "generate.num_samples=10",
+            "generate.num_engines=1",
+            "generate.cpus_per_engine=1",
+            *(GPU_ENGINE if self.gpu else []),
+            *more,
+        ]
 
-    settings = {"vocab_size": vocabulary, "max_position_embeddings": 1024, **SHAPES[shape]}
-    config = LlamaConfig(**settings, bos_token_id=1, eos_token_id=None, pad_token_id=0, dtype="float32")
-    if shape == "8b":
-        config.dtype = "bfloat16"
-        config.architectures = ["LlamaForCausalLM"]
-        config.save_pretrained(folder)
-        save_file({"unused": torch.zeros(1)}, folder / "model.safetensors")  # a folder without one is refused
-        return
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def _widen(file: Path, vocabulary: int) -> None:
-    """Give every id of the vocabulary a word, so that any sample has a text; prompts are encoded as before."""
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    words = tokenizer["model"]["vocab"]
-    words |= {f"word{number}": number for number in range(len(words), vocabulary)}
-    _write(file, tokenizer)
+    def transformers(self, recipe: list[str], users: int) -> Row:
+        return peer("transformers", *recipe, "--users", str(max(8, round(users * self.size))))
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+def peer(program: str, *arguments: str) -> Row:
+    return harness.run("benchmarks/generate_peers.py", program, *arguments)
 
 
-@dataclass(frozen=True)
-class Requests:
-    """What the stage asks its engine, in user id order."""
+def stage(recipe: list[str]) -> tuple[Row, Peaks]:
+    """Run the stage. Its rate is by the engines' own clocks, from first request to last answer."""
+    _, peaks, _ = harness.watched(["jobs/run.py", *recipe, "--only", "generate"])
+    stats = harness.manifest_of(recipe, "generations", 1).stats
+    engines = list(stats["this_run"]["engines"].values())
+    span_s = max(engine["span_s"] for engine in engines)
+    return {
+        "tokens": stats["tokens"],
+        "samples": stats["samples"],
+        "seconds": round(span_s, 2),
+        "tokens_per_s": round(stats["tokens"] / span_s, 1),
+        "start_s": max(engine["start_s"] for engine in engines),
+        "busy": engines[0]["busy"],
+        "running": engines[0]["running"],
+        "failed": stats["failed"],
+    }, peaks
 
-    user_ids: list[int]
-    prompts: list[list[int]]
-    seeds: list[int]
 
-
-def requests_of(config: Config, store: RunDir, num_users: int) -> Requests:
-    """The prompts and seeds of the stage; num_users 0: of all users."""
-    from dpo4rec_ray.stages.generate import SPLITS
-
-    tokenizer = load_tokenizer(base_llm_path(config, store))
-    prompts = PromptSettings.of(config).over(store, control_tokens(tokenizer))
-    room = config.llm.max_model_len - config.generate.max_new_tokens
-    rows = store.read("users", split=SPLITS).sort_by("user_id")
-    found = Requests([], [], [])
-    seed = seed_of(config.run.seed, "generate", 0)
-    for row in rows.slice(0, num_users or None).to_pylist():
-        events = (row["profile"], row["history_item_ids"], row["history_ratings"])
-
-        def encode(skip: int, events: tuple[Any, ...] = events) -> list[int]:
-            return encode_chat(tokenizer, prompts.text(*events, skip=skip))
-
-        found.user_ids.append(row["user_id"])
-        found.prompts.append(fit_history(encode, len(events[1]), room)[0])
-        found.seeds.append(seed_of(seed, row["user_id"]))
+def steady(bench: Bench) -> list[Row]:
+    """Equal lengths: the stage, the same requests in one call of LLM.generate, and transformers."""
+    found: list[Row] = []
+    cases = [("8b", 2000, 256)] if bench.gpu else [("4m", 600, 64), ("bundled", 1600, 48)]
+    for shape, users, max_new_tokens in cases:
+        recipe = bench.recipe(bench.model(shape), users, max_new_tokens)
+        programs: dict[str, Callable[[], Row]] = {
+            "stage": lambda recipe=recipe: stage(recipe)[0],
+            "LLM.generate": lambda recipe=recipe: peer("vllm", *recipe, "--compare"),
+        }
+        rows = harness.in_turn(programs, bench.repeats, "tokens_per_s")
+        if not bench.gpu:
+            rows.append({"program": "vLLM's defaults", **peer("vllm", *recipe, "--drop", OURS, "--no-seeds")})
+            rows.append({"program": "transformers", **bench.transformers(recipe, 32)})
+        found += with_ratio({"llm": shape, **row} for row in rows)
+    harness.print_table(found, RATES)
     return found
 
 
-def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of LLM.generate, its start excluded: everything in one call, or one call per shard."""
-    config, store = _prepared(options)
-    set_env({**engine_env(config), "OMP_NUM_THREADS": str(options.threads)})
-    arguments = engine_settings(config, store, 0).arguments() | {"disable_log_stats": True}
-    arguments |= json.loads(options.engine_args)
-    for name in options.drop.split(","):
-        arguments.pop(name, None)
-    from vllm import LLM, SamplingParams
+def varying(bench: Bench) -> list[Row]:
+    """Lengths from 1 to 256: the stage, LLM.generate called shard by shard, and one call with everything."""
+    recipe = bench.recipe(bench.model("4m", "often"), 1000, 256, "llm.max_model_len=512")
+    programs: dict[str, Callable[[], Row]] = {
+        "stage": lambda: stage(recipe)[0],
+        "LLM.generate, shard by shard": lambda: peer("vllm", *recipe, "--calls", "shard", "--compare"),
+        "LLM.generate, one call": lambda: peer("vllm", *recipe, "--compare"),
+    }
+    rows = harness.in_turn(programs, bench.repeats, "tokens_per_s")
+    found = with_ratio({"llm": "4m, many EOS", **row} for row in rows)
+    harness.print_table(found, RATES)
+    return found
 
-    index, count = map(int, options.part.split("/"))
-    asked = requests_of(config, store, options.users)
-    chosen = slice(index, None, count)
-    user_ids, prompts, seeds = asked.user_ids[chosen], asked.prompts[chosen], asked.seeds[chosen]
-    began = time.perf_counter()
-    llm = LLM(**arguments)
-    start_s = time.perf_counter() - began
-    sampling = sampling_of(config)
-    section = config.generate
-    params = [
-        SamplingParams(
-            n=section.num_samples,
-            seed=None if options.no_seeds else seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
-        )
-        for seed in seeds
+
+def with_ratio(rows: Iterable[Row]) -> list[Row]:
+    """The rate of the stage, which is the first row, over that of each program."""
+    rows = list(rows)
+    return [{**row, "stage_over_this": rows[0]["tokens_per_s"] / row["tokens_per_s"]} for row in rows]
+
+
+def settings(bench: Bench) -> list[Row]:
+    """What each setting of the CPU engine is worth: LLM.generate in as many processes as there are engines."""
+    # With seeds, chunked prefill ends the CPU engine: its random generators cannot start at an offset.
+    no_seeds = ["--no-seeds"]
+    cases: list[tuple[str, int, int, dict[str, Any], list[str]]] = [
+        ("as the stage sets them", 1, 1, {}, []),
+        ("2 threads", 1, 2, {}, []),
+        ("2 engines", 2, 1, {}, []),
+        ("2 engines, 2 threads each", 2, 2, {}, []),
+        *((f"max_num_seqs {count}", 1, 1, {"max_num_seqs": count}, []) for count in (32, 128, 512)),
+        *((f"block_size {size}", 1, 1, {"block_size": size}, []) for size in (64, 128)),  # 32 is the least
+        ("without seeds", 1, 1, {}, no_seeds),
+        ("without seeds, chunked prefill", 1, 1, {"enable_chunked_prefill": True}, no_seeds),
+        ("compiled", 1, 1, {"enforce_eager": False}, []),
+        ("KV cache 2 GiB", 1, 1, {}, ["generate.kv_cache_gib=2"]),
+        ("as the stage sets them, again", 1, 1, {}, []),
     ]
-    asks = [{"prompt_token_ids": prompt} for prompt in prompts]
-    shards = np.asarray(user_ids) // section.users_per_shard
-    if options.calls == "one":
-        calls = [slice(None)]
-    else:
-        firsts = [int(np.searchsorted(shards, shard)) for shard in np.unique(shards)]
-        calls = [slice(*pair) for pair in zip(firsts, [*firsts[1:], len(shards)], strict=True)]
-    if options.gate:
-        _wait_for_others(options.gate, index, count)
-    began = time.perf_counter()
-    outputs = [out for call in calls for out in llm.generate(asks[call], params[call], use_tqdm=False)]
-    seconds = time.perf_counter() - began
-    llm.llm_engine.engine_core.shutdown()  # on a GPU it has processes of its own, which Python's exit may wait for
-    found = [[list(sample.token_ids) for sample in out.outputs] for out in outputs]
-    lengths = np.array([len(tokens) for samples in found for tokens in samples])
-    answer = {
-        "users": len(user_ids),
-        "samples": len(lengths),
-        "tokens": int(lengths.sum()),
-        "seconds": round(seconds, 2),
-        "tokens_per_s": round(lengths.sum() / seconds, 1),
-        "start_s": round(start_s, 1),
-        "mean_length": round(float(lengths.mean()), 1),
-        "longest": int(lengths.max()),
-        "prompt_tokens": round(float(np.mean([len(prompt) for prompt in prompts])), 1),
-        "rss_mib": round(psutil.Process().memory_info().rss / 2**20),
-    }
-    if options.compare:
-        answer["same_samples"] = _same(store, dict(zip(user_ids, found, strict=True)))
-    return answer
+    recipe = bench.recipe(bench.model("4m"), 150, 64)
+    found: list[Row] = []
+    for name, engines, threads, arguments, more in cases:
+        flags = [*more, "--threads", str(threads), "--engine-args", json.dumps(arguments)]
+        row = {"setting": name, **side_by_side(recipe, engines, flags)}
+        row["over_first"] = row["tokens_per_s"] / (found or [row])[0]["tokens_per_s"]
+        found.append(harness.note(row))
+    harness.print_table(
+        found,
+        "setting {setting} | tokens/s {tokens_per_s:,.0f} | over the first {over_first:.2f} | start s {start_s} | "
+        "MiB {rss_mib:,}",
+    )
+    return found
 
 
-def _wait_for_others(gate: Path, index: int, count: int) -> None:
-    """Return when `count` engines are here."""
-    gate.mkdir(parents=True, exist_ok=True)
-    (gate / str(index)).touch()
-    while len(list(gate.iterdir())) < count:
-        time.sleep(0.05)
-
-
-def _same(store: RunDir, found: dict[int, list[list[int]]]) -> float:
-    """Share of the stage's samples that are the same, token for token."""
-    table = store.read("generations", 1, columns=["user_id", "sample_id", "token_ids"])
-    same = [found[row["user_id"]][row["sample_id"]] == row["token_ids"] for row in table.to_pylist()]
-    return round(float(np.mean(same)), 4)
-
-
-def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of `generate`, one thread: at each batch size for one batch, then at the best for the rest."""
-    config, store = _prepared(options)
-    set_env(WORKER_ENV)
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(1)
-    asked = requests_of(config, store, options.users)
-    model = AutoModelForCausalLM.from_pretrained(
-        base_llm_path(config, store), dtype=getattr(torch, config.llm.dtype)
-    ).eval()
-    sampling = sampling_of(config)
-    count = config.generate.num_samples
-
-    def rate(prompts: list[list[int]]) -> tuple[int, float]:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        began = time.perf_counter()
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=0,
-                max_new_tokens=sampling.max_new_tokens,
-                num_return_sequences=count,
-            )
-        seconds = time.perf_counter() - began
-        return output.shape[0] * (
-            output.shape[1] - longest
-        ), seconds  # nothing ends early: the model has no EOS
-
-    prompts = sorted(asked.prompts, key=len)  # little padding
-    rate(prompts[:1])
-    middle = len(prompts) // 2
-    by_batch: dict[int, float] = {}
-    for size in BATCHES:
-        tokens, seconds = rate(prompts[max(0, middle - size // 2) :][:size])
-        by_batch[size] = round(tokens / seconds, 1)
-    best = max(by_batch, key=lambda size: by_batch[size])
-    total: Counter[str] = Counter()
-    elapsed = 0.0
-    for first in range(0, len(prompts), best):
-        tokens, seconds = rate(prompts[first : first + best])
-        total["tokens"] += tokens
-        elapsed += seconds
+def side_by_side(recipe: list[str], engines: int, flags: list[str]) -> Row:
+    """LLM.generate in several processes that begin together, each with its share of the users."""
+    command = ["benchmarks/generate_peers.py", "vllm", *recipe, *flags]
+    with tempfile.TemporaryDirectory() as gate:
+        rows = harness.together(
+            [[*command, "--part", f"{index}/{engines}", "--gate", gate] for index in range(engines)]
+        )
+    seconds, tokens = max(row["seconds"] for row in rows), sum(row["tokens"] for row in rows)
     return {
-        "users": len(prompts),
-        "tokens": total["tokens"],
-        "seconds": round(elapsed, 2),
-        "tokens_per_s": round(total["tokens"] / elapsed, 1),
-        "batch": best,
-        "by_batch": by_batch,
+        "engines": engines,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": round(tokens / seconds, 1),
+        "start_s": max(row["start_s"] for row in rows),
+        "rss_mib": sum(row["rss_mib"] for row in rows),
     }
 
 
-def set_env(env: dict[str, str]) -> None:
-    """Before torch is loaded: it reads the number of threads once, and two that spin on a busy core halve every rate."""
-    assert "torch" not in sys.modules
-    os.environ.update(env)
+def start(bench: Bench) -> list[Row]:
+    """Seconds until the first token, one change after the other; the KV cache has 1 GiB throughout."""
+    ours = EngineSettings(model=str(bench.model("4m")), max_model_len=320).arguments()
+    plain = {name: ours[name] for name in ("model", "dtype", "max_model_len")}
+    cache = bench.folder / "vllm-cache"
+    cached = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(cache)}
+    one_process = {**cached, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    unbound = {**one_process, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    eager = {**plain, "enforce_eager": True}
+    cases: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+        ("vLLM's defaults, never compiled before", cached, plain),
+        ("+ enforce_eager", cached, eager),
+        ("+ one process", one_process, eager),
+        ("+ nobind, one thread", unbound, eager),
+        ("+ the other arguments: as the stage starts it", unbound, ours),
+    ]
+
+    def start_once(env: dict[str, str], arguments: dict[str, Any]) -> Row:
+        shutil.rmtree(cache / "torch_compile_cache", ignore_errors=True)
+        return harness.run("benchmarks/engine_start.py", json.dumps(env), json.dumps(arguments))
+
+    start_once(unbound, ours)  # the files that it reads are in memory from now on
+    found: list[Row] = []
+    for name, env, arguments in cases:
+        runs = [start_once(env, arguments) for _ in range(bench.repeats)]
+        row = {"start": name, **harness.median_run(runs, "all")}
+        row["cut by"] = round((found or [row])[-1]["all"] - row["all"], 1)
+        found.append(harness.note(row))
+    harness.print_table(found)
+    return found
 
 
-def _prepared(options: argparse.Namespace) -> tuple[Config, RunDir]:
-    config = load_config(options.recipe, options.changes)
-    return config, RunDir(Path(config.run.root) / config.run.name)
+def scale(bench: Bench) -> list[Row]:
+    """The stage on 1x and 10x as many users: time must grow with them, the driver and the object store must not."""
+    found: list[Row] = []
+    for times in (1, 10):
+        stats, peaks = stage(bench.recipe(bench.model("4m"), 250 * times, 64))
+        found.append({"users": f"{times}x", **stats, **asdict(peaks)})
+    stage_columns = "users {users} | samples {samples:,} | seconds {seconds} | tokens/s {tokens_per_s:,.0f}"
+    harness.print_table(found, f"{stage_columns} | {MEMORY}")
+    one, ten = found
+    memory = [row["driver_mib"] + row["store_mib"] for row in found]
+    times = ten["seconds"] / one["seconds"]
+    print(f"10x / 1x: time {times:.2f}, driver and store {memory[1] / memory[0]:.2f}")
+    return found
 
 
-def write_users(options: argparse.Namespace) -> dict[str, Any]:
-    """Artifacts `users` and `items` of any size without a data set behind them: random histories, no test users."""
-    store, rng = RunDir(options.folder), np.random.default_rng(0)
-    store.start("items")
-    names = pa.array([f"Item {number}" for number in range(ITEMS)])
-    attributes = pa.array([[f"genre: {number % 20}"] for number in range(ITEMS)])
-    items = {"item_id": np.arange(ITEMS), "raw_id": names, "title": names, "attributes": attributes}
-    store.write("items", pa.table(items))
-    store.finish(Manifest("items", "synthetic", rows=ITEMS, produced="synthetic"))
-    store.start("users")
-    for part, low in enumerate(range(0, options.users, PART)):
-        ids = np.arange(low, min(low + PART, options.users))
-        ends = np.arange(len(ids) + 1, dtype=np.int32) * options.events
-        history = rng.integers(0, ITEMS, len(ids) * options.events)
-        ratings = rng.integers(1, 6, len(history)).astype(np.float32)
-        columns = {
-            "user_id": ids,
-            "raw_id": pa.array(ids).cast(pa.string()),
-            "profile": pa.repeat("", len(ids)),
-            "split": pa.array(np.where(ids % 10, "train", "valid")),
-            "fold": ids % 5,
-            "history_item_ids": pa.ListArray.from_arrays(ends, history),
-            "history_ratings": pa.ListArray.from_arrays(ends, ratings),
+def simulated(bench: Bench) -> list[Row]:
+    """Simulated texts (llm.source = "template", no LLM) of many users through the stage, two workers."""
+    found: list[Row] = []
+    for users in bench.simulated:
+        recipe = [
+            "jobs/recipes/demo.toml",
+            f"run.root={bench.folder}",
+            f"run.name=simulated-{users}",
+            "llm.source=template",
+            "generate.num_samples=2",
+            "generate.users_per_shard=10000",
+            "generate.num_engines=2",
+            "generate.cpus_per_engine=1",
+        ]
+        store = RunDir(bench.folder / f"simulated-{users}")
+        if store.manifest("users") is None:
+            peer("users", str(store.root), "--users", str(users))
+        wall_s, peaks, _ = harness.watched(["jobs/run.py", *recipe, "--only", "generate"])
+        manifest = harness.manifest_of(recipe, "generations", 1)
+        row = {"users": users, "rows": manifest.rows, "wall_s": round(wall_s, 1), "seconds": manifest.seconds}
+        row |= {"users_per_s": users / manifest.seconds, **asdict(peaks)}
+        row |= {
+            f"{name}_mib": folder_mib(store.path(name, int(name != "users")))
+            for name in ("users", "generations")
         }
-        store.write("users", pa.table(columns), part=part)
-    store.finish(Manifest("users", "synthetic", rows=options.users, produced=f"synthetic-{options.users}"))
-    return {"users": options.users}
+        found.append(harness.note(row))
+    texts = "simulated users {users:,} | texts {rows:,} | stage s {seconds:,} | users/s {users_per_s:,.0f}"
+    disk = "users on disk MiB {users_mib:,.0f} | texts on disk MiB {generations_mib:,.0f}"
+    harness.print_table(found, f"{texts} | {MEMORY} | {disk}")
+    return found
 
 
-PROGRAMS = {
-    "model": write_model,
-    "users": write_users,
-    "vllm": run_vllm,
-    "transformers": run_transformers,
+def folder_mib(folder: Path) -> float:
+    return round(sum(file.stat().st_size for file in folder.rglob("*.parquet")) / 2**20, 1)
+
+
+PARTS: dict[str, Callable[[Bench], list[Row]]] = {
+    "steady": steady,
+    "varying": varying,
+    "settings": settings,
+    "start": start,
+    "scale": scale,
+    "simulated": simulated,
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -144,7 +144,7 @@ def list_table(
     candidates[later["list_id"], later["place"]] = later["item_id"]
     labels[later["list_id"], later["place"]] = later["rating"] >= MIN_POSITIVE
     rows = np.arange(len(first))
-    while len(rows):  # draw again where an item stands twice
+    while len(rows):  # draw again where an item is in a list twice
         drawn = rng.integers(num_items, size=(len(rows), NUM_CANDIDATES))
         candidates[rows] = np.where(met[rows], candidates[rows], drawn)
         in_order = np.sort(candidates[rows], axis=1)

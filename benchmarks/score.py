@@ -1,8 +1,7 @@
-"""Rewards of 1,000 users x 10 texts x 10 lists: the score stage's own classes against a plain loop over lists.
+"""The benchmark of the stage `score`: rewards of 1,000 users x 10 texts x 10 lists, against a plain loop over lists.
 
-    python benchmarks/score.py FOLDER [--backbone prm] [--users 1000]
-
-Prints one JSON line. The texts are counted from the histories of the sample world (no LLM is needed), the rerankers are
+Every backbone is measured by a process of its own, python benchmarks/score.py FOLDER [--backbone prm] [--users 1000], which
+prints one JSON line. The texts are counted from the histories of the sample world (no LLM is needed), the rerankers are
 trained for one epoch: neither changes how long scoring takes. One thread each. The peer scores one list after the other
 with the same model, as a first version would be written, on some of the users; both must find the same rewards.
 """
@@ -18,15 +17,16 @@ import pstats
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import harness
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from harness import ROOT, Row
 
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.core.metrics import list_metrics
-from dpo4rec_ray.evaluation.tables import METRIC_NAMES
+from dpo4rec_ray.evaluation.systems import METRIC_NAMES
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.pipeline import Selection, run_pipeline
 from dpo4rec_ray.rerankers import Catalogue, Reranker, with_history
@@ -37,9 +37,30 @@ from dpo4rec_ray.stages.score import ShardEncoder, ShardScorer, metric_names
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import read_catalogue, read_list_data
 
-ROOT = Path(__file__).resolve().parents[1]
 SAMPLES, LISTS = 10, 10  # per user, and per user
 PEER_USERS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbones", default="dlcm,prm,setrank,mir")
+    parser.add_argument("--users", type=int, default=1000)
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    """One process per backbone; each checks that loop and stage find the same rewards."""
+    found: list[Row] = []
+    for backbone in options.backbones.split(","):
+        command = ["benchmarks/score.py", str(folder / "score"), "--backbone", backbone]
+        _, peaks, answer = harness.watched([*command, "--users", str(options.users)])
+        found.append({**answer, "peak_mib": round(peaks.tree_mib)})
+    harness.print_table(
+        found,
+        "backbone {backbone} | lists {lists:,} | lists/s {ours_lists_per_s:,} | loop, lists/s {loop_lists_per_s:,} | "
+        "ratio {ratio} | stage s {stage_s} | in the encoder {encoder_s} | in the forward pass {forward_s} | "
+        "of the stage {share in encoder and forward:.1%} | 20 metrics of 100,000 lists, s {metrics_s} | peak MiB {peak_mib:,}",
+    )
+    harness.write_results(folder / "score.json", found)
+    return 0
 
 
 def main() -> int:
@@ -178,7 +199,7 @@ def dcg(gains: list[float]) -> float:
     return sum(gain / math.log2(place + 2) for place, gain in enumerate(gains[:5]))
 
 
-def profiled(config: Config, store: RunDir) -> dict[str, Any]:
+def profiled(config: Config, store: RunDir) -> Row:
     """The stage's two actors over all shards, one after the other: the share of time in the encoder and the forward pass."""
     shards = [int(Path(file).stem.removeprefix("part-")) for file in store.files("generations", 1)]
     section = config.encoder

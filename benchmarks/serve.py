@@ -1,10 +1,11 @@
-"""The parts of `python benchmarks/bench.py serve`: each is a table and a file of figures.
+"""The benchmark of serving: requests per second, against a no-op deployment and bare FastAPI (serve_peers.py).
 
 Load comes from wrk, a process of its own (Debian and Ubuntu: apt install wrk). Every list is a random user's and random items.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -16,13 +17,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import harness
 import psutil
 import requests
+from harness import ROOT, Row
 
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.api import RerankResponse
@@ -32,7 +34,6 @@ from dpo4rec_ray.serving.ranker import RankRequest
 from dpo4rec_ray.serving.registry import Registry, check_version
 from dpo4rec_ray.store.memory import tree_mb
 
-ROOT = Path(__file__).resolve().parents[1]
 WORLD = [
     "llm.source=statistics",
     "run.num_rounds=0",
@@ -44,7 +45,19 @@ WORLD = [
 ]
 CLIENTS = (1, 8, 32, 128)
 CANDIDATES = (10, 100)
-BODIES = 2000  # different requests in a load
+# Different requests in a load.
+BODIES = 2000
+RATES = (
+    "candidates {candidates} | clients {clients} | server {server} | requests/s {requests_per_s:,.0f} | p50 ms {p50_ms:.2f} | "
+    "p99 ms {p99_ms:.1f} | failed {failed} | of the no-op: requests/s, p50 {rate_ratio:.2f}, {wait_ratio:.2f}"
+)
+SOAK = (
+    "minute {minute} | requests/s {requests_per_s:,.0f} | p99 ms {p99_ms:.1f} | failed {failed} | "
+    "replica MiB {replica_mib:.0f} | process tree MiB {tree_mib:.0f}"
+)
+FAULTS = (
+    "{what} | client {client} | answers {answers} | by v1, v2 {v1}, {v2} | failed {failed} | wrong {wrong}"
+)
 SCRIPT = """
 local bodies, place, counts = {}, 0, {}
 for line in io.lines(os.getenv("BODIES")) do bodies[#bodies + 1] = line end
@@ -60,7 +73,20 @@ function done(summary, latency, rates)
     summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout))
 end
 """
-Found = list[dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", default=",".join(PARTS), help="each writes its own results")
+    parser.add_argument("--repeats", type=int, default=3, help="of all servers in turn; medians are shown")
+    parser.add_argument("--seconds", type=float, default=10, help="of every measurement")
+    parser.add_argument("--minutes", type=float, default=10, help="of the part `soak`")
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    folder /= "serve"
+    bench = Bench(folder, options.seconds, options.repeats, options.minutes)
+    harness.run_parts(folder, PARTS, options.parts, bench)
+    return 0
 
 
 @dataclass
@@ -76,29 +102,15 @@ class Bench:
         """A registry with two versions of one run, made once: v1 answers."""
         registry = Registry(self.folder / "registry")
         if not registry.traffic().current:
-            run = self.folder / "runs/world"
-            command = [
-                "run.py",
-                "recipes/demo.toml",
-                f"run.root={run.parent}",
-                f"run.name={run.name}",
-                *WORLD,
-            ]
-            call([sys.executable, str(ROOT / "jobs/run.py"), str(ROOT / "jobs" / command[1]), *command[2:]])
+            world = self.folder / "runs/world"
+            recipe = ["jobs/recipes/demo.toml", f"run.root={world.parent}", f"run.name={world.name}"]
+            harness.run("jobs/run.py", *recipe, *WORLD)
             for seed, name in enumerate(("v1", "v2")):
-                model = f"prm-statistics-seed{seed}"
-                publish = [
-                    "publish",
-                    str(run),
-                    "--as",
-                    name,
-                    "--model",
-                    model,
-                    "--registry",
-                    str(registry.root),
-                ]
-                call([sys.executable, str(ROOT / "jobs/serve.py"), *publish])
-        registry.promote("v1")
+                version = ["--as", name, "--model", f"prm-statistics-seed{seed}"]
+                harness.run(
+                    "jobs/serve.py", "publish", str(world), *version, "--registry", str(registry.root)
+                )
+            registry.promote("v1")
         return registry
 
     def bodies(self, registry: Registry, candidates: int) -> Path:
@@ -115,28 +127,18 @@ class Bench:
         return file
 
 
-def call(command: list[str]) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
-
-
 @contextlib.contextmanager
 def served(what: str, registry: Registry, *changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server ("dpo4rec_ray" or a peer of benchmarks/serve_peers.py) in a process of its own: its address and the process."""
     (port,) = free_ports(1)
     if what == "dpo4rec_ray":
-        command = ["serve.py", "run", "--registry", str(registry.root), f"serving.port={port}", *changes]
+        command = ["jobs/serve.py", "run", "--registry", str(registry.root), f"serving.port={port}", *changes]
     else:
-        command = ["serve_peers.py", what, str(port), str(registry.root)]
+        command = ["benchmarks/serve_peers.py", what, str(port), str(registry.root)]
     log = registry.root.parent / f"{what}.log"
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / command[0]), *command[1:]],
-            cwd=ROOT,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            [sys.executable, *command], cwd=ROOT, stdout=output, stderr=output, env=harness.environment()
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -154,8 +156,8 @@ def served(what: str, registry: Registry, *changes: str) -> Iterator[tuple[str, 
         process.wait(60)
 
 
-def load(url: str, bodies: Path, clients: int, seconds: float) -> dict[str, Any]:
-    """wrk's figures: requests/s, p50_ms, p99_ms and failed requests."""
+def load(url: str, bodies: Path, clients: int, seconds: float) -> Row:
+    """What wrk measures: requests/s, p50_ms, p99_ms and failed requests."""
     wrk = shutil.which("wrk")
     if wrk is None:
         raise UserError("wrk is not installed; on Debian and Ubuntu: apt install wrk")
@@ -176,10 +178,10 @@ def load(url: str, bodies: Path, clients: int, seconds: float) -> dict[str, Any]
     }
 
 
-def rates(bench: Bench) -> Found:
+def rates(bench: Bench) -> list[Row]:
     """Requests per second and latency beside the peers, in turn."""
     registry = bench.registry()
-    runs: Found = []
+    runs: list[Row] = []
     for _ in range(bench.repeats):
         for what in ("noop", "noop-tuned", "dpo4rec_ray", "fastapi"):
             with served(what, registry) as (url, _process):
@@ -187,63 +189,44 @@ def rates(bench: Bench) -> Found:
                     bodies = bench.bodies(registry, candidates)
                     load(url, bodies, 8, 2)  # warm
                     for clients in CLIENTS:
-                        one = {
-                            "server": what,
-                            "candidates": candidates,
-                            **load(url, bodies, clients, bench.seconds),
-                        }
-                        print(one, file=sys.stderr, flush=True)
-                        runs.append(one)
-    print(rates_table(runs))
+                        one = {"server": what, "candidates": candidates}
+                        runs.append(harness.note(one | load(url, bodies, clients, bench.seconds)))
+    harness.print_table(rates_rows(runs), RATES)
     return runs
 
 
-def rates_table(runs: Found) -> str:
+def rates_rows(runs: list[Row]) -> list[Row]:
     """Medians over the repeats, and ratios to the no-op of the same clients and candidates."""
-    names = ("requests_per_s", "p50_ms", "p99_ms")
-    cells: dict[tuple[int, int, str], dict[str, float]] = {}
-    for one in runs:
+    found: dict[tuple[int, int, str], Row] = {}
+    for one in sorted(runs, key=lambda run: (run["candidates"], run["clients"])):
         key = (one["candidates"], one["clients"], one["server"])
         same = [run for run in runs if (run["candidates"], run["clients"], run["server"]) == key]
-        cells[key] = {name: statistics.median(run[name] for run in same) for name in names}
-        cells[key]["failed"] = sum(run["failed"] for run in same)
-    lines = [
-        "| candidates | clients | server | requests/s | p50 ms | p99 ms | failed | of the no-op: requests/s, p50 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (candidates, clients, server), cell in sorted(cells.items(), key=lambda item: item[0][:2]):
-        floor = cells[candidates, clients, "noop"]
-        rate, wait = (cell[name] / floor[name] for name in ("requests_per_s", "p50_ms"))
-        lines.append(
-            f"| {candidates} | {clients} | {server} | {cell['requests_per_s']:,.0f} | {cell['p50_ms']:.2f} | "
-            f"{cell['p99_ms']:.1f} | {cell['failed']:.0f} | {rate:.2f}, {wait:.2f} |"
+        names = ("requests_per_s", "p50_ms", "p99_ms")
+        found[key] = {**one, **{name: statistics.median(run[name] for run in same) for name in names}}
+        found[key]["failed"] = sum(run["failed"] for run in same)
+    for (candidates, clients, _), row in found.items():
+        floor = found[candidates, clients, "noop"]
+        row["rate_ratio"], row["wait_ratio"] = (
+            row[name] / floor[name] for name in ("requests_per_s", "p50_ms")
         )
-    return "\n".join(lines)
+    return list(found.values())
 
 
-def soak(bench: Bench) -> Found:
+def soak(bench: Bench) -> list[Row]:
     """Saturation for minutes: failures, and the memory of the whole process tree meanwhile."""
     registry = bench.registry()
     bodies = bench.bodies(registry, 10)
-    runs: Found = []
+    runs: list[Row] = []
     with served("dpo4rec_ray", registry) as (url, process):
         for minute in range(int(bench.minutes)):
             one = {"minute": minute + 1, **load(url, bodies, 128, 60), "tree_mib": tree_mb(process.pid)}
             one["replica_mib"] = replica(process.pid).memory_info().rss / 2**20
-            print(one, file=sys.stderr, flush=True)
-            runs.append(one)
-    print(
-        "| minute | requests/s | p99 ms | failed | replica MiB | process tree MiB |\n|---|---|---|---|---|---|"
-    )
-    for one in runs:
-        print(
-            f"| {one['minute']} | {one['requests_per_s']:,.0f} | {one['p99_ms']:.1f} | {one['failed']} | "
-            f"{one['replica_mib']:.0f} | {one['tree_mib']:.0f} |"
-        )
+            runs.append(harness.note(one))
+    harness.print_table(runs, SOAK)
     return runs
 
 
-def faults(bench: Bench) -> Found:
+def faults(bench: Bench) -> list[Row]:
     """A version swap, a killed replica and a killed controller under load: what fails, and whether an answer is wrong."""
     registry = bench.registry()
     bodies = [json.loads(line) for line in bench.bodies(registry, 10).read_text().splitlines()]
@@ -255,7 +238,7 @@ def faults(bench: Bench) -> Found:
             dict(zip(one.candidates, ranking.scores.tolist(), strict=True))
             for one, ranking in zip(asked, rankings, strict=True)
         ]
-    runs: Found = []
+    runs: list[Row] = []
     two = ("serving.num_replicas=2", "serving.cpus_per_replica=0.5")
     with served("dpo4rec_ray", registry, *two) as (url, process):
         for what, harm in (
@@ -268,29 +251,23 @@ def faults(bench: Bench) -> Found:
             for retry in (False, True):
                 counts = under_load(url, bodies, expected, harm, bench.seconds * 3, retry)
                 one = {"what": what, "client": "one retry" if retry else "no retry", **counts}
-                print(one, file=sys.stderr, flush=True)
-                runs.append(one)
+                runs.append(harness.note(one))
                 if what in ("version swap", "rollback"):
                     registry.promote("v1" if what == "version swap" else "v2")
                 wait_for_replicas(process.pid, 2)
-    print("| | client | answers | by v1, v2 | failed | wrong |\n|---|---|---|---|---|---|")
-    for one in runs:
-        print(
-            f"| {one['what']} | {one['client']} | {one['answers']} | {one['v1']}, {one['v2']} | "
-            f"{one['failed']} | {one['wrong']} |"
-        )
+    harness.print_table(runs, FAULTS)
     return runs
 
 
 def under_load(
     url: str,
-    bodies: list[dict[str, Any]],
+    bodies: list[Row],
     expected: dict[str, list[dict[str, float]]],
-    harm: Any,
+    harm: Callable[[], object],
     seconds: float,
     retry: bool,
     threads: int = 4,
-) -> dict[str, Any]:
+) -> Row:
     """Ask from several threads, do the harm after a third of the time, and check every answer."""
     counts: Counter[str] = Counter()
     failures: Counter[str] = Counter()

@@ -1,8 +1,8 @@
 """Peers of `python benchmarks/bench.py serve`: python benchmarks/serve_peers.py noop|noop-tuned|fastapi PORT REGISTRY.
 
-noop: a Ray Serve deployment that answers at once, on Serve's HAProxy path as Serve ships it: the floor.
-noop-tuned: the same with the settings of Serve that jobs/serve.py makes: the floor of that.
-fastapi: the same model behind FastAPI and uvicorn as one would write it down first, without Ray.
+noop: a Ray Serve deployment that answers at once, on Serve's HAProxy path as Serve ships it: the lowest cost possible there.
+noop-tuned: the same with the settings of Serve that jobs/serve.py makes.
+fastapi: the same model behind FastAPI and uvicorn, as a first version would be written, without Ray.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 
-import serve as job
-from run import start_ray
+from dpo4rec_ray.cli.serve import serve_environment
+from dpo4rec_ray.cli.session import start_ray
 
 # Here, not in `fastapi`: FastAPI looks a route's annotations up among the names of its module.
 from dpo4rec_ray.serving.api import Meta, RerankRequest, RerankResponse, Result
@@ -27,7 +27,7 @@ def noop(port: int, tuned: bool) -> int:
     from dpo4rec_ray.serving import haproxy
 
     stop = threading.Event()
-    folder = job.serve_environment(tuned=tuned)
+    folder = serve_environment(tuned=tuned)
     import ray
 
     start_ray(False)

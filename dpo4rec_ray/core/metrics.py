@@ -1,8 +1,8 @@
-"""Ranking metrics per candidate list, and the paired bootstrap that compares two rankers.
+"""Ranking metrics per candidate list.
 
-Departs from the paper: two MAPs, both named (the paper prints only the one called `map_paper` here), MRR and HR beside
-them, and an interval clustered by user, because a user's lists share one history and are not independent. Lists are
-ranked once, for the largest cut-off; every metric at every cut-off is read from the ranked labels.
+Departs from the paper: two MAPs, each with its own name (the paper prints only the one called `map_paper` here), and MRR
+and HR beside them. Lists are ranked once, for the largest cut-off; every metric at every cut-off is read from the ranked
+labels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,6 @@ FloatArray = npt.NDArray[np.float64]
 
 # Candidates ranked at once: bounds the memory (some 8 MB per array) and keeps it in the cache.
 _MAX_CANDIDATES_AT_ONCE = 1_000_000
-# Resampled group counts held in memory at once by the bootstrap (float64: 32 MB).
-_MAX_COUNTS_IN_MEMORY = 4_000_000
 
 
 class Metric(Protocol):
@@ -32,18 +30,9 @@ class Metric(Protocol):
     def __call__(self, scores: Array, labels: Array, mask: Array | None = None) -> FloatArray: ...
 
 
-class Interval(NamedTuple):
-    """A figure, its 95 % interval, and how surprising it would be if the truth were 0."""
-
-    mean: float
-    low: float
-    high: float
-    p_value: float
-
-
 @dataclass(frozen=True)
 class RankedLists:
-    """B lists in rank order down to rank K, the largest cut-off or the whole list; all that a metric may look at."""
+    """B lists in rank order down to rank K, the largest cut-off or the whole list; the only input of a metric."""
 
     ranked: FloatArray  # [B, K] labels in rank order; padding ranks last, with label 0.0
     labels: FloatArray  # [B, L] labels in candidate order, padding as 0.0
@@ -87,7 +76,7 @@ def map_plain(lists: RankedLists) -> FloatArray:
     """Average precision at k = 1..K, divided by min(k, number of relevant). -> [B, K].
 
     A perfect ranking scores 1.0 even when more than k candidates are relevant. (trec_eval's map_cut.k and ranx's
-    map@k divide by the number of relevant items instead: the same figure unless that exceeds k.)
+    map@k divide by the number of relevant items instead: the same value unless that exceeds k.)
     """
     num_relevant = (lists.labels > 0).sum(axis=1)
     cut = np.arange(1, lists.ranked.shape[1] + 1)
@@ -157,48 +146,6 @@ def metric_by_name(name: str) -> Metric:
     return metric
 
 
-def paired_bootstrap(values: Array, groups: Array, num_resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of paired differences with a 95 % percentile interval, resampling whole groups with replacement.
-
-    values: [n] differences, one per list (or sample); groups: [n] the user each belongs to. The statistic of
-    a resample is the mean over all values of the drawn groups, so users with more lists weigh more, as in the
-    mean. p_value: two-sided, 2 min((1 + #{means <= 0}) / (R + 1), (1 + #{means >= 0}) / (R + 1)), at most 1, of R
-    resamples (the figure itself counts as one more: Davison and Hinkley, 1997, chapter 4). With a single
-    group nothing can be resampled: low, high and p_value are NaN.
-
-    Raises:
-        ValueError: no values, shapes differ, or a value is not finite.
-    """
-    values, group_index = _check_groups("values", values, groups)
-    sizes = np.bincount(group_index).astype(np.float64)  # [G]
-    sums = np.bincount(group_index, weights=values)  # [G]
-    return _interval(float(values.mean()), sums, sizes, num_resamples, seed)
-
-
-def ratio_bootstrap(
-    numerators: Array, denominators: Array, groups: Array, num_resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """Ratio of two sums with a 95 % percentile interval, resampling whole groups with replacement.
-
-    numerators, denominators, groups: [n]. The statistic of a resample is the sum of its numerators over the sum of its
-    denominators; resamples whose denominators are all 0 have none and are left out. p_value: two-sided for a ratio of
-    0, as in `paired_bootstrap`. Denominators that are all 0 give NaN throughout, a single group NaN but for the ratio.
-
-    Raises:
-        ValueError: no values, shapes differ, a value is not finite, or a denominator is negative (a ratio whose
-            denominator may change its sign has no interval).
-    """
-    numerators, group_index = _check_groups("numerators", numerators, groups)
-    denominators, _ = _check_groups("denominators", denominators, groups)
-    if (denominators < 0).any():
-        raise ValueError(f"{int((denominators < 0).sum())} of {denominators.size} denominators are negative")
-    above = np.bincount(group_index, weights=numerators)  # [G]
-    below = np.bincount(group_index, weights=denominators)  # [G]
-    total = float(below.sum())
-    ratio = float(above.sum()) / total if total else float("nan")
-    return _interval(ratio, above, below, num_resamples, seed)
-
-
 def check_lists(scores: Array, labels: Array, mask: Array | None) -> npt.NDArray[np.bool_]:
     """The mask [B, L], all True when None was given, after checking the three arrays against each other.
 
@@ -236,35 +183,3 @@ def _rank(scores: Array, labels: Array, real: npt.NDArray[np.bool_], num_ranks: 
 def _divide(above: FloatArray, below: Array) -> FloatArray:
     """above / below, 0.0 where below is 0."""
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-
-
-def _check_groups(what: str, values: Array, groups: Array) -> tuple[FloatArray, npt.NDArray[np.intp]]:
-    """The values in float64 and the number of each one's group, 0..G-1."""
-    values, groups = np.asarray(values, dtype=np.float64), np.asarray(groups)
-    if values.ndim != 1 or values.shape != groups.shape or values.size == 0:
-        raise ValueError(f"{what} and groups must be [n] with n >= 1, got {values.shape} and {groups.shape}")
-    if not np.isfinite(values).all():
-        num_bad = int((~np.isfinite(values)).sum())
-        raise ValueError(f"{num_bad} of {values.size} {what} are not finite: drop them first")
-    return values, np.unique(groups, return_inverse=True)[1]
-
-
-def _interval(figure: float, above: Array, below: Array, num_resamples: int, seed: int) -> Interval:
-    """The figure sum(above) / sum(below) with what resampling the groups says about it. above, below: [G]."""
-    num_groups = len(above)
-    if num_groups == 1 or not below.any():
-        return Interval(figure, float("nan"), float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    shares = np.full(num_groups, 1.0 / num_groups)
-    resampled = np.empty((2, num_resamples))
-    chunk = max(1, _MAX_COUNTS_IN_MEMORY // num_groups)
-    for start in range(0, num_resamples, chunk):
-        part = slice(start, min(start + chunk, num_resamples))
-        counts = rng.multinomial(num_groups, shares, size=part.stop - start).astype(np.float64)  # [R, G]
-        resampled[:, part] = counts @ above, counts @ below
-    has_figure = resampled[1] > 0
-    figures = resampled[0, has_figure] / resampled[1, has_figure]
-    low, high = np.percentile(figures, [2.5, 97.5])
-    rarer_side = min(int((figures <= 0).sum()), int((figures >= 0).sum()))
-    p_value = min(1.0, 2 * (1 + rarer_side) / (len(figures) + 1))
-    return Interval(figure, float(low), float(high), p_value)

@@ -1,7 +1,7 @@
 """Pairing: the N rewards of a user's samples -> the chosen and the rejected sample, or why there is none.
 
-Departs from the paper, which pairs the best with the worst of every user: a tie, a spread below `min_margin`
-or two equal texts teach DPO nothing, so such users are dropped, each with a counted reason.
+Departs from the paper, which pairs the best with the worst of every user. A tie, a spread below `min_margin` or two equal
+texts teach DPO nothing, so such users are dropped and counted by reason.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def best_vs_worst(
     if np.isnan(rewards).any():
         return Drop.NO_LISTS
     texts = [tuple(completion) for completion in completions]
-    # Before the tie it causes: a policy that collapsed to one text is another fault than a blind reward.
+    # Checked before the tie that it causes: a policy that writes one text only is another fault than a reward that always ties.
     if len(set(texts)) == 1:
         return Drop.SAME
     chosen, rejected = int(rewards.argmax()), int(rewards.argmin())

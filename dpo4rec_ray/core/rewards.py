@@ -1,10 +1,10 @@
 """Rewards: one number per candidate list under a sample's scores, and how far such a reward can be trusted.
 
-Departs from the paper, which knows NDCG@5 only: any metric of `core.metrics` may be the reward, and the list
-log-likelihood, which has no ties, so it tells apart samples that leave the top of the list in the same order; a list
-without a positive is NaN (no information) instead of 0. Ties, agreement between metrics and the carry-over show what a
-reward is worth: the carry-over separates what a sample is worth from the luck of being the best of N, and shrinkage
-takes the part of the spread that is luck back out.
+Departs from the paper, which uses NDCG@5 only. Any metric of `core.metrics` may be the reward. So may the list
+log-likelihood: it has no ties, so it also distinguishes samples that leave the top of the list in the same order. A list
+without a positive gives NaN (no information) instead of 0. Ties, agreement between metrics and the carry-over show what a
+reward is worth. The carry-over separates the true worth of a sample from the luck of being the best of N, and shrinkage
+removes the part of the spread that is luck.
 """
 
 from __future__ import annotations
@@ -16,15 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dpo4rec_ray.core.metrics import (
-    METRICS,
-    Interval,
-    Metric,
-    check_lists,
-    list_metrics,
-    metric_by_name,
-    ratio_bootstrap,
-)
+from dpo4rec_ray.core.intervals import Interval, ratio_bootstrap
+from dpo4rec_ray.core.metrics import METRICS, Metric, check_lists, list_metrics, metric_by_name
 from dpo4rec_ray.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -99,7 +92,7 @@ def reward_by_name(name: str) -> Metric:
 
 
 class TieRates(NamedTuple):
-    """How often a reward cannot tell samples apart: shares in 0..1, NaN when no user is left to count."""
+    """How often samples have the same reward: shares in 0..1, NaN when no user is left to count."""
 
     best: float  # of users: two or more samples share the best reward
     all: float  # of users: all samples have the same reward
@@ -151,8 +144,8 @@ def rank_agreement(a: Array, b: Array) -> float:
 def list_noise(std_errors: Array, num_lists: Array) -> float:
     """How far chance alone moves a sample's reward on one list: a standard deviation, pooled over users.
 
-    A user's own standard error rests on few lists; where it happens to come out small, shrinkage would trust luck. Pooled,
-    one sample's mean over n lists has the error noise / sqrt(n), also for a user with a single list.
+    A user's own standard error comes from few lists; where it happens to be small, shrinkage would trust luck. With the
+    pooled noise, one sample's mean over n lists has the error noise / sqrt(n), also for a user with a single list.
 
     std_errors, num_lists: [U], NaN where unknown -> NaN if all are. Users weigh by their degrees of freedom, lists - 1.
     """
@@ -172,13 +165,13 @@ def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
     tau2 / (tau2 + std_error^2) (Efron and Morris, 1975). tau2 is found by moments: the mean over users of
     var(rewards, ddof=1) - std_error^2, at least 0.
 
-    A user without a standard error (one list only: luck cannot be told from worth) gets the error that such users have
-    on average, by the same moments: std_error^2 = mean over them of var(rewards) - tau2, at least 0. The standard
-    errors of the others would be too small for them, since they rest on more lists.
+    A user without a standard error (one list only, so luck and worth cannot be separated) gets the error that such users
+    have on average, by the same moments: std_error^2 = mean over them of var(rewards) - tau2, at least 0. The standard
+    errors of the others would be too small for them, since those come from more lists.
 
-    The order of a user's samples never changes, so best and worst stay what they were: shrinkage matters only together
-    with `pair.min_margin`, which then is in units of what can be expected to hold. If the spread is no larger than
-    luck alone makes it, tau2 is 0 and all samples of a user tie at the mean.
+    The order of a user's samples never changes, so best and worst stay the same. Shrinkage matters only together with
+    `pair.min_margin`, which is then compared with the part of the gap that can be expected to hold. If the spread is no
+    larger than by luck alone, tau2 is 0 and all samples of a user tie at the mean.
 
     Args:
         rewards: [U, N]. A user with a NaN is left as it is, with factor NaN, and out of all means.
@@ -204,7 +197,7 @@ def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
     if not measured.any():
         raise UserError(
             f"none of {int(known.sum())} users has a standard error of its rewards (that takes two lists with a positive): "
-            "nothing tells worth from luck; set pair.shrinkage = false"
+            "worth and luck cannot be separated; set pair.shrinkage = false"
         )
     spread = shrunk.var(axis=1, ddof=1)
     noise = std_errors.astype(np.float64) ** 2
@@ -213,7 +206,7 @@ def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
     if unmeasured.any():
         noise[unmeasured] = max(0.0, float(spread[unmeasured].mean()) - tau2)
     total = tau2 + noise[known]
-    # Rewards without error and without spread keep their values: there is nothing to pull.
+    # Rewards without error and without spread keep their values.
     factors[known] = np.divide(tau2, total, out=np.ones_like(total), where=total > 0)
     mean = shrunk[known].mean(axis=1, keepdims=True)
     shrunk[known] = mean + factors[known, None] * (shrunk[known] - mean)
@@ -233,7 +226,7 @@ class CarryOver:
 def carry_over(
     half_a: Array, half_b: Array, measure_a: Array | None = None, measure_b: Array | None = None
 ) -> CarryOver:
-    """Choose best and worst sample on one half of a user's lists, measure their gap on both (beyond).
+    """Choose best and worst sample on one half of a user's lists, measure their gap on both (beyond the paper).
 
     The gaps are averaged over both directions. The rank correlation is that of the reward on one half with the measure
     on the other, averaged likewise. Users with a NaN in any of the arrays are dropped. Tied samples share their mean
@@ -266,8 +259,8 @@ def carry_over(
 def carried_share(found: CarryOver, num_resamples: int = 2000, seed: int = 0) -> Interval:
     """The part of the best-worst gap that carries over: mean held-out gap over mean in-sample gap, with its interval.
 
-    Of the whole and not averaged per user, since a user whose samples hardly differ would weigh as much as one whose
-    samples do. 1 means that all of it holds, 0 that the choice was luck; NaN when every in-sample gap is 0.
+    A ratio of means, not a mean of the users' ratios: there a user whose samples hardly differ would weigh as much as one
+    whose samples do. 1 means that all of the gap holds, 0 that the choice was luck; NaN when every in-sample gap is 0.
 
     Raises:
         ValueError: no user, or an in-sample gap is negative (gaps measured by another reward have no such share).

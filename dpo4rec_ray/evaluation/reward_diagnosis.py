@@ -1,9 +1,10 @@
-"""Is the reward worth following? Ties, agreement between metrics, and what carries over, from a round's metric scores.
+"""Is the reward worth following? Ties, agreement between metrics, and the carry-over, from a round's metric scores.
 
-What carries over (method.md section 4): the best and the worst sample are chosen on a random half of a user's lists and
-measured on the other half. Every metric is also measured on one yardstick, NDCG@5 of the other half's lists as they were
-drawn, because gaps in different units do not compare. A reward that does not carry over teaches nothing. The shrunk gap
-is what shrinkage (`core.rewards.shrink`) makes of the gap where it was chosen: if it is right, all of that carries over.
+Carry-over (docs/method.md section 4): the best and the worst sample are chosen on a random half of a user's lists, and their
+gap is measured on the other half. A reward whose gap does not carry over teaches nothing. Gaps in different units do not
+compare, so every metric is also measured by one yardstick: NDCG@5 of the other half's lists as they were drawn. The shrunk
+gap is what shrinkage (`core.rewards.shrink`) makes of the gap on the half where it was chosen: if the shrinkage is right,
+all of the shrunk gap carries over.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo4rec_ray.core.metrics import paired_bootstrap, ratio_bootstrap
+from dpo4rec_ray.core.intervals import Interval, paired_bootstrap, ratio_bootstrap
 from dpo4rec_ray.core.rewards import carried_share, carry_over, list_noise, rank_agreement, shrink, tie_rates
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
 
@@ -38,12 +39,12 @@ def read_matrices(metric_scores: pa.Table) -> tuple[np.ndarray, Matrices]:
 
 
 def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray) -> dict[str, Any]:
-    """The figures of `score`'s manifest.
+    """The stats of `score`'s manifest.
 
     Args:
         metric_scores: the whole artifact.
-        metric: the one that pairs are made of; its figures stand at the top as well.
-        held_out: ids of the validation users; they get a table of their own.
+        metric: the one that pairs are made of; its main numbers are repeated at the top.
+        held_out: ids of the validation users; their numbers are also given separately.
     """
     users, matrices = read_matrices(metric_scores)
     own = np.isin(users, held_out)
@@ -60,6 +61,7 @@ def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray)
     }
 
 
+# The numbers of the metric that pairs are made of which stand at the top of the manifest.
 _TOP = (
     "mean_reward",
     "spread",
@@ -70,56 +72,52 @@ _TOP = (
     "carried",
     "rank_correlation",
 )
+# Unknown where no user has two lists with a positive: None, and for intervals [NaN, NaN].
+_NEED_TWO_LISTS = (
+    *("gap_in_sample", "gap_held_out", "gap_held_out_ci95", "carried", "carried_ci95", "shrunk_gap"),
+    *(
+        "carried_of_shrunk",
+        "carried_of_shrunk_ci95",
+        "yardstick_gap",
+        "yardstick_gap_ci95",
+        "rank_correlation",
+    ),
+)
 
 
 def _of_metric(matrices: Matrices, metric: str, rows: Any) -> dict[str, Any]:
     own = {name: values[rows] for name, values in matrices[metric].items()}
     known = own["reward"][~np.isnan(own["reward"]).any(axis=1)]
-    nothing = [float("nan")] * 2
+    found = carry_over(own["half_a"], own["half_b"])
     stats: dict[str, Any] = {
         "mean_reward": float(known.mean()) if len(known) else float("nan"),
         "spread": float(known.std(axis=1).mean()) if len(known) else float("nan"),
         **{f"{name} tied": share for name, share in tie_rates(own["reward"])._asdict().items()},
+        "users_in_carry_over": len(found.kept),
     }
-    found = carry_over(own["half_a"], own["half_b"])
-    stats["users_in_carry_over"] = len(found.kept)
-    if not len(found.kept):  # no user has two lists with a positive
-        return stats | {
-            "gap_in_sample": None,
-            "gap_held_out": None,
-            "gap_held_out_ci95": nothing,
-            "carried": None,
-            "carried_ci95": nothing,
-            "shrunk_gap": None,
-            "carried_of_shrunk": None,
-            "carried_of_shrunk_ci95": nothing,
-            "yardstick_gap": None,
-            "yardstick_gap_ci95": nothing,
-            "rank_correlation": None,
-        }
-    numbers = np.arange(len(found.kept))
+    if not len(found.kept):
+        nothing = [float("nan")] * 2
+        return stats | {name: nothing if name.endswith("ci95") else None for name in _NEED_TWO_LISTS}
+    users = np.arange(len(found.kept))
     num_lists = own["num_lists"][:, 0]
     noise = list_noise(own["std_error"][:, 0], num_lists)
     with np.errstate(divide="ignore"):  # a half without lists has no reward
         in_a = shrink(own["half_a"], noise / np.sqrt((num_lists + 1) // 2))[0]
         in_b = shrink(own["half_b"], noise / np.sqrt(num_lists // 2))[0]
     shrunk = carry_over(in_a, in_b).gap_in_sample
-    of_shrunk = ratio_bootstrap(found.gap_held_out, shrunk, numbers)
-    held_out = paired_bootstrap(found.gap_held_out, numbers)
-    share = carried_share(found)
     measure = {name: values[rows] for name, values in matrices[YARDSTICK].items()}
     on_yardstick = carry_over(own["half_a"], own["half_b"], measure["half_a"], measure["half_b"])
     yardstick = paired_bootstrap(on_yardstick.gap_held_out, np.arange(len(on_yardstick.kept)))
     return stats | {
         "gap_in_sample": float(found.gap_in_sample.mean()),
-        "gap_held_out": held_out.mean,
-        "gap_held_out_ci95": [held_out.low, held_out.high],
-        "carried": share.mean,
-        "carried_ci95": [share.low, share.high],
+        **_with_interval("gap_held_out", paired_bootstrap(found.gap_held_out, users)),
+        **_with_interval("carried", carried_share(found)),
         "shrunk_gap": float(shrunk.mean()),
-        "carried_of_shrunk": of_shrunk.mean,
-        "carried_of_shrunk_ci95": [of_shrunk.low, of_shrunk.high],
-        "yardstick_gap": yardstick.mean,
-        "yardstick_gap_ci95": [yardstick.low, yardstick.high],
+        **_with_interval("carried_of_shrunk", ratio_bootstrap(found.gap_held_out, shrunk, users)),
+        **_with_interval("yardstick_gap", yardstick),
         "rank_correlation": float(found.rank_correlation.mean()),
     }
+
+
+def _with_interval(name: str, found: Interval) -> dict[str, Any]:
+    return {name: found.mean, f"{name}_ci95": [found.low, found.high]}

@@ -1,4 +1,4 @@
-"""summary.json, report.html and the table on the terminal, from a finished run's manifests and metrics."""
+"""Writes summary.json and report.html of a finished run and prints its table, from the manifests and metrics."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import base64
 import io
 import json
 import math
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.evaluation import paper_table, tables
+from dpo4rec_ray.evaluation import terminal_table
+from dpo4rec_ray.evaluation.systems import HEADLINE, PRINTED, label
 from dpo4rec_ray.stages.evaluate import FIGURES
 from dpo4rec_ray.stages.validate import best_round
 from dpo4rec_ray.store.artifacts import RunDir, write_json
@@ -21,9 +21,8 @@ from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import versions
 from dpo4rec_ray.store.progress import say
 
-TEMPLATE = resources.files("dpo4rec_ray") / "report" / "report.html.jinja"
 _DETAIL = ("by user", "on lists with a positive")
-SHOWN = (*tables.PRINTED, *(f"{name} {how}" for how in _DETAIL for name in tables.HEADLINE))
+SHOWN = (*PRINTED, *(f"{name} {how}" for how in _DETAIL for name in HEADLINE))
 
 
 def run(
@@ -68,7 +67,7 @@ def _untrained_rounds(config: Config) -> int:
 
 
 def _stats(store: RunDir, name: str, round_id: int = 0) -> dict[str, Any]:
-    """An artifact's figures; empty when the run does without it."""
+    """An artifact's stats; empty when the run does not have it."""
     manifest = store.manifest(name, round_id)
     return manifest.stats if manifest is not None else {}
 
@@ -82,7 +81,11 @@ def _earlier_peaks(store: RunDir, last_round: int) -> list[float]:
 
 
 def _round(store: RunDir, round_id: int) -> dict[str, Any]:
-    """One round's figures: counts, held-out reward, DPO, and the diagnosis ladder."""
+    """One round's numbers: counts, held-out reward, DPO, and the diagnosis.
+
+    The diagnosis follows the chain from the reranker to the LLM: does the reranker use the text (shuffle_drop), does the
+    reward of a text carry over to other lists, and did DPO change the texts.
+    """
     generated = store.require("generations", round_id)
     scores = store.require("scores", round_id).stats
     pairs = store.require("pairs", round_id).stats
@@ -116,9 +119,9 @@ def _round(store: RunDir, round_id: int) -> dict[str, Any]:
 
 
 def _print(summary: dict[str, Any]) -> None:
-    print(f"\n{tables.printed(summary)}\n")
+    print(f"\n{terminal_table.printed(summary)}\n")
     if summary["simulated_texts"]:
-        print('texts are simulated (llm.source = "template"): no figure here says anything about an LLM')
+        print('texts are simulated (llm.source = "template"): no number here says anything about an LLM')
     for row in summary["rounds"]:
         low, high = row["heldout_reward_delta_ci95"]
         print(
@@ -130,9 +133,9 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 def _html(store: RunDir, summary: dict[str, Any]) -> str:
-    environment = Environment(autoescape=True)
+    environment = Environment(loader=PackageLoader("dpo4rec_ray", "report"), autoescape=True)
     environment.filters |= {"number": _number, "percent": _percent, "range": _range}
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = environment.get_template("report.html.jinja")
     plots = [
         ("NDCG@5 per system (mean and standard deviation over seeds)", _plot_systems(summary["systems"]))
     ]
@@ -141,14 +144,12 @@ def _html(store: RunDir, summary: dict[str, Any]) -> str:
             ("Held-out reward before and after each round", _plot_rewards(store, summary)),
             ("DPO loss, accuracy and margin per step", _plot_dpo(store, summary)),
         ]
-    differences = [row for row in summary["comparisons"] if row["metric"] in tables.HEADLINE]
-    return template.render(
-        summary=summary, metrics=SHOWN, differences=differences, label=paper_table.label, plots=plots
-    )
+    differences = [row for row in summary["comparisons"] if row["metric"] in HEADLINE]
+    return template.render(summary=summary, metrics=SHOWN, differences=differences, label=label, plots=plots)
 
 
 def _number(value: float | None, form: str = "%.4f") -> str:
-    """A figure, or a dash where there is none: a reward that always ties has no share that carries over."""
+    """A number, or a dash where there is none, such as the share that carries over of a reward that always ties."""
     return "–" if value is None or math.isnan(value) else form % value
 
 
@@ -215,7 +216,7 @@ def _plot_systems(table: list[dict[str, Any]]) -> str:
     figure, axis = _figure(height=0.4 * len(table) + 1)
     name = "ndcg@5"
     axis.barh(
-        [f"{paper_table.label(row['backbone'])} {row['system']}" for row in table],
+        [f"{label(row['backbone'])} {row['system']}" for row in table],
         [row[name] for row in table],
         xerr=[row[f"{name} sd"] or 0.0 for row in table],
         height=0.6,

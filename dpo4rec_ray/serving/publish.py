@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.evaluation.tables import HEADLINE
+from dpo4rec_ray.evaluation.systems import HEADLINE
 from dpo4rec_ray.rerankers.fit import CARD_FILE, WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.serving.version_files import (

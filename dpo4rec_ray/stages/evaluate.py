@@ -20,6 +20,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.evaluation import paper_table, tables
+from dpo4rec_ray.evaluation.systems import HEADLINE, METRIC_NAMES
 from dpo4rec_ray.prepare.inspection import files_of_run
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, save_reranker
@@ -127,7 +128,7 @@ def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: in
         "epochs": len(result.history),
         "seconds per epoch": round(float(np.mean([record["seconds"] for record in result.history])), 2),
         f"valid {settings.metric}": result.best_value,
-        **{f"test {name}": float(np.mean(measured[name].to_numpy())) for name in tables.HEADLINE},
+        **{f"test {name}": float(np.mean(measured[name].to_numpy())) for name in HEADLINE},
     }
     info = {"system": system, "seed": seed, "figures": stats, "fit": asdict(settings)}
     save_reranker(store.path("per_list") / "rerankers" / name, model, info | training_facts(config, store))
@@ -167,9 +168,7 @@ def _measured(
         "backbone": [backbone] * len(test),
         "seed": np.full(len(test), seed, np.int32),
     }
-    return pa.table(
-        columns | list_metrics(scores, test.labels.numpy(), tables.METRIC_NAMES, test.mask.numpy())
-    )
+    return pa.table(columns | list_metrics(scores, test.labels.numpy(), METRIC_NAMES, test.mask.numpy()))
 
 
 def _about(store: RunDir) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The best and the worst sample of each user become a preference pair; what gives no pair is counted by reason.
+"""The best and the worst sample of each user become a preference pair; users without a pair are counted by reason.
 
 Validation users get pairs too: they are never trained on and measure the accuracy of DPO.
 """
@@ -13,94 +13,89 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.ranking import PairSection
 from dpo4rec_ray.core.pairing import PAIRINGS, Drop, worst_samples
 from dpo4rec_ray.core.rewards import list_noise, shrink
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.store.schemas import SCHEMAS
+
+_ORDER = [("user_id", "ascending"), ("sample_id", "ascending")]
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
-    """Write `pairs` of the round, part by part: a user's samples are all in one part."""
+    """Write `pairs` of the round, part by part: all samples of a user are in one part."""
     store.start("pairs", round_id)
     splits = store.read("users", split=("train", "valid"), columns=["user_id", "split"])
     split_of = dict(zip(splits["user_id"].to_pylist(), splits["split"].to_pylist(), strict=True))
-    rule = PAIRINGS[config.pair.rule]
-    dropped = {"train": Counter[str](), "valid": Counter[str]()}
+    shrunk = _shrunk_rewards(store, round_id) if config.pair.shrinkage else None
     kept = Counter[str]()
+    dropped = {"train": Counter[str](), "valid": Counter[str]()}
     rows_in = 0
-    rewards_of = _shrunk(store, round_id) if config.pair.shrinkage else None
-    generations, scores = store.files("generations", round_id), store.files("scores", round_id)
-    for part, (generation_file, score_file) in enumerate(zip(generations, scores, strict=True)):
-        samples = pq.read_table(generation_file).sort_by(
-            [("user_id", "ascending"), ("sample_id", "ascending")]
-        )
-        rewards = pq.read_table(score_file).sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
-        assert samples["user_id"].equals(rewards["user_id"]), (
-            f"{score_file} does not belong to {generation_file}"
-        )
+    files = zip(store.files("generations", round_id), store.files("scores", round_id), strict=True)
+    for part, (generation_file, score_file) in enumerate(files):
+        samples, scores = (pq.read_table(file).sort_by(_ORDER) for file in (generation_file, score_file))
+        if not samples["user_id"].equals(scores["user_id"]):
+            raise ValueError(f"{score_file} and {generation_file} hold different users")
         rows_in += len(samples)
-        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        reward = rewards["reward"].to_numpy()
-        if rewards_of is not None:
-            reward = np.concatenate([rewards_of[user] for user in np.unique(rewards["user_id"].to_numpy())])
+        rows: list[dict[str, Any]] = []
+        rewards = scores["reward"].to_numpy()
         users, starts, counts = np.unique(
             samples["user_id"].to_numpy(), return_index=True, return_counts=True
         )
         for user, start, count in zip(users.tolist(), starts.tolist(), counts.tolist(), strict=True):
-            own = samples.slice(start, count)
-            completions = own["token_ids"].to_pylist()
-            own_reward = reward[start : start + count]
-            # without tokens (llm.source = "statistics") the texts themselves tell samples apart
-            told_apart = completions if any(completions) else own["text"].to_pylist()
-            found = rule(own_reward, told_apart, config.pair.min_margin)
+            own = rewards[start : start + count] if shrunk is None else shrunk[user]
+            pair = _pair(config.pair, samples.slice(start, count), own)
             split = split_of[user]
-            if isinstance(found, Drop):
-                dropped[split][found.value] += 1
-                continue
-            kept[split] += 1
-            best, _ = found
-            rejected = worst_samples(
-                own_reward, told_apart, found, config.pair.num_rejected, config.pair.min_margin
-            )
-            prompt = own["prompt_token_ids"][0].as_py()
-            values = (
-                round_id,
-                user,
-                split,
-                prompt,
-                completions[best],
-                [completions[one] for one in rejected],
-                own_reward[best],
-                [float(own_reward[one]) for one in rejected],
-            )
-            for name, value in zip(_COLUMNS, values, strict=True):
-                columns[name].append(value)
-        store.write("pairs", pa.table(columns), round_id, part)
-    reasons = {split: dict(counter) for split, counter in dropped.items()}
+            if isinstance(pair, Drop):
+                dropped[split][pair.value] += 1
+            else:
+                kept[split] += 1
+                rows.append({"round": round_id, "user_id": user, "split": split, **pair})
+        store.write("pairs", pa.Table.from_pylist(rows, SCHEMAS["pairs"]), round_id, part)
+    reasons = dict(dropped["train"])
     if not kept["train"]:
         raise UserError(
-            f"round {round_id}: no training user gave a pair ({reasons['train']}); "
+            f"round {round_id}: no training user gave a pair ({reasons}); "
             'use reward.metric = "log_likelihood", more reward.num_redraws, or a lower pair.min_margin'
         )
-    say(f"  pairs: {kept['train']} training, {kept['valid']} held out; dropped {reasons['train'] or 'none'}")
+    say(f"  pairs: {kept['train']} training, {kept['valid']} held out; dropped {reasons or 'none'}")
     failed = store.failed("generations", round_id)
     for user, reason in zip(failed["subject_id"].to_pylist(), failed["reason"].to_pylist(), strict=True):
         dropped[split_of[user]][reason] += 1
-    reasons = {split: dict(counter) for split, counter in dropped.items()}
     stats = {
         "pairs": kept["train"],
         "heldout_pairs": kept["valid"],
-        "dropped": reasons["train"],
-        "dropped_heldout": reasons["valid"],
+        "dropped": dict(dropped["train"]),
+        "dropped_heldout": dict(dropped["valid"]),
     }
     return Outcome(rows_in=rows_in, rows_out=kept.total(), stats=stats)
 
 
-def _shrunk(store: RunDir, round_id: int) -> dict[int, np.ndarray]:
-    """Each user's rewards in sample order, pulled towards the user's mean; over all users, which tell how far to pull."""
-    table = store.read("scores", round_id).sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
+def _pair(section: PairSection, samples: pa.Table, rewards: np.ndarray) -> dict[str, Any] | Drop:
+    """The texts and rewards of one user's pair. samples: [N] rows; rewards: [N]."""
+    completions = samples["token_ids"].to_pylist()
+    # Samples without tokens (llm.source = "statistics") are compared by their texts.
+    compared = completions if any(completions) else samples["text"].to_pylist()
+    found = PAIRINGS[section.rule](rewards, compared, section.min_margin)
+    if isinstance(found, Drop):
+        return found
+    chosen, _ = found
+    rejected = worst_samples(rewards, compared, found, section.num_rejected, section.min_margin)
+    return {
+        "prompt_token_ids": samples["prompt_token_ids"][0].as_py(),
+        "chosen_token_ids": completions[chosen],
+        "rejected_token_ids": [completions[one] for one in rejected],
+        "chosen_reward": float(rewards[chosen]),
+        "rejected_reward": [float(rewards[one]) for one in rejected],
+    }
+
+
+def _shrunk_rewards(store: RunDir, round_id: int) -> dict[int, np.ndarray]:
+    """Each user's rewards in sample order, pulled towards the user's mean. How far they are pulled depends on all users."""
+    table = store.read("scores", round_id).sort_by(_ORDER)
     users, starts = np.unique(table["user_id"].to_numpy(), return_index=True)
     rewards = table["reward"].to_numpy().reshape(len(users), -1)  # every user has N samples
     num_lists = table["num_lists"].to_numpy()[starts]
@@ -109,20 +104,8 @@ def _shrunk(store: RunDir, round_id: int) -> dict[int, np.ndarray]:
         shrunk, factors = shrink(rewards, noise / np.sqrt(num_lists))
     if not np.nansum(factors):
         raise UserError(
-            f"round {round_id}: the rewards differ no more than luck makes them differ, so shrinkage leaves no pair; use "
+            f"round {round_id}: the rewards differ no more than luck alone explains, so shrinkage leaves no pair; use "
             'reward.metric = "log_likelihood", more reward.num_redraws or more users, or set pair.shrinkage = false'
         )
     say(f"  shrinkage: rewards keep {np.nanmean(factors):.0%} of their distance from the user's mean")
     return dict(zip(users.tolist(), shrunk, strict=True))
-
-
-_COLUMNS = (
-    "round",
-    "user_id",
-    "split",
-    "prompt_token_ids",
-    "chosen_token_ids",
-    "rejected_token_ids",
-    "chosen_reward",
-    "rejected_reward",
-)

@@ -1,7 +1,7 @@
 """Did the round help? Reward of fresh samples of the validation users, before (policy r-1) and after (policy r).
 
-Both are means over N samples per user that nothing selected. Test users are not touched. Rounds stop when this figure
-stops improving, and the best round is the one that serves.
+Both are means over all N samples of a user, without any selection. Test users are not used. Rounds stop when this reward
+no longer improves, and the best round is the one that is served.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.metrics import paired_bootstrap
+from dpo4rec_ray.core.intervals import paired_bootstrap
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.teacher import text_accuracy
 from dpo4rec_ray.store.artifacts import RunDir
@@ -46,7 +46,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
 def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
     valid_users = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
-    # users without all their texts have no reward before (generate leaves them out), so none after either
+    # Users without all their texts have no reward before (generate leaves them out), so they get none after either.
     failed = store.failed("knowledge", round_id)["subject_id"].to_numpy()  # after round 0 there are no items
     valid = pa.array(np.setdiff1d(valid_users, failed))
     before = store.read("scores", round_id, columns=["user_id", "reward"])
@@ -64,8 +64,8 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     users = sorted(means[0].keys() & means[1].keys())
     if not users:
         raise UserError(
-            "no validation user has a reward both before and after; raise data.valid_frac, or look at the users "
-            "that generate could not sample"
+            "no validation user has a reward both before and after; raise data.valid_frac, or see which users "
+            "generate could not sample (the manifest of generations counts them)"
         )
     reward_before, reward_after = (np.array([mean[user] for user in users]) for mean in means)
     delta = paired_bootstrap(reward_after - reward_before, np.array(users))
@@ -89,17 +89,19 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
 
 
 def _mean_per_user(user_ids: np.ndarray, rewards: np.ndarray) -> dict[int, float]:
-    """Users whose lists hold no positive have no reward and are left out."""
-    return {
-        int(user): float(rewards[user_ids == user].mean())
-        for user in np.unique(user_ids)
-        if np.isfinite(rewards[user_ids == user]).all()
-    }
+    """User -> mean reward over its samples. Users whose lists have no positive have no reward and are left out."""
+    order = np.argsort(user_ids, kind="stable")
+    users, starts = np.unique(user_ids[order], return_index=True)
+    samples = zip(users.tolist(), np.split(rewards[order], starts[1:]), strict=True)
+    return {user: float(own.mean()) for user, own in samples if np.isfinite(own).all()}
 
 
 def _text_stats(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) -> dict[str, float]:
-    """Before and after: distinct texts per sample (a collapse shows here first), and where the truth is known (sample
-    world) the share of named tastes that are true, beside chance."""
+    """Distinct texts per sample before and after, which fall first where the LLM collapses to one text.
+
+    In the sample world, where the true tastes of users are known, also the share of named tastes that are true, and what
+    chance alone would give.
+    """
     before = store.read("generations", round_id, columns=["user_id", "text"])
     before = before.filter(pc.is_in(before["user_id"], valid))
     truth = store.read("truth")

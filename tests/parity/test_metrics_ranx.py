@@ -27,7 +27,7 @@ def data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ranx_values(data: tuple[np.ndarray, np.ndarray, np.ndarray], metric: str) -> np.ndarray:
-    """ranx's figure per list; padded candidates are left out of both the relevances and the run."""
+    """ranx's value per list; padded candidates are left out of both the relevances and the run."""
     scores, labels, mask = data
     lists = {f"{row:04d}": np.flatnonzero(mask[row]) for row in range(len(scores))}
     qrels = Qrels({q: {f"i{i}": int(labels[int(q), i]) for i in places} for q, places in lists.items()})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo4rec_ray.core.metrics import list_metrics
-from dpo4rec_ray.evaluation.tables import HEADLINE
+from dpo4rec_ray.evaluation.systems import HEADLINE
 from dpo4rec_ray.serving.api import RerankRequest, RerankResponse
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service

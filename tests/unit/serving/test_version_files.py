@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dpo4rec_ray.config import read_config
 from dpo4rec_ray.core.keys import string_key, string_keys
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.evaluation.tables import HEADLINE
+from dpo4rec_ray.evaluation.systems import HEADLINE
 from dpo4rec_ray.serving.publish import publish
 from dpo4rec_ray.serving.registry import Registry, check_version
 from dpo4rec_ray.serving.version_files import UNKNOWN, KeyIndex, PublishedVersion
