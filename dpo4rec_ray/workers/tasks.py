@@ -1,4 +1,4 @@
-"""Waiting for many small Ray tasks."""
+"""Waits for many small Ray tasks and shows their progress."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dpo4rec_ray.store.progress import Progress
 
 
 def wait_for_epochs(tasks: Sequence[Any], file: Path, label: str, total: int) -> None:
-    """Wait for Ray tasks that append one line per epoch to `file`; `total` epochs at most, fewer if some stop early.
+    """Wait for Ray tasks that append one line per epoch to `file`. Raises what a task raised.
 
-    Raises what a task raised.
+    total: epochs of all tasks together, if none stops early.
     """
     import ray
 
