@@ -44,15 +44,9 @@ from dpo4rec_ray.workers.placement import check_room
 
 Settings = dict[str, float]  # keys of the section [reranker]
 
-TRAINING_AXES: tuple[tuple[Settings, ...], ...] = (
-    tuple({"batch_size": size} for size in (64, 128, 256, 512)),
-    tuple({"lr": lr} for lr in (5e-4, 1e-3)),
-    tuple({"weight_decay": decay} for decay in (0.0, 1e-4, 1e-3)),
-)
-EXPERT_AXIS: tuple[Settings, ...] = tuple(
-    {"num_shared_experts": shared, "num_dedicated_experts": dedicated}
-    for shared, dedicated in ((2, 5), (3, 4), (2, 6))
-)
+# The paper's values.
+BATCH_SIZES, RATES, DECAYS = (64, 128, 256, 512), (5e-4, 1e-3), (0.0, 1e-4, 1e-3)
+EXPERTS = ((2, 5), (3, 4), (2, 6))  # shared, and dedicated to either side
 
 FOLDER, TABLE, PAGE, FRAGMENT = "search", "results.csv", "results.md", "found.toml"
 REDUCTION_FACTOR = 3  # of ASHA: one in so many trials goes on
@@ -67,9 +61,12 @@ TUNE_ENV = {
 
 def paper_grid(knowledge: bool) -> list[Settings]:
     """Every combination of the paper's values; experts only where an adapter reads knowledge. 24, or 72."""
-    axes = (*TRAINING_AXES, EXPERT_AXIS) if knowledge else TRAINING_AXES
+    experts: list[Settings] = [{}]
+    if knowledge:
+        experts = [{"num_shared_experts": shared, "num_dedicated_experts": own} for shared, own in EXPERTS]
     return [
-        {key: value for part in parts for key, value in part.items()} for parts in itertools.product(*axes)
+        {"batch_size": size, "lr": lr, "weight_decay": decay, **chosen}
+        for size, lr, decay, chosen in itertools.product(BATCH_SIZES, RATES, DECAYS, experts)
     ]
 
 

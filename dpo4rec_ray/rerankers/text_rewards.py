@@ -104,9 +104,8 @@ class SampleScorer:
         """The samples `mine` in parts that are scored at once: all samples of some users, about PLACES_PER_CALL."""
         if not len(mine):
             return []
-        starts = np.concatenate(
-            [[0], np.flatnonzero(np.diff(user_ids[mine])) + 1]
-        )  # first sample of each user
+        # The first sample of each user.
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(user_ids[mine])) + 1])
         own = num_lists[mine] * len(self._item_ids)
         before = (np.cumsum(own) - own)[starts] * self._item_ids.shape[2] // PLACES_PER_CALL
         return np.split(mine, starts[1:][np.diff(before) > 0])
