@@ -226,11 +226,7 @@ def grace(epochs: int) -> int:
 
 
 def _fit_one(
-    trial: dict[str, Settings],
-    section: RerankerSection,
-    seed: int,
-    device: str,
-    data: Data,
+    trial: dict[str, Settings], section: RerankerSection, seed: int, device: str, data: Data
 ) -> None:
     """A trial: fit with the values of trial["settings"], and report each epoch with the best one so far."""
     torch.set_num_threads(1)
@@ -238,25 +234,16 @@ def _fit_one(
     section = section.model_copy(update=trial["settings"])
     knowledge = data.vectors is not None
     model = build_reranker(section.architecture, data.catalogue.shape, knowledge, seed=seed).to(device)
-    last_epoch, best_epoch, best_valid = 0, 0, -math.inf
+    state = {"epoch": 0, "best_valid": -math.inf, "best_epoch": 0, "failure": ""}
 
-    def report(failure: str = "") -> None:
-        tune.report(
-            {
-                "epoch": last_epoch,
-                "best_valid": best_valid,
-                "best_epoch": best_epoch,
-                "seconds": time.perf_counter() - began,
-                "failure": failure,
-            }
-        )
+    def report(**change: Any) -> None:
+        state.update(change)
+        tune.report(state | {"seconds": time.perf_counter() - began})
 
     def on_epoch(record: dict[str, Any]) -> None:
-        nonlocal last_epoch, best_epoch, best_valid
-        last_epoch = record["epoch"]
-        if record["valid"] > best_valid:
-            best_epoch, best_valid = last_epoch, record["valid"]
-        report()
+        epoch, valid = record["epoch"], record["valid"]
+        is_best = valid > state["best_valid"]
+        report(epoch=epoch, **({"best_valid": valid, "best_epoch": epoch} if is_best else {}))
 
     try:
         fit(
@@ -269,7 +256,7 @@ def _fit_one(
             seed=seed,
             on_epoch=on_epoch,
         )
-    except (UserError, ValueError) as error:
+    except ValueError as error:
         # Usually a training that diverged. Reported and not raised, because Tune would start a new process for the next trial.
         report(failure=" ".join(str(error).split()))
 

@@ -49,14 +49,12 @@ class TensorRows:
         return self._each(lambda column: column.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        columns = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(
-            self,
-            **{
-                name: value._each(change) if isinstance(value, TensorRows) else change(value)
-                for name, value in columns.items()
-            },
-        )
+        changed = {
+            name: value._each(change) if isinstance(value, TensorRows) else change(value)
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import popularity, read_catalogue, read_list_data, read_vectors, training_facts
-from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
 from dpo4rec_ray.workers.shards import begin_shards, finished_shards
-from dpo4rec_ray.workers.tasks import wait_for_epochs
+from dpo4rec_ray.workers.tasks import run_tasks
 
 EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the name before release 0.2
 BACKBONE, BASE_LLM, STATISTICS = "backbone", "base-llm", "statistics"
@@ -49,16 +48,10 @@ def system_name(config: Config, knowledge: int | None) -> str:
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `per_list`: every system's metrics on every test list, the fitted rerankers, and the tables."""
-    import ray
-
     folder = store.path("per_list")
     finished = finished_shards(folder, store.fingerprint)
     store.start("per_list", keep=bool(finished))
     begin_shards(folder, store.fingerprint)
-    gpus = config.evaluate.gpus_per_task
-    check_room("the tasks of evaluate", 1, gpus)
-    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(_fit_and_measure)
-    shared = ray.put((config, store))
     # The slow ones first, so that no CPU waits at the end: fits with knowledge take longest.
     jobs = [
         (backbone, knowledge, seed)
@@ -70,11 +63,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if len(todo) < len(jobs):
         say(f"  evaluate: {len(jobs) - len(todo)} fits kept from an interrupted run")
     (folder / METRICS).unlink(missing_ok=True)
-    wait_for_epochs(
-        [task.remote(shared, *job) for job in todo],
-        folder / METRICS,
-        "evaluate",
-        sum(config.reranker.of(backbone).epochs for backbone, _, _ in todo),
+    run_tasks(
+        _fit_and_measure,
+        (config, store),
+        todo,
+        gpus=config.evaluate.gpus_per_task,
+        label="evaluate",
+        file=folder / METRICS,
+        total=sum(config.reranker.of(backbone).epochs for backbone, _, _ in todo),
     )
     store.write("per_list", _simple_systems(config, store), part=len(jobs))
     per_list = pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
@@ -91,9 +87,8 @@ def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: in
     catalogue = read_catalogue(store)
     train, valid, test = (read_list_data(store, split) for split in ("train", "valid", "test"))
     vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1]
-    seed_number = seed_of(
-        config.run.seed, "evaluate", seed
-    )  # the same for every system, as they are compared in pairs
+    # The same seed for every system, as systems are compared list by list.
+    seed_number = seed_of(config.run.seed, "evaluate", seed)
     section = config.reranker.of(backbone)
     model = build_reranker(section.architecture, catalogue.shape, vectors is not None, seed=seed_number)
     if config.evaluate.gpus_per_task:

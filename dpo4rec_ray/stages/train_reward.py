@@ -30,8 +30,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors, training_facts
 from dpo4rec_ray.train.launch import launch
-from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
-from dpo4rec_ray.workers.tasks import wait_for_epochs
+from dpo4rec_ray.workers.tasks import run_tasks
 
 PLAIN = "without-knowledge"
 
@@ -54,30 +53,25 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             unit="epochs",
         )
     else:
-        _train_as_tasks(config, store, names)
+        run_tasks(
+            _train_task,
+            (config, store),
+            [(name, len(names)) for name in names],
+            gpus=config.reward.gpus_per_worker,
+            label="train_reward",
+            file=folder / METRICS,
+            total=len(names) * config.reranker.of(config.reranker.backbone).epochs,
+        )
     stats = _shuffle_drop(config, store)
     say(
         f"  NDCG@5 on validation: {stats['valid_ndcg@5 without knowledge']:.4f} without knowledge, "
         f"{stats['valid_ndcg@5']:.4f} with each user's text, {stats['shuffle_drop']:.4f} less with another user's"
     )
-    num_lists = store.require("lists").rows
-    return Outcome(rows_in=num_lists, rows_out=len(names), stats=stats)
-
-
-def _train_as_tasks(config: Config, store: RunDir, names: list[str]) -> None:
-    """Every reranker in a task of its own; the progress is read from their lines in metrics.jsonl."""
-    import ray
-
-    gpus = config.reward.gpus_per_worker
-    check_room("the tasks of train_reward", 1, gpus)
-    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(_train_task)
-    shared = ray.put((config, store))
-    tasks = [task.remote(shared, name, len(names)) for name in names]
-    epochs = config.reranker.of(config.reranker.backbone).epochs
-    wait_for_epochs(tasks, store.path("reward") / METRICS, "train_reward", len(names) * epochs)
+    return Outcome(rows_in=store.require("lists").rows, rows_out=len(names), stats=stats)
 
 
 def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> None:
+    """A Ray task: trains one reranker by itself."""
     config, store = shared
     torch.set_num_threads(1)
     device = "cuda" if config.reward.gpus_per_worker else "cpu"
