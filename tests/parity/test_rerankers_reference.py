@@ -174,7 +174,7 @@ def model_of(name: str, input_layer: str = "linear") -> Reranker:
 
 
 def lists() -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [3, 7, DIM] and mask of three lists; what stands at padding is large, to be seen if it is read."""
+    """Inputs [3, 7, DIM] and mask of three lists; the numbers at padding are large, so that a model that reads them fails."""
     generator = torch.Generator().manual_seed(2)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
     inputs = torch.randn(*mask.shape, DIM, generator=generator)
@@ -206,7 +206,7 @@ def test_backbone_equals_its_equations(name, input_layer, reference):
 
 @pytest.mark.parametrize("input_layer", ["linear", "concat"])
 def test_mir_equals_its_equations(input_layer):
-    """The second user has seen nothing; padding stands before, between and after what the others have seen."""
+    """The second user has no history; the others have padding before, between and after the items."""
     model, (inputs, mask) = model_of("mir", input_layer), lists()
     real = torch.tensor([[False, True, True, False], [False] * 4, [True, False, True, True]])
     items = torch.randn(3, 4, DIM, generator=torch.Generator().manual_seed(3))

@@ -58,7 +58,7 @@ def test_equals_experts_one_by_one(name, side):
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_sizes_are_comparable(name):
-    """So that a comparison of adapters is one of structure."""
+    """Then only the structures of the adapters are compared."""
     sizes = {
         key: sum(parameter.numel() for parameter in ADAPTERS[key](384, RerankerArchitecture()).parameters())
         for key in ("hea", name)

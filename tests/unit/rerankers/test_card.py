@@ -67,7 +67,7 @@ def test_an_old_file_is_read_and_a_missing_or_damaged_one_is_named(small, tmp_pa
 
 
 def test_mir_reads_histories_in_training_and_scoring(small, tmp_path: Path) -> None:
-    """The same lists with other histories train to other weights, and score otherwise; empty ones are no histories."""
+    """Other histories of the same lists give other weights and other scores; empty histories count as none."""
     torch.manual_seed(0)
     count = len(small.train)
 

@@ -30,7 +30,7 @@ from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
 
 @dataclass(frozen=True)
 class Case:
-    """A backbone as it is tested; `adapter` None is without knowledge."""
+    """A backbone in one of its forms; `adapter` None: without knowledge."""
 
     name: str
     adapter: str | None
@@ -97,7 +97,7 @@ def test_padding_changes_no_score(case, small):
 
 @every_case
 def test_padding_changes_nothing_in_training(case, small):
-    """Nor the loss, nor a statistic that the model keeps: what is at padding enters neither."""
+    """Padding changes neither the loss nor the statistics that the model keeps."""
     lists = small.train.select(slice(6))
     found = []
     for padding, filler in ((0, 0), (3, 0), (3, 17)):
@@ -116,7 +116,7 @@ def test_padding_changes_nothing_in_training(case, small):
 
 @every_case
 def test_lists_of_2_to_200_candidates_in_one_batch(case, small):
-    """Each list scores as it does alone, whatever the lengths of the others."""
+    """Each list gets the scores that it gets in a batch of its own, whatever the lengths of the others."""
     lengths = [2, 200, 57, 10, 3, 128]
     rng = np.random.default_rng(1)
     ids = torch.from_numpy(rng.integers(0, small.catalogue.shape.num_items, (6, 200)))
@@ -183,7 +183,7 @@ def test_bfloat16(case, masked, small):
 
 @every_case
 def test_every_parameter_is_trained(case, small):
-    """DistributedDataParallel waits for the gradient of every parameter; a zero one learns nothing."""
+    """DistributedDataParallel waits for the gradient of every parameter, and a parameter with a zero gradient learns nothing."""
     model, lists = case.model(small), small.train
     scores = model(case.batch(small, rows=slice(len(lists))))
     RANKING_LOSSES[model.loss](scores, lists.labels, lists.mask).backward()

@@ -32,7 +32,7 @@ def test_padding_is_skipped_wherever_it_is():
 
 
 def test_a_place_sees_those_after_it_through_the_final_state_only(small):
-    """Its own state looks back; the last candidate reaches the first one's score through s_n."""
+    """A state depends on earlier places; the last candidate changes the first one's score through s_n."""
     torch.manual_seed(0)
     model = build("dlcm", small.catalogue.shape, False).eval()
     inputs = torch.randn(1, 6, model.architecture.hidden_dim)
@@ -61,7 +61,7 @@ def test_batch_normalisation_by_hand():
 
 
 def test_batches_with_one_state_or_none(small):
-    """Nothing to take a variance of: finite scores and gradients, and the running statistics stay."""
+    """One state has no variance: scores and gradients are finite, and the running statistics stay as they are."""
     model = build("dlcm", small.catalogue.shape, False, input_layer="concat").train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     inputs = torch.randn(1, 4, model.embedding.width, requires_grad=True)

@@ -57,7 +57,7 @@ def test_concat_is_the_bare_concatenation_and_zeros_up_to_the_heads(num_heads, w
 
 
 def test_concat_has_no_weights_but_the_features(small):
-    """Nothing of the linear layer, and no room for knowledge that is not there."""
+    """No weights of the linear layer, and no columns for knowledge in a reranker without knowledge."""
     layer = layer_of(small, input_layer="concat")
     names = {name.split(".")[0] for name, _ in layer.named_parameters()}
     assert names == {"item_embedding", "facet_embedding", "adapter"}

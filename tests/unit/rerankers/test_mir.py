@@ -72,7 +72,7 @@ def test_items_order_and_ratings_of_the_history_count(lists, small):
 
 
 def test_rank_takes_what_a_scorer_has_gathered(lists, small):
-    """The scorer holds the item part of the whole catalogue: histories are rows of it."""
+    """The scorer holds the item part of the whole catalogue, and reads histories from it."""
     model, batch, seen, stars = lists
     expected = model(with_history(batch, small.catalogue, seen, None, stars))
     items = torch.arange(small.catalogue.shape.num_items)
@@ -117,7 +117,7 @@ def test_learns_what_only_the_history_tells():
 
 
 def test_history_fields_are_optional(lists):
-    """A batch of another backbone's making, and one whose history was dropped."""
+    """A batch that was made for another backbone, and one whose history was dropped."""
     model, batch, *_ = lists
     assert model(batch).isfinite().all()
     assert model(replace(batch, mask=torch.zeros(4, 10, dtype=torch.bool))).isfinite().all()

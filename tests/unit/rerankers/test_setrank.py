@@ -31,7 +31,7 @@ def test_no_seed_dies(planted):
 
 
 def test_gradient_survives_scores_below_zero(small):
-    """Where KAR's form has none."""
+    """KAR's form of the loss has none there."""
     model = build("setrank", small.catalogue.shape, False)
     torch.nn.init.constant_(model.head[-1].bias, -10.0)
     scores = model(small.catalogue.batch(small.train.item_ids))
