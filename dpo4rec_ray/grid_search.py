@@ -1,13 +1,14 @@
-"""Hyper-parameter search under Ray Tune: the paper's grid (method.md section 3), whole or a random part of it.
+"""Hyper-parameter search under Ray Tune: the paper's grid (docs/method.md section 3), all of it or a random part.
 
-A trial fits one reranker on the training lists and reports after every epoch; the validation lists alone choose, and no
-other list is read. Under ASHA a trial ends early when its best figure so far is not in the best third of those that got
-as far. PRM and SetRank sit at popularity level for epochs before they climb, so that this is first asked after half of the
-epochs. Several trials at a time reach that point in any order: which ones end there may differ between two searches.
+A trial fits one reranker on the training lists and reports after every epoch. The validation lists alone choose, and no
+other lists are read. Under ASHA a trial is stopped early unless its best validation metric so far is in the best third of
+the trials that got as far. PRM and SetRank stay at popularity level for some epochs before they learn, so no trial is
+stopped before half of its epochs. Trials that run at the same time reach that point in any order: two searches may stop
+different ones.
 
-Written below the run folder: search/results.csv and results.md with every trial, and search/found.toml, a recipe fragment
-with the best settings of each backbone. They are written anew after each backbone; a search that was interrupted is not
-continued, the next one begins from the start.
+Writes search/results.csv and results.md with every trial, and search/found.toml, a recipe fragment with the best settings
+of each backbone. They are written again after each backbone. A search that was interrupted cannot be continued: the next
+one starts from the beginning.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tomli_w
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -33,55 +35,47 @@ from dpo4rec_ray.config.ranking import RerankerSection
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import Catalogue, build_reranker
+from dpo4rec_ray.rerankers.catalogue import tensor_of
 from dpo4rec_ray.rerankers.fit import ListData, fit
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import Progress, say
-from dpo4rec_ray.store.reading import (
-    fit_settings,
-    read_catalogue,
-    read_list_data,
-    read_vectors,
-    reranker_settings,
-)
+from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors
 from dpo4rec_ray.workers.placement import check_room
 
 Settings = dict[str, float]  # keys of the section [reranker]
 
-TRAINING_AXES: tuple[tuple[Settings, ...], ...] = (
-    tuple({"batch_size": size} for size in (64, 128, 256, 512)),
-    tuple({"lr": lr} for lr in (5e-4, 1e-3)),
-    tuple({"weight_decay": decay} for decay in (0.0, 1e-4, 1e-3)),
-)
-EXPERT_AXIS: tuple[Settings, ...] = tuple(
-    {"num_shared_experts": shared, "num_dedicated_experts": dedicated}
-    for shared, dedicated in ((2, 5), (3, 4), (2, 6))
-)
+# The paper's values.
+BATCH_SIZES, RATES, DECAYS = (64, 128, 256, 512), (5e-4, 1e-3), (0.0, 1e-4, 1e-3)
+EXPERTS = ((2, 5), (3, 4), (2, 6))  # shared, and dedicated to either side
 
 FOLDER, TABLE, PAGE, FRAGMENT = "search", "results.csv", "results.md", "found.toml"
-KEPT_SHARE = 3  # one in so many trials goes on
+REDUCTION_FACTOR = 3  # of ASHA: one in so many trials goes on
 NUM_SHOWN = 3  # trials per backbone on the terminal
 TUNE_ENV = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a box even when it is to be quiet
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a box even with verbose=0
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files per trial
-    # Tune's own handler would end the search at Ctrl-C and hand over what there is as if it were all.
+    # At Ctrl-C, Tune's own handler would return the trials so far as if they were all.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 
 def paper_grid(knowledge: bool) -> list[Settings]:
     """Every combination of the paper's values; experts only where an adapter reads knowledge. 24, or 72."""
-    axes = (*TRAINING_AXES, EXPERT_AXIS) if knowledge else TRAINING_AXES
+    experts: list[Settings] = [{}]
+    if knowledge:
+        experts = [{"num_shared_experts": shared, "num_dedicated_experts": own} for shared, own in EXPERTS]
     return [
-        {key: value for part in parts for key, value in part.items()} for parts in itertools.product(*axes)
+        {"batch_size": size, "lr": lr, "weight_decay": decay, **chosen}
+        for size, lr, decay, chosen in itertools.product(BATCH_SIZES, RATES, DECAYS, experts)
     ]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """What to search."""
 
     backbones: tuple[str, ...]
-    knowledge: bool = False  # train with the base LLM's vectors
+    knowledge: bool = False  # train with the vectors of the base LLM's texts
     grid: tuple[Settings, ...] = ()  # empty: the paper's
     num_trials: int = 0  # per backbone, drawn at random from the grid; 0: all of it
     scheduler: Literal["asha", "none"] = "asha"
@@ -104,9 +98,9 @@ class Trial:
     backbone: str
     settings: Settings
     metric: str
-    valid: float = -math.inf  # best figure on the validation lists
+    valid: float = -math.inf  # best value of the metric on the validation lists
     best_epoch: int = 0
-    epochs: int = 0  # run
+    epochs: int = 0  # epochs that were run; 0: none came to its end
     seconds: float = 0.0
     ended: str = "complete"  # or "stopped by the scheduler", "out of patience", "failed: <reason>"
 
@@ -125,13 +119,13 @@ class Data:
     vectors: torch.Tensor | None  # [U, D]; None without knowledge
 
 
-def run(config: Config, store: RunDir, plan: Plan) -> list[Trial]:
+def run(config: Config, store: RunDir, plan: SearchPlan) -> list[Trial]:
     """Search each backbone in turn; write the results and return them, the best first within a backbone.
 
     Artifacts needed: users, items and lists; knowledge of round 0 where the plan asks for it.
 
     Raises:
-        UserError: an artifact is missing, a trial needs more than this machine has, or every trial failed.
+        UserError: an artifact is missing, a trial needs more resources than Ray has, or every trial failed.
     """
     import ray
 
@@ -156,35 +150,37 @@ def run(config: Config, store: RunDir, plan: Plan) -> list[Trial]:
 
 def _read(store: RunDir, knowledge: bool) -> Data:
     if knowledge:
-        catalogue, vectors = read_catalogue(store), torch.from_numpy(read_vectors(store, 0, "user")[1])
+        catalogue, vectors = read_catalogue(store), tensor_of(read_vectors(store, 0, "user")[1])
     else:
         attributes = store.read("items", columns=["attributes"])["attributes"].to_pylist()
         catalogue, vectors = Catalogue.from_items(attributes), None
     return Data(catalogue, read_list_data(store, "train"), read_list_data(store, "valid"), vectors)
 
 
-def _search(config: Config, plan: Plan, backbone: str, shared: Any, scratch: Path) -> list[Trial]:
-    """All trials of one backbone. `shared`: reference of the Data; `scratch`: Tune's folder, removed again."""
+def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratch: Path) -> list[Trial]:
+    """All trials of one backbone, in the grid's order.
+
+    Args:
+        shared: Ray's reference to the Data.
+        scratch: Tune's folder; it is removed again.
+    """
     section = config.reranker.of(backbone)
     settings = plan.settings(config.run.seed)
     gpus = config.evaluate.gpus_per_task
     seed = seed_of(config.run.seed, "search", plan.seed, backbone)
     device = "cuda" if gpus else "cpu"
-    trainable = tune.with_parameters(
-        _fit_one, section=section, settings=settings, seed=seed, device=device, data=shared
-    )
+    trainable = tune.with_parameters(_fit_one, section=section, seed=seed, device=device, data=shared)
     scheduler = None
     if plan.scheduler == "asha":
         scheduler = ASHAScheduler(
-            max_t=section.epochs, grace_period=grace(section.epochs), reduction_factor=KEPT_SHARE
+            max_t=section.epochs, grace_period=grace(section.epochs), reduction_factor=REDUCTION_FACTOR
         )
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         with Progress(f"search {backbone}", len(settings) * section.epochs, "epochs") as progress:
-            follower = _Follower(progress, len(settings), section)
-            tune.Tuner(
+            results = tune.Tuner(
                 tune.with_resources(trainable, {"cpu": 1, "gpu": gpus}),
-                param_space={"number": tune.grid_search(list(range(len(settings))))},
+                param_space={"settings": tune.grid_search(settings)},
                 tune_config=tune.TuneConfig(
                     metric="best_valid",
                     mode="max",
@@ -194,54 +190,60 @@ def _search(config: Config, plan: Plan, backbone: str, shared: Any, scratch: Pat
                     trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
                 run_config=tune.RunConfig(
-                    name=backbone, storage_path=str(scratch), verbose=0, callbacks=[follower]
+                    name=backbone,
+                    storage_path=str(scratch),
+                    verbose=0,
+                    callbacks=[_ProgressCallback(progress, len(settings), section)],
                 ),
             ).fit()
+            return [_trial(section, *pair) for pair in zip(settings, results, strict=True)]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return [follower.row(number, values) for number, values in enumerate(settings)]
+
+
+def _trial(section: RerankerSection, settings: Settings, result: tune.Result) -> Trial:
+    """A row of the results. A trial that failed may have reported nothing."""
+    what = (section.backbone, settings, section.metric)
+    last, error = result.metrics or {}, ""
+    if result.error is not None:
+        error = str(result.error).strip().splitlines()[-1].strip()  # above it is the traceback
+    if "epoch" not in last:
+        return Trial(*what, ended=f"failed: {error or 'it did not start'}")
+    epochs, best_epoch, error = last["epoch"], last["best_epoch"], error or last["failure"]
+    ended = "complete"
+    if error:
+        ended = f"failed: {error}"
+    elif section.patience and epochs - best_epoch >= section.patience:
+        ended = "out of patience"
+    elif epochs < section.epochs:
+        ended = "stopped by the scheduler"
+    return Trial(*what, last["best_valid"], best_epoch, epochs, last["seconds"], ended)
 
 
 def grace(epochs: int) -> int:
-    """Epochs that no trial is stopped in: half of them, and at least 4."""
+    """Number of epochs before which no trial is stopped: half of them, and at least 4."""
     return min(epochs, max(4, math.ceil(epochs / 2)))
 
 
 def _fit_one(
-    trial: dict[str, int],
-    section: RerankerSection,
-    settings: list[Settings],
-    seed: int,
-    device: str,
-    data: Data,
+    trial: dict[str, Settings], section: RerankerSection, seed: int, device: str, data: Data
 ) -> None:
-    """A trial: fit with the values of `settings[trial["number"]]`, reporting each epoch and the best so far."""
+    """A trial: fit with the values of trial["settings"], and report each epoch with the best one so far."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    section = section.model_copy(update=settings[trial["number"]])
+    section = section.model_copy(update=trial["settings"])
     knowledge = data.vectors is not None
-    model = build_reranker(
-        section.backbone, data.catalogue.shape, knowledge, reranker_settings(section), seed=seed
-    ).to(device)
-    last_epoch, best_epoch, best_valid = 0, 0, -math.inf
+    model = build_reranker(section.architecture, data.catalogue.shape, knowledge, seed=seed).to(device)
+    state = {"epoch": 0, "best_valid": -math.inf, "best_epoch": 0, "failure": ""}
 
-    def report(failure: str = "") -> None:
-        tune.report(
-            {
-                "epoch": last_epoch,
-                "best_valid": best_valid,
-                "best_epoch": best_epoch,
-                "seconds": time.perf_counter() - began,
-                "failure": failure,
-            }
-        )
+    def report(**change: Any) -> None:
+        state.update(change)
+        tune.report(state | {"seconds": time.perf_counter() - began})
 
     def on_epoch(record: dict[str, Any]) -> None:
-        nonlocal last_epoch, best_epoch, best_valid
-        last_epoch = record["epoch"]
-        if record["valid"] > best_valid:
-            best_epoch, best_valid = last_epoch, record["valid"]
-        report()
+        epoch, valid = record["epoch"], record["valid"]
+        is_best = valid > state["best_valid"]
+        report(epoch=epoch, **({"best_valid": valid, "best_epoch": epoch} if is_best else {}))
 
     try:
         fit(
@@ -250,75 +252,48 @@ def _fit_one(
             data.train,
             data.valid,
             data.vectors,
-            fit_settings(section, seed),
+            section.fit,
+            seed=seed,
             on_epoch=on_epoch,
         )
-    except (UserError, ValueError) as error:
-        # Diverged, as a rule. The process is fit for the next trial; one that raises is replaced, which takes seconds.
+    except ValueError as error:
+        # Usually a training that diverged. Reported and not raised, because Tune would start a new process for the next trial.
         report(failure=" ".join(str(error).split()))
 
 
-@dataclass
-class _Follower(tune.Callback):
-    """Keeps every trial's last report and shows the progress; by number, as a trial that failed may have reported nothing."""
+class _ProgressCallback(tune.Callback):
+    """Shows the epochs of all trials, and the best value so far. A trial that ended counts with all its epochs."""
 
-    progress: Progress
-    num_trials: int
-    section: RerankerSection
-    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
-    ended: set[int] = field(default_factory=set)
+    def __init__(self, progress: Progress, num_trials: int, section: RerankerSection):
+        self._progress, self._num_trials, self._section = progress, num_trials, section
+        self._epochs: dict[str, int] = {}  # per trial
+        self._ended, self._best = 0, math.nan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its callbacks, to restore an experiment; a search is never restored
+        return {}  # Tune saves its callbacks to continue a search, which we never do
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        self.reports[trial.config["number"]] = result
-        self._show()
+        self._best = np.fmax(self._best, result["best_valid"])
+        self._show(trial, result["epoch"])
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.ended.add(trial.config["number"])
-        self._show()
+        self._ended += 1
+        self._show(trial, self._section.epochs)
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.ended.add(trial.config["number"])
-        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
-        self.failures[trial.config["number"]] = lines[-1].strip()  # above it is the traceback
-        self._show()
+    on_trial_error = on_trial_complete
 
-    def row(self, number: int, settings: Settings) -> Trial:
-        """The trial's row of the results."""
-        what = (self.section.backbone, settings, self.section.metric)
-        last = self.reports.get(number)
-        if last is None:
-            reason = self.failures.get(number, "it did not start")
-            return Trial(*what, ended=f"failed: {reason}")
-        epochs, best_epoch = last["epoch"], last["best_epoch"]
-        failure = self.failures.get(number, last["failure"])
-        ended = "complete"
-        if failure:
-            ended = f"failed: {failure}"
-        elif self.section.patience and epochs - best_epoch >= self.section.patience:
-            ended = "out of patience"
-        elif epochs < self.section.epochs:
-            ended = "stopped by the scheduler"
-        return Trial(*what, last["best_valid"], best_epoch, epochs, last["seconds"], ended)
-
-    def _show(self) -> None:
-        epochs = sum(
-            self.section.epochs if number in self.ended else self.reports[number]["epoch"]
-            for number in self.ended | self.reports.keys()
-        )
-        best = max((report["best_valid"] for report in self.reports.values()), default=math.nan)
-        self.progress.at(
-            epochs, f"{len(self.ended)}/{self.num_trials} trials, best {self.section.metric} {best:.4f}"
-        )
+    def _show(self, trial: Any, epochs: int) -> None:
+        self._epochs[trial.trial_id] = epochs
+        best = f"best {self._section.metric} {self._best:.4f}"
+        self._progress.at(sum(self._epochs.values()), f"{self._ended}/{self._num_trials} trials, {best}")
 
 
 def write_results(folder: Path, trials: Sequence[Trial], about: Sequence[str]) -> None:
-    """results.csv, results.md and found.toml of the trials so far; `about` says where they come from.
+    """Write results.csv, results.md and found.toml. A backbone whose trials all failed is not in found.toml.
 
-    trials: the best first within a backbone. A backbone whose trials all failed is not in found.toml.
+    Args:
+        trials: the trials so far, the best first within a backbone.
+        about: lines that say where they come from.
     """
     columns, rows = table(trials)
     with open(folder / TABLE, "w", newline="", encoding="utf-8") as handle:
@@ -336,15 +311,15 @@ def write_results(folder: Path, trials: Sequence[Trial], about: Sequence[str]) -
 
 
 def table(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
-    """Titles, and one row of text per trial; figures of a trial that reported none stay empty."""
+    """Column names, and one row of text per trial; a trial without a complete epoch has empty cells."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
     rows: list[list[str]] = []
     for trial in trials:
-        figures = ["", "", "", ""]
+        metrics = ["", "", "", ""]
         if trial.epochs:
-            figures = [f"{trial.valid:.6f}", str(trial.best_epoch), str(trial.epochs), f"{trial.seconds:.1f}"]
+            metrics = [f"{trial.valid:.6f}", str(trial.best_epoch), str(trial.epochs), f"{trial.seconds:.1f}"]
         values = [str(trial.settings.get(key, "")) for key in keys]
-        rows.append([trial.backbone, *values, trial.metric, *figures, trial.ended])
+        rows.append([trial.backbone, *values, trial.metric, *metrics, trial.ended])
     return ["backbone", *keys, "metric", "valid", "best epoch", "epochs", "seconds", "ended"], rows
 
 
@@ -361,13 +336,12 @@ def fragment(trials: Sequence[Trial], about: Sequence[str]) -> str:
             "",
             f"# valid {best.metric} {best.valid:.6f} at epoch {best.best_epoch}, the best of {len(own)} trials, "
             f"{sum(trial.failed for trial in own)} of which failed",
-            f"[reranker.per_backbone.{backbone}]",
-            *(f"{key} = {value!r}" for key, value in best.settings.items()),
+            tomli_w.dumps({"reranker": {"per_backbone": {backbone: best.settings}}}).rstrip(),
         ]
     return "\n".join(lines) + "\n"
 
 
-def _about(config: Config, plan: Plan, data: Data) -> list[str]:
+def _about(config: Config, plan: SearchPlan, data: Data) -> list[str]:
     """Where the results come from."""
     num_trials = len(plan.settings(config.run.seed))
     scheduler = plan.scheduler

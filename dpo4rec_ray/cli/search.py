@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     for name in backbones:
         if name not in RERANKERS:
             raise UserError(f"--backbones {name}: no such backbone; known: {', '.join(RERANKERS)}")
-    plan = grid_search.Plan(
+    plan = grid_search.SearchPlan(
         backbones=tuple(dict.fromkeys(backbones)),
         knowledge=options.knowledge == "base",
         num_trials=options.trials,

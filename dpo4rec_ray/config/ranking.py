@@ -1,8 +1,8 @@
-"""Rerankers, the reward they give, pairs, and the evaluation."""
+"""Rerankers, the reward they give, preference pairs, and the evaluation."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -10,7 +10,7 @@ from dpo4rec_ray.config.section import Section, first_mistake, nearest
 
 
 class RerankerArchitecture(Section):
-    """What a reranker is; saved with its weights."""
+    """What a reranker is; saved beside its weights."""
 
     backbone: str = "prm"
     """Backbone of the reward, and of the evaluation unless evaluate.backbones names others: dlcm, prm, setrank or mir."""
@@ -21,7 +21,9 @@ class RerankerArchitecture(Section):
     input_layer: Literal["linear", "concat"] = "linear"
     """"linear": features pass through a linear layer. "concat": the bare features, as in the paper."""
     embed_dim: int = Field(default=32, ge=1)
-    """Width of the embeddings of items and attributes, and of the adapter's output."""
+    """Width of the embeddings of items and attributes."""
+    adapter_dim: int = Field(default=32, ge=1)
+    """Width of the adapter's output, for users and for items."""
     hidden_dim: int = Field(default=64, ge=2)
     """Width of the backbone's hidden layers."""
     num_heads: int = Field(default=2, ge=1)
@@ -32,6 +34,8 @@ class RerankerArchitecture(Section):
     """Experts for both sides (hea)."""
     num_dedicated_experts: int = Field(default=5, ge=1)
     """Experts for each side (moe, hea)."""
+    expert_hidden_dim: int = Field(default=128, ge=1)
+    """Width of an expert's hidden layer."""
 
 
 class FitSection(Section):
@@ -40,9 +44,9 @@ class FitSection(Section):
     epochs: int = Field(default=20, ge=1)
     """Epochs, at most; the best one on the validation lists is kept."""
     batch_size: int = Field(default=256, ge=1)
-    """Lists per step."""
+    """Lists per step and worker."""
     lr: float = Field(default=1e-3, gt=0)
-    """Learning rate (Adam)."""
+    """Learning rate (AdamW)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay."""
     temperature: float = Field(default=1.0, gt=0)
@@ -52,7 +56,8 @@ class FitSection(Section):
     metric: str = "ndcg@5"
     """Validation metric."""
     resample_negatives: bool = True
-    """Draw the training lists' negatives anew in every epoch, or small data is memorised. Other lists stay as they are."""
+    """Draw the negatives of the training lists anew in every epoch, because a reranker memorises small data otherwise.
+    Validation and test lists stay as they are."""
 
 
 class RerankerSection(RerankerArchitecture, FitSection):
@@ -60,6 +65,16 @@ class RerankerSection(RerankerArchitecture, FitSection):
 
     per_backbone: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Other values for one backbone, as `jobs/search.py` finds them: [reranker.per_backbone.dlcm] lr = 5e-4."""
+
+    @property
+    def architecture(self) -> RerankerArchitecture:
+        """The keys that shape the model."""
+        return _part(self, RerankerArchitecture)
+
+    @property
+    def fit(self) -> FitSection:
+        """The keys that shape its training."""
+        return _part(self, FitSection)
 
     @model_validator(mode="after")
     def _per_backbone_fits(self) -> RerankerSection:
@@ -80,6 +95,14 @@ class RerankerSection(RerankerArchitecture, FitSection):
             raise ValueError(f"per_backbone.{backbone}.{first_mistake(error)}") from None
 
 
+_Part = TypeVar("_Part", RerankerArchitecture, FitSection)
+
+
+def _part(section: RerankerSection, kind: type[_Part]) -> _Part:
+    # Without validation: the values were validated when the section was made.
+    return kind.model_construct(**{name: getattr(section, name) for name in kind.model_fields})
+
+
 class RewardSection(Section):
     """The reward rerankers, and the reward of a text (docs/method.md, section 4)."""
 
@@ -89,14 +112,14 @@ class RewardSection(Section):
     compare: tuple[str, ...] = ("ndcg@5", "map@5", "mrr@10", "log_likelihood")
     """Further metrics that `score` reports on. Pairs come from `metric` alone."""
     num_redraws: int = Field(default=8, ge=0)
-    """Candidate lists drawn around the same positives; the reward is their mean. 0: the lists as they are."""
+    """How often a list is scored with the same positives and new negatives; the reward is the mean. 0: the lists as they are."""
     hard_negatives: float = Field(default=0.0, ge=0, le=2)
     """Power of the popularity by which redrawn negatives are drawn; 0 is uniform. Higher powers make harder
     negatives, and more of them are items that the user likes elsewhere (MovieLens-1M: 6 % at 0, 13 % at 0.5, 21 % at 1)."""
     num_folds: int = Field(default=5, ge=1)
     """Folds of users. A user's texts are scored by a reranker that was trained without the user. 1 is the paper's way."""
     num_workers: int = Field(default=1, ge=1)
-    """1: each fold is a Ray task, several at the same time. More: folds one by one, each under Ray Train."""
+    """1: each fold is a Ray task, and several run at the same time. More: folds one by one, each under Ray Train."""
     num_scorers: int = Field(default=1, ge=1)
     """Scorers at the same time."""
     cpus_per_scorer: float = Field(default=1, gt=0)
@@ -115,8 +138,8 @@ class PairSection(Section):
     num_rejected: int = Field(default=1, ge=1)
     """Most rejected texts per chosen one: the worst texts (dpo.loss = "softmax" uses several)."""
     shrinkage: bool = False
-    """Pull each reward towards its user's mean, more where it is less reliable. min_margin is then in units of
-    what should hold on other lists."""
+    """Pull each reward towards its user's mean, the less reliable the more. min_margin then means the difference that is
+    expected on other lists."""
 
 
 class EvaluateSection(Section):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.evaluation import terminal_table
 from dpo4rec_ray.evaluation.systems import HEADLINE, PRINTED, label
-from dpo4rec_ray.stages.evaluate import FIGURES
+from dpo4rec_ray.stages.evaluate import read_evaluation
 from dpo4rec_ray.stages.validate import best_round
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.memory import peak_rss_mb
@@ -29,7 +28,7 @@ def run(
     config: Config, store: RunDir, last_round: int, log: list[dict[str, object]], seconds: float
 ) -> dict[str, Any]:
     """Write summary.json and report.html; print the table; return the summary."""
-    evaluated = json.loads((store.path("per_list") / FIGURES).read_text(encoding="utf-8"))
+    evaluated = read_evaluation(store)
     summary: dict[str, Any] = {
         "generator": config.llm.source,
         "simulated_texts": config.llm.source == "template",

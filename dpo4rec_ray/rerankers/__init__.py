@@ -1,13 +1,12 @@
-"""Rerankers score the candidates of a list, seeing all of it. To add one: a file and a line in RERANKERS."""
+"""Rerankers score the candidates of a list together. To add one: write a file and add a line to RERANKERS."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
+from dpo4rec_ray.config.ranking import RerankerArchitecture
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers.base import HistoryBatch, ListHistory, Reranker, RerankerSettings, with_history
+from dpo4rec_ray.rerankers.base import HistoryBatch, ListHistory, Reranker, with_history
 from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, RerankBatch
 from dpo4rec_ray.rerankers.dlcm import DLCM
 from dpo4rec_ray.rerankers.mir import MIR
@@ -18,28 +17,24 @@ RERANKERS: dict[str, type[Reranker]] = {"dlcm": DLCM, "prm": PRM, "setrank": Set
 
 
 def build_reranker(
-    name: str,
-    catalogue_shape: CatalogueShape,
-    knowledge: bool,
-    settings: RerankerSettings = RerankerSettings(),  # noqa: B008 (frozen)
-    *,
-    seed: int = 0,
+    architecture: RerankerArchitecture, shape: CatalogueShape, knowledge: bool, *, seed: int = 0
 ) -> Reranker:
-    """A freshly initialised reranker. Same seed, same weights; torch's global generator is left alone.
+    """A freshly initialised reranker. The same seed gives the same weights; torch's global generator stays as it is.
 
     Args:
-        name: key of RERANKERS; it replaces settings.backbone.
-        catalogue_shape: `Catalogue.shape` of the items it will rank.
+        architecture: its keys in the recipe.
+        shape: `Catalogue.shape` of the items that it will rank.
         knowledge: whether it reads user and item vectors.
 
     Raises:
         UserError: unknown backbone or adapter, or knowledge without item vectors.
     """
+    name = architecture.backbone
     if name not in RERANKERS:
         raise UserError(f"reranker.backbone = {name!r} is unknown; known: {', '.join(RERANKERS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = RERANKERS[name](catalogue_shape, knowledge, replace(settings, backbone=name))
+        model = RERANKERS[name](shape, knowledge, architecture)
         model.init_weights()
     return model
 
@@ -52,7 +47,6 @@ __all__ = [
     "ListHistory",
     "RerankBatch",
     "Reranker",
-    "RerankerSettings",
     "build_reranker",
     "with_history",
 ]

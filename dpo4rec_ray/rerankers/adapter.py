@@ -1,11 +1,11 @@
 """Knowledge adapters: turn a user's and an item's text vector into two short vectors a reranker can use.
 
-`hea` follows the hybrid-expert adaptor of KAR (arXiv 2306.10933): every side mixes experts that both sides share
-with experts of its own, weighted by a gate of that side. `moe` and `mlp` are what KAR compares it with: one mixture
-of experts, or one perceptron, for both sides; their sizes are made equal to that of `hea`, so that a comparison is
-one of structure. Two departures, both of speed only: the experts of a side run as one matrix product instead of one
-module each, and a side is called on its own (`item_side`, `user_side`), so that the caller can run it once per
-distinct item and once per distinct user instead of once per candidate.
+`hea` follows the hybrid-expert adaptor of KAR (arXiv 2306.10933): each side mixes experts that both sides share with
+experts of its own, weighted by a gate of that side. `moe` and `mlp` are what KAR compares it with: one mixture of experts,
+or one perceptron, for both sides. All three have the same size, so that only their structure is compared. Two differences
+from KAR change the speed only: the experts of a side run as one matrix product instead of one module each, and each side
+is a method of its own (`item_side`, `user_side`), so that the caller can run it once per distinct item and once per
+distinct user instead of once per candidate.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dpo4rec_ray.config.ranking import RerankerArchitecture
 
 
 class Experts(nn.Module):
@@ -24,7 +26,7 @@ class Experts(nn.Module):
         self.bias_in = nn.Parameter(torch.zeros(num_experts, hidden_dim))
         self.weight_out = nn.Parameter(torch.empty(num_experts, out_dim, hidden_dim))
         self.bias_out = nn.Parameter(torch.zeros(num_experts, out_dim))
-        # Expert by expert: on the stacked tensor xavier would take the expert axis for a fan.
+        # Expert by expert: xavier would take the first axis of the stacked tensor for the number of outputs.
         for stacked in (self.weight_in, self.weight_out):
             for weight in stacked:
                 nn.init.xavier_normal_(weight)
@@ -42,8 +44,16 @@ def mix(outputs: Tensor, gate: Tensor) -> Tensor:
     return (outputs * gate.softmax(dim=-1).t().unsqueeze(-1)).sum(dim=0)
 
 
+def total_experts(architecture: RerankerArchitecture) -> int:
+    """Experts of `hea`: those that both sides share, and those of either side."""
+    return architecture.num_shared_experts + 2 * architecture.num_dedicated_experts
+
+
 class KnowledgeAdapter(nn.Module):
-    """The contract; every adapter takes the arguments of `HybridExpertAdapter`."""
+    """The contract of an adapter; `out` is `architecture.adapter_dim`."""
+
+    def __init__(self, vector_dim: int, architecture: RerankerArchitecture) -> None:
+        super().__init__()
 
     def user_side(self, vectors: Tensor) -> Tensor:
         """vectors: [S, D] -> [S, out]."""
@@ -57,19 +67,13 @@ class KnowledgeAdapter(nn.Module):
 class HybridExpertAdapter(KnowledgeAdapter):
     """out = sum_e softmax(gate(x))_e * expert_e(x), e over the shared experts and the side's own."""
 
-    def __init__(
-        self,
-        vector_dim: int,
-        out_dim: int = 32,
-        *,
-        num_shared: int = 2,
-        num_dedicated: int = 5,
-        hidden_dim: int = 128,
-    ) -> None:
-        super().__init__()
-        self.shared = Experts(num_shared, vector_dim, hidden_dim, out_dim)
-        self.user_experts = Experts(num_dedicated, vector_dim, hidden_dim, out_dim)
-        self.item_experts = Experts(num_dedicated, vector_dim, hidden_dim, out_dim)
+    def __init__(self, vector_dim: int, architecture: RerankerArchitecture) -> None:
+        super().__init__(vector_dim, architecture)
+        num_shared, num_dedicated = architecture.num_shared_experts, architecture.num_dedicated_experts
+        dims = vector_dim, architecture.expert_hidden_dim, architecture.adapter_dim
+        self.shared = Experts(num_shared, *dims)
+        self.user_experts = Experts(num_dedicated, *dims)
+        self.item_experts = Experts(num_dedicated, *dims)
         self.user_gate = nn.Linear(vector_dim, num_shared + num_dedicated)
         self.item_gate = nn.Linear(vector_dim, num_shared + num_dedicated)
 
@@ -87,18 +91,12 @@ class HybridExpertAdapter(KnowledgeAdapter):
 class MixtureAdapter(KnowledgeAdapter):
     """One mixture of experts for both sides: as many experts as `hea` has in all, and one gate (KAR's MoE)."""
 
-    def __init__(
-        self,
-        vector_dim: int,
-        out_dim: int = 32,
-        *,
-        num_shared: int = 2,
-        num_dedicated: int = 5,
-        hidden_dim: int = 128,
-    ) -> None:
-        super().__init__()
-        num_experts = num_shared + 2 * num_dedicated
-        self.experts = Experts(num_experts, vector_dim, hidden_dim, out_dim)
+    def __init__(self, vector_dim: int, architecture: RerankerArchitecture) -> None:
+        super().__init__(vector_dim, architecture)
+        num_experts = total_experts(architecture)
+        self.experts = Experts(
+            num_experts, vector_dim, architecture.expert_hidden_dim, architecture.adapter_dim
+        )
         self.gate = nn.Linear(vector_dim, num_experts)
 
     def user_side(self, vectors: Tensor) -> Tensor:
@@ -111,17 +109,10 @@ class MixtureAdapter(KnowledgeAdapter):
 class PerceptronAdapter(KnowledgeAdapter):
     """One two-layer perceptron for both sides, as wide as all experts of `hea` side by side (KAR's MLP)."""
 
-    def __init__(
-        self,
-        vector_dim: int,
-        out_dim: int = 32,
-        *,
-        num_shared: int = 2,
-        num_dedicated: int = 5,
-        hidden_dim: int = 128,
-    ) -> None:
-        super().__init__()
-        self.layers = Experts(1, vector_dim, (num_shared + 2 * num_dedicated) * hidden_dim, out_dim)
+    def __init__(self, vector_dim: int, architecture: RerankerArchitecture) -> None:
+        super().__init__(vector_dim, architecture)
+        hidden_dim = total_experts(architecture) * architecture.expert_hidden_dim
+        self.layers = Experts(1, vector_dim, hidden_dim, architecture.adapter_dim)
 
     def user_side(self, vectors: Tensor) -> Tensor:
         """vectors: [S, D] -> [S, out]."""

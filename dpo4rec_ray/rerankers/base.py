@@ -1,9 +1,10 @@
-"""What every backbone shares: its settings, the input layer, the scoring head and the Reranker contract.
+"""What every backbone shares: the input layer, the scoring head and the Reranker contract.
 
-The input of a candidate is the concatenation [item id, facets, adapter(item), adapter(user), similarity]: bare
-(`input_layer = "concat"`, the paper's and KAR's way but for the similarity) or, beyond the paper and by default, through
-one linear map ("linear"). Both are computed as the sum of an item part, a user part and a similarity part: the first
-runs once per distinct item, the second once per distinct user, and a scorer can keep both in tables.
+A candidate's input is the concatenation [item id, facets, adapter(item), adapter(user), similarity]. With
+`input_layer = "concat"` it is used as it is (the way of the paper and KAR, which have no similarity); with "linear", the
+default and beyond the paper, it passes through one linear map. Both are computed as the sum of an item part, a user part
+and a similarity part: the item part runs once per distinct item, the user part once per distinct user, and a scorer can
+keep both in tables.
 """
 
 from __future__ import annotations
@@ -15,44 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpo4rec_ray.config.ranking import RerankerArchitecture
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers.adapter import ADAPTERS, KnowledgeAdapter
 from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, RerankBatch
 
 HEAD_DIMS = (200, 80)  # KAR's final MLP
-INPUT_LAYERS = ("linear", "concat")
-
-
-@dataclass(frozen=True)
-class RerankerSettings:
-    """Architecture of a reranker; training is `fit.FitSettings`."""
-
-    backbone: str = "prm"
-    adapter: str = "hea"
-    similarity: bool = True  # the standardised cosine as one more input; off is the paper's way
-    input_layer: str = "linear"  # one of INPUT_LAYERS; "concat" is the paper's way
-    embed_dim: int = 32  # width of the item id and of each facet
-    adapter_dim: int = 32  # the adapter's output per side
-    num_shared_experts: int = 2
-    num_dedicated_experts: int = 5
-    expert_hidden_dim: int = 128
-    hidden_dim: int = 64  # width of the linear input layer and what follows; with "concat" of DLCM's states
-    num_heads: int = 2
-    num_layers: int = 1
+NO_VECTORS = "this reranker uses knowledge: pass user_vectors, with zeros for a user without a text"
 
 
 @dataclass(frozen=True)
 class HistoryBatch(RerankBatch):
-    """Lists with what their users had seen before, oldest first; made by `with_history`.
+    """Lists with what their users saw before them, oldest first; made by `with_history`.
 
-    The items of the histories stand in the same tables as the candidates, so each distinct one is embedded once.
+    The items of the histories are in the same tables as the candidates, so that each is embedded once.
     """
 
-    history_index: Tensor | None = (
-        None  # [B, H] long: row of each item in the item tables; any row at padding
-    )
-    history_mask: Tensor | None = None  # [B, H] bool: True is a real item; None: every place is
-    history_ratings: Tensor | None = None  # [B, H] float; None: unknown
+    # [B, H] long: row of each item in the item tables; any row at padding
+    history_index: Tensor | None = None
+    # [B, H] bool: True is a real item; None: all are
+    history_mask: Tensor | None = None
+    # [B, H] float; None: unknown
+    history_ratings: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +45,7 @@ class ListHistory:
     """The histories of B lists as `Reranker.rank` takes them."""
 
     items: Tensor  # [B, H, width]: the item part of the input layer
-    mask: Tensor | None = None  # [B, H] bool: True is a real item; None: every place is
+    mask: Tensor | None = None  # [B, H] bool: True is a real item; None: all are
     ratings: Tensor | None = None  # [B, H] float; None: unknown
 
 
@@ -76,16 +61,14 @@ def with_history(
     vectors = batch.item_vectors
     if vectors is not None and catalogue.item_vectors is not None:
         vectors = torch.cat([vectors, catalogue.item_vectors[distinct]])
+    tables = {
+        # Appended: an item that is a candidate and in a history has two rows, which costs less than finding it.
+        "item_ids": torch.cat([batch.item_ids, distinct]),
+        "attribute_ids": torch.cat([batch.attribute_ids, catalogue.attribute_ids[distinct]]),
+        "item_vectors": vectors,
+    }
     return HistoryBatch(
-        index=batch.index,
-        mask=batch.mask,
-        # Appended: an item that is candidate and history has two rows, which costs less than looking for it.
-        item_ids=torch.cat([batch.item_ids, distinct]),
-        attribute_ids=torch.cat([batch.attribute_ids, catalogue.attribute_ids[distinct]]),
-        item_vectors=vectors,
-        user_vectors=batch.user_vectors,
-        user_rows=batch.user_rows,
-        similarity=batch.similarity,
+        **vars(batch) | tables,
         history_index=index + len(batch.item_ids),
         history_mask=mask,
         history_ratings=ratings,
@@ -95,25 +78,21 @@ def with_history(
 class ListEmbedding(nn.Module):
     """Input layer of a backbone: id, facets, knowledge and similarity of a candidate as `width` numbers.
 
-    width is `hidden_dim` for the linear layer. Bare features are followed by zeros up to a multiple of `num_heads`,
-    so that attention can divide them among its heads.
+    `width` is `hidden_dim` for the linear layer. For "concat" it is the number of features, rounded up to a multiple of
+    `num_heads` so that attention can split them among its heads; zeros fill the rest.
     """
 
     facet_starts: Tensor
 
-    def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
-        """Raises UserError for an unknown input layer or adapter, or knowledge without item vectors."""
+    def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
+        """Raises UserError for an unknown adapter, or for knowledge without item vectors."""
         super().__init__()
-        if settings.input_layer not in INPUT_LAYERS:
-            raise UserError(
-                f"reranker.input_layer = {settings.input_layer!r} is unknown; known: {', '.join(INPUT_LAYERS)}"
-            )
-        linear = settings.input_layer == "linear"
-        self.knowledge, self.similarity = knowledge, knowledge and settings.similarity
-        item_width = settings.embed_dim * (1 + len(shape.facet_sizes))
-        self.item_embedding = nn.Embedding(shape.num_items, settings.embed_dim)
+        linear = architecture.input_layer == "linear"
+        self.knowledge, self.similarity = knowledge, knowledge and architecture.similarity
+        item_width = architecture.embed_dim * (1 + len(shape.facet_sizes))
+        self.item_embedding = nn.Embedding(shape.num_items, architecture.embed_dim)
         # One table for all facets: row 0 of each facet's block is its missing value.
-        self.facet_embedding = nn.Embedding(max(sum(shape.facet_sizes), 1), settings.embed_dim)
+        self.facet_embedding = nn.Embedding(max(sum(shape.facet_sizes), 1), architecture.embed_dim)
         starts = torch.tensor([0, *shape.facet_sizes], dtype=torch.long).cumsum(0)[:-1]
         self.register_buffer("facet_starts", starts, persistent=False)
         self.adapter: KnowledgeAdapter | None = None
@@ -121,35 +100,31 @@ class ListEmbedding(nn.Module):
         self.user_projection: nn.Linear | None = None
         self.similarity_projection: nn.Linear | None = None
         if knowledge:
-            if settings.adapter not in ADAPTERS:
+            if architecture.adapter not in ADAPTERS:
                 raise UserError(
-                    f"reranker.adapter = {settings.adapter!r} is unknown; known: {', '.join(ADAPTERS)}"
+                    f"reranker.adapter = {architecture.adapter!r} is unknown; known: {', '.join(ADAPTERS)}"
                 )
             if not shape.vector_dim:
                 raise UserError(
-                    "a reranker with knowledge needs item vectors and the catalogue has none; encode them"
+                    "a reranker with knowledge needs item vectors, and the catalogue has none; run the stage encode"
                 )
-            self.adapter = ADAPTERS[settings.adapter](
-                shape.vector_dim,
-                settings.adapter_dim,
-                num_shared=settings.num_shared_experts,
-                num_dedicated=settings.num_dedicated_experts,
-                hidden_dim=settings.expert_hidden_dim,
-            )
-            item_width += settings.adapter_dim
+            self.adapter = ADAPTERS[architecture.adapter](shape.vector_dim, architecture)
+            item_width += architecture.adapter_dim
             if linear:
-                self.user_projection = nn.Linear(settings.adapter_dim, settings.hidden_dim, bias=False)
-            if linear and settings.similarity:
-                self.similarity_projection = nn.Linear(1, settings.hidden_dim, bias=False)
+                self.user_projection = nn.Linear(
+                    architecture.adapter_dim, architecture.hidden_dim, bias=False
+                )
+            if linear and architecture.similarity:
+                self.similarity_projection = nn.Linear(1, architecture.hidden_dim, bias=False)
         if linear:
-            self.width = settings.hidden_dim
+            self.width = architecture.hidden_dim
             self.item_projection = nn.Linear(item_width, self.width)
-        # Where the parts begin in the bare concatenation.
+        # Where the user part and the similarity begin in the concatenation.
         self.user_start = item_width
-        self.similarity_start = item_width + (settings.adapter_dim if knowledge else 0)
+        self.similarity_start = item_width + (architecture.adapter_dim if knowledge else 0)
         if not linear:
             num_features = self.similarity_start + self.similarity
-            self.width = math.ceil(num_features / settings.num_heads) * settings.num_heads
+            self.width = math.ceil(num_features / architecture.num_heads) * architecture.num_heads
 
     def item_side(self, item_ids: Tensor, attribute_ids: Tensor, item_vectors: Tensor | None) -> Tensor:
         """item_ids [M], attribute_ids [M, F], item_vectors [M, D] -> [M, width]."""
@@ -181,7 +156,7 @@ class ListEmbedding(nn.Module):
 
         user_rows None: list b has row b of `users` (S = B).
         """
-        # F.embedding rather than indexing: its backward is a dense scatter-add, several times faster on CPU.
+        # F.embedding instead of indexing: its backward pass is several times faster on CPU.
         inputs = F.embedding(index, items)
         if users is not None:
             own = users if user_rows is None else F.embedding(user_rows, users)
@@ -204,9 +179,7 @@ class ListEmbedding(nn.Module):
         users = None
         if self.knowledge:
             if batch.user_vectors is None:
-                raise UserError(
-                    "this reranker uses knowledge: pass user_vectors (zeros for a user without a text)"
-                )
+                raise UserError(NO_VECTORS)
             users = self.user_side(batch.user_vectors)
         return self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors), users
 
@@ -228,16 +201,19 @@ def score_head(in_dim: int) -> nn.Sequential:
 
 
 class Reranker(nn.Module):
-    """A backbone. A subclass writes `rank` and says what the contract tests hold it to."""
+    """A backbone. A subclass writes `rank` and sets the three values below; test_contract.py checks what they promise."""
 
-    loss = "pointwise_bce"  # its training loss, a key of core.losses.RANKING_LOSSES
-    order_matters = True  # False: permuting the candidates permutes the scores and changes none
-    uses_history = False  # True: `rank` takes a ListHistory as third argument, and must do without one
+    # The training loss: a key of core.losses.RANKING_LOSSES.
+    loss = "pointwise_bce"
+    # False: permuting the candidates permutes the scores and changes none of them.
+    order_matters = True
+    # True: `rank` takes a ListHistory as third argument, and works without one.
+    uses_history = False
 
-    def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
+    def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
         super().__init__()
-        self.shape, self.knowledge, self.settings = shape, knowledge, settings
-        self.embedding = ListEmbedding(shape, knowledge, settings)
+        self.shape, self.knowledge, self.architecture = shape, knowledge, architecture
+        self.embedding = ListEmbedding(shape, knowledge, architecture)
 
     def init_weights(self) -> None:
         """Xavier-normal for linear and embedding weights, zero biases (KAR); `build_reranker` calls it."""
@@ -249,7 +225,7 @@ class Reranker(nn.Module):
                         nn.init.zeros_(parameter)
 
     def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """inputs [B, L, width], mask [B, L] or None -> finite logits [B, L]; padding changes no score."""
+        """inputs [B, L, width], mask [B, L] or None -> finite logits [B, L]. Padding must not change a score."""
         raise NotImplementedError
 
     def forward(self, batch: RerankBatch) -> Tensor:
@@ -257,6 +233,6 @@ class Reranker(nn.Module):
         return self.rank(self.embedding(batch), batch.mask)
 
     def score(self, batch: RerankBatch) -> Tensor:
-        """Logits [B, L] with -inf at padding, so that padding never wins a place."""
+        """Logits [B, L] with -inf at padding, so that padding is always ranked last."""
         logits = self(batch)
         return logits if batch.mask is None else logits.masked_fill(~batch.mask, float("-inf"))

@@ -1,55 +1,87 @@
-"""The model card written beside every saved reranker: what it is, what it was trained on, how good it is.
-
-Markdown for people; the same facts stand in reranker.json for programs.
-"""
+"""reranker.json beside every saved reranker, and the model card made from it: architecture, data, training, metrics."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-SECTIONS = {
-    "data": "Data and protocol",
-    "settings": "Architecture",
-    "fit": "Training",
-    "figures": "Figures",
-    "versions": "Versions",
-}
+from huggingface_hub import ModelCard, ModelCardData
+
+from dpo4rec_ray.errors import UserError
+
+CARD_FILE = "reranker.json"
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# Reranker {{ settings.backbone }}, {{ knowledge_used }}
+{% if info.system %}
+System `{{ info.system }}`, seed {{ info.seed or 0 }}.
+{% endif %}
+Scores the candidates of a list together. Load it with `dpo4rec_ray.rerankers.fit.load_reranker(folder, catalogue)`: weights are
+safetensors, settings are JSON, and nothing is unpickled. It works with the catalogue below and with no other.
+{% for title, rows in tables.items() if rows %}
+## {{ title }}
+
+| | |
+|---|---|
+{% for name, value in rows.items() -%}
+| {{ name }} | {{ value }} |
+{% endfor %}{% endfor %}
+{%- if info.commit %}
+Made by dpo4rec_ray at commit {{ info.commit }}.
+{% endif -%}
+"""
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """Content of reranker.json. Raises UserError if it is missing or damaged."""
+    file = Path(folder) / CARD_FILE
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); run the stage that trains this reranker"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); train this reranker again") from None
+    if "figures" in card["info"]:  # the name before release 0.2
+        card["info"]["metrics"] = card["info"].pop("figures")
+    return card
 
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """Markdown from the content of reranker.json; sections that are not known are left out.
+    """The model card in Markdown, from the content of reranker.json. Tables without a value are left out.
 
     card: "settings", "knowledge" and "catalogue" as `save_reranker` writes them; "info" may hold "system", "seed",
-    "data", "fit", "figures" and "versions" (JSON objects) and "commit".
+    "data", "fit", "metrics" and "versions" (JSON objects) and "commit".
     """
-    info = card["info"]
-    backbone, adapter = card["settings"]["backbone"], card["settings"]["adapter"]
-    knowledge = f"with knowledge through the {adapter} adapter" if card["knowledge"] else "without knowledge"
-    lines = [f"# Reranker {backbone}, {knowledge}", ""]
-    if "system" in info:
-        lines += [f"System `{info['system']}`, seed {info.get('seed', 0)}.", ""]
-    lines += [
-        "Scores the candidates of a list, seeing all of it. Load it with `dpo4rec_ray.rerankers.fit.load_reranker(folder, "
-        "catalogue)`: weights are safetensors, settings JSON; nothing is unpickled. It fits the catalogue below and no "
-        "other.",
-        "",
-    ]
-    content = {
-        **info,
-        "settings": {**card["settings"], **{f"catalogue {k}": v for k, v in card["catalogue"].items()}},
+    settings, info = card["settings"], card["info"]
+    catalogue = {f"catalogue {name}": value for name, value in card["catalogue"].items()}
+    tables = {
+        "Data and protocol": info.get("data", {}),
+        "Architecture": settings | catalogue,
+        "Training": info.get("fit", {}),
+        "Metrics": info.get("metrics", {}),
+        "Versions": info.get("versions", {}),
     }
-    for key, title in SECTIONS.items():
-        if content.get(key):
-            lines += [f"## {title}", "", "| | |", "|---|---|"]
-            lines += [f"| {name} | {_shown(value)} |" for name, value in content[key].items()]
-            lines.append("")
-    if info.get("commit"):
-        lines += [f"Made by dpo4rec_ray at commit {info['commit']}.", ""]
-    return "\n".join(lines)
+    found = ModelCard.from_template(
+        ModelCardData(library_name="dpo4rec_ray", tags=["reranker", settings["backbone"]]),
+        template_str=TEMPLATE,
+        settings=settings,
+        info=info,
+        knowledge_used=f"with knowledge through the {settings['adapter']} adapter"
+        if card["knowledge"]
+        else "without knowledge",
+        tables={
+            title: {name: _shown(value) for name, value in rows.items()} for title, rows in tables.items()
+        },
+    )
+    return str(found)
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{value:.4f}" if isinstance(value, float) and 0.001 <= abs(value) < 1000 else str(value)
-    ).replace("|", "\\|")
+    is_plain = isinstance(value, float) and 0.001 <= abs(value) < 1000
+    return (f"{value:.4f}" if is_plain else str(value)).replace("|", "\\|")

@@ -1,18 +1,20 @@
 """The item catalogue as tensors, and candidate lists as a batch over it.
 
-Departs from KAR's loader, which copies an item's vector into every list it is in: a batch holds each distinct
-item and user once, so the costly side networks run once per distinct row. The similarity feature (method.md
-section 3, beyond the paper) is made here because it needs no weights: the cosine of the raw user and item
-vectors, standardised per user over the whole catalogue. Raw cosines of sentence vectors sit in a narrow band
-around a user's own mean, too little signal for a freshly initialised layer to find in small data.
+KAR's loader copies an item's vector into every list that the item is in. Here a batch holds each distinct item and user
+once, so that the costly side networks run once per distinct row.
+
+The similarity (docs/method.md section 3, beyond the paper) is computed here because it has no weights: the cosine of the
+user's and the item's text vector, standardised per user over the whole catalogue. Without that, the cosines of sentence
+vectors differ too little around each user's mean for a new layer to learn from them on small data.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,14 +23,43 @@ from torch.nn import functional as F
 
 from dpo4rec_ray.errors import UserError
 
-# One entry of the product of all distinct users with all distinct items costs about this many times less than
-# gathering the two vectors of one place and multiplying them (measured on one CPU thread, 384-d).
+# How many entries of the product of all distinct users with all distinct items cost as much as gathering the two vectors
+# of one place and multiplying them (measured on one CPU thread with vectors of 384 numbers).
 GATHER_COST = 64
+
+
+def tensor_of(values: np.ndarray | Tensor) -> Tensor:
+    """The values as a tensor. Shares memory, unless the array is read-only as those of Arrow, mapped files and Ray are:
+    torch has no read-only tensors."""
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()
+    return torch.as_tensor(values)
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """Parent of the dataclasses whose fields are tensors with one row per list, other `TensorRows`, or None."""
+
+    def select(self, index: Tensor | slice) -> Self:
+        """The rows at `index`: positions, a boolean mask, or a slice such as [rank::world_size]."""
+        return self._each(lambda column: column[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows on `device`."""
+        return self._each(lambda column: column.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = {
+            name: value._each(change) if isinstance(value, TensorRows) else change(value)
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
 class CatalogueShape:
-    """What a reranker's weights depend on: two catalogues of the same shape can use the same weights."""
+    """What a reranker's weights depend on: catalogues of the same shape can use the same weights."""
 
     num_items: int
     facet_sizes: tuple[int, ...]  # values per facet, the missing value included
@@ -37,28 +68,20 @@ class CatalogueShape:
 
 
 @dataclass(frozen=True)
-class Histories:
-    """What the users of n lists had seen before them, oldest first, padded to the longest."""
+class Histories(TensorRows):
+    """What the users of n lists saw before them, oldest first, padded to the longest."""
 
     item_ids: Tensor  # [n, H] int64, 0 at padding
     mask: Tensor  # [n, H] bool: True is a real item
     ratings: Tensor  # [n, H] float32, 0 at padding
 
-    def select(self, index: Tensor | slice) -> Histories:
-        """Those of the lists at `index`."""
-        return Histories(self.item_ids[index], self.mask[index], self.ratings[index])
-
-    def to(self, device: torch.device | str) -> Histories:
-        """The same histories on `device`."""
-        return Histories(self.item_ids.to(device), self.mask.to(device), self.ratings.to(device))
-
 
 @dataclass(frozen=True)
 class RerankBatch:
-    """B lists over tables of the M distinct items and S distinct users in them; made by `Catalogue.batch`."""
+    """B lists over tables of their M distinct items and S distinct users; made by `Catalogue.batch`."""
 
     index: Tensor  # [B, L] long: row of each candidate in the item tables; any row at padding
-    mask: Tensor | None  # [B, L] bool: True is a real candidate; None: every place is
+    mask: Tensor | None  # [B, L] bool: True is a real candidate; None: all are
     item_ids: Tensor  # [M] long
     attribute_ids: Tensor  # [M, F] long
     item_vectors: Tensor | None = None  # [M, D] float32
@@ -84,7 +107,7 @@ class Catalogue:
         """Build the catalogue.
 
         Args:
-            attributes: per item_id its "facet: value" strings; of several values of a facet the first counts.
+            attributes: of each item_id its "facet: value" strings; the first value of a facet is used.
             item_vectors: [num_items, D], any float type; None without knowledge.
 
         Raises:
@@ -96,7 +119,9 @@ class Catalogue:
             for text in strings:
                 facet, separator, value = text.partition(": ")
                 if not separator:
-                    raise UserError(f"items: attribute {text!r} of item_id {item_id} is not 'facet: value'")
+                    raise UserError(
+                        f"items: attribute {text!r} of item_id {item_id} is not of the form 'facet: value'"
+                    )
                 values.setdefault(facet, value)
             per_item.append(values)
         facets = sorted({facet for values in per_item for facet in values})
@@ -109,15 +134,11 @@ class Catalogue:
         shape = CatalogueShape(len(per_item), tuple(len(v) + 1 for v in vocabularies), 0, digest)
         if item_vectors is None:
             return cls(shape, attribute_ids, None, None, None)
-        if isinstance(item_vectors, np.ndarray) and not item_vectors.flags.writeable:
-            item_vectors = (
-                item_vectors.copy()
-            )  # of a mapped file or an Arrow column: torch warns of sharing these
-        vectors = torch.as_tensor(item_vectors).to(torch.float32)
+        vectors = tensor_of(item_vectors).to(torch.float32)
         if vectors.ndim != 2 or len(vectors) != len(per_item):
             raise UserError(
-                f"item vectors have shape {tuple(vectors.shape)} but there are {len(per_item)} items; "
-                "encode the items again"
+                f"item vectors have shape {tuple(vectors.shape)}, but there are {len(per_item)} items; "
+                "run the stage encode again"
             )
         known = vectors.norm(dim=1, keepdim=True) > 0
         unit = F.normalize(vectors, dim=1)
@@ -147,9 +168,9 @@ class Catalogue:
     def standardise_users(self, user_vectors: Tensor) -> Tensor:
         """Scale so that the dot product with `directions` is the standardised cosine. [S, D] -> [S, D].
 
-        For a unit vector u and unit item vectors v with mean m and covariance C, cos - mean(cos) = u.(v - m)
-        and var(cos) = u C u, both over the whole catalogue, so z = u.(v - m) / sqrt(u C u). A zero vector
-        stays zero: such a user is neutral to every item.
+        For a unit vector u and unit item vectors v with mean m and covariance C over the whole catalogue,
+        cos - mean(cos) = u.(v - m) and var(cos) = u C u, so z = u.(v - m) / sqrt(u C u). A zero vector stays zero:
+        all items have the similarity 0 for such a user.
 
         Raises:
             UserError: the widths of user and item vectors differ.
@@ -174,7 +195,7 @@ class Catalogue:
 
         Args:
             item_ids: [B, L] long; any valid id at padding.
-            mask: [B, L] bool, True is a real candidate; None: every place is.
+            mask: [B, L] bool, True is a real candidate; None: all are.
             user_vectors: [S, D] float32, or None without knowledge.
             user_rows: [B] long, each list's row in user_vectors; None: list i has row i (S = B).
         """

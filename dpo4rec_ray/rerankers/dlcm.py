@@ -1,15 +1,14 @@
 """DLCM, the deep listwise context model (Ai et al., SIGIR 2018): a GRU reads the list, then scores each place.
 
-The score of place i is the local ranking function phi(o_i, s_n) = V . (o_i * tanh(W s_n + b)), o_i the state at the
-place and s_n the final state. Departures: the candidates are read in the order given (as KAR's code; the paper reads
-from the worst to the best of an initial ranking, which candidates drawn at random do not have); no abstract features
-beside the input (the input layer takes their place); trained with pointwise binary cross-entropy (as KAR), not the
-attention rank loss.
+The score of place i is the local ranking function phi(o_i, s_n) = V . (o_i * tanh(W s_n + b)), where o_i is the state at
+the place and s_n the final state. Differences from the paper: the candidates are read in the given order (as in KAR's
+code; the paper reads an initial ranking from the worst to the best, and candidates drawn at random have none); the input
+layer replaces the abstract features; the loss is pointwise binary cross-entropy (as in KAR), not the attention rank loss.
 
-With `input_layer = "concat"` this is KAR's DLCM: both states are batch-normalised, and its figures on KAR's own lists
-are KAR's (tests/parity/test_reference_lists.py). Layer norms in their place score higher; without any norm a seed of
-three stays at popularity's level. With "linear" the input is layer-normalised instead, so that the lists of a batch do
-not see each other in training either; it scores above KAR's.
+With `input_layer = "concat"` this is KAR's DLCM: both states are batch-normalised, and it reaches KAR's metrics on KAR's
+own lists (tests/parity/test_reference_lists.py). Layer norms instead score higher; without a norm, one seed of three stays
+at popularity level. With "linear" the input is layer-normalised instead, so that the lists of a batch do not influence each
+other in training; it scores higher than KAR's.
 """
 
 from __future__ import annotations
@@ -18,20 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker, RerankerSettings
+from dpo4rec_ray.config.ranking import RerankerArchitecture
+from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker
 
 
 def gru_states(gru: nn.GRU, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States of a GRU that skips padding, wherever it is.
+    """States of a GRU that skips padding, which may be at any place.
 
-    inputs [B, L, in], mask [B, L] or None -> the state at each place [B, L, out], meaningless at padding, and the
-    state at the last real place [B, out], zero for a list that is all padding.
+    inputs [B, L, in], mask [B, L] or None -> the state at each place [B, L, out], undefined at padding, and the state
+    at the last real place [B, out], zero for a list of padding alone.
     """
     if mask is None:
         states, last = gru(inputs)
         return states, last.squeeze(0)
-    # Real places first: states only look back, so what follows them changes none. `nn.GRU` over packed sequences
-    # does the same, slower on CPU.
+    # Real places first: a state depends on earlier places only, so the padding behind them has no effect. Packed
+    # sequences do the same and are slower on CPU.
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # [B, L]
     states, _ = gru(inputs.take_along_dim(order.unsqueeze(-1), dim=1))
     lengths = mask.sum(dim=1)
@@ -41,12 +41,12 @@ def gru_states(gru: nn.GRU, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor
 
 
 def normalised(norm: nn.BatchNorm1d, states: Tensor, mask: Tensor | None) -> Tensor:
-    """Batch normalisation of the real states alone; a trained model uses the running statistics, not its batch.
+    """Batch normalisation that ignores padding. In eval mode it uses the running statistics, as nn.BatchNorm1d.
 
     states [..., out], mask [...] or None -> [..., out], zero at padding.
     """
     real = states.flatten(0, -2) if mask is None else states[mask]
-    # Not norm(real): it raises in training for a single state, which has no variance to learn from.
+    # Not norm(real): in training that raises for a single state, which has no variance.
     from_batch = norm.training and len(real) > 1
     normed = F.batch_norm(
         real, norm.running_mean, norm.running_var, norm.weight, norm.bias, from_batch, norm.momentum, norm.eps
@@ -61,15 +61,14 @@ class DLCM(Reranker):
 
     loss = "pointwise_bce"
 
-    def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
-        super().__init__(shape, knowledge, settings)
-        width, dim = self.embedding.width, settings.hidden_dim
-        # Xavier inputs are tiny, and the score is a product of two states: without a norm of inputs or states both
-        # stay near zero.
+    def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
+        super().__init__(shape, knowledge, architecture)
+        width, dim = self.embedding.width, architecture.hidden_dim
+        # Xavier inputs are small and the score is a product of two states: without a norm, both stay near zero.
         self.norm: nn.LayerNorm | None = None
         self.norm_states: nn.BatchNorm1d | None = None
         self.norm_last: nn.BatchNorm1d | None = None
-        if settings.input_layer == "linear":
+        if architecture.input_layer == "linear":
             self.norm = nn.LayerNorm(width)
         else:
             self.norm_states, self.norm_last = nn.BatchNorm1d(dim), nn.BatchNorm1d(dim)

@@ -1,8 +1,8 @@
 """Trains a reranker on candidate lists, chooses its epoch on validation lists, saves and loads it.
 
-Departures from KAR's script: the epoch is chosen on held-out training users, never on test; patience is
-generous or off, because PRM sits at popularity level for epochs before it climbs; the negatives may be
-redrawn every epoch. Runs alone or in DistributedDataParallel, one shard of the training lists per rank.
+Differences from KAR's script: the epoch is chosen on users who are not tested; patience is generous or off, because PRM
+stays at popularity level for some epochs before it learns; the negatives may be drawn anew in every epoch. Runs in one
+process, or in DistributedDataParallel with one share of the training lists per rank.
 """
 
 from __future__ import annotations
@@ -13,30 +13,33 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
+from dpo4rec_ray.config.section import first_mistake
 from dpo4rec_ray.core.candidates import redraw_negatives
 from dpo4rec_ray.core.losses import RANKING_LOSSES
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import build_reranker
-from dpo4rec_ray.rerankers.base import Reranker, RerankerSettings, with_history
-from dpo4rec_ray.rerankers.card import card_text
-from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, Histories
+from dpo4rec_ray.rerankers.base import Reranker, with_history
+from dpo4rec_ray.rerankers.card import CARD_FILE, card_text, read_card
+from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, Histories, TensorRows, tensor_of
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
 WEIGHTS_FILE = "model.safetensors"
-CARD_FILE = "reranker.json"
 
 
 @dataclass(frozen=True)
-class ListData:
+class ListData(TensorRows):
     """n candidate lists as dense tensors, padded to the longest."""
 
     item_ids: Tensor  # [n, L] int64, 0 at padding
@@ -49,40 +52,12 @@ class ListData:
     def __len__(self) -> int:
         return len(self.item_ids)
 
-    def select(self, index: Tensor | slice) -> ListData:
-        """The lists at `index` (positions, a boolean mask, or a slice such as [rank::world_size])."""
-        histories = None if self.histories is None else self.histories.select(index)
-        return ListData(*(column[index] for column in self._columns()), histories)
-
-    def to(self, device: torch.device | str) -> ListData:
-        """The same lists on `device`."""
-        histories = None if self.histories is None else self.histories.to(device)
-        return ListData(*(column.to(device) for column in self._columns()), histories)
-
-    def _columns(self) -> tuple[Tensor, ...]:
-        return self.item_ids, self.labels, self.mask, self.user_rows, self.user_ids
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """Training budget; give the same one to rerankers with and without knowledge."""
-
-    epochs: int = 20
-    batch_size: int = 256  # lists per step and rank
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    temperature: float = 1.0  # scores are divided by it in a softmax loss; no part of a pointwise one
-    patience: int = 0  # stop after this many epochs without a better validation figure; 0: run all epochs
-    metric: str = "ndcg@5"
-    seed: int = 0
-    resample_negatives: bool = False  # redraw every non-positive candidate of the training lists each epoch
-
 
 @dataclass(frozen=True)
 class FitResult:
-    """What happened: one record per epoch, and the epoch whose weights were kept."""
+    """One record per epoch, and the epoch whose weights were kept."""
 
-    history: list[dict]
+    history: list[dict[str, Any]]
     best_epoch: int
     best_value: float
 
@@ -93,11 +68,12 @@ def fit(
     train: ListData,
     valid: ListData,
     user_vectors: np.ndarray | Tensor | None,
-    settings: FitSettings,
+    section: FitSection,
     *,
-    on_epoch: Callable[[dict], None] | None = None,
+    seed: int = 0,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> FitResult:
-    """Train with AdamW at a constant rate, keep the weights of the best validation epoch in `model`.
+    """Train with AdamW at a constant rate, and keep the weights of the best validation epoch in `model`.
 
     Args:
         model: on the device to train on; in DistributedDataParallel when several ranks train together.
@@ -105,79 +81,81 @@ def fit(
         train: this rank's lists; ranks may hold different numbers and take the same number of steps.
         valid: the whole validation set, on every rank.
         user_vectors: [U, D], row numbers are ListData.user_rows; None without knowledge.
-        settings: the budget.
-        on_epoch: called on every rank after each epoch with its record: epoch, train_loss, valid (the
-            metric), seconds (training only), lists_per_second (of this rank).
+        section: how to train; give rerankers with and without knowledge the same.
+        seed: of the order of the lists and of the new negatives.
+        on_epoch: called on every rank after each epoch with its record: epoch, train_loss, valid (the metric),
+            seconds (of training alone), lists_per_second (of this rank).
 
     Raises:
-        UserError: no lists, ids outside the catalogue, unknown metric, or a loss that is no longer finite.
+        UserError: no lists, ids outside the catalogue, unknown metric, or a loss that is not finite.
     """
     if not len(train) or not len(valid):
         raise UserError(
             f"fit needs lists: {len(train)} for training, {len(valid)} for validation; check the split"
         )
-    metric = metric_by_name(settings.metric)
+    metric = metric_by_name(section.metric)
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     distributed = bare is not model
     device = next(bare.parameters()).device
-    catalogue, train = catalogue.to(device), train.to(device)
     for lists in (train, valid):
         catalogue.check_ids(lists.item_ids)
         if lists.histories is not None:
             catalogue.check_ids(lists.histories.item_ids)
+    if not bare.uses_history:
+        train = replace(train, histories=None)
+    catalogue, train = catalogue.to(device), train.to(device)
     vectors, valid_vectors, valid_rows = None, None, None
     if bare.knowledge:
         if user_vectors is None:
             raise UserError(
-                "a reranker with knowledge needs user_vectors to train on; run the encode stage first"
+                "a reranker with knowledge needs user_vectors to train on; run the stage encode first"
             )
-        vectors = torch.as_tensor(user_vectors).to(device, torch.float32)
+        vectors = tensor_of(user_vectors).to(device, torch.float32)
         used, valid_rows = torch.unique(valid.user_rows, return_inverse=True)
         valid_vectors = vectors[used.to(device)]
     valid_labels, valid_mask = valid.labels.cpu().numpy(), valid.mask.cpu().numpy()
 
     loss_of = RANKING_LOSSES[bare.loss]
-    temperature = settings.temperature if bare.loss == "listwise_softmax" else 1.0
+    temperature = section.temperature if bare.loss == "listwise_softmax" else 1.0
     optimizer = torch.optim.AdamW(
-        model.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True
+        model.parameters(), section.lr, weight_decay=section.weight_decay, fused=True
     )
-    shuffle = torch.Generator().manual_seed(settings.seed)
-    redraw = np.random.default_rng(settings.seed)
-    num_steps = math.ceil(len(train) / settings.batch_size)
+    shuffle = torch.Generator().manual_seed(seed)
+    redraw = np.random.default_rng(seed)
+    num_steps = math.ceil(len(train) / section.batch_size)
     if distributed:
-        # Every rank must take part in every gradient reduction: all take the largest rank's number of steps.
+        # Every rank takes part in every gradient reduction, so all take as many steps as the rank with most lists.
         num_steps = int(_reduce(num_steps, dist.ReduceOp.MAX, device))
         if _reduce(len(train), dist.ReduceOp.MIN, device) < num_steps:
             raise UserError(
-                f"a rank has fewer training lists than there are steps ({num_steps}); use fewer workers"
+                f"a rank has fewer training lists than there are steps ({num_steps}); lower reward.num_workers"
             )
 
-    history: list[dict] = []
+    history: list[dict[str, Any]] = []
     best_epoch, best_value, best_weights = 0, -math.inf, None
-    for epoch in range(1, settings.epochs + 1):
+    for epoch in range(1, section.epochs + 1):
         began = time.perf_counter()
-        lists = _with_new_negatives(train, catalogue, redraw) if settings.resample_negatives else train
-        full = bool(lists.mask.all())  # attention without a mask is faster
+        lists = _with_new_negatives(train, catalogue, redraw) if section.resample_negatives else train
+        is_full = bool(lists.mask.all())  # attention without a mask is faster
         model.train()
         loss_sum = torch.zeros((), device=device)
         for index in torch.randperm(len(lists), generator=shuffle).to(device).tensor_split(num_steps):
-            batch = catalogue.batch(
-                lists.item_ids[index], None if full else lists.mask[index], vectors, lists.user_rows[index]
-            )
-            if bare.uses_history and lists.histories is not None:
-                seen = lists.histories.select(index)
+            some = lists.select(index)
+            batch = catalogue.batch(some.item_ids, None if is_full else some.mask, vectors, some.user_rows)
+            if some.histories is not None:
+                seen = some.histories
                 batch = with_history(batch, catalogue, seen.item_ids, seen.mask, seen.ratings)
-            loss = loss_of(model(batch) / temperature, lists.labels[index], lists.mask[index])
+            loss = loss_of(model(batch) / temperature, some.labels, some.mask)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss_sum += loss.detach() * len(index)
+            loss_sum += loss.detach() * len(some)
         train_loss = float(loss_sum) / len(lists)
         if distributed:
             train_loss = _reduce(train_loss, dist.ReduceOp.SUM, device) / dist.get_world_size()
         if not math.isfinite(train_loss):
             raise UserError(
-                f"training loss is {train_loss} in epoch {epoch}: lower reranker.lr ({settings.lr})"
+                f"training loss is {train_loss} in epoch {epoch}: lower reranker.lr ({section.lr})"
             )
         seconds = time.perf_counter() - began
         scores = ListScorer([bare], catalogue).score(
@@ -185,7 +163,7 @@ def fit(
         )
         value = float(np.mean(metric(scores, valid_labels, valid_mask)))
         if distributed:
-            # One figure for all ranks, so that none stops alone while the others wait.
+            # One value for all ranks, so that all of them stop after the same epoch.
             value = _reduce(value, dist.ReduceOp.MIN, device)
         record = {
             "epoch": epoch,
@@ -200,14 +178,16 @@ def fit(
             best_weights = {name: tensor.detach().clone() for name, tensor in bare.state_dict().items()}
         if on_epoch is not None:
             on_epoch(record)
-        if settings.patience and epoch - best_epoch >= settings.patience:
+        if section.patience and epoch - best_epoch >= section.patience:
             break
     bare.load_state_dict(best_weights)
     bare.eval()
     return FitResult(history, best_epoch, best_value)
 
 
-def save_reranker(folder: str | Path, model: Reranker | DistributedDataParallel, info: dict) -> None:
+def save_reranker(
+    folder: str | Path, model: Reranker | DistributedDataParallel, info: dict[str, Any]
+) -> None:
     """Write model.safetensors, reranker.json (architecture, catalogue shape and `info`, a JSON object) and a model card."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     folder = Path(folder)
@@ -217,7 +197,7 @@ def save_reranker(folder: str | Path, model: Reranker | DistributedDataParallel,
     )
     card = {
         "knowledge": bare.knowledge,
-        "settings": asdict(bare.settings),
+        "settings": bare.architecture.model_dump(),
         "catalogue": asdict(bare.shape),
         "info": info,
     }
@@ -229,29 +209,33 @@ def load_reranker(folder: str | Path, catalogue: Catalogue) -> Reranker:
     """The reranker of `save_reranker`, on the CPU, in eval mode.
 
     Raises:
-        UserError: files missing, or trained on a catalogue of another shape.
+        UserError: a file is missing or damaged, or the reranker was trained on a catalogue of another shape.
     """
     folder = Path(folder)
-    if not (folder / CARD_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+    card = read_card(folder)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise UserError(f"{folder}: no {WEIGHTS_FILE} beside {CARD_FILE}; train this reranker again")
+    try:
+        architecture = RerankerArchitecture.model_validate(card["settings"])
+    except ValidationError as error:
         raise UserError(
-            f"{folder}: no {CARD_FILE} with {WEIGHTS_FILE} here; run the stage that trains this reranker"
-        )
-    card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-    settings, trained_on = RerankerSettings(**card["settings"]), card["catalogue"]
+            f"{folder / CARD_FILE}: settings.{first_mistake(error)}; load it with the release that saved it, or train it again"
+        ) from None
+    trained_on = card["catalogue"]
     shape = CatalogueShape(**{**trained_on, "facet_sizes": tuple(trained_on["facet_sizes"])})
-    # Without knowledge the items' vectors play no part.
+    # A reranker without knowledge does not read the items' vectors: their width does not matter.
     here = catalogue.shape if card["knowledge"] else replace(catalogue.shape, vector_dim=shape.vector_dim)
     if shape != here:
         raise UserError(
             f"{folder}: trained on {shape}, but this catalogue is {here}; train the reranker again"
         )
-    model = build_reranker(settings.backbone, shape, card["knowledge"], settings)
+    model = build_reranker(architecture, shape, card["knowledge"])
     model.load_state_dict(load_file(folder / WEIGHTS_FILE))
     return model.eval()
 
 
 def _with_new_negatives(lists: ListData, catalogue: Catalogue, rng: np.random.Generator) -> ListData:
-    """The lists with every place redrawn but the positives; low-rated events are redrawn too."""
+    """The lists with a new item at every place that is not a positive: low-rated items are replaced too."""
     item_ids, labels = redraw_negatives(
         lists.item_ids.cpu().numpy(), lists.labels.cpu().numpy(), catalogue.shape.num_items, 1, rng
     )

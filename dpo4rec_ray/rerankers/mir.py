@@ -6,12 +6,12 @@
    A[l, h] = softmax_h(C[l, h] + w_q . q_h), and over the candidates, softmax_l'(sum_h A[l, h] C[l', h] + w_v . v_l').
 4. An MLP over [attended candidates, attended history, e_l, mean of q].
 
-Permuting the candidates permutes the scores and changes none; the history's order matters. Departures: the paper's
-maps have weights of one column per place (W_v, W_q in R^{d x L}), which ties them to one list length and to the
-order of the candidates; here A stands for W_q's column and each candidate's own w_v . v for W_v's. The affinity is
-scaled by the root of its width and not squashed by tanh. As KAR's code: a GRU for the BiLSTM, the mean of the history,
-no decay in time (histories come without times). The paper's affinity of single features is left out: our input
-layer has merged them.
+Permuting the candidates permutes the scores and changes none of them; the history's order matters. Differences from the
+paper: its attention maps have one column of weights per place (W_v, W_q in R^{d x L}), which fixes the length of the lists
+and the order of the candidates; here A replaces the column of W_q, and each candidate's own w_v . v that of W_v. The
+affinity is scaled by the root of its width instead of passed through tanh. As in KAR's code, a GRU replaces the BiLSTM, the
+history enters as its mean, and there is no decay in time (histories have no times). The paper's affinity of single
+features is left out, because our input layer has merged the features.
 """
 
 from __future__ import annotations
@@ -22,41 +22,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpo4rec_ray.config.ranking import RerankerArchitecture
 from dpo4rec_ray.rerankers.base import (
     CatalogueShape,
     HistoryBatch,
     ListHistory,
     RerankBatch,
     Reranker,
-    RerankerSettings,
     score_head,
 )
 from dpo4rec_ray.rerankers.dlcm import gru_states
-from dpo4rec_ray.rerankers.prm import padding_bias
+from dpo4rec_ray.rerankers.prm import SelfAttention, padding_bias
 
 NUM_RATINGS = 6  # 0: unknown, then one to five stars
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al., 2017) without a residual."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [B, L, dim], bias [B, 1, 1, L] added to the attention logits -> [B, L, dim]."""
-        batch_size, length, dim = x.shape
-        heads = self.qkv(x).view(batch_size, length, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.out(mixed.transpose(1, 2).reshape(batch_size, length, dim))
-
-
 class SetToList(nn.Module):
-    """Step 3: what each candidate sees of the set and of the history."""
+    """Step 3: what each candidate attends to in the set and in the history."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -69,7 +51,7 @@ class SetToList(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """candidates [B, L, dim], history [B, H, dim], zero at padding -> both attended, [B, L, dim].
 
-        A list without history has even weights over its padding, so what it attends to there is zero.
+        A list without history has equal weights over its padding, whose vectors are zero, so the result is zero.
         """
         scale = 1 / math.sqrt(candidates.shape[-1])
         affinity = self.affinity(candidates) @ history.transpose(1, 2) * scale  # [B, L, H]
@@ -88,13 +70,13 @@ class MIR(Reranker):
     order_matters = False
     uses_history = True
 
-    def __init__(self, shape: CatalogueShape, knowledge: bool, settings: RerankerSettings) -> None:
-        super().__init__(shape, knowledge, settings)
+    def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
+        super().__init__(shape, knowledge, architecture)
         dim = self.embedding.width
         self.rating_embedding = nn.Embedding(NUM_RATINGS, dim)
-        # Xavier inputs are too small for attention to tell apart, and larger with knowledge than without.
+        # Xavier inputs are too small for attention to tell them apart, and larger with knowledge than without.
         self.norm_set, self.norm_list = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.within_set = SelfAttention(dim, settings.num_heads)
+        self.within_set = SelfAttention(dim, architecture.num_heads)
         self.within_list = nn.GRU(dim, dim, batch_first=True)
         self.set_to_list = SetToList(2 * dim)
         self.head = score_head(7 * dim)

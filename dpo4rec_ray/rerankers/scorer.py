@@ -1,7 +1,7 @@
-"""Scores candidate lists with trained rerankers: used by the score and evaluate stages and by serving.
+"""Scores candidate lists with trained rerankers: used by the stages score and evaluate, and by serving.
 
-The item part of the input layer is computed for the whole catalogue when the scorer is built, the user part
-once per row of `user_vectors`; what is left per list is a gather, the backbone and its head.
+The item part of the input layer is computed once for the whole catalogue when the scorer is built, and the user part once
+per row of `user_vectors`. For each list, only the backbone and its head remain to be computed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers.base import ListHistory, Reranker
-from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories, dot_places
+from dpo4rec_ray.rerankers.base import NO_VECTORS, ListHistory, Reranker
+from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories, dot_places, tensor_of
 
-PLACES_PER_CHUNK = 2560  # activations of one chunk stay in a core's L2 cache; four times as many are slower
+PLACES_PER_CHUNK = 2560  # the activations of one chunk fit a core's L2 cache; four times as many are slower
 USERS_PER_CHUNK = 4096
 
 
 @dataclass(frozen=True)
 class UserParts:
-    """What a scorer's models make of S users' vectors; computed once, it serves any number of lists."""
+    """The user part of S users for every model of a scorer: computed once, used for any number of lists."""
 
     standard: Tensor  # [S, D], see Catalogue.standardise_users
     sides: tuple[Tensor | None, ...]  # per model [S, width]; None for a model without knowledge
@@ -33,14 +33,14 @@ class UserParts:
         return len(self.standard)
 
     def select(self, part: slice) -> UserParts:
-        """Those of some users."""
+        """The parts of some of the users."""
         return UserParts(
             self.standard[part], tuple(None if side is None else side[part] for side in self.sides)
         )
 
 
 class ListScorer:
-    """A plain callable: lists in, scores out. Holds no state between calls, so threads may share it."""
+    """Lists in, scores out. Keeps no state between calls, so threads may share it."""
 
     def __init__(self, models: Sequence[Reranker], catalogue: Catalogue) -> None:
         """
@@ -49,7 +49,7 @@ class ListScorer:
             catalogue: the items, on any device.
         """
         if not models:
-            raise UserError("ListScorer needs at least one reranker")
+            raise UserError("ListScorer got no reranker; pass at least one")
         self.models = list(models)
         self.device = next(self.models[0].parameters()).device
         self.catalogue = catalogue.to(self.device)
@@ -62,7 +62,7 @@ class ListScorer:
     @torch.inference_mode()
     def user_parts(self, user_vectors: np.ndarray | Tensor) -> UserParts:
         """user_vectors: [S, D]; zeros for a user without a text."""
-        vectors = torch.as_tensor(user_vectors).to(self.device, torch.float32)
+        vectors = tensor_of(user_vectors).to(self.device, torch.float32)
         parts = vectors.split(USERS_PER_CHUNK)
         return UserParts(
             torch.cat([self.catalogue.standardise_users(part) for part in parts]),
@@ -85,28 +85,26 @@ class ListScorer:
 
         Args:
             item_ids: [B, L]; any valid id at padding.
-            mask: [B, L] bool, True is a real candidate; None: every place is.
+            mask: [B, L] bool, True is a real candidate; None: all are.
             user_vectors: [S, D] of samples or users, or their `user_parts`; needed if a model uses knowledge,
                 ignored otherwise.
             user_rows: [B] row of each list in user_vectors, fastest when lists with the same row are neighbours;
                 None: list i has row i (S = B).
-            histories: of the B lists; read by the backbones that use them. None: they are empty.
+            histories: of the B lists, for the backbones that use them. None: they are empty.
 
         Raises:
-            UserError: ids outside the catalogue, rows that do not fit, or missing or misshapen vectors.
+            UserError: ids outside the catalogue, rows that do not fit the vectors, vectors that are missing or too short.
         """
-        ids = torch.as_tensor(item_ids).to(self.device, torch.long)
+        ids = tensor_of(item_ids).to(self.device, torch.long)
         self.catalogue.check_ids(ids)
-        real = None if mask is None else torch.as_tensor(mask).to(self.device, torch.bool)
+        real = None if mask is None else tensor_of(mask).to(self.device, torch.bool)
         if real is not None and bool(real.all()):
             real = None  # attention without a mask is faster
         num_lists = len(ids)
         known, rows = None, None
         if self.knowledge:
             if user_vectors is None:
-                raise UserError(
-                    "this reranker uses knowledge: pass user_vectors (zeros for a user without a text)"
-                )
+                raise UserError(NO_VECTORS)
             rows = self._check_rows(user_rows, len(user_vectors), num_lists)
             known = user_vectors if isinstance(user_vectors, UserParts) else self.user_parts(user_vectors)
         if histories is not None and any(model.uses_history for model in self.models):
@@ -120,9 +118,11 @@ class ListScorer:
     def score_aligned(
         self, item_ids: Tensor, mask: Tensor | None, users: UserParts | None, histories: Histories | None
     ) -> Tensor:
-        """`score` without its checks, for a caller who vouches for all: list i is of user i, no id is outside the
-        catalogue, a mask has padding in it, everything is on the scorer's device. For a single list they cost as much as
-        ranking it."""
+        """`score` without its checks, which cost as much as the ranking when there is one list.
+
+        The caller must know that list i is of user i, that all ids are in the catalogue, that a mask has padding in it,
+        and that all tensors are on the scorer's device.
+        """
         return self._scores(item_ids, mask, users, None, histories)
 
     def _scores(
@@ -133,24 +133,23 @@ class ListScorer:
         rows: Tensor | None,
         histories: Histories | None,
     ) -> Tensor:
-        """[B, L], -inf where `real` is False; more lists than a chunk holds are scored chunk by chunk."""
+        """[B, L], -inf where `real` is False. Lists that do not fit one chunk are scored chunk by chunk."""
         num_lists, length = ids.shape
         step = max(1, PLACES_PER_CHUNK // max(length, 1))
         if num_lists > step:
-            chunks = []
-            for start in range(0, num_lists, step):
-                part = slice(start, start + step)
-                aligned = users is not None and rows is None
-                chunks.append(
+            parts = [slice(start, start + step) for start in range(0, num_lists, step)]
+            return torch.cat(
+                [
                     self._scores(
                         ids[part],
                         None if real is None else real[part],
-                        users.select(part) if aligned else users,
+                        users.select(part) if users is not None and rows is None else users,
                         None if rows is None else rows[part],
                         None if histories is None else histories.select(part),
                     )
-                )
-            return torch.cat(chunks)
+                    for part in parts
+                ]
+            )
         similarity = None
         if users is not None:
             assert self.catalogue.directions is not None
@@ -179,7 +178,7 @@ class ListScorer:
         if user_rows is None:
             rows, fits = None, num_users == num_lists
         else:
-            rows = torch.as_tensor(user_rows).to(self.device, torch.long)
+            rows = tensor_of(user_rows).to(self.device, torch.long)
             fits = len(rows) == num_lists and (
                 not num_lists or 0 <= int(rows.min()) <= int(rows.max()) < num_users
             )

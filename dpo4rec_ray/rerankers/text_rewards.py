@@ -1,7 +1,7 @@
-"""The reward of a knowledge text: how well a user's own lists are ranked when the user vector is this text's.
+"""The reward of a knowledge text: how well the user's lists are ranked when the user vector is the vector of this text.
 
-Cross-fit (method.md section 4): the reranker of fold k never saw the users of fold k, and scores only them; K = 1 is
-the paper's way. Beyond the paper, each list is scored over several redraws of its candidates around the same positives.
+Cross-fitting (docs/method.md section 4): the reranker of fold k was trained without the users of fold k and scores only
+them; one fold is the paper's way. Beyond the paper, a list is scored several times, with its positives and new negatives.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from dpo4rec_ray.core.rewards import list_rewards
 from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
-PLACES_PER_CALL = 2_000_000  # candidates; bounds the memory of one scoring call
-YARDSTICK = "ndcg@5 as drawn"  # NDCG@5 on the lists as they were drawn, without redraws
+PLACES_PER_CALL = 2_000_000  # candidates of one scoring call: bounds its memory
+YARDSTICK = "ndcg@5 as drawn"  # NDCG@5 on the lists of the stage prepare, without redraws
 
 
 @dataclass(frozen=True)
 class SampleRewards:
-    """Per sample and metric [S, M]; NaN where the user has no list with a positive (or none in that half)."""
+    """Per sample and metric [S, M]; NaN where the user has no list with a positive (for a half: none in that half)."""
 
     metrics: tuple[str, ...]  # [M]
-    reward: np.ndarray
-    half_a: np.ndarray  # the same over a random half of the user's lists
-    half_b: np.ndarray  # over the other half
-    std_error: (
-        np.ndarray
-    )  # of a sample's mean reward beside the user's other samples; NaN with one list or one sample
+    reward: np.ndarray  # mean over the user's lists
+    half_a: np.ndarray  # mean over a random half of the lists
+    half_b: np.ndarray  # mean over the other half
+    std_error: np.ndarray  # see `_std_errors`; NaN with one list or one sample
     num_lists: np.ndarray  # [S]
 
 
@@ -53,24 +51,21 @@ class SampleScorer:
         """
         Args:
             scorers: one per fold; a user of fold k is scored by scorers[k].
-            lists: in any order; those without a positive carry no reward and are left out.
+            lists: in any order; those without a positive give no reward and are left out.
             folds: [num_users] fold of each user id.
-            metrics: names that `core.rewards.reward_by_name` knows, and YARDSTICK.
-            num_redraws: 0 keeps the lists as they were drawn. Lists shorter than the widest keep theirs.
-            negative_weights: [num_items] how likely an item is drawn as a negative; None: all alike.
+            metrics: names that `core.rewards.reward_by_name` knows, or YARDSTICK.
+            num_redraws: 0 keeps the lists as they are. Lists that are shorter than the longest are never redrawn.
+            negative_weights: [num_items] how likely an item is drawn as a negative; None: all are equally likely.
         """
         self._scorers, self._folds, self._metrics = list(scorers), folds, tuple(metrics)
         self._redraws = max(1, num_redraws)
         keep = torch.nonzero((lists.labels > 0).any(dim=1)).squeeze(1)
         lists = lists.select(keep[torch.argsort(lists.user_ids[keep], stable=True)])
-        self._user_ids, self._mask, self._histories = (
-            lists.user_ids.numpy(),
-            lists.mask.numpy(),
-            lists.histories,
-        )
+        self._user_ids, self._mask = lists.user_ids.numpy(), lists.mask.numpy()
+        self._histories = lists.histories
         item_ids, labels = lists.item_ids.numpy(), lists.labels.numpy()
         rng = np.random.default_rng([seed, 1])
-        # With redraws the lists as drawn come last: the yardstick is measured on them alone.
+        # The last copy is the lists as they are: YARDSTICK is measured on it alone.
         copies = num_redraws + 1
         self._item_ids = np.repeat(item_ids[None], copies, axis=0)  # [C, n, L]
         self._labels = np.repeat(labels[None], copies, axis=0)
@@ -82,7 +77,7 @@ class SampleScorer:
         self._half = _random_halves(self._user_ids, np.random.default_rng([seed, 2]))
 
     def rewards(self, user_ids: np.ndarray, vectors: np.ndarray) -> SampleRewards:
-        """user_ids [S], samples of one user together; vectors [S, D] -> rewards."""
+        """user_ids [S] with the samples of a user next to each other, vectors [S, D] -> rewards of the samples."""
         shape = (len(user_ids), len(self._metrics))
         reward, half_a, half_b, std_error = (np.full(shape, np.nan, np.float64) for _ in range(4))
         low = np.searchsorted(self._user_ids, user_ids, side="left")
@@ -90,11 +85,10 @@ class SampleScorer:
         for fold, scorer in enumerate(self._scorers):
             mine = np.flatnonzero((self._folds[user_ids] == fold) & (num_lists > 0))
             for part in self._calls(mine, user_ids, num_lists):
+                # P pairs of a sample and one of its user's lists.
                 sample = np.repeat(np.arange(len(part)), num_lists[part])
-                offset = np.arange(len(sample)) - np.repeat(
-                    np.cumsum(num_lists[part]) - num_lists[part], num_lists[part]
-                )
-                rows = low[part][sample] + offset
+                first_pair = np.cumsum(num_lists[part]) - num_lists[part]
+                rows = low[part][sample] + np.arange(len(sample)) - first_pair[sample]
                 per_list = self._per_list(scorer, rows, vectors[part], sample)  # [P, M]
                 in_a = self._half[rows]
                 user = np.unique(user_ids[part], return_inverse=True)[1]
@@ -107,10 +101,11 @@ class SampleScorer:
         return SampleRewards(self._metrics, reward, half_a, half_b, std_error, num_lists)
 
     def _calls(self, mine: np.ndarray, user_ids: np.ndarray, num_lists: np.ndarray) -> list[np.ndarray]:
-        """The samples `mine` in parts that are scored at once: whole users, about PLACES_PER_CALL each."""
+        """The samples `mine` in parts that are scored at once: all samples of some users, about PLACES_PER_CALL."""
         if not len(mine):
             return []
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(user_ids[mine])) + 1])  # of each user
+        # The first sample of each user.
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(user_ids[mine])) + 1])
         own = num_lists[mine] * len(self._item_ids)
         before = (np.cumsum(own) - own)[starts] * self._item_ids.shape[2] // PLACES_PER_CALL
         return np.split(mine, starts[1:][np.diff(before) > 0])
@@ -118,9 +113,9 @@ class SampleScorer:
     def _per_list(
         self, scorer: ListScorer, rows: np.ndarray, vectors: np.ndarray, sample: np.ndarray
     ) -> np.ndarray:
-        """Rewards of each (sample, list) pair [P, M], averaged over the redraws."""
+        """Rewards of each pair of a sample and a list [P, M], averaged over the redraws."""
         copies, _, length = self._item_ids.shape
-        # lists of one sample stay neighbours
+        # The copies of a list stay next to each other: the scorer is fastest when neighbours share a user vector.
         items = self._item_ids[:, rows].transpose(1, 0, 2).reshape(-1, length)
         labels = self._labels[:, rows].transpose(1, 0, 2).reshape(-1, length)
         mask = np.repeat(self._mask[rows], copies, axis=0)
@@ -156,15 +151,17 @@ def _mean_by(group: np.ndarray, values: np.ndarray, num_groups: int) -> np.ndarr
 
 
 def _std_errors(values: np.ndarray, sample: np.ndarray, rows: np.ndarray, user: np.ndarray) -> np.ndarray:
-    """How far chance alone moves a sample's mean reward beside those of the user's other samples.
+    """Standard error of a sample's mean reward when it is compared with the user's other samples.
 
-    Two-way layout per user, value = sample + list + rest: the lists are the same for all samples, so only the rest is
-    chance. values, sample, rows: [P] reward, sample and list of each pair; user: [S] of each sample -> [S].
+    A two-way layout per user: reward = effect of the sample + effect of the list + residual. All samples of a user are
+    scored on the same lists, so the residuals alone are noise in that comparison.
+
+    values, sample, rows: [P] reward, sample and list of each pair; user: [S] number of each sample's user -> [S].
     """
     num_users = int(user.max()) + 1
     lists, place = np.unique(rows, return_inverse=True)
     of_pair = user[sample]
-    rest = (
+    residual = (
         values
         - _mean_by(sample, values, len(user))[sample]
         - _mean_by(place, values, len(lists))[place]
@@ -173,6 +170,6 @@ def _std_errors(values: np.ndarray, sample: np.ndarray, rows: np.ndarray, user: 
     num_samples = np.bincount(user, minlength=num_users)
     num_lists = np.bincount(of_pair, minlength=num_users) / num_samples
     freedom = (num_samples - 1) * (num_lists - 1)
-    squares = np.bincount(of_pair, rest**2, minlength=num_users)
+    squares = np.bincount(of_pair, residual**2, minlength=num_users)
     variance = np.divide(squares, freedom, out=np.full(num_users, np.nan), where=freedom > 0)
     return np.sqrt(variance / num_lists)[user]

@@ -19,7 +19,8 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.systems import HEADLINE
-from dpo4rec_ray.rerankers.fit import CARD_FILE, WEIGHTS_FILE, load_reranker
+from dpo4rec_ray.rerankers.card import read_card
+from dpo4rec_ray.rerankers.fit import WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.serving.version_files import (
     ITEMS,
@@ -67,7 +68,7 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
     if not (folder / WEIGHTS_FILE).is_file():
         known = ", ".join(sorted(one.name for one in folder.parent.iterdir()))
         raise UserError(f"{folder}: no fitted reranker; there are: {known}")
-    card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    card = read_card(folder)
     system = card["info"]["system"]
     temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -95,7 +96,7 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
             num_items=store.require("items").rows,
             max_history=config.data.reranker_history,
             encoder=config.encoder.path,
-            figures={name: card["info"]["figures"][f"test {name}"] for name in HEADLINE},
+            figures={name: card["info"]["metrics"][f"test {name}"] for name in HEADLINE},
         )
         write_card(temporary, written)
         temporary.rename(target)
@@ -110,8 +111,8 @@ def _best_model(config: Config, store: RunDir) -> str:
     round_id = json.loads((store.root / "summary.json").read_text(encoding="utf-8"))["best_round"]
     system, highest = system_name(config, round_id), float("-inf")
     for one in sorted(folder.iterdir()):
-        info = json.loads((one / CARD_FILE).read_text(encoding="utf-8"))["info"]
-        value = info["figures"][f"valid {info['fit']['metric']}"]
+        info = read_card(one)["info"]
+        value = info["metrics"][f"valid {info['fit']['metric']}"]
         if info["system"] == system and value > highest:
             best, highest = one.name, value
     return best

@@ -1,13 +1,13 @@
-"""Final figures. The only stage that reads the test users' lists.
+"""Metrics of every system on the test lists. No other stage reads these lists.
 
-Each system is fitted on the training lists with its own knowledge, chosen on validation, and measured on the same test
-lists: one Ray task per backbone, system and seed. Random, popularity and the upper bound stand beside them (method.md
-section 7). What the tables say is decided in `dpo4rec_ray/evaluation.py`.
+Each system is trained on the training lists with its own knowledge, has its epoch chosen on the validation lists, and is
+measured on the same test lists: one Ray task per backbone, system and seed. Random order, popularity and the upper bound
+are measured too (docs/method.md section 7). The tables are made in `dpo4rec_ray/evaluation/tables.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation import paper_table, tables
 from dpo4rec_ray.evaluation.systems import HEADLINE, METRIC_NAMES
 from dpo4rec_ray.prepare.inspection import files_of_run
@@ -29,25 +30,16 @@ from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.reading import (
-    fit_settings,
-    popularity,
-    read_catalogue,
-    read_list_data,
-    read_vectors,
-    reranker_settings,
-    training_facts,
-)
-from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
+from dpo4rec_ray.store.reading import popularity, read_catalogue, read_list_data, read_vectors, training_facts
 from dpo4rec_ray.workers.shards import begin_shards, finished_shards
-from dpo4rec_ray.workers.tasks import wait_for_epochs
+from dpo4rec_ray.workers.tasks import run_tasks
 
-FIGURES = "figures.json"
+EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the name before release 0.2
 BACKBONE, BASE_LLM, STATISTICS = "backbone", "base-llm", "statistics"
 
 
 def system_name(config: Config, knowledge: int | None) -> str:
-    """Name of the system that uses round `knowledge`'s texts; None: no knowledge."""
+    """Name of the system that uses the texts of round `knowledge`; None: no knowledge."""
     if knowledge is None:
         return BACKBONE
     if knowledge == 0:
@@ -57,17 +49,11 @@ def system_name(config: Config, knowledge: int | None) -> str:
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `per_list`: every system's metrics on every test list, the fitted rerankers, and the tables."""
-    import ray
-
     folder = store.path("per_list")
     finished = finished_shards(folder, store.fingerprint)
     store.start("per_list", keep=bool(finished))
     begin_shards(folder, store.fingerprint)
-    gpus = config.evaluate.gpus_per_task
-    check_room("the tasks of evaluate", 1, gpus)
-    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(_fit_and_measure)
-    shared = ray.put((config, store))
-    # The slow ones first, so that none is left alone at the end: fits with knowledge take longest.
+    # The slow ones first, so that no CPU waits at the end: fits with knowledge take longest.
     jobs = [
         (backbone, knowledge, seed)
         for knowledge in [*range(round_id, -1, -1), None]
@@ -78,15 +64,17 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if len(todo) < len(jobs):
         say(f"  evaluate: {len(jobs) - len(todo)} fits kept from an interrupted run")
     (folder / METRICS).unlink(missing_ok=True)
-    wait_for_epochs(
-        [task.remote(shared, *job) for job in todo],
-        folder / METRICS,
-        "evaluate",
-        sum(config.reranker.of(backbone).epochs for backbone, _, _ in todo),
+    run_tasks(
+        _fit_and_measure,
+        (config, store),
+        todo,
+        gpus=config.evaluate.gpus_per_task,
+        label="evaluate",
+        file=folder / METRICS,
+        total=sum(config.reranker.of(backbone).epochs for backbone, _, _ in todo),
     )
     store.write("per_list", _simple_systems(config, store), part=len(jobs))
-    tables = [pq.read_table(file) for file in sorted(folder.glob("*.parquet"))]
-    per_list = pa.concat_tables(tables)
+    per_list = pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
     _summarise(config, store, per_list.to_pandas())
     return Outcome(
         rows_in=store.require("lists").rows, rows_out=len(per_list), stats={"last_round": round_id}
@@ -94,18 +82,16 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
 
 def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: int | None, seed: int) -> None:
-    """Fit one reranker, measure it on the test lists, commit the figures and save it."""
+    """Fit one reranker, measure it on the test lists, save it and commit its metrics."""
     config, store = shared
     torch.set_num_threads(1)
     catalogue = read_catalogue(store)
     train, valid, test = (read_list_data(store, split) for split in ("train", "valid", "test"))
     vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1]
-    seed_number = seed_of(config.run.seed, "evaluate", seed)  # the same for every system: paired comparison
+    # The same seed for every system, as systems are compared list by list.
+    seed_number = seed_of(config.run.seed, "evaluate", seed)
     section = config.reranker.of(backbone)
-    settings = fit_settings(section, seed_number)
-    model = build_reranker(
-        backbone, catalogue.shape, vectors is not None, reranker_settings(section), seed=seed_number
-    )
+    model = build_reranker(section.architecture, catalogue.shape, vectors is not None, seed=seed_number)
     if config.evaluate.gpus_per_task:
         model = model.to("cuda")
     system = system_name(config, knowledge)
@@ -116,7 +102,8 @@ def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: in
         train,
         valid,
         vectors,
-        settings,
+        section.fit,
+        seed=seed_number,
         on_epoch=lambda record: metrics.write({"model": name, **record}),
     )
     scores = ListScorer([model], catalogue).score(
@@ -127,11 +114,17 @@ def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: in
         "best epoch": result.best_epoch,
         "epochs": len(result.history),
         "seconds per epoch": round(float(np.mean([record["seconds"] for record in result.history])), 2),
-        f"valid {settings.metric}": result.best_value,
+        f"valid {section.metric}": result.best_value,
         **{f"test {name}": float(np.mean(measured[name].to_numpy())) for name in HEADLINE},
     }
-    info = {"system": system, "seed": seed, "figures": stats, "fit": asdict(settings)}
-    save_reranker(store.path("per_list") / "rerankers" / name, model, info | training_facts(config, store))
+    info = {
+        "system": system,
+        "seed": seed,
+        "metrics": stats,
+        "fit": {**section.fit.model_dump(), "seed": seed_number},
+        **training_facts(config, store),
+    }
+    save_reranker(store.path("per_list") / "rerankers" / name, model, info)
     store.write("per_list", measured, part=_part(config, backbone, knowledge, seed))
 
 
@@ -171,8 +164,8 @@ def _measured(
     return pa.table(columns | list_metrics(scores, test.labels.numpy(), METRIC_NAMES, test.mask.numpy()))
 
 
-def _about(store: RunDir) -> pd.DataFrame:
-    """What the test lists are broken down by: length of the user's history, popularity of the list's positives."""
+def _list_properties(store: RunDir) -> pd.DataFrame:
+    """What the test lists are grouped by: length of the user's history, popularity of the list's positives."""
     train, test = read_list_data(store, "train"), read_list_data(store, "test")
     counts = popularity(train, store.require("items").rows)[test.item_ids.numpy()]
     positive = test.labels.numpy() > 0
@@ -191,12 +184,22 @@ def _about(store: RunDir) -> pd.DataFrame:
 
 
 def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame) -> None:
-    """Write the tables, and figures.json with everything in them, which the report reads."""
-    # a sample of the users, or lists of one's own, are not the paper's data
-    other = config.logged.file or config.data.max_users
-    paper = None if other else paper_table.key_of(config.data.dataset, files_of_run(config, store))
-    summary = tables.summarise(per_list, _about(store), config.evaluate.num_resamples, paper)
+    """Write the tables, and metrics.json with the content of all of them, which the report reads."""
+    # With logged lists or a sample of the users, the data is not the paper's.
+    is_other_data = config.logged.file or config.data.max_users
+    paper = None if is_other_data else paper_table.key_of(config.data.dataset, files_of_run(config, store))
+    summary = tables.summarise(per_list, _list_properties(store), config.evaluate.num_resamples, paper)
     folder = store.path("per_list")
-    write_json(folder / FIGURES, summary)
+    write_json(folder / EVALUATION, summary)
     written = tables.write_tables(folder, summary)
     say(f"  tables in {folder}: {', '.join(file.name for file in written)}")
+
+
+def read_evaluation(store: RunDir) -> dict[str, Any]:
+    """The content of metrics.json. Raises UserError if the evaluation is not complete or its file is gone."""
+    store.require("per_list")
+    folder = store.path("per_list")
+    file = next((folder / name for name in (EVALUATION, OLD_EVALUATION) if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder / EVALUATION} is missing; remove {folder} and run the recipe again")
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Every sample's reward, through two actor pools: the text encoder, then the reward rerankers.
 
-Beside the metric that pairs are made of, the same scores are judged by others (reward.compare), so that a user can see
-whether the reward is robust: `reward_figures.py`.
+The same scores also give the metrics in reward.compare, which show whether the reward can be trusted
+(dpo4rec_ray/evaluation/reward_diagnosis.py). Pairs are made from reward.metric alone.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
 
 def metric_names(config: Config) -> tuple[str, ...]:
-    """The metric that pairs are made of, those it is compared with, and the one all are measured on."""
+    """The metric that pairs are made from, those in reward.compare, and the one that judges them all."""
     return tuple(dict.fromkeys((config.reward.metric, *config.reward.compare, YARDSTICK)))
 
 
 def _say(stats: dict[str, Any]) -> None:
-    """One line per metric: how often it cannot tell samples apart, and what its choice is worth on other lists."""
+    """One line per metric: how often its best sample is tied, and what its choice is worth on other lists."""
     if not stats["users_in_carry_over"]:
-        say("  carry-over: unknown, no user has two lists with a positive")
+        say("  carry-over: unknown, because no user has two lists with a positive")
         return
     for number, (name, row) in enumerate(stats["metrics"].items()):
         low, high = row["yardstick_gap_ci95"]

@@ -1,18 +1,16 @@
-"""The reward rerankers: knowledge-augmented, one per fold, chosen on validation users.
+"""Trains the reward rerankers: with knowledge, one per fold of users, each with its epoch chosen on validation users.
 
-The same backbone without knowledge is trained beside them, with the same budget, to show what knowledge is worth. They
-are small: each is a Ray task of its own. With reward.num_workers > 1 each is trained by that many workers under Ray
-Train, one after the other, for models or data that one worker cannot take.
+The same backbone without knowledge is trained with the same settings, to show what knowledge adds. The models are small, so
+each is a Ray task of its own. With reward.num_workers > 1 they are trained one after the other, each by that many workers
+under Ray Train, for models or data that are too large for one worker.
 
-Also measured here: the shuffle drop, the NDCG lost when users get each other's vectors. Zero means that the reranker
-ignores knowledge, and then no reward can teach anything.
+Also measures the shuffle drop: the NDCG that is lost when users get each other's vectors. Zero means that the rerankers
+ignore knowledge, and then their rewards are noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,17 +28,9 @@ from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.reading import (
-    fit_settings,
-    read_catalogue,
-    read_list_data,
-    read_vectors,
-    reranker_settings,
-    training_facts,
-)
+from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors, training_facts
 from dpo4rec_ray.train.launch import launch
-from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
-from dpo4rec_ray.workers.tasks import wait_for_epochs
+from dpo4rec_ray.workers.tasks import run_tasks
 
 PLAIN = "without-knowledge"
 
@@ -57,36 +47,31 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             section=TrainerSection(
                 num_workers=config.reward.num_workers,
                 gpus_per_worker=config.reward.gpus_per_worker,
-                max_failures=0,  # it would begin again from nothing
+                max_failures=0,  # no checkpoints: a retry would start from the beginning
             ),
             label="train_reward",
             unit="epochs",
         )
     else:
-        _train_as_tasks(config, store, names)
+        run_tasks(
+            _train_task,
+            (config, store),
+            [(name, len(names)) for name in names],
+            gpus=config.reward.gpus_per_worker,
+            label="train_reward",
+            file=folder / METRICS,
+            total=len(names) * config.reranker.of(config.reranker.backbone).epochs,
+        )
     stats = _shuffle_drop(config, store)
     say(
         f"  NDCG@5 on validation: {stats['valid_ndcg@5 without knowledge']:.4f} without knowledge, "
         f"{stats['valid_ndcg@5']:.4f} with each user's text, {stats['shuffle_drop']:.4f} less with another user's"
     )
-    num_lists = store.require("lists").rows
-    return Outcome(rows_in=num_lists, rows_out=len(names), stats=stats)
-
-
-def _train_as_tasks(config: Config, store: RunDir, names: list[str]) -> None:
-    """Every reranker in a task of its own; progress is what they have written to metrics.jsonl."""
-    import ray
-
-    gpus = config.reward.gpus_per_worker
-    check_room("the tasks of train_reward", 1, gpus)
-    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(_train_task)
-    shared = ray.put((config, store))
-    tasks = [task.remote(shared, name, len(names)) for name in names]
-    epochs = config.reranker.of(config.reranker.backbone).epochs
-    wait_for_epochs(tasks, store.path("reward") / METRICS, "train_reward", len(names) * epochs)
+    return Outcome(rows_in=store.require("lists").rows, rows_out=len(names), stats=stats)
 
 
 def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> None:
+    """A Ray task: trains one reranker by itself."""
     config, store = shared
     torch.set_num_threads(1)
     device = "cuda" if config.reward.gpus_per_worker else "cpu"
@@ -94,7 +79,7 @@ def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> No
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """One Ray Train worker: trains every reranker together with the other workers, each on its share of the lists."""
+    """One Ray Train worker: trains every reranker together with the other workers, on its share of the lists."""
     from ray import train
 
     config, store, names = arguments["config"], arguments["store"], arguments["names"]
@@ -125,42 +110,39 @@ def _train_one(
         lists, valid = without_fold(lists, folds, fold), without_fold(valid, folds, fold)
     section = config.reranker.of(config.reranker.backbone)
     seed = seed_of(config.run.seed, "reward", name)
-    settings = fit_settings(section, seed)
     number = 0 if not knowledge else 1 + int(name.removeprefix("fold-"))
 
     def on_epoch(record: dict[str, Any]) -> None:
-        step = number * settings.epochs + record["epoch"]
-        metrics.write({"step": step, "num_steps": num_models * settings.epochs, "model": name, **record})
+        step = number * section.epochs + record["epoch"]
+        metrics.write({"step": step, "num_steps": num_models * section.epochs, "model": name, **record})
 
-    model = place(
-        build_reranker(section.backbone, catalogue.shape, knowledge, reranker_settings(section), seed=seed)
-    )
+    model = place(build_reranker(section.architecture, catalogue.shape, knowledge, seed=seed))
     result = fit(
         model,
         catalogue,
         lists.select(slice(rank, None, world)),
         valid,
         read_vectors(store, 0, "user")[1] if knowledge else None,
-        settings,
+        section.fit,
+        seed=seed,
         on_epoch=on_epoch,
     )
     if rank == 0:
-        stats = {"best_epoch": result.best_epoch, f"valid {settings.metric}": result.best_value}
         info = {
             "system": name,
             "seed": seed,
-            "figures": stats,
-            "fit": asdict(settings),
+            "metrics": {"best_epoch": result.best_epoch, f"valid {section.metric}": result.best_value},
+            "fit": {**section.fit.model_dump(), "seed": seed},
             **training_facts(config, store),
         }
-        save_reranker(Path(store.path("reward")) / name, model, info)
+        save_reranker(store.path("reward") / name, model, info)
 
 
 def without_fold(lists: ListData, folds: torch.Tensor, fold: int) -> ListData:
-    """The lists of users outside the fold, for training and for choosing the epoch alike. folds: [U] of each user.
+    """The lists of users outside the fold, for training and for choosing the epoch. folds: [U] of each user.
 
     Raises:
-        UserError: none is left.
+        UserError: no list is left.
     """
     kept = lists.select(folds[lists.user_ids] != fold)
     if not len(kept):
@@ -172,7 +154,7 @@ def without_fold(lists: ListData, folds: torch.Tensor, fold: int) -> ListData:
 
 
 def another_user(users: np.ndarray, num_users: int, seed: int) -> np.ndarray:
-    """[num_users]: each of `users` (two at least) is given another one of them, the rest themselves."""
+    """[num_users]: another one of `users` for each of them (at least two); all other users stay themselves."""
     other = np.arange(num_users)
     order = np.random.default_rng(seed).permutation(users)
     other[order] = np.roll(order, 1)
@@ -180,10 +162,10 @@ def another_user(users: np.ndarray, num_users: int, seed: int) -> np.ndarray:
 
 
 def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
-    """NDCG@5 on validation lists with own vectors, and what is lost when each user gets another user's.
+    """NDCG@5 on validation lists with each user's own vector, and what is lost with another user's.
 
-    The mean over the folds' rerankers, each alone: their average would gain from being several, which one reranker
-    without knowledge cannot.
+    The folds' rerankers are measured one by one and the mean is reported. An ensemble of them would score higher for
+    being an ensemble, which is unfair to the single reranker without knowledge.
     """
     catalogue, valid = read_catalogue(store), read_list_data(store, "valid")
     vectors = read_vectors(store, 0, "user")[1]

@@ -1,4 +1,4 @@
-"""Artifacts as those who read them want them: users by range; catalogue, lists and vectors as arrays."""
+"""Artifacts in the form that their readers need: users by id range; catalogue, lists and vectors as arrays."""
 
 from __future__ import annotations
 
@@ -11,48 +11,18 @@ import pyarrow.parquet as pq
 import torch
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.config.ranking import RerankerSection
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import Catalogue, RerankerSettings
+from dpo4rec_ray.rerankers import Catalogue
 from dpo4rec_ray.rerankers.catalogue import Histories
-from dpo4rec_ray.rerankers.fit import FitSettings, ListData, load_reranker
+from dpo4rec_ray.rerankers.fit import ListData, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.rerankers.text_rewards import SampleScorer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import commit, versions
 from dpo4rec_ray.store.schemas import SCHEMAS
 
-
-def reranker_settings(section: RerankerSection) -> RerankerSettings:
-    """The architecture that a section (`config.reranker.of(backbone)`) asks for."""
-    return RerankerSettings(
-        backbone=section.backbone,
-        adapter=section.adapter,
-        similarity=section.similarity,
-        input_layer=section.input_layer,
-        embed_dim=section.embed_dim,
-        hidden_dim=section.hidden_dim,
-        num_heads=section.num_heads,
-        num_layers=section.num_layers,
-        num_shared_experts=section.num_shared_experts,
-        num_dedicated_experts=section.num_dedicated_experts,
-    )
-
-
-def fit_settings(section: RerankerSection, seed: int) -> FitSettings:
-    """The training budget that a section asks for: the same with and without knowledge."""
-    return FitSettings(
-        epochs=section.epochs,
-        batch_size=section.batch_size,
-        lr=section.lr,
-        weight_decay=section.weight_decay,
-        temperature=section.temperature,
-        patience=section.patience,
-        metric=section.metric,
-        seed=seed,
-        resample_negatives=section.resample_negatives,
-    )
+_LIST_COLUMNS = ["user_id", "split", "candidate_item_ids", "labels", "history_item_ids", "history_ratings"]
 
 
 def read_vectors(
@@ -62,7 +32,13 @@ def read_vectors(
     sample_id: int | None = 0,
     subject_ids: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Subject ids [S] and their vectors [S, D] of one round, in id order; sample_id None: all samples; subject_ids None: all."""
+    """Subject ids [S] and their vectors [S, D] of one round, in id order.
+
+    Args:
+        subject: "user" or "item".
+        sample_id: None: all samples.
+        subject_ids: None: all subjects.
+    """
     where: list[tuple[str, str, object]] = [("subject", "=", subject)]
     if sample_id is not None:
         where.append(("sample_id", "=", sample_id))
@@ -80,31 +56,21 @@ def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def read_catalogue(store: RunDir) -> Catalogue:
-    """All items with their knowledge vectors."""
+    """All items with the vectors of their texts."""
     attributes = store.read("items", columns=["attributes"])["attributes"].to_pylist()
     return Catalogue.from_items(attributes, read_vectors(store, 0, "item")[1])
 
 
 def read_list_data(store: RunDir, split: str | tuple[str, ...]) -> ListData:
-    """Lists of a split as dense tensors; a user's row in the vectors is the user id."""
+    """Lists of a split as dense tensors; the row of a user's vector is the user id."""
     return list_data(store.read("lists", split=split, columns=_LIST_COLUMNS))
-
-
-_LIST_COLUMNS = [
-    "user_id",
-    "split",
-    "candidate_item_ids",
-    "labels",
-    "history_item_ids",
-    "history_ratings",
-]
 
 
 def list_data(table: pa.Table) -> ListData:
     """Rows of the lists artifact as dense tensors.
 
     Raises:
-        UserError: a list whose labels do not match its candidates, or its history's ratings the history.
+        UserError: a list has other numbers of candidates and labels, or of history items and ratings.
     """
     item_ids, mask = dense(table["candidate_item_ids"], np.int64)
     labels, labelled = dense(table["labels"], np.float32)
@@ -112,7 +78,7 @@ def list_data(table: pa.Table) -> ListData:
     history_ratings, rated = dense(table["history_ratings"], np.float32)
     if not np.array_equal(mask, labelled) or not np.array_equal(history_mask, rated):
         raise UserError(
-            "lists: item ids and their labels or ratings differ in length; prepare the data again"
+            "lists: item ids and their labels or ratings differ in length; run the stage prepare again"
         )
     users = torch.from_numpy(table["user_id"].to_numpy().copy())
     histories = Histories(*map(torch.from_numpy, (history_ids, history_mask, history_ratings)))
@@ -120,7 +86,7 @@ def list_data(table: pa.Table) -> ListData:
 
 
 def dense(column: pa.ChunkedArray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """A list column as values [n, longest], 0 at padding, and which places are real [n, longest]."""
+    """A list column as values [n, longest] with 0 at padding, and a mask [n, longest] of the real places."""
     lengths = pc.list_value_length(column).to_numpy()
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     values = np.zeros(mask.shape, dtype)
@@ -131,8 +97,8 @@ def dense(column: pa.ChunkedArray, dtype: type) -> tuple[np.ndarray, np.ndarray]
 def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> SampleScorer:
     """The reward rerankers with the lists of the training and validation users.
 
-    A user is rewarded on the lists of the user's own split only: where lists are split by time, a training user's later
-    lists must not choose what is trained on.
+    A user's texts are scored on the lists of the user's own split alone: where lists are split by time, the later lists of
+    a training user must not decide which pairs are trained on.
     """
     table = store.read("lists", split=("train", "valid"), columns=_LIST_COLUMNS)
     users = store.read("users", columns=["user_id", "split", "fold"])  # in user id order
@@ -146,7 +112,7 @@ def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> Samp
     weights = None
     if config.reward.hard_negatives:
         seen = list_data(table.filter(pc.equal(table["split"], "train")))
-        # one more each: an item that nobody liked may still be drawn
+        # Plus one: an item without a positive may be drawn too.
         counts = popularity(seen, catalogue.shape.num_items) + 1
         weights = counts**config.reward.hard_negatives
     return SampleScorer(
@@ -168,7 +134,7 @@ def popularity(lists: ListData, num_items: int) -> np.ndarray:
 
 
 def training_facts(config: Config, store: RunDir) -> dict[str, dict[str, object] | str]:
-    """What a model card says of data and versions: "data", "versions", "commit"."""
+    """The parts of a model card that say what was trained on and by what: "data", "versions", "commit"."""
     data, report = config.data, store.require("lists").stats
     facts: dict[str, object] = {
         "dataset": data.dataset,
@@ -183,7 +149,7 @@ def training_facts(config: Config, store: RunDir) -> dict[str, dict[str, object]
 
 
 class UserRows:
-    """Rows of `users` by id range, for readers of small ranges: finds the row groups once, then decodes only those."""
+    """Rows of `users` by id range. Finds once which ids each row group has, then decodes only the row groups of a range."""
 
     def __init__(self, store: RunDir, splits: tuple[str, ...]):
         self._splits = pa.array(splits)
@@ -215,7 +181,10 @@ def users_per_shard(
     shard_size: int,
     takes_part: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """How many users of the splits each shard of `shard_size` user ids has: int64 [shards]. Reads in passing."""
+    """How many users of the splits each shard of `shard_size` user ids has: int64 [shards]. Reads batch by batch.
+
+    takes_part: of user ids [n], which ones count, bool [n]; None: all.
+    """
     counts = np.zeros(-(-store.require("users").rows // shard_size), np.int64)
     for file in store.files("users"):
         with pq.ParquetFile(file) as parquet:

@@ -1,22 +1,42 @@
-"""Waiting for many small Ray tasks."""
+"""Small models that are each trained by a Ray task, and their progress."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
 
 
-def wait_for_epochs(tasks: Sequence[Any], file: Path, label: str, total: int) -> None:
-    """Wait for Ray tasks that append one line per epoch to `file`; `total` epochs at most, fewer if some stop early.
+def run_tasks(
+    work: Callable[..., None],
+    shared: Any,
+    jobs: Sequence[tuple],
+    *,
+    gpus: float,
+    label: str,
+    file: Path,
+    total: int,
+) -> None:
+    """Run `work(shared, *job)` for every job, each as a Ray task with one CPU. Raises what a task raised.
 
-    Raises what a task raised.
+    Args:
+        gpus: GPUs of each task.
+        label: name of the stage, for the terminal.
+        file: where each task appends one line per epoch.
+        total: epochs of all tasks together, if none stops early.
+
+    Raises:
+        UserError: a task needs more than this machine has.
     """
     import ray
 
-    waiting = list(tasks)
+    check_room(f"the tasks of {label}", 1, gpus)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(work)
+    reference = ray.put(shared)
+    waiting = [task.remote(reference, *job) for job in jobs]
     with Progress(label, total, "epochs") as progress:
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1.0)

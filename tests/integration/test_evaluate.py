@@ -41,7 +41,7 @@ def test_no_llm_and_no_reward_are_needed(evaluated: Finished) -> None:
     }  # fmt: skip
 
 
-def test_the_tables_are_the_figures(evaluated: Finished) -> None:
+def test_the_tables_hold_the_metrics_of_the_summary(evaluated: Finished) -> None:
     folder = evaluated.folder / "eval"
     with open(folder / "table.csv", encoding="utf-8") as handle:
         lines = {(row["backbone"], row["system"]): row for row in csv.DictReader(handle)}
@@ -67,9 +67,9 @@ def test_every_fit_is_saved_with_its_card(evaluated: Finished) -> None:
     assert {path.name for path in folder.iterdir()} == names
     for name in names:
         model = load_reranker(folder / name, catalogue)
-        assert model.settings.backbone == name.split("-")[0]
+        assert model.architecture.backbone == name.split("-")[0]
         assert model.knowledge == ("statistics" in name)
-        assert (model.settings.input_layer == "concat") == name.startswith("dlcm")
+        assert (model.architecture.input_layer == "concat") == name.startswith("dlcm")
         card = (folder / name / "README.md").read_text(encoding="utf-8")
         for fact in ("dataset | sample", "protocol | user", "test ndcg@5", "torch", "lr"):
             assert fact in card, fact

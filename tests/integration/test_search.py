@@ -21,7 +21,7 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import read_list_data
 from tests.conftest import DEMO, ROOT, TINY, run_job
 
-FIGURES = ("metric", "valid", "best epoch", "epochs", "ended")
+COMPARED = ("metric", "valid", "best epoch", "epochs", "ended")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def test_every_trial_is_a_row_and_the_best_stand_first(searched: Searched) -> No
         assert len(set(settings)) == 3
         stats = [float(row["valid"]) for row in own]
         assert stats == sorted(stats, reverse=True)
-        assert all(0 < figure <= 1 for figure in stats)
+        assert all(0 < value <= 1 for value in stats)
         assert {(row["metric"], row["epochs"], row["ended"]) for row in own} == {("ndcg@5", "3", "complete")}
         assert all(1 <= int(row["best epoch"]) <= 3 for row in own)
     page = (searched.store.root / "search" / "results.md").read_text()
@@ -128,12 +128,12 @@ def test_other_lists_than_those_of_training_and_validation_are_not_read(
         Catalogue.from_items(attributes).check_ids(read_list_data(searched.store, "test").item_ids)
 
     grid_search.run(
-        searched.config, searched.store, grid_search.Plan(("dlcm",), num_trials=3, scheduler="none")
+        searched.config, searched.store, grid_search.SearchPlan(("dlcm",), num_trials=3, scheduler="none")
     )
 
     after = searched.rows
-    assert [[row[name] for name in FIGURES] for row in after] == [
-        [row[name] for name in FIGURES] for row in before
+    assert [[row[name] for name in COMPARED] for row in after] == [
+        [row[name] for name in COMPARED] for row in before
     ]
 
 
@@ -143,7 +143,9 @@ def test_a_trial_that_fails_or_lags_behind_is_a_row_too(searched: Searched, ray_
     config = load_config(ROOT / DEMO, [*searched.changes, "reranker.epochs=8"])
     diverging, impossible = {"lr": 1e30}, {"embed_dim": -3}
     grid = ({"lr": 3e-3, "batch_size": 64}, diverging, {"lr": 1e-9}, {"lr": 1e-8}, impossible)
-    trials = grid_search.run(config, searched.store, grid_search.Plan(("prm",), grid=grid, concurrent=1))
+    trials = grid_search.run(
+        config, searched.store, grid_search.SearchPlan(("prm",), grid=grid, concurrent=1)
+    )
     by_lr = {trial.settings.get("lr"): trial for trial in trials}
     assert trials[0] is by_lr[3e-3] and (trials[0].epochs, trials[0].ended) == (8, "complete")
     for laggard in (by_lr[1e-9], by_lr[1e-8]):
@@ -158,7 +160,7 @@ def test_a_trial_that_fails_or_lags_behind_is_a_row_too(searched: Searched, ray_
     with pytest.raises(
         UserError, match=r"no trial came to its end; the first one failed: .*negative dimension"
     ):
-        grid_search.run(config, searched.store, grid_search.Plan(("prm",), grid=(impossible,)))
+        grid_search.run(config, searched.store, grid_search.SearchPlan(("prm",), grid=(impossible,)))
 
 
 def test_a_fragment_that_is_not_there_is_named_on_one_line(tmp_path: Path) -> None:
@@ -181,14 +183,14 @@ def test_the_grid_is_the_papers() -> None:
 
 def test_a_draw_has_distinct_members_of_the_grid_and_follows_both_seeds() -> None:
     grid = grid_search.paper_grid(knowledge=False)
-    drawn = grid_search.Plan(("dlcm",), num_trials=6).settings(run_seed=0)
+    drawn = grid_search.SearchPlan(("dlcm",), num_trials=6).settings(run_seed=0)
     assert len({tuple(settings.items()) for settings in drawn}) == 6
     assert [settings for settings in grid if settings in drawn] == drawn
-    assert drawn == grid_search.Plan(("prm",), num_trials=6).settings(run_seed=0)
-    assert drawn != grid_search.Plan(("dlcm",), num_trials=6, seed=1).settings(run_seed=0)
-    assert drawn != grid_search.Plan(("dlcm",), num_trials=6).settings(run_seed=1)
-    assert grid_search.Plan(("dlcm",), num_trials=0).settings(0) == grid
-    assert grid_search.Plan(("dlcm",), num_trials=99).settings(0) == grid
+    assert drawn == grid_search.SearchPlan(("prm",), num_trials=6).settings(run_seed=0)
+    assert drawn != grid_search.SearchPlan(("dlcm",), num_trials=6, seed=1).settings(run_seed=0)
+    assert drawn != grid_search.SearchPlan(("dlcm",), num_trials=6).settings(run_seed=1)
+    assert grid_search.SearchPlan(("dlcm",), num_trials=0).settings(0) == grid
+    assert grid_search.SearchPlan(("dlcm",), num_trials=99).settings(0) == grid
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(1, 1), (3, 3), (4, 4), (7, 4), (9, 5), (20, 10)])

@@ -1,7 +1,7 @@
-"""KAR's own candidate lists, read as a team's logged lists: our backbones beside the figures of KAR's code on them.
+"""KAR's own candidate lists, read as a team's logged lists: our backbones beside the metrics of KAR's code on them.
 
-As in KAR's code, and nowhere in a run: the epoch is chosen on the lists that the figure is of, and an item has its first
-genre alone. About ten minutes on two cores; `pytest -m slow -rP` prints every figure.
+As in KAR's code, and nowhere in a run: the epoch is chosen on the lists that the metrics are of, and an item has its first
+genre alone. About ten minutes on two cores; `pytest -m slow -rP` prints every metric.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
 from dpo4rec_ray.core.metrics import list_metrics
-from dpo4rec_ray.rerankers import Catalogue, RerankerSettings, build_reranker
-from dpo4rec_ray.rerankers.fit import FitSettings, ListData, fit
+from dpo4rec_ray.rerankers import Catalogue, build_reranker
+from dpo4rec_ray.rerankers.fit import ListData, fit
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import popularity, read_list_data
@@ -27,7 +28,7 @@ from tests.conftest import run_job
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LISTS = DATA / "ml-1m-reference-lists" / "lists.parquet"
-FIGURES = ("map_paper@5", "ndcg@5")
+METRICS = ("map_paper@5", "ndcg@5")
 SETRANK_SEEDS = range(12)
 # What KAR's DLCM reaches, mean of 3 seeds, and how near ours has to come.
 KAR_DLCM, NEAR = (0.6613, 0.6991), 0.006
@@ -52,18 +53,18 @@ class World:
     train: ListData
     held_out: ListData
 
-    def figures(self, scores: np.ndarray) -> tuple[float, ...]:
-        """FIGURES of scores of the held-out lists, means over the lists."""
+    def metrics(self, scores: np.ndarray) -> tuple[float, ...]:
+        """METRICS of scores of the held-out lists, means over the lists."""
         lists = self.held_out
-        values = list_metrics(scores, lists.labels.numpy(), FIGURES, lists.mask.numpy())
-        return tuple(float(values[name].mean()) for name in FIGURES)
+        values = list_metrics(scores, lists.labels.numpy(), METRICS, lists.mask.numpy())
+        return tuple(float(values[name].mean()) for name in METRICS)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """FIGURES of the best epoch, and of every epoch the one it was chosen by."""
+    """METRICS of the best epoch, and of every epoch the one it was chosen by."""
 
-    figures: tuple[float, ...]
+    metrics: tuple[float, ...]
     curve: list[float]
 
 
@@ -80,18 +81,16 @@ def read_world(folder: Path) -> World:
     )
 
 
-def train(folder: Path, backbone: str, input_layer: str, settings: FitSettings) -> Trained:
+def train(folder: Path, backbone: str, input_layer: str, section: FitSection, seed: int) -> Trained:
     """In a process of its own, on one thread."""
     torch.set_num_threads(1)
     world = read_world(folder)
-    architecture = RerankerSettings(input_layer=input_layer)
-    model = build_reranker(
-        backbone, world.catalogue.shape, knowledge=False, settings=architecture, seed=settings.seed
-    )
-    result = fit(model, world.catalogue, world.train, world.held_out, None, settings)
+    architecture = RerankerArchitecture(backbone=backbone, input_layer=input_layer)
+    model = build_reranker(architecture, world.catalogue.shape, knowledge=False, seed=seed)
+    result = fit(model, world.catalogue, world.train, world.held_out, None, section, seed=seed)
     lists = world.held_out
-    figures = world.figures(ListScorer([model], world.catalogue).score(lists.item_ids, lists.mask))
-    return Trained(figures, [record["valid"] for record in result.history])
+    metrics = world.metrics(ListScorer([model], world.catalogue).score(lists.item_ids, lists.mask))
+    return Trained(metrics, [record["valid"] for record in result.history])
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +116,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trainings(folder: Path) -> Iterator[dict[tuple[str, int], Future[Trained]]]:
     """Every training, by backbone and seed, two at a time; the longest first."""
-    kar = FitSettings(epochs=50, batch_size=256, lr=5e-4, patience=3, metric="map_paper@5")
-    ours = FitSettings(batch_size=256, lr=1e-3, metric="ndcg@5")
+    kar = FitSection(
+        epochs=50, batch_size=256, lr=5e-4, patience=3, metric="map_paper@5", resample_negatives=False
+    )
+    sixteen, four = (
+        FitSection(epochs=epochs, batch_size=256, lr=1e-3, metric="ndcg@5", resample_negatives=False)
+        for epochs in (16, 4)
+    )
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        jobs = [("prm", "linear", replace(ours, epochs=16)), ("setrank", "linear", replace(ours, epochs=16))]
-        jobs += [("dlcm", "concat", replace(kar, seed=seed)) for seed in range(3)]
-        jobs += [("setrank", "linear", replace(ours, epochs=4, seed=seed)) for seed in SETRANK_SEEDS if seed]
+        jobs = [("prm", "linear", sixteen, 0), ("setrank", "linear", sixteen, 0)]
+        jobs += [("dlcm", "concat", kar, seed) for seed in range(3)]
+        jobs += [("setrank", "linear", four, seed) for seed in SETRANK_SEEDS if seed]
         yield {
-            (backbone, settings.seed): pool.submit(train, folder, backbone, input_layer, settings)
-            for backbone, input_layer, settings in jobs
+            (backbone, seed): pool.submit(train, folder, backbone, input_layer, section, seed)
+            for backbone, input_layer, section, seed in jobs
         }
         pool.shutdown(cancel_futures=True)
 
@@ -136,20 +140,20 @@ def test_the_lists_are_those_of_the_log(folder: Path) -> None:
     assert (len(world.train), len(world.held_out)) == (94_200, 9_497)
     assert world.catalogue.shape.num_items == 3_615
     labels = world.held_out.labels.numpy()
-    assert [round(figure, 3) for figure in world.figures(labels)] == [0.896, 0.896]
+    assert [round(value, 3) for value in world.metrics(labels)] == [0.896, 0.896]
 
 
 def test_popularity(folder: Path) -> None:
     world = read_world(folder)
     counts = popularity(world.train, world.catalogue.shape.num_items)
-    found = world.figures(counts[world.held_out.item_ids.numpy()])
-    assert [round(figure, 4) for figure in found] == [0.6221, 0.6502]
+    found = world.metrics(counts[world.held_out.item_ids.numpy()])
+    assert [round(value, 4) for value in found] == [0.6221, 0.6502]
 
 
 def test_dlcm_is_kars(trainings: dict[tuple[str, int], Future[Trained]]) -> None:
     """On the bare concatenation at KAR's setting, mean of 3 seeds."""
-    found = [trainings["dlcm", seed].result().figures for seed in range(3)]
-    print("DLCM", FIGURES, found, "mean", np.mean(found, axis=0))
+    found = [trainings["dlcm", seed].result().metrics for seed in range(3)]
+    print("DLCM", METRICS, found, "mean", np.mean(found, axis=0))
     assert np.abs(np.mean(found, axis=0) - KAR_DLCM).max() <= NEAR
 
 
@@ -157,8 +161,8 @@ def test_dlcm_is_kars(trainings: dict[tuple[str, int], Future[Trained]]) -> None
 def test_past_the_plateau(backbone: str, trainings: dict[tuple[str, int], Future[Trained]]) -> None:
     """Sixteen epochs without patience, of what a run has by default."""
     trained = trainings[backbone, 0].result()
-    print(backbone, FIGURES, trained)
-    assert all(figure >= least for figure, least in zip(trained.figures, PAST_PLATEAU, strict=True))
+    print(backbone, METRICS, trained)
+    assert all(value >= least for value, least in zip(trained.metrics, PAST_PLATEAU, strict=True))
 
 
 def test_no_seed_of_setrank_dies(trainings: dict[tuple[str, int], Future[Trained]]) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpo4rec_ray.rerankers import CatalogueShape, ListHistory, Reranker, RerankerSettings, build_reranker
+from dpo4rec_ray.config.ranking import RerankerArchitecture
+from dpo4rec_ray.rerankers import CatalogueShape, ListHistory, Reranker, build_reranker
 from dpo4rec_ray.rerankers.adapter import HybridExpertAdapter
 
 Array = np.ndarray
@@ -154,10 +155,15 @@ def mir(w: Weights, candidates: list[Array], history: list[tuple[Array, int]]) -
 
 def model_of(name: str, input_layer: str = "linear") -> Reranker:
     """Item id and one facet, DIM wide together; weights, and what a norm has seen, drawn at random."""
-    settings = RerankerSettings(
-        embed_dim=DIM // 2, hidden_dim=DIM, num_heads=HEADS, num_layers=2, input_layer=input_layer
+    architecture = RerankerArchitecture(
+        backbone=name,
+        embed_dim=DIM // 2,
+        hidden_dim=DIM,
+        num_heads=HEADS,
+        num_layers=2,
+        input_layer=input_layer,
     )
-    model = build_reranker(name, CatalogueShape(5, (3,), 0, ""), False, settings).eval()
+    model = build_reranker(architecture, CatalogueShape(5, (3,), 0, ""), False).eval()
     torch.manual_seed(1)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -168,7 +174,7 @@ def model_of(name: str, input_layer: str = "linear") -> Reranker:
 
 
 def lists() -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [3, 7, DIM] and mask of three lists; what stands at padding is large, to be seen if it is read."""
+    """Inputs [3, 7, DIM] and mask of three lists; the numbers at padding are large, so that a model that reads them fails."""
     generator = torch.Generator().manual_seed(2)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
     inputs = torch.randn(*mask.shape, DIM, generator=generator)
@@ -200,7 +206,7 @@ def test_backbone_equals_its_equations(name, input_layer, reference):
 
 @pytest.mark.parametrize("input_layer", ["linear", "concat"])
 def test_mir_equals_its_equations(input_layer):
-    """The second user has seen nothing; padding stands before, between and after what the others have seen."""
+    """The second user has no history; the others have padding before, between and after the items."""
     model, (inputs, mask) = model_of("mir", input_layer), lists()
     real = torch.tensor([[False, True, True, False], [False] * 4, [True, False, True, True]])
     items = torch.randn(3, 4, DIM, generator=torch.Generator().manual_seed(3))
@@ -219,7 +225,10 @@ def test_mir_equals_its_equations(input_layer):
 def test_hea_equals_its_equations(side):
     """KAR (arXiv 2306.10933), hybrid-expert adaptor: softmax gate over the shared and the side's own experts, each an MLP."""
     torch.manual_seed(0)
-    adapter = HybridExpertAdapter(6, 4, num_shared=2, num_dedicated=3, hidden_dim=5)
+    sizes = RerankerArchitecture(
+        adapter_dim=4, num_shared_experts=2, num_dedicated_experts=3, expert_hidden_dim=5
+    )
+    adapter = HybridExpertAdapter(6, sizes)
     for parameter in adapter.parameters():
         nn.init.normal_(parameter, std=0.5)
     vectors = torch.randn(9, 6)

@@ -9,9 +9,19 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dpo4rec_ray.rerankers import Catalogue
+from dpo4rec_ray.config.ranking import RerankerArchitecture
+from dpo4rec_ray.rerankers import Catalogue, CatalogueShape, Reranker, build_reranker
 from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.store.reading import list_data
+
+
+def build(
+    backbone: str, shape: CatalogueShape, knowledge: bool, *, seed: int = 0, **architecture: object
+) -> Reranker:
+    """A new reranker, of the default architecture but for the values given."""
+    return build_reranker(
+        RerankerArchitecture(backbone=backbone, **architecture), shape, knowledge, seed=seed
+    )
 
 
 def make_lists(item_ids: list[list[int]], labels: list[list[float]], users: list[int]) -> ListData:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo4rec_ray.config.ranking import RerankerArchitecture
 from dpo4rec_ray.rerankers.adapter import ADAPTERS, HybridExpertAdapter, KnowledgeAdapter
 
 # Per adapter, for a side: its experts in order, and its gate. None: one expert, no gate.
@@ -35,7 +36,10 @@ def by_hand(adapter: KnowledgeAdapter, groups: list[str], gate: str | None, vect
 
 def build(name: str, vector_dim: int = 6) -> KnowledgeAdapter:
     torch.manual_seed(0)
-    adapter = ADAPTERS[name](vector_dim, 4, num_shared=2, num_dedicated=3, hidden_dim=8)
+    sizes = RerankerArchitecture(
+        adapter_dim=4, num_shared_experts=2, num_dedicated_experts=3, expert_hidden_dim=8
+    )
+    adapter = ADAPTERS[name](vector_dim, sizes)
     for parameter in adapter.parameters():  # biases too, or the tests would not see them
         torch.nn.init.normal_(parameter)
     return adapter
@@ -54,9 +58,10 @@ def test_equals_experts_one_by_one(name, side):
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_sizes_are_comparable(name):
-    """So that a comparison of adapters is one of structure."""
+    """Then only the structures of the adapters are compared."""
     sizes = {
-        key: sum(parameter.numel() for parameter in ADAPTERS[key](384).parameters()) for key in ("hea", name)
+        key: sum(parameter.numel() for parameter in ADAPTERS[key](384, RerankerArchitecture()).parameters())
+        for key in ("hea", name)
     }
     assert sizes[name] == pytest.approx(sizes["hea"], rel=0.02)
 
@@ -68,7 +73,7 @@ def test_one_network_for_both_sides(name):
 
 
 def test_sides_share_the_shared_experts_only():
-    adapter = HybridExpertAdapter(6)
+    adapter = HybridExpertAdapter(6, RerankerArchitecture())
     user = torch.autograd.grad(
         adapter.user_side(torch.ones(1, 6)).sum(), list(adapter.parameters()), allow_unused=True
     )
@@ -79,7 +84,7 @@ def test_sides_share_the_shared_experts_only():
 
 
 def test_defaults_are_kars():
-    adapter = ADAPTERS["hea"](384)
+    adapter = ADAPTERS["hea"](384, RerankerArchitecture())
     assert adapter.shared.weight_in.shape == (2, 128, 384)
     assert adapter.item_experts.weight_out.shape == (5, 32, 128)
     # Xavier-normal per expert: std = sqrt(2 / (fan_in + fan_out)).

@@ -4,11 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from conftest import build
+from huggingface_hub import ModelCard
 
-from dpo4rec_ray.rerankers import build_reranker
+from dpo4rec_ray.config.ranking import FitSection
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.rerankers.card import read_card
 from dpo4rec_ray.rerankers.catalogue import Histories
-from dpo4rec_ray.rerankers.fit import FitSettings, fit, load_reranker, save_reranker
+from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
 INFO = {
@@ -16,16 +21,17 @@ INFO = {
     "seed": 2,
     "data": {"dataset": "movielens", "protocol": "paper", "users": 2999},
     "fit": {"lr": 0.001},
-    "figures": {"best epoch": 7, "test ndcg@5": 0.71234},
+    "metrics": {"best epoch": 7, "test ndcg@5": 0.71234},
     "versions": {"torch": "2.13.0"},
     "commit": "abc123",
 }
 
 
 def test_a_saved_reranker_has_a_card(small, tmp_path: Path) -> None:
-    model = build_reranker("setrank", small.catalogue.shape, True)
+    model = build("setrank", small.catalogue.shape, True)
     save_reranker(tmp_path, model, INFO)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ModelCard(text).data.to_dict() == {"library_name": "dpo4rec_ray", "tags": ["reranker", "setrank"]}
     for fact in (
         "setrank",
         "hea",
@@ -45,8 +51,23 @@ def test_a_saved_reranker_has_a_card(small, tmp_path: Path) -> None:
     ]
 
 
+def test_an_old_file_is_read_and_a_missing_or_damaged_one_is_named(small, tmp_path: Path) -> None:
+    """Releases before 0.2 wrote the metrics under "figures"."""
+    save_reranker(tmp_path, build("prm", small.catalogue.shape, True), INFO)
+    file = tmp_path / "reranker.json"
+    assert '"metrics"' in file.read_text(encoding="utf-8")
+    new = read_card(tmp_path)
+    file.write_text(file.read_text(encoding="utf-8").replace('"metrics"', '"figures"'), encoding="utf-8")
+    assert read_card(tmp_path) == new and new["info"] == INFO
+    for damage in (lambda: file.write_text("{"), file.unlink):
+        damage()
+        with pytest.raises(UserError, match=r"reranker\.json") as refused:
+            read_card(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
 def test_mir_reads_histories_in_training_and_scoring(small, tmp_path: Path) -> None:
-    """The same lists with other histories train to other weights, and score otherwise; empty ones are no histories."""
+    """Other histories of the same lists give other weights and other scores; empty histories count as none."""
     torch.manual_seed(0)
     count = len(small.train)
 
@@ -60,8 +81,15 @@ def test_mir_reads_histories_in_training_and_scoring(small, tmp_path: Path) -> N
     )
     results = {}
     for name, lists in (("with", train), ("without", small.train)):
-        model = build_reranker("mir", small.catalogue.shape, False)
-        results[name] = fit(model, small.catalogue, lists, valid, None, FitSettings(epochs=1, batch_size=32))
+        model = build("mir", small.catalogue.shape, False)
+        results[name] = fit(
+            model,
+            small.catalogue,
+            lists,
+            valid,
+            None,
+            FitSection(epochs=1, batch_size=32, resample_negatives=False),
+        )
     assert results["with"].history[0]["train_loss"] != results["without"].history[0]["train_loss"]
     scorer = ListScorer([model], small.catalogue)
     seen = scorer.score(valid.item_ids, valid.mask, histories=valid.histories)

@@ -19,7 +19,7 @@ def test_attribute_ids_by_hand():
 
 
 def test_similarity_is_the_cosine_standardised_over_the_catalogue(small):
-    """z[u, i] = (cos(u, i) - mean_i cos) / std_i cos, computed the long way round."""
+    """z[u, i] = (cos(u, i) - mean_i cos) / std_i cos, computed from the definition."""
     items, users = small.catalogue.item_vectors.double().numpy(), small.user_vectors.astype(np.float64)
     cosine = (users / np.linalg.norm(users, axis=1, keepdims=True)) @ (
         items / np.linalg.norm(items, axis=1, keepdims=True)

@@ -5,11 +5,14 @@ history and without.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
+from dpo4rec_ray.config import default_config
+from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
 from dpo4rec_ray.core.losses import RANKING_LOSSES
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.errors import UserError
@@ -18,18 +21,16 @@ from dpo4rec_ray.rerankers import (
     Catalogue,
     RerankBatch,
     Reranker,
-    RerankerSettings,
     build_reranker,
     with_history,
 )
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
-from dpo4rec_ray.rerankers.base import INPUT_LAYERS
-from dpo4rec_ray.rerankers.fit import FitSettings, fit, load_reranker, save_reranker
+from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
 
 
 @dataclass(frozen=True)
 class Case:
-    """A backbone as it is tested; `adapter` None is without knowledge."""
+    """A backbone in one of its forms; `adapter` None: without knowledge."""
 
     name: str
     adapter: str | None
@@ -40,10 +41,8 @@ class Case:
         return "-".join([self.name, self.input_layer, self.adapter or "plain", *["history"] * self.history])
 
     def model(self, world) -> Reranker:
-        settings = RerankerSettings(adapter=self.adapter or "hea", input_layer=self.input_layer)
-        return build_reranker(
-            self.name, world.catalogue.shape, self.adapter is not None, settings, seed=3
-        ).eval()
+        settings = {"adapter": self.adapter or "hea", "input_layer": self.input_layer}
+        return build(self.name, world, self.adapter is not None, **settings)
 
     def batch(self, world, item_ids=None, mask=None, rows=slice(6)) -> RerankBatch:
         """The lists `rows` of the world, or other candidates for the same users and histories."""
@@ -62,6 +61,7 @@ class Case:
         return with_history(batch, world.catalogue, seen, real[rows], stars[rows])
 
 
+INPUT_LAYERS = get_args(RerankerArchitecture.model_fields["input_layer"].annotation)
 CASES = [
     Case(name, adapter, history, input_layer)
     for name, backbone in sorted(RERANKERS.items())
@@ -97,7 +97,7 @@ def test_padding_changes_no_score(case, small):
 
 @every_case
 def test_padding_changes_nothing_in_training(case, small):
-    """Nor the loss, nor a statistic that the model keeps: what stands at padding enters neither."""
+    """Padding changes neither the loss nor the statistics that the model keeps."""
     lists = small.train.select(slice(6))
     found = []
     for padding, filler in ((0, 0), (3, 0), (3, 17)):
@@ -116,7 +116,7 @@ def test_padding_changes_nothing_in_training(case, small):
 
 @every_case
 def test_lists_of_2_to_200_candidates_in_one_batch(case, small):
-    """Each list scores as it does alone, whatever the lengths of the others."""
+    """Each list gets the scores that it gets in a batch of its own, whatever the lengths of the others."""
     lengths = [2, 200, 57, 10, 3, 128]
     rng = np.random.default_rng(1)
     ids = torch.from_numpy(rng.integers(0, small.catalogue.shape.num_items, (6, 200)))
@@ -183,7 +183,7 @@ def test_bfloat16(case, masked, small):
 
 @every_case
 def test_every_parameter_is_trained(case, small):
-    """DistributedDataParallel waits for the gradient of every parameter; a zero one learns nothing."""
+    """DistributedDataParallel waits for the gradient of every parameter, and a parameter with a zero gradient learns nothing."""
     model, lists = case.model(small), small.train
     scores = model(case.batch(small, rows=slice(len(lists))))
     RANKING_LOSSES[model.loss](scores, lists.labels, lists.mask).backward()
@@ -205,13 +205,13 @@ def test_learns_a_planted_signal(name, input_layer, adapter, planted):
     few = planted.train.select(slice(480))
     # Bare, the similarity is one small number among many, which a GRU without a norm of its inputs is slow to find.
     epochs = 5 if input_layer == "linear" else 10
-    figures = {}
+    ndcg = {}
     for knowledge in (False, True):
         model = build(name, planted, knowledge, adapter=adapter, input_layer=input_layer)
-        budget = FitSettings(epochs=epochs, batch_size=64)
+        budget = FitSection(epochs=epochs, batch_size=64, resample_negatives=False)
         vectors = planted.user_vectors if knowledge else None
-        figures[knowledge] = fit(model, planted.catalogue, few, planted.valid, vectors, budget).best_value
-    assert figures[True] > figures[False] + 0.2, figures
+        ndcg[knowledge] = fit(model, planted.catalogue, few, planted.valid, vectors, budget).best_value
+    assert ndcg[True] > ndcg[False] + 0.2, ndcg
 
 
 @every_case
@@ -220,12 +220,13 @@ def test_save_and_load_give_equal_scores(case, small, tmp_path):
     save_reranker(tmp_path, model, {"fold": 2})
     assert {"model.safetensors", "reranker.json"} <= {path.name for path in tmp_path.iterdir()}
     loaded = load_reranker(tmp_path, small.catalogue)
-    assert loaded.settings == model.settings
+    assert loaded.architecture == model.architecture
     assert torch.equal(loaded(batch), model(batch))
 
 
 def build(name, world, knowledge=True, **settings):
-    return build_reranker(name, world.catalogue.shape, knowledge, RerankerSettings(**settings), seed=3).eval()
+    architecture = RerankerArchitecture(backbone=name, **settings)
+    return build_reranker(architecture, world.catalogue.shape, knowledge, seed=3).eval()
 
 
 @every_backbone
@@ -276,11 +277,11 @@ def test_same_seed_same_weights_and_global_generator_untouched(name, small):
 @every_backbone
 def test_unknown_names_list_the_known(name, small):
     with pytest.raises(UserError, match=name):
-        build_reranker("prmm", small.catalogue.shape, False)
+        build("prmm", small, False)
     with pytest.raises(UserError, match="hea"):
         build(name, small, adapter="heaa")
-    with pytest.raises(UserError, match="linear, concat"):
-        build(name, small, input_layer="linaer")
+    with pytest.raises(UserError, match=r"linaer.*'linear' or 'concat'"):
+        default_config(["reranker.input_layer=linaer"])
     without_vectors = Catalogue.from_items([["genre: x"]]).shape
     with pytest.raises(UserError, match="item vectors"):
-        build_reranker(name, without_vectors, True)
+        build_reranker(RerankerArchitecture(backbone=name), without_vectors, True)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import torch
+from conftest import build
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from dpo4rec_ray.rerankers import RerankerSettings, build_reranker
 from dpo4rec_ray.rerankers.dlcm import gru_states, normalised
 
 
@@ -32,10 +32,10 @@ def test_padding_is_skipped_wherever_it_is():
 
 
 def test_a_place_sees_those_after_it_through_the_final_state_only(small):
-    """Its own state looks back; the last candidate reaches the first one's score through s_n."""
+    """A state depends on earlier places; the last candidate changes the first one's score through s_n."""
     torch.manual_seed(0)
-    model = build_reranker("dlcm", small.catalogue.shape, False).eval()
-    inputs = torch.randn(1, 6, model.settings.hidden_dim)
+    model = build("dlcm", small.catalogue.shape, False).eval()
+    inputs = torch.randn(1, 6, model.architecture.hidden_dim)
     changed = inputs.clone()
     changed[0, -1] *= -1
     (before, _), (after, _) = (gru_states(model.gru, model.norm(x), None) for x in (inputs, changed))
@@ -61,9 +61,8 @@ def test_batch_normalisation_by_hand():
 
 
 def test_batches_with_one_state_or_none(small):
-    """Nothing to take a variance of: finite scores and gradients, and the running statistics stay."""
-    settings = RerankerSettings(input_layer="concat")
-    model = build_reranker("dlcm", small.catalogue.shape, False, settings).train()
+    """One state has no variance: scores and gradients are finite, and the running statistics stay as they are."""
+    model = build("dlcm", small.catalogue.shape, False, input_layer="concat").train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     inputs = torch.randn(1, 4, model.embedding.width, requires_grad=True)
     for mask in (torch.tensor([[True, False, False, False]]), torch.zeros(1, 4, dtype=torch.bool)):

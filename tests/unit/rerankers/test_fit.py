@@ -6,25 +6,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_lists
+from conftest import build, make_lists
 from torch.nn.parallel import DistributedDataParallel
 
+from dpo4rec_ray.config.ranking import FitSection
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import RerankerSettings, build_reranker
-from dpo4rec_ray.rerankers.fit import FitSettings, fit
+from dpo4rec_ray.rerankers.fit import fit
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
-SHORT = FitSettings(epochs=3, batch_size=32)
+SHORT = FitSection(epochs=3, batch_size=32, resample_negatives=False)
 
 
-def trained(world, settings=SHORT, knowledge=True, wrap=lambda model: model, **reranker):
-    model = build_reranker("prm", world.catalogue.shape, knowledge, RerankerSettings(**reranker))
+def trained(world, section=SHORT, knowledge=True, wrap=lambda model: model, seed=0, **architecture):
+    model = build("prm", world.catalogue.shape, knowledge, **architecture)
     vectors = world.user_vectors if knowledge else None
-    return model, fit(wrap(model), world.catalogue, world.train, world.valid, vectors, settings)
+    result = fit(wrap(model), world.catalogue, world.train, world.valid, vectors, section, seed=seed)
+    return model, result
 
 
-def valid_figure(model, world) -> float:
+def valid_ndcg(model, world) -> float:
     lists = world.valid
     scores = ListScorer([model], world.catalogue).score(
         lists.item_ids, lists.mask, world.user_vectors, lists.user_rows
@@ -34,28 +35,30 @@ def valid_figure(model, world) -> float:
 
 def test_planted_signal_is_learned_through_the_similarity(planted):
     """Held-out users; labels follow user vector . item vector. Same budget for all three."""
-    budget = FitSettings(epochs=8, batch_size=128)
-    figures = {
+    budget = FitSection(epochs=8, batch_size=128, resample_negatives=False)
+    ndcg = {
         "none": trained(planted, budget, knowledge=False)[1].best_value,
         "adapter": trained(planted, budget, similarity=False)[1].best_value,
         "similarity": trained(planted, budget)[1].best_value,
     }
-    assert figures["similarity"] > figures["none"] + 0.15
-    assert figures["similarity"] > figures["adapter"] + 0.10
+    assert ndcg["similarity"] > ndcg["none"] + 0.15
+    assert ndcg["similarity"] > ndcg["adapter"] + 0.10
 
 
 def test_similarity_is_used_within_two_epochs(planted):
     """No plateau: the cosine reaches the head at a usable scale from the start."""
-    _, result = trained(planted, FitSettings(epochs=2, batch_size=128))
-    _, plain = trained(planted, FitSettings(epochs=2, batch_size=128), knowledge=False)
+    _, result = trained(planted, FitSection(epochs=2, batch_size=128, resample_negatives=False))
+    _, plain = trained(
+        planted, FitSection(epochs=2, batch_size=128, resample_negatives=False), knowledge=False
+    )
     assert result.best_value > plain.best_value + 0.10
 
 
 def test_same_seed_same_weights(small):
-    settings = replace(SHORT, resample_negatives=True)
-    first, one = trained(small, settings)
-    second, two = trained(small, settings)
-    third, _ = trained(small, replace(settings, seed=1))
+    section = SHORT.model_copy(update={"resample_negatives": True})
+    first, one = trained(small, section)
+    second, two = trained(small, section)
+    third, _ = trained(small, section, seed=1)
     assert [r["train_loss"] for r in one.history] == [r["train_loss"] for r in two.history]
     weights, again, other = first.state_dict(), second.state_dict(), third.state_dict()
     assert all(torch.equal(weights[key], again[key]) for key in weights)
@@ -64,26 +67,30 @@ def test_same_seed_same_weights(small):
 
 def test_leaves_the_best_epoch_in_the_model(small):
     records = []
-    model = build_reranker("prm", small.catalogue.shape, True)
-    settings = FitSettings(epochs=12, batch_size=16, lr=5e-3)  # overfits: the last epoch is not the best
+    model = build("prm", small.catalogue.shape, True)
+    section = FitSection(
+        epochs=12, batch_size=16, lr=5e-3, resample_negatives=False
+    )  # overfits: the last epoch is not the best
     result = fit(
         model,
         small.catalogue,
         small.train,
         small.valid,
         small.user_vectors,
-        settings,
+        section,
         on_epoch=records.append,
     )
     assert records == result.history and len(records) == 12
     assert set(records[0]) == {"epoch", "train_loss", "valid", "seconds", "lists_per_second"}
     assert result.best_value == max(record["valid"] for record in records)
     assert records[result.best_epoch - 1]["valid"] == result.best_value
-    assert valid_figure(model, small) == pytest.approx(result.best_value, abs=1e-9)
+    assert valid_ndcg(model, small) == pytest.approx(result.best_value, abs=1e-9)
 
 
-def test_patience_counts_epochs_without_a_better_figure(small):
-    _, result = trained(small, FitSettings(epochs=50, batch_size=16, lr=5e-3, patience=2))
+def test_patience_counts_epochs_without_a_better_metric(small):
+    _, result = trained(
+        small, FitSection(epochs=50, batch_size=16, lr=5e-3, patience=2, resample_negatives=False)
+    )
     assert len(result.history) == result.best_epoch + 2 < 50
 
 
@@ -100,7 +107,7 @@ def test_data_parallel_of_one_rank_equals_no_wrapper(small):
 
 def test_redrawn_negatives_keep_the_given_lists(small):
     before = small.train.item_ids.clone()
-    _, redrawn = trained(small, replace(SHORT, resample_negatives=True))
+    _, redrawn = trained(small, SHORT.model_copy(update={"resample_negatives": True}))
     _, fixed = trained(small)
     assert torch.equal(small.train.item_ids, before)
     assert redrawn.history[0]["train_loss"] != fixed.history[0]["train_loss"]
@@ -130,7 +137,7 @@ def test_lists_of_different_lengths_train(small):
 
 def test_mistakes_are_named(small):
     empty = small.train.select(slice(0, 0))
-    model = build_reranker("prm", small.catalogue.shape, True)
+    model = build("prm", small.catalogue.shape, True)
     with pytest.raises(UserError, match="0 for training"):
         fit(model, small.catalogue, empty, small.valid, small.user_vectors, SHORT)
     with pytest.raises(UserError, match="user_vectors"):
@@ -142,5 +149,5 @@ def test_mistakes_are_named(small):
             small.train,
             small.valid,
             small.user_vectors,
-            replace(SHORT, epochs=30, lr=1e30),
+            SHORT.model_copy(update={"epochs": 30, "lr": 1e30}),
         )

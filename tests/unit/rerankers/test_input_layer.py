@@ -1,17 +1,17 @@
-"""The sum of parts equals what it stands for: one vector per candidate, bare or through one linear map."""
+"""The sum of parts equals the one vector per candidate that it replaces: as it is, or through one linear map."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from conftest import build
 from torch import Tensor
 
-from dpo4rec_ray.rerankers import RerankerSettings, build_reranker
 from dpo4rec_ray.rerankers.base import ListEmbedding
 
 
 def layer_of(world, **settings) -> ListEmbedding:
-    return build_reranker("prm", world.catalogue.shape, True, RerankerSettings(**settings), seed=1).embedding
+    return build("prm", world.catalogue.shape, True, seed=1, **settings).embedding
 
 
 def concatenations(layer: ListEmbedding, world) -> tuple[Tensor, Tensor]:
@@ -57,11 +57,11 @@ def test_concat_is_the_bare_concatenation_and_zeros_up_to_the_heads(num_heads, w
 
 
 def test_concat_has_no_weights_but_the_features(small):
-    """Nothing of the linear layer, and no room for knowledge that is not there."""
+    """No weights of the linear layer, and no columns for knowledge in a reranker without knowledge."""
     layer = layer_of(small, input_layer="concat")
     names = {name.split(".")[0] for name, _ in layer.named_parameters()}
     assert names == {"item_embedding", "facet_embedding", "adapter"}
-    settings = RerankerSettings(input_layer="concat", embed_dim=10)
-    assert build_reranker("prm", small.catalogue.shape, False, settings).embedding.width == 30
-    without = RerankerSettings(input_layer="concat", embed_dim=10, adapter_dim=10, similarity=False)
-    assert build_reranker("prm", small.catalogue.shape, True, without).embedding.width == 50
+    concat = {"input_layer": "concat", "embed_dim": 10}
+    assert build("prm", small.catalogue.shape, False, **concat).embedding.width == 30
+    concat |= {"adapter_dim": 10, "similarity": False}
+    assert build("prm", small.catalogue.shape, True, **concat).embedding.width == 50

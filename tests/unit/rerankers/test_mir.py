@@ -5,16 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import build
 
 from dpo4rec_ray.core.losses import pointwise_bce
 from dpo4rec_ray.core.metrics import metric_by_name
-from dpo4rec_ray.rerankers import Catalogue, ListHistory, build_reranker, with_history
+from dpo4rec_ray.rerankers import Catalogue, ListHistory, with_history
 
 
 @pytest.fixture
 def lists(small):
     """A model, four lists with knowledge, and a full history of five items for each."""
-    model = build_reranker("mir", small.catalogue.shape, True, seed=3).eval()
+    model = build("mir", small.catalogue.shape, True, seed=3).eval()
     train = small.train.select(slice(4))
     batch = small.catalogue.batch(train.item_ids, None, torch.from_numpy(small.user_vectors), train.user_rows)
     return model, batch, small.train.item_ids[10:14, :5], torch.tensor([[5.0, 1, 4, 2, 3]] * 4)
@@ -71,7 +72,7 @@ def test_items_order_and_ratings_of_the_history_count(lists, small):
 
 
 def test_rank_takes_what_a_scorer_has_gathered(lists, small):
-    """The scorer holds the item part of the whole catalogue: histories are rows of it."""
+    """The scorer holds the item part of the whole catalogue, and reads histories from it."""
     model, batch, seen, stars = lists
     expected = model(with_history(batch, small.catalogue, seen, None, stars))
     items = torch.arange(small.catalogue.shape.num_items)
@@ -99,9 +100,9 @@ def test_learns_what_only_the_history_tells():
         bare = catalogue.batch(ids[rows])
         return with_history(bare, catalogue, seen[rows], None, stars[rows]) if histories else bare
 
-    figures = {}
+    ndcg = {}
     for histories in (True, False):
-        model = build_reranker("mir", catalogue.shape, False)
+        model = build("mir", catalogue.shape, False)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
         for epoch in range(12):
             for rows in train[torch.randperm(600, generator=torch.Generator().manual_seed(epoch))].split(60):
@@ -111,12 +112,12 @@ def test_learns_what_only_the_history_tells():
                 optimizer.step()
         with torch.no_grad():
             scores = model(batch(valid, histories)).numpy()
-        figures[histories] = metric_by_name("ndcg@5")(scores, labels[valid].numpy()).mean()
-    assert figures[True] > figures[False] + 0.3, figures
+        ndcg[histories] = metric_by_name("ndcg@5")(scores, labels[valid].numpy()).mean()
+    assert ndcg[True] > ndcg[False] + 0.3, ndcg
 
 
 def test_history_fields_are_optional(lists):
-    """A batch of another backbone's making, and one whose history was dropped."""
+    """A batch that was made for another backbone, and one whose history was dropped."""
     model, batch, *_ = lists
     assert model(batch).isfinite().all()
     assert model(replace(batch, mask=torch.zeros(4, 10, dtype=torch.bool))).isfinite().all()

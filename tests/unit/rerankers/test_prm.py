@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import build
 from torch import nn
 
-from dpo4rec_ray.rerankers import RerankerSettings, build_reranker
 from dpo4rec_ray.rerankers.prm import sinusoidal_positions
 
 
@@ -45,8 +45,7 @@ def encoder_of_torch(layer, dim: int) -> nn.TransformerEncoderLayer:
 @pytest.mark.parametrize("masked", [False, True])
 def test_prm_equals_torchs_encoder(masked, small):
     dim = 16
-    settings = RerankerSettings(hidden_dim=dim, num_heads=2, num_layers=2)
-    model = build_reranker("prm", small.catalogue.shape, False, settings)
+    model = build("prm", small.catalogue.shape, False, hidden_dim=dim, num_heads=2, num_layers=2)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     inputs = torch.randn(3, 7, dim)

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from conftest import build
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import RERANKERS, build_reranker, scorer
+from dpo4rec_ray.rerankers import RERANKERS, scorer
 from dpo4rec_ray.rerankers.scorer import ListScorer
 
 every_backbone = pytest.mark.parametrize("name", sorted(RERANKERS))
@@ -24,7 +26,7 @@ def reference(model, world, ids, mask, rows):
 def test_equals_forward_over_chunks(name, knowledge, small, monkeypatch):
     monkeypatch.setattr(scorer, "PLACES_PER_CHUNK", 70)  # 7 lists: several chunks and a short last one
     monkeypatch.setattr(scorer, "USERS_PER_CHUNK", 3)
-    model = build_reranker(name, small.catalogue.shape, knowledge)
+    model = build(name, small.catalogue.shape, knowledge)
     lists = small.train
     mask = torch.rand(lists.mask.shape, generator=torch.Generator().manual_seed(0)) < 0.7
     for chosen in (None, mask):
@@ -37,7 +39,7 @@ def test_equals_forward_over_chunks(name, knowledge, small, monkeypatch):
 
 
 def test_numpy_in_and_one_vector_per_list(small):
-    score = ListScorer([build_reranker("prm", small.catalogue.shape, True)], small.catalogue)
+    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue)
     lists = small.train
     by_rows = score(lists.item_ids.numpy(), lists.mask.numpy(), small.user_vectors, lists.user_rows.numpy())
     per_list = score(lists.item_ids, None, small.user_vectors[lists.user_rows])
@@ -45,11 +47,22 @@ def test_numpy_in_and_one_vector_per_list(small):
     assert score(lists.item_ids[:0], None, small.user_vectors, lists.user_rows[:0]).shape == (0, 10)
 
 
+def test_read_only_arrays_are_taken_without_a_warning(small):
+    """As those of Arrow columns, mapped files and Ray's object store are."""
+    lists = small.train
+    arrays = [lists.item_ids.numpy(), lists.mask.numpy(), small.user_vectors, lists.user_rows.numpy()]
+    read_only = [array.copy() for array in arrays]
+    for array in read_only:
+        array.setflags(write=False)
+    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = score(*read_only)
+    np.testing.assert_array_equal(found, score(*arrays))
+
+
 def test_mean_over_models(small):
-    models = [
-        build_reranker("prm", small.catalogue.shape, knowledge, seed=s)
-        for s, knowledge in enumerate((1, 1, 0))
-    ]
+    models = [build("prm", small.catalogue.shape, knowledge, seed=s) for s, knowledge in enumerate((1, 1, 0))]
     lists = small.train
     arguments = (lists.item_ids, lists.mask, small.user_vectors, lists.user_rows)
     each = [ListScorer([model], small.catalogue).score(*arguments) for model in models]
@@ -59,7 +72,7 @@ def test_mean_over_models(small):
 
 
 def test_mistakes_are_named(small):
-    score = ListScorer([build_reranker("prm", small.catalogue.shape, True)], small.catalogue)
+    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue)
     ids = small.train.item_ids[:3]
     with pytest.raises(UserError, match="pass user_vectors"):
         score(ids)
@@ -75,7 +88,7 @@ def test_mistakes_are_named(small):
 
 def test_fast_enough(small):
     """About 40,000 lists per CPU second on the reference machine; the bound only catches a slow path."""
-    score = ListScorer([build_reranker("prm", small.catalogue.shape, True)], small.catalogue)
+    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, small.catalogue.shape.num_items, (8000, 10))
     rows = np.repeat(np.arange(20), 400)

@@ -14,7 +14,7 @@ from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleScorer, _random_
 
 
 class FixedScorer:
-    """Stands for a trained reranker: a candidate's score is the sample's value for it, so rewards can be worked by hand."""
+    """Replaces a trained reranker: a candidate's score is the sample's value for it, so that rewards can be computed by hand."""
 
     def __init__(self, sign: float = 1.0):
         self.sign = sign
@@ -36,7 +36,7 @@ class FixedScorer:
 
 
 def lists() -> ListData:
-    """User 2 has two lists, user 5 one, user 7 none with a positive; rows come unsorted."""
+    """User 2 has two lists, user 5 has one, user 7 has none with a positive; the rows are unsorted."""
     return make_lists(
         [[0, 1, 2], [3, 4, 5], [0, 1, 2], [1, 3, 5]],
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]],
@@ -132,7 +132,7 @@ def test_standard_error_is_that_of_a_two_way_layout() -> None:
 
 
 def test_many_calls_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work is cut between users only: a user's standard error needs all samples of that user."""
+    """Work is split between users only: a user's standard error needs all samples of that user."""
     rng = np.random.default_rng(1)
     users = np.repeat([2, 5], 8)
     vectors = rng.normal(size=(len(users), 6))
@@ -147,7 +147,7 @@ def test_many_calls_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_yardstick_is_measured_on_the_lists_as_drawn() -> None:
-    """User 2, sample A, as worked above: NDCG@5 .8155 on the lists as drawn, whatever is redrawn beside them."""
+    """User 2, sample A, as computed above: NDCG@5 .8155 on the lists as drawn, with any number of redraws."""
     scorer = SampleScorer(
         [FixedScorer()],
         lists(),
@@ -163,7 +163,7 @@ def test_the_yardstick_is_measured_on_the_lists_as_drawn() -> None:
 
 
 def test_histories_stay_with_their_lists() -> None:
-    """Every list's history names its user; a sample of user 5 must be scored beside user 5's history, in every copy."""
+    """Every list's history holds its user's id: a sample of user 5 must be scored with the history of user 5, in every copy."""
 
     class Watching(FixedScorer):
         def score(self, item_ids, mask, user_vectors, user_rows, histories):

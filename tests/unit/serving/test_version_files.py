@@ -196,5 +196,5 @@ def test_the_best_fit_on_validation_is_published(registry: Registry, served_run:
     for folder in (served_run.path("per_list") / "rerankers").iterdir():
         info = json.loads((folder / "reranker.json").read_text(encoding="utf-8"))["info"]
         if info["system"] == "statistics":
-            found[folder.name] = info["figures"][f"valid {info['fit']['metric']}"]
+            found[folder.name] = info["metrics"][f"valid {info['fit']['metric']}"]
     assert found[card.model] == max(found.values()) and len(found) == 4

@@ -65,7 +65,7 @@ def test_only_needed_row_groups_are_decoded(store: RunDir, monkeypatch: pytest.M
 
 
 def test_vectors_of_some_subjects(tmp_path: Path) -> None:
-    """In id order, whatever the order of rows and parts; nothing of other subjects, other samples or the items."""
+    """In id order, whatever the order of rows and parts; without other users, other samples and items."""
     store = RunDir(tmp_path)
     store.start("knowledge")
     rows = [(subject, i, sample) for subject in ("user", "item") for i in range(8) for sample in range(2)]
