@@ -29,11 +29,11 @@ import pyarrow as pa
 
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.core.keys import seed_of
-from dpo4rec_ray.knowledge.prompts import control_tokens, encode_chat, fit_history
+from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.store.policies import base_llm_path
-from dpo4rec_ray.texts.sources import PromptSettings, engine_settings, sampling_of
+from dpo4rec_ray.texts.sources import engine_settings, sampling_of
 from dpo4rec_ray.workers.placement import WORKER_ENV, engine_env
 
 BUNDLED = Path(__file__).resolve().parents[1] / "dpo4rec_ray" / "policy" / "bundled"
@@ -165,19 +165,15 @@ def requests_of(config: Config, store: RunDir, num_users: int) -> Requests:
     from dpo4rec_ray.stages.generate import SPLITS
 
     tokenizer = load_tokenizer(base_llm_path(config, store))
-    prompts = PromptSettings.of(config).over(store, control_tokens(tokenizer))
-    room = config.llm.max_model_len - config.generate.max_new_tokens
+    items = store.read("items", columns=["title", "attributes"])
+    prompts = TokenizedPrompts(tokenizer, items, config.llm, config.prompt, config.generate)
     rows = store.read("users", split=SPLITS).sort_by("user_id")
     found = Requests([], [], [])
     seed = seed_of(config.run.seed, "generate", 0)
     for row in rows.slice(0, num_users or None).to_pylist():
-        events = (row["profile"], row["history_item_ids"], row["history_ratings"])
-
-        def encode(skip: int, events: tuple[Any, ...] = events) -> list[int]:
-            return encode_chat(tokenizer, prompts.text(*events, skip=skip))
-
+        prompt, _ = prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"])
         found.user_ids.append(row["user_id"])
-        found.prompts.append(fit_history(encode, len(events[1]), room)[0])
+        found.prompts.append(prompt)
         found.seeds.append(seed_of(seed, row["user_id"]))
     return found
 

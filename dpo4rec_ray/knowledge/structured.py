@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from dpo4rec_ray.config.texts import GenerateSection, PromptSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.generator import Completion
+from dpo4rec_ray.knowledge.prompts import FACTORS
 
 # Characters that a token is worth, on the safe side: English has about 4 in sentences, 3 in keys and punctuation.
 _CHARS_PER_TOKEN = {"sentence": 3, "key": 2}
@@ -18,6 +20,11 @@ _CHAR, _BLACK = r'[^"\\\x00-\x1f\x7f-\x9f]', r'[^ "\\\x00-\x1f\x7f-\x9f]'
 _BLOCK = (
     20  # xgrammar fails to compile one repeat of some hundreds; one of blocks it follows ten times as fast
 )
+
+
+def json_factors(prompt: PromptSection, generate: GenerateSection) -> list[str] | None:
+    """The keys of the JSON object that every sample is; None where samples are free text."""
+    return FACTORS[prompt.factors] if generate.format == "json" else None
 
 
 def factor_schema(factors: Sequence[str], max_new_tokens: int = 256) -> dict[str, Any]:
@@ -69,8 +76,15 @@ def as_sentences(text: str, factors: Sequence[str]) -> str | None:
     return " ".join(f"{factor}: {sentence}." for factor, sentence in sentences.items())
 
 
-def read_samples(samples: Sequence[Completion], factors: Sequence[str]) -> tuple[list[Completion], int]:
-    """The samples with sentences in place of JSON, and how many were not valid: those stay as they are."""
+def read_samples(
+    samples: Sequence[Completion], factors: Sequence[str] | None
+) -> tuple[list[Completion], int]:
+    """The samples with sentences in place of JSON, and how many were not valid: those stay as they are.
+
+    factors: from `json_factors`; with None the samples are free text, and all stay as they are.
+    """
+    if factors is None:
+        return list(samples), 0
     sentences = [as_sentences(sample.text, factors) for sample in samples]
     kept = [
         sample if text is None else replace(sample, text=text)

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.knowledge.generator import LOAD_FORMATS, OWN_ARGUMENTS, Answer, EngineSettings
-from dpo4rec_ray.knowledge.prompts import FACTORS, control_tokens, encode_chat, fit_history
-from dpo4rec_ray.knowledge.structured import read_samples
+from dpo4rec_ray.knowledge.structured import json_factors, read_samples
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.serving.figures import FreshFigures
 from dpo4rec_ray.serving.fresh import FreshStore, Order
@@ -36,7 +36,7 @@ from dpo4rec_ray.serving.service import Written
 from dpo4rec_ray.serving.version_files import WRITER_ADAPTER, WRITER_FOLDER, WRITER_LLM, table
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.texts.engines import KeptEngine
-from dpo4rec_ray.texts.sources import CataloguePrompts, PromptSettings, engine_settings, sampling_of
+from dpo4rec_ray.texts.sources import engine_settings, sampling_of
 
 BATCH = 64  # texts that are written together
 SWEEP_S = 300.0  # between looks for texts that are too old
@@ -114,20 +114,14 @@ class Prompts:
 
     def __init__(self, plan: Plan, items: pa.Table):
         """items: of the version (published.ITEMS)."""
-        self._tokenizer = load_tokenizer(plan.engine.model)
-        settings = asdict(PromptSettings.of(plan.config))
-        self._catalogue = CataloguePrompts(items, control_tokens(self._tokenizer), **settings)
-        self._max_events = plan.config.data.max_history
-        self._max_tokens = plan.config.llm.max_model_len - plan.config.generate.max_new_tokens
+        config, tokenizer = plan.config, load_tokenizer(plan.engine.model)
+        self._prompts = TokenizedPrompts(tokenizer, items, config.llm, config.prompt, config.generate)
+        self._max_events = config.data.max_history
 
     def token_ids(self, order: Order) -> list[int]:
         """With the newest events, as many as the run would have shown and as fit."""
         items, ratings = order.item_rows[-self._max_events :], order.ratings[-self._max_events :]
-
-        def encode(skip: int) -> list[int]:
-            return encode_chat(self._tokenizer, self._catalogue.text("", items, ratings, skip))
-
-        return fit_history(encode, len(items), self._max_tokens)[0]
+        return self._prompts.user("", items, ratings)[0]
 
 
 class Writer:
@@ -251,9 +245,8 @@ class Writer:
 
     def _text(self, answer: Answer) -> str:
         """What is encoded; "" where there is nothing to encode, which is counted."""
-        samples = answer.samples
-        if self._plan.config.generate.format == "json":
-            samples, _ = read_samples(samples, FACTORS[self._plan.config.prompt.factors])
+        config = self._plan.config
+        samples, _ = read_samples(answer.samples, json_factors(config.prompt, config.generate))
         if samples and samples[0].text.strip():
             return samples[0].text
         self._figures.failed(answer.reason or "empty_text")

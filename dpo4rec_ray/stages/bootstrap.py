@@ -20,6 +20,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import knowledge_cut
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.datasets.synthetic import simulate_users
+from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
 from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
@@ -30,7 +31,6 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
-from dpo4rec_ray.texts.sources import CataloguePrompts
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.loops import supervised_loop, train_settings
 from dpo4rec_ray.workers.placement import engine_env
@@ -166,9 +166,7 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
     )
     popularity = np.bincount(met.to_numpy(), minlength=len(attributes)) + 1.0
     users = simulate_users(attributes, popularity / popularity.sum(), num_users, seed, stream="bootstrap")
-    prompts = CataloguePrompts(
-        items, SPECIAL_TOKENS, config.prompt.factors, config.prompt.item_attributes, config.prompt.ratings
-    )
+    prompts = CataloguePrompts(items, SPECIAL_TOKENS, config.prompt)
     popular = popular_values(attributes)
     rng = np.random.default_rng([seed, 1])
     bounds = np.searchsorted(users.user_index, np.arange(num_users + 1))
@@ -177,7 +175,7 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
         for low, high in itertools.pairwise(bounds):
             seen = slice(low, low + knowledge_cut(high - low, config.data.max_history))
             history, ratings = users.item_index[seen].tolist(), users.rating[seen].tolist()
-            lesson.prompts.append(prompts.text("", history, ratings))
+            lesson.prompts.append(prompts.user("", history, ratings))
             lesson.texts.append(
                 teacher_text([attributes[item] for item in history], ratings, popular, rng).text
             )

@@ -24,8 +24,8 @@ import pyarrow as pa
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.knowledge.generator import Gate
-from dpo4rec_ray.knowledge.prompts import FACTORS, item_text
-from dpo4rec_ray.knowledge.structured import read_samples
+from dpo4rec_ray.knowledge.prompts import item_text
+from dpo4rec_ray.knowledge.structured import json_factors, read_samples
 from dpo4rec_ray.store.artifacts import RunDir, part_file, part_notes, write_part
 from dpo4rec_ray.store.reading import UserRows
 from dpo4rec_ray.texts.attempts import Attempt, Start, note_of
@@ -103,9 +103,8 @@ class Sampler:
         kept: list[Texts] = []
         for one, count in zip(texts, counts, strict=True):
             reason = one.reason or failure(one, count)
-            samples = one.samples
+            samples, invalid = read_samples(one.samples, self._factors)
             if self._factors is not None:
-                samples, invalid = read_samples(samples, self._factors)
                 totals["invalid_json"] += invalid
             kept.append(Texts(one.prompt_token_ids, samples, reason, one.detail, one.num_left_out))
             totals["prompt_tokens"] += len(one.prompt_token_ids)
@@ -325,7 +324,7 @@ def engine_pool(
         "seed": seed_of(config.run.seed, stage, policy_round),
         "job": uuid.uuid4().hex,
         "num_engines": config.generate.num_engines,
-        "json_factors": FACTORS[config.prompt.factors] if config.generate.format == "json" else None,
+        "json_factors": json_factors(config.prompt, config.generate),
         **more,
     }
     section = config.generate

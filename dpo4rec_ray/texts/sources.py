@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.datasets.files import absolute, file_identity
+from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts, TokenizedPrompts
 from dpo4rec_ray.knowledge.generator import (
     Answer,
     Completion,
@@ -28,18 +28,9 @@ from dpo4rec_ray.knowledge.generator import (
     Sampling,
     VLLMGenerator,
 )
-from dpo4rec_ray.knowledge.prompts import (
-    FACTORS,
-    clean_text,
-    control_tokens,
-    encode_chat,
-    fit_history,
-    item_prompt,
-    user_prompt,
-)
 from dpo4rec_ray.knowledge.remote import ApiKey, Endpoint, EndpointSettings
 from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
-from dpo4rec_ray.knowledge.structured import factor_schema
+from dpo4rec_ray.knowledge.structured import factor_schema, json_factors
 from dpo4rec_ray.knowledge.template import TemplateGenerator
 from dpo4rec_ray.knowledge.text_table import TextTable, place_texts
 from dpo4rec_ray.knowledge.watchdog import Watchdog
@@ -98,76 +89,8 @@ class _Plain:
         return None
 
 
-class CataloguePrompts:
-    """Users and items -> prompt text, with the whole catalogue at hand, cleaned of control tokens once."""
-
-    def __init__(
-        self,
-        items: pa.Table,
-        special_tokens: Sequence[str],
-        factors: str,
-        item_attributes: bool,
-        ratings: bool = True,
-        as_json: bool = False,
-    ):
-        tokens = tuple(special_tokens)
-
-        def clean(text: str) -> str:
-            return clean_text(text, tokens)
-
-        self._clean, self._ratings, self._as_json = clean, ratings, as_json
-        self.factors = FACTORS[factors]
-        self._titles = [clean(title) for title in items["title"].to_pylist()]
-        rows = items["attributes"].to_pylist() if item_attributes else None
-        self._attributes = rows and [[clean(value) for value in row] for row in rows]
-
-    def text(self, profile: str, item_ids: Sequence[int], ratings: Sequence[float], skip: int = 0) -> str:
-        """The prompt of one user with this knowledge history, without its `skip` oldest events."""
-        item_ids, ratings = item_ids[skip:], ratings[skip:]
-        titles = [self._titles[item] for item in item_ids]
-        attributes = [self._attributes[item] for item in item_ids] if self._attributes else None
-        return user_prompt(
-            self._clean(profile),
-            titles,
-            ratings,
-            attributes,
-            self.factors,
-            show_ratings=self._ratings,
-            as_json=self._as_json,
-        )
-
-    def item(self, title: str, attributes: Sequence[str]) -> str:
-        """The prompt of one item."""
-        cleaned = [self._clean(value) for value in attributes]
-        return item_prompt(self._clean(title), cleaned, self.factors, as_json=self._as_json)
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """How prompts are made; the arguments of `CataloguePrompts` without the catalogue."""
-
-    factors: str
-    item_attributes: bool
-    ratings: bool
-    as_json: bool
-
-    @classmethod
-    def of(cls, config: Config) -> PromptSettings:
-        section = config.prompt
-        as_json = config.generate.format == "json"
-        return cls(section.factors, section.item_attributes, section.ratings, as_json)
-
-    def over(self, store: RunDir, special_tokens: Sequence[str]) -> CataloguePrompts:
-        items = store.read("items", columns=["title", "attributes"])
-        return CataloguePrompts(
-            items, special_tokens, self.factors, self.item_attributes, self.ratings, self.as_json
-        )
-
-
 class Generator(Protocol):
     """What `PolicyTexts` needs of an engine: a `VLLMGenerator` here, or a `KeptGenerator` elsewhere."""
-
-    max_prompt: int
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
@@ -192,54 +115,43 @@ class PolicyTexts:
         store: RunDir,
         *,
         tokenizer_path: str,
-        prompts: PromptSettings,
+        config: Config,
         generator: Callable[[Path], Generator],
         last_words: Path,
     ):
         """generator: makes the engine, or finds one; takes the file for its last words."""
-        self._tokenizer = load_tokenizer(tokenizer_path)
-        self._lock = threading.Lock()  # a fast tokenizer is not to be used by two threads
-        self._prompts = prompts.over(store, control_tokens(self._tokenizer))
+        self._prompts = TokenizedPrompts(
+            load_tokenizer(tokenizer_path), _catalogue(store), config.llm, config.prompt, config.generate
+        )
         self._last_words = last_words
         self._generator = generator(last_words)
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
-        prompts: list[list[int]] = []
-        left_out: list[int] = []
-        for row in rows:
-            events = (row["profile"], row["history_item_ids"], row["history_ratings"])
-
-            def encode(skip: int, events: tuple[Any, ...] = events) -> list[int]:
-                return self._encode(self._prompts.text(*events, skip=skip))
-
-            token_ids, skipped = fit_history(encode, len(events[1]), self._generator.max_prompt)
-            prompts.append(token_ids)
-            left_out.append(skipped)
-        return self._answers(prompts, left_out, seeds, counts)
+        prompts = [
+            self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"])
+            for row in rows
+        ]
+        return self._answers(prompts, seeds, counts)
 
     def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
-        prompts = [self._encode(self._prompts.item(row["title"], row["attributes"])) for row in rows]
-        return self._answers(prompts, [0] * len(rows), seeds, [1] * len(rows))
+        prompts = [(self._prompts.item(row["title"], row["attributes"]), 0) for row in rows]
+        return self._answers(prompts, seeds, [1] * len(rows))
 
     def stats(self) -> EngineStats:
         return self._generator.stats()
 
-    def _encode(self, text: str) -> list[int]:
-        with self._lock:
-            return encode_chat(self._tokenizer, text)
-
     def _answers(
-        self, prompts: list[list[int]], left_out: list[int], seeds: Sequence[int], counts: Sequence[int]
+        self, prompts: Sequence[tuple[list[int], int]], seeds: Sequence[int], counts: Sequence[int]
     ) -> list[Texts]:
         try:
-            answers = self._generator.generate(prompts, seeds, counts)
+            answers = self._generator.generate([token_ids for token_ids, _ in prompts], seeds, counts)
         except EngineDied as error:
             with contextlib.suppress(OSError):
                 self._last_words.write_text(str(error))
             os._exit(1)  # Ray starts a new actor and retries; an exception would end the job
         return [
-            Texts(prompt, answer.samples, answer.reason, answer.detail, skipped)
-            for prompt, answer, skipped in zip(prompts, answers, left_out, strict=True)
+            Texts(token_ids, answer.samples, answer.reason, answer.detail, num_left_out)
+            for (token_ids, num_left_out), answer in zip(prompts, answers, strict=True)
         ]
 
 
@@ -247,7 +159,7 @@ class StatisticsTexts(_Plain):
     """Texts counted from the histories; no model is loaded."""
 
     def __init__(self, store: RunDir, *, like_at: float | None):
-        items = store.read("items", columns=["title", "attributes"])
+        items = _catalogue(store)
         self._generator = StatisticsGenerator(
             items["title"].to_pylist(), items["attributes"].to_pylist(), like_at
         )
@@ -271,10 +183,9 @@ class TemplateTexts(_Plain):
 class EndpointTexts(_Plain):
     """Texts that an OpenAI-compatible endpoint writes."""
 
-    def __init__(
-        self, store: RunDir, *, prompts: PromptSettings, endpoint: EndpointSettings, sampling: Sampling
-    ):
-        self._prompts = prompts.over(store, ())
+    def __init__(self, store: RunDir, *, config: Config, endpoint: EndpointSettings, sampling: Sampling):
+        as_json = config.generate.format == "json"
+        self._prompts = CataloguePrompts(_catalogue(store), (), config.prompt, as_json=as_json)
         self._endpoint = Endpoint(endpoint, sampling)
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
@@ -301,7 +212,7 @@ class EndpointTexts(_Plain):
         return found
 
     def _prompt(self, row: Row, skip: int) -> str:
-        return self._prompts.text(row["profile"], row["history_item_ids"], row["history_ratings"], skip)
+        return self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"], skip)
 
     def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
         prompts = [self._prompts.item(row["title"], row["attributes"]) for row in rows]
@@ -327,6 +238,11 @@ class TableTexts(_Plain):
     def items(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Texts]:
         assert self._items is not None
         return [_of_table(self._items, row["item_id"], 1) for row in rows]
+
+
+def _catalogue(store: RunDir) -> pa.Table:
+    """What prompts and counted texts show of the items."""
+    return store.read("items", columns=["title", "attributes"])
 
 
 def _of_table(table: TextTable, subject_id: int, count: int) -> Texts:
@@ -378,8 +294,8 @@ def engine_settings(config: Config, store: RunDir, policy_round: int) -> EngineS
 
 def sampling_of(config: Config) -> Sampling:
     section = config.generate
-    factors = FACTORS[config.prompt.factors]
-    schema = factor_schema(factors, section.max_new_tokens) if section.format == "json" else None
+    factors = json_factors(config.prompt, section)
+    schema = factor_schema(factors, section.max_new_tokens) if factors else None
     return Sampling(section.temperature, section.top_p, section.max_new_tokens, schema)
 
 
@@ -399,7 +315,7 @@ def _policy_source(config: Config, store: RunDir, policy_round: int) -> Source:
     build = partial(
         PolicyTexts,
         tokenizer_path=policy_weights(config, store, policy_round).base,
-        prompts=PromptSettings.of(config),
+        config=config,
         generator=generator,
     )
     return Source(build, num_gpus, num_cpus, env, items=True, batch=section.max_num_seqs, dies=True)
@@ -437,9 +353,7 @@ def _openai_source(config: Config, store: RunDir, policy_round: int) -> Source:
         max_retries=section.max_retries,
         timeout_s=section.timeout_s,
     )
-    build = partial(
-        EndpointTexts, prompts=PromptSettings.of(config), endpoint=endpoint, sampling=sampling_of(config)
-    )
+    build = partial(EndpointTexts, config=config, endpoint=endpoint, sampling=sampling_of(config))
     batch = endpoint.max_concurrency * min(section.samples_per_request or num_samples, num_samples)
     return Source(build, items=True, batch=batch)
 

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from dpo4rec_ray.config import default_config
 from dpo4rec_ray.knowledge.generator import Answer, Gate, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
 from dpo4rec_ray.policy.model import add_lora, load_model, load_tokenizer, save_complete, save_merged
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.texts.sources import PolicyTexts, PromptSettings
+from dpo4rec_ray.texts.sources import PolicyTexts
 
 pytestmark = pytest.mark.vllm
 
@@ -286,7 +287,14 @@ def test_a_long_history_is_shortened_to_the_token(
     texts = PolicyTexts(
         store,
         tokenizer_path=str(bundled),
-        prompts=PromptSettings("short", item_attributes=True, ratings=True, as_json=False),
+        config=default_config(
+            [
+                "prompt.factors=short",
+                "prompt.item_attributes=true",
+                f"llm.max_model_len={MAX_MODEL_LEN}",
+                "generate.max_new_tokens=32",
+            ]
+        ),
         generator=lambda _: generator,
         last_words=tmp_path / "note.txt",
     )

@@ -16,12 +16,13 @@ import cloudpickle
 import pyarrow as pa
 import pytest
 
+from dpo4rec_ray.config import default_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.generator import Sampling
 from dpo4rec_ray.knowledge.remote import MAX_FAILED_IN_A_ROW, ApiKey, Endpoint, EndpointSettings, RemoteAnswer
 from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.texts.sources import EndpointTexts, PromptSettings
+from dpo4rec_ray.texts.sources import EndpointTexts
 
 KEY = "key-that-nobody-may-see"
 Body = dict[str, Any]
@@ -390,7 +391,7 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_events(server: Server, tmp_p
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     writer = EndpointTexts(
         store,
-        prompts=PromptSettings("short", item_attributes=False, ratings=True, as_json=False),
+        config=default_config(["prompt.factors=short"]),
         endpoint=EndpointSettings(url, "toy", ApiKey(KEY), "TOY_KEY"),
         sampling=_PLAIN,
     )
