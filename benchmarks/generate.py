@@ -33,7 +33,7 @@ from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.store.policies import base_llm_path
-from dpo4rec_ray.texts.sources import engine_settings, sampling_of
+from dpo4rec_ray.texts.policy_texts import engine_spec, served_weights
 from dpo4rec_ray.workers.placement import WORKER_ENV, engine_env
 
 BUNDLED = Path(__file__).resolve().parents[1] / "dpo4rec_ray" / "policy" / "bundled"
@@ -182,7 +182,9 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of LLM.generate, its start excluded: everything in one call, or one call per shard."""
     config, store = _prepared(options)
     set_env({**engine_env(config), "OMP_NUM_THREADS": str(options.threads)})
-    arguments = engine_settings(config, store, 0).arguments() | {"disable_log_stats": True}
+    arguments = engine_spec(config, served_weights(config, store, 0)).arguments() | {
+        "disable_log_stats": True
+    }
     arguments |= json.loads(options.engine_args)
     for name in options.drop.split(","):
         arguments.pop(name, None)
@@ -195,15 +197,14 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     llm = LLM(**arguments)
     start_s = time.perf_counter() - began
-    sampling = sampling_of(config)
     section = config.generate
     params = [
         SamplingParams(
             n=section.num_samples,
             seed=None if options.no_seeds else seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            max_tokens=section.max_new_tokens,
         )
         for seed in seeds
     ]
@@ -266,8 +267,7 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         base_llm_path(config, store), dtype=getattr(torch, config.llm.dtype)
     ).eval()
-    sampling = sampling_of(config)
-    count = config.generate.num_samples
+    section = config.generate
 
     def rate(prompts: list[list[int]]) -> tuple[int, float]:
         longest = max(map(len, prompts))
@@ -279,11 +279,11 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=True,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
+                temperature=section.temperature,
+                top_p=section.top_p,
                 top_k=0,
-                max_new_tokens=sampling.max_new_tokens,
-                num_return_sequences=count,
+                max_new_tokens=section.max_new_tokens,
+                num_return_sequences=section.num_samples,
             )
         seconds = time.perf_counter() - began
         return output.shape[0] * (

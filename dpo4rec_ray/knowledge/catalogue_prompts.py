@@ -36,7 +36,7 @@ class CataloguePrompts:
         as_json: bool = False,
     ):
         """items: columns "title" and "attributes", one row per item id; special_tokens: see `clean_text`."""
-        self._prompt, self._factors, self._as_json = prompt, FACTORS[prompt.factors], as_json
+        self.prompt, self._factors, self._as_json = prompt, FACTORS[prompt.factors], as_json
         self._clean = partial(clean_text, special_tokens=tuple(special_tokens))
         self._titles = [self._clean(title) for title in items["title"].to_pylist()]
         rows = items["attributes"].to_pylist() if prompt.item_attributes else None
@@ -51,7 +51,7 @@ class CataloguePrompts:
             ratings,
             [self._attributes[item] for item in item_ids] if self._attributes else None,
             self._factors,
-            show_ratings=self._prompt.ratings,
+            show_ratings=self.prompt.ratings,
             as_json=self._as_json,
         )
 

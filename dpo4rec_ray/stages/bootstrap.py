@@ -21,7 +21,8 @@ from dpo4rec_ray.core.candidates import knowledge_cut
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.datasets.synthetic import simulate_users
 from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
-from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenerator
+from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
+from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
 from dpo4rec_ray.policy.deepspeed_config import read_extra
@@ -137,19 +138,21 @@ def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
     import ray
 
     lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
-    section = config.generate
-    gpu = section.gpus_per_engine
-    engine = EngineSettings(str(model), max_model_len=config.llm.max_model_len, on_gpu=gpu > 0)
-    sampling = Sampling(section.temperature, section.top_p, section.max_new_tokens)
-    remote = ray.remote(num_cpus=1, num_gpus=gpu, max_calls=1, runtime_env={"env_vars": engine_env(config)})
-    texts = ray.get(remote(_sample_texts).remote(engine, sampling, lesson.prompts))
+    spec = EngineSpec(ServedWeights(str(model)), config.llm, config.generate)
+    remote = ray.remote(
+        num_cpus=1,
+        num_gpus=config.generate.gpus_per_engine,
+        max_calls=1,
+        runtime_env={"env_vars": engine_env(config)},
+    )
+    texts = ray.get(remote(_sample_texts).remote(spec, lesson.prompts))
     accuracy, chance = text_accuracy([[text] for text in texts], lesson.tastes)
     return {"text_accuracy": accuracy, "text_chance": chance}
 
 
-def _sample_texts(engine: EngineSettings, sampling: Sampling, prompts: list[str]) -> list[str]:
-    tokenizer = load_tokenizer(engine.model)
-    generator = VLLMGenerator(engine, sampling)
+def _sample_texts(spec: EngineSpec, prompts: list[str]) -> list[str]:
+    tokenizer = load_tokenizer(spec.weights.model)
+    generator = VLLMGenerator(spec)
     token_ids = [encode_chat(tokenizer, prompt) for prompt in prompts]
     answers = generator.generate(token_ids, list(range(len(prompts))), [1] * len(prompts))
     return [answer.samples[0].text if answer.samples else "" for answer in answers]
