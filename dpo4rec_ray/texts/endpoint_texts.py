@@ -15,19 +15,16 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
 
 
-def endpoint_source(config: Config, store: RunDir, policy_round: int) -> Source:
-    """The endpoint, with the key from the driver's environment."""
-    section, num_samples = config.openai, config.generate.num_samples
-    # The key is an argument because Ray writes the environment of its workers into its logs.
-    key = ApiKey(os.environ.get(section.api_key_env, ""))
-    batch = requests_at_once(section, config.generate) * min(
-        section.samples_per_request or num_samples, num_samples
-    )
-    return Source(EndpointTexts, {"key": key}, batch=batch)
-
-
 class EndpointTexts(TextWriter):
     """Prompts of users and items through an endpoint."""
+
+    @classmethod
+    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+        section, num_samples = config.openai, config.generate.num_samples
+        # The key is an argument because Ray writes the environment of its workers into its logs.
+        key = ApiKey(os.environ.get(section.api_key_env, ""))
+        samples = min(section.samples_per_request or num_samples, num_samples)
+        return Source(cls, {"key": key}, batch=requests_at_once(section, config.generate) * samples)
 
     def __init__(self, config: Config, store: RunDir, *, key: ApiKey):
         self._prompts = CataloguePrompts(

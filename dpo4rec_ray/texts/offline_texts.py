@@ -16,41 +16,6 @@ from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
 
 
-def statistics_source(config: Config, store: RunDir, policy_round: int) -> Source:
-    return Source(StatisticsTexts)
-
-
-def template_source(config: Config, store: RunDir, policy_round: int) -> Source:
-    return Source(TemplateTexts)
-
-
-def table_source(config: Config, store: RunDir, policy_round: int) -> Source:
-    """Writes the files' texts into the run folder, where actors on any machine find them, and says what is wrong there."""
-    section, folder = config.texts, store.root / "texts"
-    files: dict[str, Path] = {}
-    for subject, path, column in (
-        ("user", section.users, section.user),
-        ("item", section.items, section.item),
-    ):
-        if not path:
-            continue
-        known = store.read(f"{subject}s", columns=[f"{subject}_id", "raw_id"])
-        columns = (column, section.text)
-        made_from = (file_identity(absolute(path)), *columns, store.require(f"{subject}s").produced)
-        files[f"{subject}s"] = folder / f"{subject}s.arrow"
-        tally = place_texts(
-            path,
-            columns,
-            known["raw_id"].combine_chunks(),
-            known[f"{subject}_id"].to_numpy(),
-            files[f"{subject}s"],
-            "\n".join(made_from),
-        )
-        if tally is not None and tally.left_out:
-            say(f"  texts.{subject}s {path}: {tally.texts} texts, left out: {tally.words}")
-    return Source(TableTexts, {"files": files})
-
-
 class StatisticsTexts(TextWriter):
     """Texts counted from the histories."""
 
@@ -79,7 +44,34 @@ class TemplateTexts(TextWriter):
 
 
 class TableTexts(TextWriter):
-    """Texts from a file, as `table_source` placed them."""
+    """Texts from a file."""
+
+    @classmethod
+    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+        """Writes the files' texts into the run folder, where actors on any machine find them; says what was left out."""
+        section, folder = config.texts, store.root / "texts"
+        files: dict[str, Path] = {}
+        for subject, path, column in (
+            ("user", section.users, section.user),
+            ("item", section.items, section.item),
+        ):
+            if not path:
+                continue
+            known = store.read(f"{subject}s", columns=[f"{subject}_id", "raw_id"])
+            columns = (column, section.text)
+            made_from = (file_identity(absolute(path)), *columns, store.require(f"{subject}s").produced)
+            files[f"{subject}s"] = folder / f"{subject}s.arrow"
+            tally = place_texts(
+                path,
+                columns,
+                known["raw_id"].combine_chunks(),
+                known[f"{subject}_id"].to_numpy(),
+                files[f"{subject}s"],
+                "\n".join(made_from),
+            )
+            if tally is not None and tally.left_out:
+                say(f"  texts.{subject}s {path}: {tally.texts} texts, left out: {tally.words}")
+        return Source(cls, {"files": files})
 
     def __init__(self, config: Config, store: RunDir, *, files: dict[str, Path]):
         """files: "users", "items" -> where their texts are."""

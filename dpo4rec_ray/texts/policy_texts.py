@@ -20,7 +20,7 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import merges_lora, policy_weights
 from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines
 from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
-from dpo4rec_ray.workers.placement import WORKER_ENV, engine_env
+from dpo4rec_ray.workers.placement import engine_env
 
 
 def served_weights(config: Config, store: RunDir, policy_round: int) -> ServedWeights:
@@ -42,22 +42,6 @@ def engine_spec(config: Config, weights: ServedWeights) -> EngineSpec:
         max_lora_rank=config.dpo.lora_rank if takes_lora else 0,
         schema=json_schema(config.prompt, config.generate),
     )
-
-
-def policy_source(config: Config, store: RunDir, policy_round: int) -> Source:
-    """Policy `policy_round`, in an engine of the actor's own or in one that outlives the stage."""
-    section = config.generate
-    spec = engine_spec(config, served_weights(config, store, policy_round))
-    arguments: dict[str, Any] = {
-        "spec": spec,
-        "tokenizer": policy_weights(config, store, policy_round).base,
-    }
-    if section.keep_engines:
-        arguments["engines"] = kept_engines(config, spec, store.root)
-        # The actor itself only makes prompts and writes files.
-        return Source(open_policy, arguments, 0.0, 0.1, WORKER_ENV, section.max_num_seqs, dies=True)
-    env = engine_env(config)
-    return Source(open_policy, arguments, section.gpus_per_engine, None, env, section.max_num_seqs, dies=True)
 
 
 def open_policy(
@@ -88,7 +72,26 @@ def _owner() -> str:
 
 
 class PolicyTexts(TextWriter):
-    """Prompts of users and items through an engine. If the engine dies, so does this process."""
+    """Prompts of users and items through an engine. If the engine dies, this process ends too."""
+
+    @classmethod
+    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+        """Policy `policy_round` in an engine of the actor's own, or in one that outlives the stage (keep_engines)."""
+        section = config.generate
+        spec = engine_spec(config, served_weights(config, store, policy_round))
+        arguments = {"spec": spec, "tokenizer": policy_weights(config, store, policy_round).base}
+        if section.keep_engines:
+            # The actor itself only makes prompts and writes files.
+            arguments["engines"] = kept_engines(config, spec, store.root)
+            return Source(open_policy, arguments, num_cpus=0.1, batch=section.max_num_seqs, dies=True)
+        return Source(
+            open_policy,
+            arguments,
+            num_gpus=section.gpus_per_engine,
+            env=engine_env(config),
+            batch=section.max_num_seqs,
+            dies=True,
+        )
 
     def __init__(
         self, prompts: TokenizedPrompts, generator: VLLMGenerator | KeptGenerator, reason_file: Path

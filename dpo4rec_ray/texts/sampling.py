@@ -150,7 +150,7 @@ def text_pool(
     worker: UserSampler, ShardGenerator, TextSampler or ItemSampler; arguments: what it takes beside the job.
     samples_per_shard: about how many samples a shard needs.
     """
-    section, source = config.generate, SOURCES[config.llm.source](config, store, policy_round)
+    section, source = config.generate, SOURCES[config.llm.source].source(config, store, policy_round)
     seed = seed_of(config.run.seed, stage, policy_round)
     job = WritingJob(config, store, source, round_id, folder, seed, start_id=uuid.uuid4().hex)
     # Enough shards for two batches of samples, and two more: a shard ends with its longest sample, and until then there

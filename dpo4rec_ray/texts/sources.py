@@ -1,26 +1,22 @@
 """The sources of texts by name: what `llm.source` in a recipe chooses from.
 
-To add a source: a `TextWriter`, a function that returns its `Source`, one line in `SOURCES`.
+To add a source: a `TextWriter`, and one line in `SOURCES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.texts.endpoint_texts import endpoint_source
-from dpo4rec_ray.texts.offline_texts import statistics_source, table_source, template_source
-from dpo4rec_ray.texts.policy_texts import policy_source
-from dpo4rec_ray.texts.text_source import Source
+from dpo4rec_ray.texts.endpoint_texts import EndpointTexts
+from dpo4rec_ray.texts.offline_texts import StatisticsTexts, TableTexts, TemplateTexts
+from dpo4rec_ray.texts.policy_texts import PolicyTexts
+from dpo4rec_ray.texts.text_source import TextWriter
 
-# llm.source -> what writes the texts of policy `policy_round`
-SOURCES: dict[str, Callable[[Config, RunDir, int], Source]] = {
-    "vllm": policy_source,
-    "openai": endpoint_source,
-    "table": table_source,
-    "statistics": statistics_source,
-    "template": template_source,
+SOURCES: dict[str, type[TextWriter]] = {
+    "vllm": PolicyTexts,
+    "openai": EndpointTexts,
+    "table": TableTexts,
+    "statistics": StatisticsTexts,
+    "template": TemplateTexts,
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.completions import Completion
 from dpo4rec_ray.knowledge.engine_loop import EngineStats
 from dpo4rec_ray.store.artifacts import RunDir
@@ -38,7 +39,16 @@ class Texts:
 
 
 class TextWriter:
-    """A source inside an actor. Its methods are called from several threads."""
+    """A source inside an actor, made with config and store. `users` and `items` are called from several threads."""
+
+    @classmethod
+    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+        """How actors build this writer, for the texts of policy `policy_round`. Runs in the driver.
+
+        Raises:
+            UserError: the source cannot be used as the recipe says.
+        """
+        return Source(cls)
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
         """For each row of the table `users`, as many texts as `counts` says."""

@@ -22,7 +22,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.remote import MAX_FAILED_IN_A_ROW, ApiKey, Endpoint, RemoteAnswer
 from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.texts.endpoint_texts import EndpointTexts, endpoint_source
+from dpo4rec_ray.texts.endpoint_texts import EndpointTexts
 
 KEY = "key-that-nobody-may-see"
 Body = dict[str, Any]
@@ -352,7 +352,7 @@ def test_a_refusal_is_an_empty_text(server: Server) -> None:
 def test_a_key_does_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is among the arguments of an actor."""
     monkeypatch.setenv("TOY_KEY", KEY)
-    source = endpoint_source(default_config(["openai.api_key_env=TOY_KEY"]), RunDir(tmp_path), 0)
+    source = EndpointTexts.source(default_config(["openai.api_key_env=TOY_KEY"]), RunDir(tmp_path), 0)
     key = source.arguments["key"]
     assert KEY not in repr(source) and KEY not in str(key) and KEY not in f"{key}"
     assert cloudpickle.loads(cloudpickle.dumps(source)).arguments["key"].reveal() == KEY
