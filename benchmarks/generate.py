@@ -14,7 +14,8 @@ from typing import Any
 import harness
 from harness import Peaks, Row
 
-from dpo4rec_ray.knowledge.generator import EngineSettings
+from dpo4rec_ray.config.texts import GenerateSection, LLMSection
+from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.store.artifacts import RunDir
 
 # Engine arguments that the stage sets and vLLM has other defaults for; enforce_eager is measured under `settings`.
@@ -216,7 +217,8 @@ def side_by_side(recipe: list[str], engines: int, flags: list[str]) -> Row:
 
 def start(bench: Bench) -> list[Row]:
     """Seconds until the first token, one change after the other; the KV cache has 1 GiB throughout."""
-    ours = EngineSettings(model=str(bench.model("4m")), max_model_len=320).arguments()
+    weights = ServedWeights(str(bench.model("4m")))
+    ours = EngineSpec(weights, LLMSection(max_model_len=320), GenerateSection()).arguments()
     plain = {name: ours[name] for name in ("model", "dtype", "max_model_len")}
     cache = bench.folder / "vllm-cache"
     cached = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(cache)}

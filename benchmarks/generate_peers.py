@@ -30,11 +30,11 @@ from harness import LLAMA_8B, ROOT
 
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.core.keys import seed_of
-from dpo4rec_ray.knowledge.prompts import control_tokens, encode_chat, fit_history
+from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.store.policies import base_llm_path
-from dpo4rec_ray.texts.sources import PromptSettings, engine_settings, sampling_of
+from dpo4rec_ray.texts.policy_texts import engine_spec, served_weights
 from dpo4rec_ray.workers.placement import WORKER_ENV, engine_env
 
 BUNDLED = ROOT / "dpo4rec_ray" / "policy" / "bundled"
@@ -158,19 +158,15 @@ def requests_of(config: Config, store: RunDir, num_users: int) -> Requests:
     from dpo4rec_ray.stages.generate import SPLITS
 
     tokenizer = load_tokenizer(base_llm_path(config, store))
-    prompts = PromptSettings.of(config).over(store, control_tokens(tokenizer))
-    room = config.llm.max_model_len - config.generate.max_new_tokens
+    items = store.read("items", columns=["title", "attributes"])
+    prompts = TokenizedPrompts(tokenizer, items, config.llm, config.prompt, config.generate)
     rows = store.read("users", split=SPLITS).sort_by("user_id")
     found = Requests([], [], [])
     seed = seed_of(config.run.seed, "generate", 0)
     for row in rows.slice(0, num_users or None).to_pylist():
-        events = (row["profile"], row["history_item_ids"], row["history_ratings"])
-
-        def encode(skip: int, events: tuple[Any, ...] = events) -> list[int]:
-            return encode_chat(tokenizer, prompts.text(*events, skip=skip))
-
+        prompt, _ = prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"])
         found.user_ids.append(row["user_id"])
-        found.prompts.append(fit_history(encode, len(events[1]), room)[0])
+        found.prompts.append(prompt)
         found.seeds.append(seed_of(seed, row["user_id"]))
     return found
 
@@ -179,7 +175,9 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of LLM.generate, its start excluded: everything in one call, or one call per shard."""
     config, store = _prepared(options)
     set_env({**engine_env(config), "OMP_NUM_THREADS": str(options.threads)})
-    arguments = engine_settings(config, store, 0).arguments() | {"disable_log_stats": True}
+    arguments = engine_spec(config, served_weights(config, store, 0)).arguments() | {
+        "disable_log_stats": True
+    }
     arguments |= json.loads(options.engine_args)
     for name in options.drop.split(","):
         arguments.pop(name, None)
@@ -192,15 +190,14 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     llm = LLM(**arguments)
     start_s = time.perf_counter() - began
-    sampling = sampling_of(config)
     section = config.generate
     params = [
         SamplingParams(
             n=section.num_samples,
             seed=None if options.no_seeds else seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            max_tokens=section.max_new_tokens,
         )
         for seed in seeds
     ]
@@ -263,8 +260,7 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         base_llm_path(config, store), dtype=getattr(torch, config.llm.dtype)
     ).eval()
-    sampling = sampling_of(config)
-    count = config.generate.num_samples
+    section = config.generate
 
     def rate(prompts: list[list[int]]) -> tuple[int, float]:
         longest = max(map(len, prompts))
@@ -276,11 +272,11 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=True,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
+                temperature=section.temperature,
+                top_p=section.top_p,
                 top_k=0,
-                max_new_tokens=sampling.max_new_tokens,
-                num_return_sequences=count,
+                max_new_tokens=section.max_new_tokens,
+                num_return_sequences=section.num_samples,
             )
         seconds = time.perf_counter() - began
         # No sample ends early: the model has no EOS.

@@ -164,8 +164,7 @@ def ten_lists(lists: ListData, num_users: int) -> tuple[ListData, np.ndarray]:
 
 def encoded(config: Config, store: RunDir, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """User ids [S] and vectors [S, D] of the samples of `users`."""
-    section = config.encoder
-    encoder = TextEncoder(section.path, section.batch_size, section.max_tokens)
+    encoder = TextEncoder(config.encoder)
     tables = [pq.read_table(file, columns=["user_id", "text"]) for file in store.files("generations", 1)]
     user_ids = np.concatenate([table["user_id"].to_numpy() for table in tables])
     texts = [text for table in tables for text in table["text"].to_pylist()]

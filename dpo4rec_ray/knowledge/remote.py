@@ -1,8 +1,8 @@
 """Prompts in, N completions out: any OpenAI-compatible chat endpoint, with bounded concurrency and with retries.
 
-Calls overlap: `generate` may be called from several threads; their requests share one pool of threads, so that one
-shard's first requests are under way while another's last ones are waited for. Requests that fail for a while (429, 5xx,
-lost connections, timeouts) are sent again by the client itself, which waits longer each time and heeds Retry-After.
+`generate` may be called from several threads. Their requests share one pool of threads, so that the next shard's requests
+are under way while the last ones of this shard are waited for. The client itself repeats requests that fail for a while
+(429, 5xx, lost connections, timeouts); it waits longer each time, or as long as Retry-After says.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dpo4rec_ray.config.texts import GenerateSection, OpenAISection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.generator import Completion, Sampling
+from dpo4rec_ray.knowledge.completions import Completion
 
 if TYPE_CHECKING:
     from openai import APIError
 
-MAX_FAILED_IN_A_ROW = (
-    20  # requests, each after its retries: then it is the endpoint that is at fault, not a prompt
-)
+# Requests, each after its retries. If so many fail, the reason is the endpoint and not a prompt.
+MAX_FAILED_IN_A_ROW = 20
 _TOO_LONG = re.compile(r"context.?(length|window)|too long|too many tokens", re.IGNORECASE)
-_SEED_STEP = 0x9E3779B1  # odd: the seeds of a user's requests are distinct
-_MAX_WORDS = 200  # characters of an endpoint's message that are kept
+_SEED_STEP = 0x9E3779B1  # odd, so that the seeds of a user's requests differ
+_MAX_DETAIL = 200  # characters of an endpoint's message that are kept
 
 
 class ApiKey:
-    """A key that does not show in what is printed, logged or raised. Empty: none is sent."""
+    """A key that does not appear in what is printed, logged or raised. Empty: no key is sent."""
 
     def __init__(self, value: str):
         self._value = value
@@ -46,23 +46,9 @@ class ApiKey:
         return self._value
 
     def hide_in(self, text: str) -> str:
-        """`text` without the key, and without what looks like one: endpoints quote keys in part."""
+        """`text` without the key and without what looks like a key: endpoints quote parts of it."""
         text = text.replace(self._value, "***") if self._value else text
         return re.sub(r"\bsk-\S+|(?<=Bearer )\S+", "***", text)
-
-
-@dataclass(frozen=True)
-class EndpointSettings:
-    """Where requests go and how many at once. key_name: of the environment variable, for messages."""
-
-    base_url: str
-    model: str
-    key: ApiKey
-    key_name: str
-    max_concurrency: int = 16
-    samples_per_request: int = 0  # 0: all of a prompt's samples in one request
-    max_retries: int = 6
-    timeout_s: float = 120
 
 
 @dataclass(frozen=True)
@@ -70,9 +56,10 @@ class RemoteAnswer:
     """An endpoint's samples for one prompt, or why there are none.
 
     Attributes:
-        reason: prompt_too_long, endpoint_error, or empty; detail: in words, without the key.
-        usage: "prompt_tokens" and "tokens" (generated) as the endpoint counts them, "requests" with repeated ones, and
-            "retries", those that were repeated.
+        reason: prompt_too_long, endpoint_error, or empty.
+        detail: the reason in words, without the key.
+        usage: "prompt_tokens" and "tokens" (generated) as the endpoint counts them, "requests" (repeated ones included)
+            and "retries" (the repeated ones).
     """
 
     samples: list[Completion]
@@ -84,19 +71,26 @@ class RemoteAnswer:
 class Endpoint:
     """A client of one endpoint. Safe to call from many threads."""
 
-    def __init__(self, settings: EndpointSettings, sampling: Sampling):
+    def __init__(
+        self,
+        openai: OpenAISection,
+        generate: GenerateSection,
+        key: ApiKey,
+        schema: dict[str, Any] | None = None,
+    ):
+        """key: what the environment variable openai.api_key_env holds; schema: JSON schema of every sample, or None."""
         from openai import Omit, OpenAI
 
-        self._settings, self._sampling = settings, sampling
+        self.openai, self.generation, self._key, self._schema = openai, generate, key, schema
         self._client = OpenAI(
-            # without one the client would take OPENAI_API_KEY, wherever the request goes
-            api_key=settings.key.reveal() or "none",
-            base_url=settings.base_url,
-            timeout=settings.timeout_s,
-            max_retries=settings.max_retries,
+            # Without a key the client would send OPENAI_API_KEY, wherever the request goes.
+            api_key=key.reveal() or "none",
+            base_url=openai.base_url,
+            timeout=openai.timeout_s,
+            max_retries=openai.max_retries,
         )
-        self._headers = None if settings.key else {"Authorization": Omit()}
-        self._pool = ThreadPoolExecutor(settings.max_concurrency, thread_name_prefix="endpoint")
+        self._headers = None if key else {"Authorization": Omit()}
+        self._pool = ThreadPoolExecutor(requests_at_once(openai, generate), thread_name_prefix="endpoint")
         self._length_name = "max_tokens"
         self._lock = threading.Lock()
         self._failed_in_a_row = 0
@@ -121,7 +115,7 @@ class Endpoint:
 
     def _parts(self, seed: int, count: int) -> list[tuple[int, int]]:
         """(seed, samples) of each request for one prompt."""
-        size = self._settings.samples_per_request or count
+        size = self.openai.samples_per_request or count
         return [
             ((seed + _SEED_STEP * number) & 0x7FFFFFFF, min(size, count - low))
             for number, low in enumerate(range(0, count, size))
@@ -141,7 +135,7 @@ class Endpoint:
             self._note(failed=detail if reason == "endpoint_error" else "")
             return RemoteAnswer([], reason, detail, usage)
         found = getattr(completion, "choices", None)
-        if not found:  # an endpoint of another kind may answer with anything
+        if not found:  # something else than an OpenAI endpoint may answer anything
             self._note(failed="the answer is no chat completion")
             return RemoteAnswer([], "endpoint_error", "the answer is no chat completion", usage)
         self._note(failed="")
@@ -162,34 +156,34 @@ class Endpoint:
         """One request, sent again under the other name of the length limit where the endpoint asks for that."""
         from openai import BadRequestError
 
-        sampling = self._sampling
+        section = self.generation
         arguments: dict[str, Any] = {
-            "model": self._settings.model,
+            "model": self.openai.model,
             "messages": [{"role": "user", "content": prompt}],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            "temperature": section.temperature,
+            "top_p": section.top_p,
             "seed": seed,
             "extra_headers": self._headers,
         }
         if count > 1:
             arguments["n"] = count
-        if sampling.schema is not None:
-            form = {"name": "factors", "strict": True, "schema": sampling.schema}
+        if self._schema is not None:
+            form = {"name": "factors", "strict": True, "schema": self._schema}
             arguments["response_format"] = {"type": "json_schema", "json_schema": form}
         create = self._client.chat.completions.with_raw_response.create
         name = self._length_name
         try:
-            raw = create(**arguments, **{name: sampling.max_new_tokens})
+            raw = create(**arguments, **{name: section.max_new_tokens})
         except BadRequestError as error:
             if name != "max_tokens" or "max_completion_tokens" not in error.message:
                 raise
             _count_requests(usage, error.request.headers.get("x-stainless-retry-count"))
             self._length_name = "max_completion_tokens"
-            raw = create(**arguments, max_completion_tokens=sampling.max_new_tokens)
+            raw = create(**arguments, max_completion_tokens=section.max_new_tokens)
         _count_requests(usage, raw.retries_taken)
         try:
             return raw.parse()
-        except ValueError:  # announced as JSON, but it is none
+        except ValueError:  # its header says JSON, but it is not
             return None
 
     def _reason(self, error: APIError) -> tuple[str, str]:
@@ -200,36 +194,33 @@ class Endpoint:
         """
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
-        settings = self._settings
+        section = self.openai
+        model, key_name = f"openai.model = {section.model!r}", section.api_key_env
         if isinstance(error, APITimeoutError):
-            return "endpoint_error", f"no answer within openai.timeout_s = {settings.timeout_s:g}"
+            return "endpoint_error", f"no answer within openai.timeout_s = {section.timeout_s:g}"
         if isinstance(error, APIConnectionError):
             return "endpoint_error", f"no connection ({self._short(str(error.__cause__ or error))})"
         if not isinstance(error, APIStatusError):
             return "endpoint_error", self._short(error.message)
         status, words = error.status_code, self._short(error.message)
-        where = f"endpoint {settings.base_url}"
-        if status == 401 and settings.key:
-            raise self._ends(f"{where} refuses the key in {settings.key_name} (401); set it to a valid one")
+        where = f"endpoint {section.base_url}"
+        if status == 401 and self._key:
+            raise self._ends(f"{where} refuses the key in {key_name} (401); set it to a valid one")
         if status == 401:
-            raise self._ends(f"{where} wants a key (401); set the environment variable {settings.key_name}")
+            raise self._ends(f"{where} wants a key (401); set the environment variable {key_name}")
         if status == 403:
-            raise self._ends(
-                f"{where} does not let the key in {settings.key_name} use openai.model = {settings.model!r} ({words})"
-            )
+            raise self._ends(f"{where} does not let the key in {key_name} use {model} ({words})")
         if status == 404:
-            raise self._ends(
-                f"{where}: openai.model = {settings.model!r} is not there ({words}); mend openai.model or openai.base_url"
-            )
+            raise self._ends(f"{where} has no {model} ({words}); correct openai.model or openai.base_url")
         if error.code == "insufficient_quota":
-            raise self._ends(f"{where}: the account behind {settings.key_name} has no credit left ({words})")
+            raise self._ends(f"{where}: the account of the key in {key_name} has no credit left ({words})")
         too_long = error.code == "context_length_exceeded" or _TOO_LONG.search(error.message)
         if status in (400, 413, 422) and too_long:
             return "prompt_too_long", words
         return "endpoint_error", words
 
     def _note(self, failed: str) -> None:
-        """Count failures in a row; `failed` in words, empty for an answer.
+        """Count failures in a row. failed: what went wrong, in words; empty if the request was answered.
 
         Raises:
             UserError: too many of them.
@@ -239,22 +230,27 @@ class Endpoint:
             count = self._failed_in_a_row
         if count >= MAX_FAILED_IN_A_ROW:
             raise self._ends(
-                f"endpoint {self._settings.base_url}: {count} requests in a row failed, the last: {failed}; "
-                "see to the endpoint, then run again: finished shards are kept"
+                f"endpoint {self.openai.base_url}: {count} requests in a row failed, the last: {failed}; "
+                "repair the endpoint, then run again: finished shards are kept"
             )
 
     def _ends(self, words: str) -> UserError:
-        """The error that ends this and every later request."""
+        """The error that this request and all later ones raise."""
         self._fatal = UserError(words)
         return self._fatal
 
     def _short(self, text: str) -> str:
-        """An endpoint's words on one line, without the key."""
-        return self._settings.key.hide_in(" ".join(_plain(text).split()))[:_MAX_WORDS]
+        """An endpoint's message on one line, without the key."""
+        return self._key.hide_in(" ".join(_plain(text).split()))[:_MAX_DETAIL]
+
+
+def requests_at_once(openai: OpenAISection, generate: GenerateSection) -> int:
+    """Requests at the same time of one worker: its share of openai.max_concurrency."""
+    return max(1, openai.max_concurrency // generate.num_engines)
 
 
 def _plain(value: object) -> str:
-    """An endpoint's text as one that can be stored and shown: what is none is empty, control characters are spaces."""
+    """An endpoint's text so that it can be stored and shown: "" if it is no text, spaces for control characters."""
     if not isinstance(value, str):
         return ""
     text = value.encode("utf-8", "replace").decode("utf-8")
@@ -267,7 +263,7 @@ def _count_requests(usage: Counter[str], retries: int | str | None) -> None:
 
 
 def _joined(parts: Sequence[RemoteAnswer]) -> RemoteAnswer:
-    """The answers to the requests for one prompt as one; a failed one decides for all, but what they cost is counted."""
+    """One answer of all requests for a prompt. If a request failed there are no samples, but the usage of all is counted."""
     usage = sum((part.usage for part in parts), Counter[str]())
     failed = next((part for part in parts if part.reason), None)
     if failed is not None:

@@ -1,10 +1,10 @@
-"""Knowledge texts counted from a user's history: what any LLM's texts have to beat (llm.source = "statistics").
+"""Knowledge texts counted from a user's history: the baseline for every LLM's texts (llm.source = "statistics").
 
 Not in the paper. The text names the most frequent attributes of what the user liked, with counts, and the liked titles.
-The form was chosen on MovieLens-1M by how much better the cosine of text and item vectors ranks a user's later lists
-with the user's own text than with another user's: .076 NDCG@5 for five values and 15 titles, .063 for titles alone,
-.067 with the facets named and counted apart, and .009 less with five disliked titles, because a mean over tokens does
-not know that they were disliked (450 users, standard error .007).
+The form was chosen on MovieLens-1M. Later lists of a user were ranked by the cosine of text and item vectors, with the
+user's own text and with another user's text; the difference in NDCG@5 (450 users, standard error .007) was .076 for five
+values and 15 titles, .063 for titles alone, and .067 with facets named and counted apart. Five disliked titles cost .009:
+a mean over tokens does not know that they were disliked.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo4rec_ray.knowledge.generator import Completion
+from dpo4rec_ray.knowledge.completions import Completion
 from dpo4rec_ray.knowledge.prompts import clean_text
 
 STATISTICS_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
 MAX_VALUES = 5  # attribute values named
 MAX_TITLES = 15
-# For catalogues with long names. A text stays within 150 words; an encoder that reads 256 tokens sees about 120 of them.
+# For catalogues with long names. A text has at most 150 words; an encoder that reads 256 tokens sees about 120 of them.
 MAX_NAME_WORDS = 12
 MAX_TITLES_WORDS = 80
 
@@ -40,8 +40,8 @@ def statistical_text(
         attributes: "facet: value" strings per event, of which the values are shown. A count is the number of liked
             events that have the attribute.
         like_at: the least rating of a liked event. None: implicit feedback, everything is liked.
-        rng: None counts the whole history and names the best rated titles first, the most recent of equals first. With
-            a generator the text is of a random half of the events, rounded up, in random order.
+        rng: None: the whole history is counted, and titles stand by rating, equal ones by time, newest first. With a
+            generator: a random half of the events, rounded up, in random order.
 
     Raises:
         ValueError: the lengths differ.
@@ -68,7 +68,7 @@ def statistical_text(
 
 
 class StatisticsGenerator:
-    """Stands where an engine stands, but writes from histories instead of prompts. Holds the whole catalogue."""
+    """Takes the place of an engine, but writes from histories instead of prompts. Holds the whole catalogue."""
 
     def __init__(
         self, titles: Sequence[str], attributes: Sequence[Sequence[str]], like_at: float | None = None
@@ -85,10 +85,10 @@ class StatisticsGenerator:
         seeds: Sequence[int],
         num_samples: Sequence[int],
     ) -> list[list[Completion]]:
-        """Texts of B users: one text counts the whole history, several a random half each, so that none is told more.
+        """Texts of B users. A single text counts the whole history; each of several texts counts a random half.
 
-        item_ids, ratings: per user the knowledge history in time order; seeds: one per user. There are no tokens:
-        nothing is trained on these texts.
+        item_ids, ratings: each user's knowledge history in time order; seeds, num_samples: one per user. The samples have
+        no token ids: nothing is trained on these texts.
         """
         answers: list[list[Completion]] = []
         for items, stars, seed, count in zip(item_ids, ratings, seeds, num_samples, strict=True):
@@ -107,7 +107,7 @@ def _cut(name: str) -> str:
 
 
 def _listed(titles: Sequence[str]) -> str:
-    """The first titles, as many as the bounds on titles and words allow."""
+    """The first titles, as many as MAX_TITLES and MAX_TITLES_WORDS allow."""
     named: list[str] = []
     room = MAX_TITLES_WORDS
     for title in map(_cut, titles[:MAX_TITLES]):

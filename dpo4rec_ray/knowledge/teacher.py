@@ -1,9 +1,9 @@
 """Template teacher: writes the knowledge text that the small LLM learns from, out of a knowledge history.
 
-Not in the paper, which has a large LLM. The teacher never sees the truth, only item attributes and stars.
-Like a real LLM it is sometimes attentive and sometimes not, and its wording tells which: that is the choice
-DPO later learns to make. `attentive` weighs every event by its stars, `hasty` repeats a random event or
-two, `generic` names what is frequent in the catalogue whatever the history says.
+Not in the paper, which has a large LLM. The teacher never sees the users' true tastes, only item attributes and stars.
+Its texts are of three kinds, and each kind has its own opening words; DPO later learns which kind to choose. `attentive`
+weighs every event by its stars, `hasty` repeats one or two random events, `generic` names what is frequent in the
+catalogue and ignores the history.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ OPENINGS = {
     "hasty": "At first glance:",
     "generic": "Like most viewers:",
 }
-# The share of each kind among the teacher's texts: less than half are worth having, so there is something
-# to choose.
+# Share of each kind among the teacher's texts. Less than half are good, so that DPO has something to learn.
 DEFAULT_MIX = {"attentive": 0.4, "hasty": 0.35, "generic": 0.25}
-# How a facet's values are worded, in this order; a facet the history lacks is left out.
+# How a facet's values are written, in this order. A facet that is not in the history is left out.
 PHRASES = {"genre": "enjoys {}", "era": "films of the {}", "creator": "by {}"}
-# How many values of a facet a text names at most.
+# Most values of a facet in one text.
 MAX_NAMED = {"genre": 2, "era": 1, "creator": 2}
 
 
 @dataclass(frozen=True)
 class TeacherText:
-    """One knowledge text and which kind of reading it came from."""
+    """One knowledge text and its kind (a key of OPENINGS)."""
 
     kind: str
     text: str
@@ -71,7 +70,7 @@ def teacher_text(
         picked = rng.permutation(len(attributes))[: int(rng.integers(1, 3))]
         named = _attentive([attributes[i] for i in picked], [5.0] * len(picked))
     else:
-        # Neighbouring ranks take turns, so that generic texts differ a little from each other.
+        # The first ranks in random order, so that generic texts differ a little from each other.
         named = {
             f: [values[i] for i in rng.permutation(min(4, len(values)))] for f, values in popular.items()
         }
@@ -79,7 +78,7 @@ def teacher_text(
 
 
 def _attentive(attributes: Sequence[Sequence[str]], ratings: Sequence[float]) -> dict[str, list[str]]:
-    """Facet -> values by the sum of (stars - 2.5) over the events that have them; ties: the later seen."""
+    """Facet -> values by the sum of (stars - 2.5) over their events, highest first; ties: last seen first, then by name."""
     totals: dict[str, dict[str, float]] = {}
     last_seen: dict[tuple[str, str], int] = {}
     for place, (item, stars) in enumerate(zip(attributes, ratings, strict=True)):
@@ -126,9 +125,8 @@ def text_accuracy(texts: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]
     """Share of named values that are true for their user, and that share against all other users' truths.
 
     texts: the texts of each user, [U][any number]; truth: the "facet: value" strings each user loves, [U].
-    The second figure is chance: what texts that fit some other user would score. A value named by a text
-    counts once per text; the vocabulary is every value that someone loves. Both figures are 0.0 when no
-    text names anything.
+    The second share is chance: what texts about some other user would score. A value counts once per text; values that
+    nobody loves do not count. Both shares are 0.0 if no text names anything.
 
     Raises:
         ValueError: fewer than two users, or lengths that differ.

@@ -1,15 +1,15 @@
 """Texts written elsewhere: read from a file once, then found by user or item id without holding them in memory.
 
-Three layouts, told by the file's name. `.parquet` and `.jsonl` (`.ndjson`): one row per text, with columns for the id and
-the text; several rows of an id are its samples in file order. `.klg` (`.json`): KAR's published `user.klg` and
-`item.klg`, one JSON object of id -> {"prompt", "ans"} ("answer" in what others wrote after it; or the text itself); the
-prompt is not read.
+There are three layouts, and the file's name tells which. `.parquet` and `.jsonl` (`.ndjson`): one row per text, with a
+column for the id and one for the text; several rows of an id are its samples in file order. `.klg` (`.json`): KAR's
+published `user.klg` and `item.klg`, one JSON object of id -> {"prompt", "ans"}. In later files the key is "answer", or
+the value is the text itself. The prompt is not read.
 
-Ids are those of the raw data, before users and items are numbered: strings, or integers which count as their digits.
-KAR's published files have the raw ids of MovieLens and Amazon as keys. What somebody generated from KAR's own
-`prompt.hist` has KAR's running numbers instead, which mean other users here: translate them with its `datamaps.json`.
+Ids are those of the raw data, before users and items are numbered: strings, or integers, which are read as their digits.
+KAR's published files have the raw ids of MovieLens and Amazon as keys. Files that were generated from KAR's own
+`prompt.hist` have KAR's running numbers instead, which are other users here: translate them with its `datamaps.json`.
 
-Nothing of a file is trusted: what is not an id with a text is counted, named by its place, and left out.
+Nothing in a file is trusted: a row that is not an id with a text is left out, counted, and reported with its place.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.errors import UserError
 
 JSON_LINES, KLG = (".jsonl", ".ndjson"), (".klg", ".json")
-ANSWERS = ("ans", "answer")  # what KAR calls the text, and what others do
+ANSWERS = ("ans", "answer")  # the key of the text in KAR's files, and in later ones
 NOT_JSON, NO_ID, NO_TEXT = "not a JSON object", "no id", "no text"
 UNKNOWN = "unknown id"
 _BATCH = 4096  # texts that are held at a time
-_LOOKED_AT = 100  # lines in which the columns have to show
-_MAX_SHOWN = 3  # places that are named, per reason
+_LOOKED_AT = 100  # lines in which the columns must be found
+_MAX_SHOWN = 3  # places in a message, per reason
 _IDENTITY = b"made_from"
 _SCHEMA = pa.schema([("subject_id", pa.int64()), ("text", pa.large_string())])
 
@@ -46,7 +46,7 @@ Rows = list[tuple[Any, Any, str]]  # id and text as found, and where
 
 @dataclass
 class Tally:
-    """What a file held. shown: reason -> the first places, in words."""
+    """What was in a file. left_out: reason -> rows; shown: reason -> the first places, in words."""
 
     texts: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
@@ -68,10 +68,10 @@ class Tally:
 
 
 def check_text_file(key: str, path: str, id_column: str, text_column: str) -> None:
-    """A look at the file before anything starts. key: the recipe's, for messages.
+    """Look at the file before anything starts. key: of the recipe, for messages.
 
     Raises:
-        UserError: no such file, a layout that is not known, or a column that is not there.
+        UserError: no such file, an unknown layout, or a missing column.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -115,8 +115,9 @@ def place_texts(
 
     Args:
         columns: names of the id and of the text, for Parquet and JSONL.
-        raw_ids: known ids [S], at least one, strings; subject_ids: their numbers [S].
-        identity: of the file and of the ids; what was made from the same is kept.
+        raw_ids: known ids [S], at least one, strings.
+        subject_ids: their numbers [S].
+        identity: of the file and of the ids. A target that was made from the same identity is kept.
 
     Raises:
         UserError: the file cannot be read at all, or none of its ids is known.
@@ -194,7 +195,7 @@ def _usable(rows: Rows, tally: Tally) -> tuple[list[str], list[str], list[str]]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a string that is more than spaces and can be stored: JSON may hold halves of characters."""
+    """Whether it is a string with more than spaces that can be stored: strings of JSON may hold halves of characters."""
     if not isinstance(value, str) or not value.strip():
         return False
     try:
@@ -205,7 +206,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _batches(file: Path, columns: Sequence[str], tally: Tally) -> Iterator[Rows]:
-    """All rows of a file, some at a time; lines that are no rows go to the tally.
+    """All rows of a file, in batches; lines that are not rows are counted in the tally.
 
     Raises:
         UserError: it cannot be read.
@@ -239,7 +240,7 @@ def _parquet_batches(file: Path, columns: Sequence[str]) -> Iterator[Rows]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """A column as Python values; None for strings that are not UTF-8, which Arrow does not look into before."""
+    """A column as Python values; None for strings that are not UTF-8, which Arrow does not check when it reads."""
     with suppress(UnicodeDecodeError):
         return column.to_pylist()
     found: list[Any] = []
@@ -255,7 +256,7 @@ def _json_rows(file: Path, columns: Sequence[str], tally: Tally) -> Iterator[tup
     for number, line in _lines(file):
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # the latter: brackets without end
+        except (ValueError, RecursionError):  # RecursionError: nested too deep
             row = None
         if isinstance(row, dict):
             yield row.get(columns[0]), row.get(columns[1]), f"line {number}"
@@ -287,7 +288,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _identity_of(target: Path) -> str:
-    """What a file was made from; empty where it is not there."""
+    """The identity that a file was made from; empty if there is no file."""
     try:
         with pa.memory_map(str(target)) as source:
             return (pa.ipc.open_file(source).schema.metadata or {}).get(_IDENTITY, b"").decode()

@@ -1,7 +1,7 @@
-"""Ends an engine's process when it makes no progress, from outside: a small process that waits for signs of life.
+"""Ends an engine's process if it makes no progress: a small second process that waits for signs of life.
 
-A thread inside would not do: a hung extension may hold the interpreter's lock, and a stopped process runs no thread at
-all. Started as a child of the process it watches, this one needs nothing but the standard library and psutil.
+A thread of the engine's own process is not enough: a hung extension may hold the interpreter's lock, and a stopped process
+runs no thread at all. The second process is a child of the watched one and needs only the standard library and psutil.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ _SCAN_S = 5.0  # how often the watched process's children are listed
 
 
 class Watchdog:
-    """The watched process's end. Made once; `alive` after progress, `idle` when there is nothing to do."""
+    """What the watched process has: call `alive` after progress, and `idle` when there is nothing to do."""
 
-    def __init__(self, timeout_s: float, note: Path | None = None):
-        """note: where the reason is written before the process is killed."""
-        command = [sys.executable, "-m", __spec__.name, str(os.getpid()), str(timeout_s), str(note or "")]
+    def __init__(self, timeout_s: float, reason_file: Path | None = None):
+        """timeout_s: silence after which this process is killed; reason_file: where the reason is written before that."""
+        command = [sys.executable, "-m", __spec__.name, str(os.getpid()), str(timeout_s)]
+        command.append(str(reason_file or ""))
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -32,14 +33,14 @@ class Watchdog:
         self._last = 0.0
 
     def alive(self) -> None:
-        """There was progress. Costs nothing when called often."""
+        """There was progress. It costs nothing to call this often."""
         now = time.monotonic()
         if now - self._last > 0.2:
             self._last = now
             self._tell(BUSY)
 
     def idle(self) -> None:
-        """No work is under way: silence is no sign of trouble until the next `alive`."""
+        """There is no work. Silence is allowed until the next `alive`."""
         self._last = 0.0
         self._tell(IDLE)
 
@@ -49,19 +50,18 @@ class Watchdog:
         self._process.wait(timeout=10)
 
     def _tell(self, sign: bytes) -> None:
-        with contextlib.suppress(OSError, ValueError):  # without a watchdog the work goes on
+        with contextlib.suppress(OSError, ValueError):  # if the watchdog is gone, the work goes on
             self._pipe.write(sign)
             self._pipe.flush()
 
 
-def watch(pid: int, timeout_s: float, note: str) -> None:
-    """Kill `pid` and its children after `timeout_s` of silence; when it ends by itself, what it leaves behind."""
+def watch(pid: int, timeout_s: float, reason_file: str) -> None:
+    """Kill `pid` and its children after `timeout_s` of silence. If `pid` ends by itself, kill the children it left."""
     import psutil
 
     watched = psutil.Process(pid)
-    children: set[psutil.Process] = (
-        set()
-    )  # ever seen: a child of a child that died is nobody's descendant any more
+    # All children ever seen: after its parent's death, a child of a child is no longer found below `pid`.
+    children: set[psutil.Process] = set()
 
     def scan() -> None:
         with contextlib.suppress(psutil.Error):
@@ -74,22 +74,22 @@ def watch(pid: int, timeout_s: float, note: str) -> None:
         now = time.monotonic()
         if ready:
             signs = os.read(0, 4096)
-            if not signs:  # the pipe is closed: the process has ended, or is about to
+            if not signs:  # the pipe is closed: the process has ended or is going to
                 break
             deadline = now + timeout_s if signs.endswith(BUSY) else None
         if now - scanned > _SCAN_S:
             scanned = now
             scan()
         if deadline is not None and now > deadline:
-            if note:
+            if reason_file:
                 with contextlib.suppress(OSError):
-                    Path(note).write_text(f"no new token for {timeout_s:g} s")
+                    Path(reason_file).write_text(f"no new token for {timeout_s:g} s")
             scan()
             with contextlib.suppress(psutil.Error):
                 watched.kill()
             break
     with contextlib.suppress(psutil.Error):
-        watched.wait(timeout=10)  # psutil: returns at once for a process that is gone
+        watched.wait(timeout=10)  # returns at once if the process has ended
     for child in children:
         with contextlib.suppress(psutil.Error):
             child.kill()

@@ -39,7 +39,7 @@ from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.reading import list_data, read_catalogue, read_vectors
-from dpo4rec_ray.texts.sources import engine_settings
+from dpo4rec_ray.texts.policy_texts import served_weights
 
 # Settings that shape the text of one user; seed and sampling too, so that the same history gives the same text.
 CARRIED: Any = {
@@ -197,8 +197,8 @@ def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) ->
     """What serving/writer needs: settings, and of the LLM what lies in the run folder; the rest has a name or a path."""
     own = folder / WRITER_FOLDER
     own.mkdir()
-    engine = engine_settings(config, store, round_id)
-    for name, path in ((WRITER_LLM, engine.model), (WRITER_ADAPTER, engine.adapter)):
+    weights = served_weights(config, store, round_id)
+    for name, path in ((WRITER_LLM, weights.model), (WRITER_ADAPTER, weights.lora)):
         if path and Path(path).is_relative_to(store.root):
             shutil.copytree(path, own / name)
     carried = config.model_dump(mode="json", include=CARRIED)

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
+from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.encoder import TextEncoder
-from dpo4rec_ray.knowledge.generator import LOAD_FORMATS, OWN_ARGUMENTS, Answer, EngineSettings
-from dpo4rec_ray.knowledge.prompts import FACTORS, control_tokens, encode_chat, fit_history
-from dpo4rec_ray.knowledge.structured import read_samples
+from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS, EngineSpec, ServedWeights
+from dpo4rec_ray.knowledge.structured import json_factors, read_samples
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.serving.figures import FreshFigures
 from dpo4rec_ray.serving.fresh import FreshStore, Order
@@ -35,8 +36,9 @@ from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Written
 from dpo4rec_ray.serving.version_files import WRITER_ADAPTER, WRITER_FOLDER, WRITER_LLM, table
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.texts.engines import KeptEngine
-from dpo4rec_ray.texts.sources import CataloguePrompts, PromptSettings, engine_settings, sampling_of
+from dpo4rec_ray.texts.policy_texts import engine_spec
 
 BATCH = 64  # texts that are written together
 SWEEP_S = 300.0  # between looks for texts that are too old
@@ -51,15 +53,14 @@ class Plan:
 
     version: str
     config: Config
-    engine: EngineSettings
+    engine: EngineSpec
 
     @property
     def process(self) -> tuple[Any, ...]:
         """What a running process cannot change; versions that agree in it take turns in one."""
-        file = Path(self.engine.model) / "config.json"
-        shape = file.read_text(encoding="utf-8") if file.is_file() else self.engine.model
-        engine = replace(self.engine, model=shape, adapter=None, lora=self.engine.adapter is not None)
-        return engine, sampling_of(self.config), self.config.encoder
+        file = Path(self.engine.weights.model) / "config.json"
+        shape = file.read_text(encoding="utf-8") if file.is_file() else self.engine.weights.model
+        return shape, self.engine.fixed, self.config.encoder
 
 
 def plan_of(registry: Registry, version: str, settings: ServingSection) -> Plan:
@@ -83,14 +84,12 @@ def plan_of(registry: Registry, version: str, settings: ServingSection) -> Plan:
     extra = section.engine_args
     if extra.keys() & OWN_ARGUMENTS or extra.get("load_format", LOAD_FORMATS[0]) not in LOAD_FORMATS:
         raise UserError(f"{folder}: engine_args {extra} are refused; publish the run again")
-    engine = engine_settings(config, RunDir(folder), 0)
     llm, adapter = folder / WRITER_LLM, folder / WRITER_ADAPTER
-    engine = replace(
-        engine,
-        model=str(llm) if llm.is_dir() else engine.model,
-        adapter=str(adapter) if adapter.is_dir() else None,
+    weights = ServedWeights(
+        str(llm) if llm.is_dir() else base_llm_path(config, RunDir(folder)),
+        str(adapter) if adapter.is_dir() else None,
     )
-    return Plan(version, config, engine)
+    return Plan(version, config, engine_spec(config, weights))
 
 
 def newest_plan(registry: Registry, settings: ServingSection) -> Plan:
@@ -114,20 +113,14 @@ class Prompts:
 
     def __init__(self, plan: Plan, items: pa.Table):
         """items: of the version (published.ITEMS)."""
-        self._tokenizer = load_tokenizer(plan.engine.model)
-        settings = asdict(PromptSettings.of(plan.config))
-        self._catalogue = CataloguePrompts(items, control_tokens(self._tokenizer), **settings)
-        self._max_events = plan.config.data.max_history
-        self._max_tokens = plan.config.llm.max_model_len - plan.config.generate.max_new_tokens
+        config, tokenizer = plan.config, load_tokenizer(plan.engine.weights.model)
+        self._prompts = TokenizedPrompts(tokenizer, items, config.llm, config.prompt, config.generate)
+        self._max_events = config.data.max_history
 
     def token_ids(self, order: Order) -> list[int]:
         """With the newest events, as many as the run would have shown and as fit."""
         items, ratings = order.item_rows[-self._max_events :], order.ratings[-self._max_events :]
-
-        def encode(skip: int) -> list[int]:
-            return encode_chat(self._tokenizer, self._catalogue.text("", items, ratings, skip))
-
-        return fit_history(encode, len(items), self._max_tokens)[0]
+        return self._prompts.user("", items, ratings)[0]
 
 
 class Writer:
@@ -143,14 +136,8 @@ class Writer:
         """
         self._registry, self._store, self._settings, self._figures = registry, store, settings, figures
         plan = newest_plan(registry, settings)
-        self._engine = KeptEngine(plan.engine, sampling_of(plan.config), plan.config.generate.stall_timeout_s)
-        section = plan.config.encoder
-        self._encoder = TextEncoder(
-            section.path,
-            section.batch_size,
-            section.max_tokens,
-            device="cuda" if settings.writer_gpus else "cpu",
-        )
+        self._engine = KeptEngine(plan.engine)
+        self._encoder = TextEncoder(plan.config.encoder, "cuda" if settings.writer_gpus else "cpu")
         self._changed = threading.Condition()
         self._waiting: dict[tuple[str, str], tuple[Order, float]] = {}  # order and its time, oldest first
         self._at_work: set[tuple[str, str]] = set()
@@ -237,7 +224,7 @@ class Writer:
         if not todo:
             return
         answers = self._engine.generate(
-            (plan.engine.model, plan.engine.adapter),
+            plan.engine.weights,
             [self._prompts.token_ids(order) for order, _ in todo],
             [seed_of(plan.config.run.seed, "fresh", order.user_id) for order, _ in todo],
             [1] * len(todo),
@@ -251,9 +238,8 @@ class Writer:
 
     def _text(self, answer: Answer) -> str:
         """What is encoded; "" where there is nothing to encode, which is counted."""
-        samples = answer.samples
-        if self._plan.config.generate.format == "json":
-            samples, _ = read_samples(samples, FACTORS[self._plan.config.prompt.factors])
+        config = self._plan.config
+        samples, _ = read_samples(answer.samples, json_factors(config.prompt, config.generate))
         if samples and samples[0].text.strip():
             return samples[0].text
         self._figures.failed(answer.reason or "empty_text")

@@ -20,7 +20,9 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import knowledge_cut
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.datasets.synthetic import simulate_users
-from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenerator
+from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
+from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
+from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
 from dpo4rec_ray.policy.deepspeed_config import read_extra
@@ -30,7 +32,6 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
-from dpo4rec_ray.texts.sources import CataloguePrompts
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.loops import supervised_loop, train_settings
 from dpo4rec_ray.workers.placement import engine_env
@@ -137,19 +138,21 @@ def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
     import ray
 
     lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
-    section = config.generate
-    gpu = section.gpus_per_engine
-    engine = EngineSettings(str(model), max_model_len=config.llm.max_model_len, on_gpu=gpu > 0)
-    sampling = Sampling(section.temperature, section.top_p, section.max_new_tokens)
-    remote = ray.remote(num_cpus=1, num_gpus=gpu, max_calls=1, runtime_env={"env_vars": engine_env(config)})
-    texts = ray.get(remote(_sample_texts).remote(engine, sampling, lesson.prompts))
+    spec = EngineSpec(ServedWeights(str(model)), config.llm, config.generate)
+    remote = ray.remote(
+        num_cpus=1,
+        num_gpus=config.generate.gpus_per_engine,
+        max_calls=1,
+        runtime_env={"env_vars": engine_env(config)},
+    )
+    texts = ray.get(remote(_sample_texts).remote(spec, lesson.prompts))
     accuracy, chance = text_accuracy([[text] for text in texts], lesson.tastes)
     return {"text_accuracy": accuracy, "text_chance": chance}
 
 
-def _sample_texts(engine: EngineSettings, sampling: Sampling, prompts: list[str]) -> list[str]:
-    tokenizer = load_tokenizer(engine.model)
-    generator = VLLMGenerator(engine, sampling)
+def _sample_texts(spec: EngineSpec, prompts: list[str]) -> list[str]:
+    tokenizer = load_tokenizer(spec.weights.model)
+    generator = VLLMGenerator(spec)
     token_ids = [encode_chat(tokenizer, prompt) for prompt in prompts]
     answers = generator.generate(token_ids, list(range(len(prompts))), [1] * len(prompts))
     return [answer.samples[0].text if answer.samples else "" for answer in answers]
@@ -166,9 +169,7 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
     )
     popularity = np.bincount(met.to_numpy(), minlength=len(attributes)) + 1.0
     users = simulate_users(attributes, popularity / popularity.sum(), num_users, seed, stream="bootstrap")
-    prompts = CataloguePrompts(
-        items, SPECIAL_TOKENS, config.prompt.factors, config.prompt.item_attributes, config.prompt.ratings
-    )
+    prompts = CataloguePrompts(items, SPECIAL_TOKENS, config.prompt)
     popular = popular_values(attributes)
     rng = np.random.default_rng([seed, 1])
     bounds = np.searchsorted(users.user_index, np.arange(num_users + 1))
@@ -177,7 +178,7 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
         for low, high in itertools.pairwise(bounds):
             seen = slice(low, low + knowledge_cut(high - low, config.data.max_history))
             history, ratings = users.item_index[seen].tolist(), users.rating[seen].tolist()
-            lesson.prompts.append(prompts.text("", history, ratings))
+            lesson.prompts.append(prompts.user("", history, ratings))
             lesson.texts.append(
                 teacher_text([attributes[item] for item in history], ratings, popular, rng).text
             )

@@ -13,14 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.evaluation.reward_diagnosis import reward_diagnosis
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
-from dpo4rec_ray.stages.encode import encoder_pool
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
+from dpo4rec_ray.texts.vectors import encoder_pool
 from dpo4rec_ray.workers.placement import WORKER_ENV
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
 
@@ -74,8 +75,8 @@ def _say(stats: dict[str, Any]) -> None:
 class ShardEncoder:
     """Reads one part of `generations` and encodes its texts."""
 
-    def __init__(self, folder: str, **encoder: Any):
-        self._encoder = TextEncoder(**encoder)
+    def __init__(self, encoder: EncoderSection, folder: str):
+        self._encoder = TextEncoder(encoder)
         self._folder = folder
 
     def __call__(self, row: Row) -> Row:

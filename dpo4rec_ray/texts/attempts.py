@@ -1,9 +1,12 @@
-"""Who is to blame when engines die: a small file per shard that outlives the process that wrote it.
+"""Finds the prompt that ends engines, by a small file per shard that outlives the process that wrote it.
 
-The first attempt at a shard shares the engine with others. After a death the shard goes alone, all its users at once: what
-died by chance is done after that. After another, its users go one at a time, each alone in the engine, so that the next
-death names its user; who is alone at two deaths is set aside. Deaths while a shard was not in the engine do not count,
-nor do those of an earlier job: it may have been stopped from outside.
+1. The first try of a shard shares the engine with other shards.
+2. After a death during that try, the shard has the engine to itself. If the death was chance, this try succeeds.
+3. After another death, its users have the engine one after the other, so that the next death names its user.
+4. A user at whom an engine died twice is a poison: it is set aside, with the reason.
+
+Deaths while a shard waited outside the engine do not count. Those of an earlier start of the job do not count either: it
+may have been stopped from outside. "User" also stands for an item here.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.artifacts import write_json
 
 MAX_DEATHS_ALONE = 2  # of one user's prompt
-MAX_POISON = 8  # users of a shard; more, and it is not their prompts that are at fault
+MAX_POISON = 8  # users of a shard; with more, the cause is not their prompts
 MAX_UNFINISHED_STARTS = 4  # of engines, beside those that are starting now
 _HELP = (
     "lower generate.gpu_memory_utilization, kv_cache_gib or max_num_seqs, or look at the log with --verbose"
@@ -28,11 +31,13 @@ class Attempt:
     """One try of a shard.
 
     Attributes:
-        engine: whose process makes it; its last words are asked for when it dies.
-        deaths: of engines that had several users of the shard in hand.
+        job: changes with every start of the driver.
+        engine: the process that makes this try.
+        deaths: of engines that had several users of the shard in them.
         inside: whether users of the shard are in the engine now.
-        suspect: the user who is alone there.
-        alone: user id -> deaths while it was.
+        suspect: the user who has the engine to itself now.
+        alone: user id -> deaths while this user had the engine to itself.
+        reason: of the last death, if its engine left one.
     """
 
     folder: str
@@ -43,14 +48,14 @@ class Attempt:
     inside: bool = False
     suspect: int | None = None
     alone: dict[str, int] = field(default_factory=dict)
-    last_words: str = ""
+    reason: str = ""
 
     @classmethod
     def begin(cls, folder: str, shard: int, job: str, engine: str) -> Attempt:
         """Read what an earlier try left, and count its death.
 
         Raises:
-            UserError: engines die at this shard whoever is in it.
+            UserError: engines die at this shard with too many of its users.
         """
         attempt = cls(folder, shard, job, engine)
         try:
@@ -59,16 +64,16 @@ class Attempt:
             found = {}
         if found.get("job") == job:
             attempt.deaths, attempt.alone = found["deaths"], found["alone"]
-            attempt.last_words = _read(note_of(folder, found["engine"])) or found["last_words"]
+            attempt.reason = _read(reason_file(folder, found["engine"])) or found["reason"]
             if found["suspect"] is not None:
                 name = str(found["suspect"])
                 attempt.alone[name] = attempt.alone.get(name, 0) + 1
             elif found["inside"]:
                 attempt.deaths += 1
-        if sum(map(attempt.poison, map(int, attempt.alone))) > MAX_POISON:
+        if sum(map(attempt.is_poison, map(int, attempt.alone))) > MAX_POISON:
             raise UserError(
-                f"engines die at shard {shard} whoever of its users is alone in them "
-                f"({attempt.last_words or 'no reason known'}); {_HELP}"
+                f"engines die at shard {shard} with more than {MAX_POISON} of its users, each alone in the engine "
+                f"({attempt.reason or 'no reason known'}); {_HELP}"
             )
         attempt._write()
         return attempt
@@ -77,12 +82,17 @@ class Attempt:
     def file(self) -> Path:
         return Path(self.folder) / "attempts" / f"shard-{self.shard:05d}.json"
 
-    def poison(self, user_id: int) -> bool:
-        """Whether this user has been alone in engines that died, once too often."""
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the users of the shard must have the engine one after the other."""
+        return self.deaths >= 2 or bool(self.alone)
+
+    def is_poison(self, user_id: int) -> bool:
+        """Whether engines died too often while this user had them to itself."""
         return self.alone.get(str(user_id), 0) >= MAX_DEATHS_ALONE
 
     def enter(self, suspect: int | None = None) -> None:
-        """From now on the shard is in the engine, or this user alone."""
+        """From now on the shard is in the engine, or only this user."""
         self.inside, self.suspect = True, suspect
         self._write()
 
@@ -100,13 +110,13 @@ class Attempt:
         write_json(self.file, {key: value for key, value in asdict(self).items() if key != "folder"})
 
 
-def note_of(folder: str, engine: str) -> Path:
-    """Where an engine's last words go."""
+def reason_file(folder: str, engine: str) -> Path:
+    """Where an engine's process writes why it ends."""
     return Path(folder) / "attempts" / f"engine-{engine}.txt"
 
 
 class Start:
-    """Counts the starts of engines that never came to an end: a process killed while it loads raises nothing."""
+    """Counts the starts of engines that never came to an end: a process that is killed while it loads raises nothing."""
 
     def __init__(self, folder: str, job: str, engine: str, num_engines: int):
         """Raises:
@@ -118,8 +128,8 @@ class Start:
         starting = list(self._file.parent.glob(f"start-{job}-*"))
         if len(starting) > num_engines + MAX_UNFINISHED_STARTS:
             raise UserError(
-                f"{len(starting) - num_engines} engines ended while they loaded the model, without a word: is there enough "
-                f"memory? {_HELP}"
+                f"{len(starting) - num_engines} engines ended while they loaded the model, and gave no reason: is there "
+                f"enough memory? {_HELP}"
             )
 
     def done(self) -> None:
@@ -127,8 +137,8 @@ class Start:
         self._file.unlink(missing_ok=True)
 
 
-def _read(note: Path) -> str:
+def _read(file: Path) -> str:
     try:
-        return " ".join(note.read_text(encoding="utf-8", errors="replace").split())[:300]
+        return " ".join(file.read_text(encoding="utf-8", errors="replace").split())[:300]
     except OSError:
         return ""

@@ -1,7 +1,7 @@
-"""Engines that outlive a stage (`generate.keep_engines`): actors of the driver that sampling actors call.
+"""Engines that outlive a stage (`generate.keep_engines`): actors of the driver, which sampling actors call.
 
-The same plain class as ever runs in them. A stage that serves other weights says so with each call, so that a warm engine
-changes policy in place, and one that was restarted after a crash finds the right one by itself.
+Each call says which weights it wants. So an engine takes over another round's policy without a new start, and an engine
+that was restarted after a crash loads the right weights by itself.
 """
 
 from __future__ import annotations
@@ -15,35 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.knowledge.generator import (
-    Answer,
-    EngineDied,
-    EngineSettings,
-    EngineStats,
-    Sampling,
-    VLLMGenerator,
-)
+from dpo4rec_ray.knowledge.completions import Answer
+from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
+from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
+from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.watchdog import Watchdog
-from dpo4rec_ray.workers.placement import KEPT, check_room, engine_env
+from dpo4rec_ray.workers.placement import check_room, engine_env, release_room, reserve_room
 
-CALLS_AT_ONCE = 32  # threads of an engine's actor: calls under way, claims and figures
+CALLS_AT_ONCE = 32  # threads of an engine's actor: running calls, claims and stats
 MAX_RESTARTS = 50  # of one engine in a run
 
-_kept: dict[str, tuple[Any, list[Any]]] = {}  # run folder -> what its engines are, and their actors
+# Run folder -> what its engines cannot change, and their actors.
+_running: dict[str, tuple[Any, list[Any]]] = {}
 
 
 class KeptEngine:
     """One engine with its watchdog, as an actor of the driver."""
 
-    def __init__(self, engine: EngineSettings, sampling: Sampling, stall_timeout_s: float):
-        watchdog = Watchdog(stall_timeout_s)
-        self._generator = VLLMGenerator(engine, sampling, alive=watchdog.alive, idle=watchdog.idle)
+    def __init__(self, spec: EngineSpec):
+        watchdog = Watchdog(spec.generate.stall_timeout_s)
+        self._generator = VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
         self._owner, self._lock = "", threading.Lock()
 
     def begin_stage(self) -> None:
-        """Nobody's, and with new figures."""
+        """Forget the last stage's owner and stats."""
         self._owner = ""
-        self._generator.count_anew()
+        self._generator.reset_stats()
 
     def claim(self, owner: str) -> bool:
         """Whether this engine is the owner's now; the same owner may ask again."""
@@ -51,22 +48,21 @@ class KeptEngine:
             self._owner = self._owner or owner
             return self._owner == owner
 
-    def max_prompt(self) -> int:
-        return self._generator.max_prompt
-
     def generate(
         self,
-        serving: tuple[str, str | None],
+        weights: ServedWeights,
         prompts: Sequence[list[int]],
         seeds: Sequence[int],
         num_samples: Sequence[int],
     ) -> list[Answer]:
-        """As `VLLMGenerator.generate`, by the weights (model, adapter)."""
+        """As `VLLMGenerator.generate`, with these weights."""
         try:
-            self._generator.use(*serving)
+            self._generator.use(*weights)
             return self._generator.generate(prompts, seeds, num_samples)
         except EngineDied:
-            os._exit(1)  # Ray starts it again; a dead engine in a living process would be asked for ever
+            os._exit(
+                1
+            )  # Ray starts the process again; a dead engine in a living process would fail every call
 
     def stats(self) -> EngineStats:
         return self._generator.stats()
@@ -75,8 +71,8 @@ class KeptEngine:
 class KeptGenerator:
     """A sampling actor's own `KeptEngine`; called like a `VLLMGenerator`."""
 
-    def __init__(self, engines: Sequence[Any], serving: tuple[str, str | None], owner: str):
-        """owner: stays the same when the sampling actor is restarted.
+    def __init__(self, engines: Sequence[Any], weights: ServedWeights, owner: str):
+        """engines: actors of `KeptEngine`; owner: a name that stays the same when the sampling actor is restarted.
 
         Raises:
             RuntimeError: more owners than engines.
@@ -87,24 +83,25 @@ class KeptGenerator:
         if not mine:
             raise RuntimeError(f"none of {len(engines)} engines is free for {owner}")
         (self._engine,) = mine
-        self.max_prompt: int = ray.get(self._engine.max_prompt.remote())
-        self._serving, self._last = serving, EngineStats()
+        self._weights, self._last = weights, EngineStats()
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
     ) -> list[Answer]:
+        """Raises EngineDied: the engine's process ended during this call."""
         import ray
         import ray.exceptions
 
-        # Other calls wait for an engine that is being restarted; this one must not be repeated unseen: its prompts may
-        # be what ended the engine, and who called knows how to find out.
+        # Ray repeats other calls until a restarted engine answers. This call must not be repeated without the caller's
+        # knowledge: its prompts may be what ended the engine, and the caller finds out which (texts/attempts.py).
         generate = self._engine.generate.options(max_task_retries=0)
         try:
-            return ray.get(generate.remote(self._serving, prompts, seeds, num_samples))
+            return ray.get(generate.remote(self._weights, prompts, seeds, num_samples))
         except ray.exceptions.RayActorError as error:
             raise EngineDied(f"the engine's process ended: {str(error).splitlines()[0]}") from None
 
     def stats(self) -> EngineStats:
+        """Of the engine since the stage began; the last known ones if the engine does not answer."""
         import ray
         import ray.exceptions
 
@@ -113,16 +110,18 @@ class KeptGenerator:
         return self._last
 
 
-def kept_engines(config: Config, engine: EngineSettings, sampling: Sampling, folder: Path) -> list[Any]:
-    """The run's engines, started where there are none yet; nobody's at first."""
+def kept_engines(config: Config, spec: EngineSpec, folder: Path) -> list[Any]:
+    """Actors of the run's engines, without owners. They are started if there are none, or none that can serve `spec`.
+
+    Raises:
+        UserError: this machine has too few CPUs or GPUs.
+    """
     import ray
 
-    section = config.generate
-    base = replace(engine, adapter=None)
-    # Merged policies have the base's shape; an engine that is to take LoRA later has to be made for it.
-    same = (replace(base, model=""), sampling, section.num_engines)
-    known, actors = _kept.get(str(folder), (None, []))
-    if known != same:
+    section = spec.generate
+    wanted = (spec.fixed, section.num_engines)
+    known, actors = _running.get(str(folder), (None, []))
+    if known != wanted:
         release_engines()
         actor = ray.remote(KeptEngine).options(
             num_cpus=section.cpus_per_engine,
@@ -132,27 +131,23 @@ def kept_engines(config: Config, engine: EngineSettings, sampling: Sampling, fol
             max_concurrency=CALLS_AT_ONCE,
             runtime_env={"env_vars": engine_env(config)},
         )
-        check_room(
-            f"{section.num_engines} engines",
-            section.num_engines * section.cpus_per_engine,
-            section.num_engines * section.gpus_per_engine,
-        )
-        actors = [actor.remote(base, sampling, section.stall_timeout_s) for _ in range(section.num_engines)]
-        _kept[str(folder)] = (same, actors)
-        KEPT.update(
-            CPU=section.num_engines * section.cpus_per_engine,
-            GPU=section.num_engines * section.gpus_per_engine,
-        )
+        num_cpus = section.num_engines * section.cpus_per_engine
+        num_gpus = section.num_engines * section.gpus_per_engine
+        check_room(f"{section.num_engines} engines", num_cpus, num_gpus)
+        base = replace(spec, weights=ServedWeights(spec.weights.model))
+        actors = [actor.remote(base) for _ in range(section.num_engines)]
+        _running[str(folder)] = (wanted, actors)
+        reserve_room(num_cpus, num_gpus)
     ray.get([one.begin_stage.remote() for one in actors])  # waits until they are ready
     return actors
 
 
 def release_engines() -> None:
-    """End them all and give back what they occupy."""
+    """End all engines and give back the CPUs and GPUs that they hold."""
     import ray
 
-    for _, actors in _kept.values():
+    for _, actors in _running.values():
         for actor in actors:
             ray.kill(actor)
-    _kept.clear()
-    KEPT.clear()
+    _running.clear()
+    release_room()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.shards import Pool, Row, run_shards
 
-# Counts of a shard; kept in the notes of its part, so that a run that goes on knows those of its beginning.
+# Counts of a shard. They stay in the notes of its part, so that a resumed run knows those of the shards it keeps.
 COUNTS = (
     "users",
     "samples",
@@ -21,10 +23,13 @@ COUNTS = (
     "requests",
     "retries",
 )
+ENGINE_STATS = ("busy", "running", "kv_cache", "prefix_hits", "start_s", "span_s", "engine_tokens")
+# An engine without an answer for so many seconds is not shown: it may have been replaced.
+_RECENT_S = 60.0
 
 
 class Throughput:
-    """Adds up shards. `add` takes what a worker answers: COUNTS and, from an engine, its own figures."""
+    """Adds up shards. `add` takes a worker's answer: COUNTS and, from an engine, its own stats."""
 
     def __init__(self, num_engines: int) -> None:
         self._num_engines = num_engines
@@ -33,16 +38,17 @@ class Throughput:
         self._first = 0.0
         self._base: Counter[str] = Counter()
 
-    def add(self, answer: Row) -> None:
+    def add(self, answer: Row) -> str:
+        """Count a shard; returns `line`."""
         self.total.update({name: int(answer.get(name) or 0) for name in COUNTS})
         if answer.get("engine"):
             known = self._engines.get(answer["engine"])
-            newer = (
-                not known or answer["engine_tokens"] >= known["engine_tokens"]
-            )  # shards may end in another order
+            # Shards may end in another order than that of their answers.
+            newer = not known or answer["engine_tokens"] >= known["engine_tokens"]
             self._engines[answer["engine"]] = {**(answer if newer else known), "seen": time.monotonic()}
-        if not self._first:  # rates count from the first result: before it workers were starting
+        if not self._first:  # rates count from the first result, because the workers started before it
             self._first, self._base = time.monotonic(), self.total.copy()
+        return self.line
 
     @property
     def line(self) -> str:
@@ -52,7 +58,7 @@ class Throughput:
             done = {name: self.total[name] - self._base[name] for name in ("samples", "tokens")}
             rates = [f"{number / seconds:,.0f} {name}/s" for name, number in done.items() if number]
             return ", ".join(rates) if seconds > 1 else ""
-        # By the engines' own clocks: shards end in bunches, so that counting them overrates a short run.
+        # By the engines' own clocks. Many shards end at the same time, so that counting them overrates a short run.
         engines = list(self._engines.values())
         span = sum(row["span_s"] for row in engines) / self._at_once
         rates = [
@@ -73,7 +79,7 @@ class Throughput:
     def stats(self) -> Row:
         """For the manifest: the engines of this run and their rates, by their own clocks."""
         engines = {
-            name: {key: round(float(row[key]), 4) for key in ENGINE_FIGURES}
+            name: {key: round(float(row[key]), 4) for key in ENGINE_STATS}
             for name, row in sorted(self._engines.items())
         }
         if not engines:
@@ -83,9 +89,24 @@ class Throughput:
 
     @property
     def _at_once(self) -> int:
-        """Engines at work together: those that died and their successors are more, those that got no shard are not."""
+        """Engines at work at the same time. Replaced engines are not counted twice, and idle ones not at all."""
         return min(self._num_engines, len(self._engines))
 
 
-ENGINE_FIGURES = ("busy", "running", "kv_cache", "prefix_hits", "start_s", "span_s", "engine_tokens")
-_RECENT_S = 60.0  # an engine without an answer for so long is not shown: it may have been replaced
+def stream_texts(
+    label: str,
+    unit: str,
+    todo: Sequence[tuple[int, int, int]],
+    pools: Sequence[Pool],
+    total: int,
+    already: int,
+) -> dict[str, Any]:
+    """Run shards (shard, low, high) through the pools; the stats of their engines.
+
+    total, already: users or items of the whole stage, and those that an earlier run has done.
+    """
+    throughput = Throughput(pools[0].size)
+    progress = Progress(label, total, unit, already=already)
+    for _ in run_shards(todo, pools, progress, already=already, extra=throughput.add):
+        pass
+    return throughput.stats

@@ -7,7 +7,7 @@ import os
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
 
-# Worker processes must not each start a thread per core, talk to a hub, or report usage.
+# Worker processes must not start a thread per core each, nor talk to a hub, nor report usage.
 WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -16,8 +16,7 @@ WORKER_ENV = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
-
-KEPT: dict[str, float] = {}  # CPUs and GPUs that engines hold between stages (texts/engines.py)
+_reserved: dict[str, float] = {}  # "CPU", "GPU" -> how many `reserve_room` has taken
 
 
 def joined_cluster() -> bool:
@@ -26,10 +25,10 @@ def joined_cluster() -> bool:
 
 
 def check_room(what: str, num_cpus: float, num_gpus: float) -> None:
-    """Refuse work that this machine can never start; Ray would wait for ever. A cluster may grow, so it is not asked.
+    """Refuse work that this machine can never start: Ray would wait for ever. A cluster may grow and refuses nothing.
 
     Raises:
-        UserError: more CPUs or GPUs are wanted than there are.
+        UserError: more CPUs or GPUs are wanted than there are, less what is reserved.
     """
     import ray
 
@@ -37,21 +36,32 @@ def check_room(what: str, num_cpus: float, num_gpus: float) -> None:
         return
     have = ray.cluster_resources()
     for kind, need in (("CPU", num_cpus), ("GPU", num_gpus)):
-        free = have.get(kind, 0) - KEPT.get(kind, 0)
+        taken = _reserved.get(kind, 0)
+        free = have.get(kind, 0) - taken
         if need > free:
-            kept = f" free of {have.get(kind, 0):g} (generate.keep_engines)" if KEPT.get(kind) else ""
+            kept = f" free of {have.get(kind, 0):g} (generate.keep_engines)" if taken else ""
             raise UserError(
                 f"{what} need {need:g} {kind}s, this machine has {free:g}{kept}; lower the number of workers or "
                 f"their share in the recipe (num_engines, num_workers, cpus_per_engine, gpus_per_worker, ...)"
             )
 
 
+def reserve_room(num_cpus: float, num_gpus: float) -> None:
+    """Note what actors hold that outlive a stage (generate.keep_engines); later stages cannot have it."""
+    _reserved.update(CPU=num_cpus, GPU=num_gpus)
+
+
+def release_room() -> None:
+    """Give back what was reserved."""
+    _reserved.clear()
+
+
 def engine_env(config: Config) -> dict[str, str]:
-    """Environment of a vLLM worker; the CPU settings are the fast ones measured, unless the driver's environment has others."""
+    """Environment of a vLLM worker. On CPU the fastest measured settings, unless the driver's environment has others."""
     env = dict(WORKER_ENV)
     if not config.generate.gpus_per_engine:
         env |= {
-            # more threads than cores stall everything
+            # More threads than cores stall everything.
             "OMP_NUM_THREADS": str(max(1, int(config.generate.cpus_per_engine))),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -21,12 +21,18 @@ from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.placement import check_room
 
 Row = dict[str, Any]
-MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it had in hand
+MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it was working on
 
 
 @dataclass(frozen=True)
 class Pool:
-    """An actor pool: an ordinary class, how it is built, and what each actor occupies."""
+    """An actor pool: an ordinary class, how it is built, and what each actor occupies.
+
+    Attributes:
+        size: number of actors.
+        shards_at_once: calls that an actor works on at the same time, each in a thread of its own.
+        max_restarts: of an actor. -1: the worker itself says when it has died too often.
+    """
 
     worker: type[Callable[[Row], Row]]
     arguments: dict[str, Any]
@@ -34,8 +40,8 @@ class Pool:
     num_cpus: float
     num_gpus: float = 0.0
     env: dict[str, str] = field(default_factory=dict)
-    shards_at_once: int = 1  # calls that an actor works on together, each in a thread of its own
-    max_restarts: int = MAX_RESTARTS  # -1: the worker itself says when it has died too often
+    shards_at_once: int = 1
+    max_restarts: int = MAX_RESTARTS
 
 
 def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
@@ -49,7 +55,7 @@ def part_number(file: str | Path) -> int:
 
 
 def finished_shards(folder: Path, fingerprint: str) -> set[int]:
-    """Shards that an interrupted run of the same work has committed; another fingerprint empties the folder."""
+    """Shards that an interrupted run of the same work has committed; none if the artifact is complete or another's."""
     note = folder / "shards.fingerprint"
     if (folder / MANIFEST).exists() or not note.exists() or note.read_text() != fingerprint:
         return set()
@@ -57,15 +63,15 @@ def finished_shards(folder: Path, fingerprint: str) -> set[int]:
 
 
 def begin_shards(folder: Path, fingerprint: str) -> None:
-    """Name the work the folder's parts belong to, before the first is written."""
+    """Write down which work the folder's parts belong to, before the first part is written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("*.tmp*"):  # of writers that were killed
+    for left in folder.glob("*.tmp*"):  # from writers that were killed
         left.unlink(missing_ok=True)
     note, fresh = folder / "shards.fingerprint", folder / "shards.fingerprint.tmp"
     if note.exists() and note.read_text() == fingerprint:
         return
     fresh.write_text(fingerprint)
-    fresh.replace(note)  # a fingerprint cut short would throw away every finished shard
+    fresh.replace(note)  # a half-written fingerprint would cost every finished shard
 
 
 def run_shards(
@@ -76,10 +82,10 @@ def run_shards(
     already: int = 0,
     extra: Callable[[Row], str] | None = None,
 ) -> Iterator[Row]:
-    """Send (shard, low, high) through the pools in turn; what the last one answers, one row per shard as it is done.
+    """Send (shard, low, high) through the pools in turn; yields the last pool's answer for each shard when it is done.
 
-    Each answer counts its users (or items) under "users"; `already` were done by an earlier run. extra: takes an answer
-    and says what the progress line adds.
+    Each answer has the number of its users (or items) under "users"; an earlier run has done `already` of them.
+    extra: takes an answer and returns what the progress line shows beside the number.
 
     Raises:
         UserError: the pools need more CPUs or GPUs than this machine has.
@@ -96,14 +102,13 @@ def run_shards(
         sum(pool.size * pool.num_cpus for pool in pools),
         sum(pool.size * pool.num_gpus for pool in pools),
     )
-    # Else a worker's UserError comes back as Ray's own exception, whose cause is lost on the way between processes.
+    # Otherwise a worker's UserError comes back as Ray's own exception, which loses its cause between processes.
     ray.data.DataContext.get_current().raise_original_map_exception = True
-    # One table is one block, hence one task. (from_items merges them; a repartition would want a CPU of its own.)
+    # One table is one block and so one task. (from_items merges blocks; a repartition needs a CPU of its own.)
     dataset = ray.data.from_arrow([pa.table({key: [value] for key, value in row.items()}) for row in rows])
     for pool in pools:
-        with (
-            warnings.catch_warnings()
-        ):  # Ray 2.60 has no other way to bound restarts; its own default is for ever
+        # Ray 2.60 has no other way to bound restarts; without a bound it restarts for ever.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset = dataset.map(
                 pool.worker,

@@ -12,13 +12,15 @@ pytestmark = [pytest.mark.gpu]
 
 
 def test_vllm_gives_n_seeded_samples() -> None:
-    from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenerator
+    from dpo4rec_ray.config.texts import GenerateSection, LLMSection
+    from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
+    from dpo4rec_ray.knowledge.generator import VLLMGenerator
     from dpo4rec_ray.knowledge.prompts import encode_chat
     from dpo4rec_ray.policy.model import load_tokenizer
 
     model = str(ROOT / "dpo4rec_ray/policy/bundled")
-    engine = EngineSettings(model, max_model_len=320, on_gpu=True, gpu_memory_utilization=0.3)
-    generator = VLLMGenerator(engine, Sampling(max_new_tokens=24))
+    generate = GenerateSection(max_new_tokens=24, gpus_per_engine=1, gpu_memory_utilization=0.3)
+    generator = VLLMGenerator(EngineSpec(ServedWeights(model), LLMSection(max_model_len=320), generate))
     prompt = encode_chat(load_tokenizer(model), 'History: "Silent Harbor" (drama; 1980s; Okafor), 5 stars;')
     (first,), (second,) = (generator.generate([prompt], [7], [4]) for _ in range(2))
     assert len(first.samples) == 4

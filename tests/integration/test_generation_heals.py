@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.config import load_config
+from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
 from dpo4rec_ray.knowledge.prompts import control_tokens, encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.texts.sources import PromptSettings
 from tests.conftest import DEMO, ROOT, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
@@ -36,7 +36,7 @@ def test_a_poison_prompt_is_set_aside(tmp_path: Path, monkeypatch: pytest.Monkey
     store = RunDir(tmp_path / "run")
     config = load_config(ROOT / DEMO, RECIPE[1:])
     tokenizer = load_tokenizer(str(ROOT / "dpo4rec_ray/policy/bundled"))
-    prompts = PromptSettings.of(config).over(store, control_tokens(tokenizer))
+    prompts = CataloguePrompts(store.read("items"), control_tokens(tokenizer), config.prompt)
     users = store.read("users", split=("train", "valid")).to_pylist()
     poisonous = {
         user["user_id"]
@@ -44,7 +44,7 @@ def test_a_poison_prompt_is_set_aside(tmp_path: Path, monkeypatch: pytest.Monkey
         if is_poison(
             encode_chat(
                 tokenizer,
-                prompts.text(user["profile"], user["history_item_ids"], user["history_ratings"]),
+                prompts.user(user["profile"], user["history_item_ids"], user["history_ratings"]),
             )
         )
     }

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.config import load_config
-from dpo4rec_ray.knowledge.generator import EngineDied
+from dpo4rec_ray.knowledge.engine_loop import EngineDied
+from dpo4rec_ray.knowledge.engine_spec import ServedWeights
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines, release_engines
-from dpo4rec_ray.texts.sources import engine_settings, sampling_of
+from dpo4rec_ray.texts.policy_texts import engine_spec, served_weights
 from tests.conftest import DEMO, ROOT, TINY, Finished, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -55,7 +56,8 @@ def test_a_warm_engine_switches_and_a_killed_one_comes_back(local_ray: None, tmp
 
     config = load_config(ROOT / DEMO, KEEP)
     store = RunDir(tmp_path)
-    engine = engine_settings(config, store, 0)
+    spec = engine_spec(config, served_weights(config, store, 0))
+    base_model = spec.weights.model
     other = other_policy(tmp_path / "other")
     prompts, seeds, counts = [[1, 5, 6, 7, 8, 9], [1, 9, 8, 7]], [3, 4], [2, 2]
 
@@ -64,18 +66,18 @@ def test_a_warm_engine_switches_and_a_killed_one_comes_back(local_ray: None, tmp
         return [[sample.text for sample in answer.samples] for answer in answers]
 
     def kept(model: str, owner: str = "stage") -> KeptGenerator:
-        return KeptGenerator(engines, (model, None), owner)
+        return KeptGenerator(engines, ServedWeights(model), owner)
 
-    engines = kept_engines(config, engine, sampling_of(config), store.root)
-    base = texts(kept(engine.model))
-    assert kept(engine.model).stats().samples == 4
-    assert kept_engines(config, engine, sampling_of(config), store.root) == engines
-    assert kept(engine.model).stats().samples == 0, "every stage has its own figures"
+    engines = kept_engines(config, spec, store.root)
+    base = texts(kept(base_model))
+    assert kept(base_model).stats().samples == 4
+    assert kept_engines(config, spec, store.root) == engines
+    assert kept(base_model).stats().samples == 0, "every stage has its own figures"
     changed = texts(kept(other))
     assert changed != base
-    assert texts(kept(engine.model)) == base
+    assert texts(kept(base_model)) == base
     with pytest.raises(RuntimeError, match="none of 1 engines is free for another"):
-        kept(engine.model, owner="another")
+        kept(base_model, owner="another")
 
     generator = kept(other)
     ray.kill(engines[0], no_restart=False)

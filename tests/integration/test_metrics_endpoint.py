@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from dpo4rec_ray.texts.sampling import Gauges
+from dpo4rec_ray.texts.gauges import Gauges
 
 pytestmark = [pytest.mark.ray]
 

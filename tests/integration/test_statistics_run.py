@@ -12,7 +12,7 @@ from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import Selection, run_pipeline
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.texts.sampling import UserSampler, engine_pool
+from dpo4rec_ray.texts.sampling import UserSampler, text_pool
 from tests.conftest import DEMO, TINY
 
 pytestmark = pytest.mark.ray
@@ -131,12 +131,13 @@ def test_a_text_depends_on_the_seed_and_the_user_alone(config: Config, store: Ru
     def again(config: Config) -> dict[tuple[int, int], str]:
         counts = {"train": NUM_SAMPLES, "valid": NUM_SAMPLES}
         folder = str(store.root / "again")
-        pool = engine_pool(
+        pool = text_pool(
             config,
             store,
             UserSampler,
-            0,
-            "generate",
+            stage="generate",
+            round_id=1,
+            policy_round=0,
             folder=folder,
             samples_per_shard=1,
             num_samples=counts,
@@ -144,8 +145,8 @@ def test_a_text_depends_on_the_seed_and_the_user_alone(config: Config, store: Ru
         sampler = UserSampler(**pool.arguments)
         found = {}
         for shard, (low, high) in enumerate([(0, 17), (17, 60)]):
-            ids, answers, _, _ = sampler.sample(shard, low, high)
-            for user, one in zip(ids, answers, strict=True):
+            sampled = sampler.sample(shard, low, high)
+            for user, one in zip(sampled.ids, sampled.texts, strict=True):
                 found |= {(user, number): sample.text for number, sample in enumerate(one.samples)}
         return found
 

@@ -17,7 +17,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo4rec_ray import policy
-from dpo4rec_ray.knowledge.generator import EngineSettings, Sampling, VLLMGenerator
+from dpo4rec_ray.config.texts import GenerateSection, LLMSection
+from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
+from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.policy.model import load_tokenizer
 
 BUNDLED = Path(policy.__file__).parent / "bundled"
@@ -274,7 +276,7 @@ def _calm_llvmlite(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def start_engine() -> Iterator[Callable[..., VLLMGenerator]]:
-    """(model, sampling, **EngineSettings) -> an engine in this process; afterwards it is as it was, but for memory."""
+    """(model, section, ...) -> an engine in this process, which afterwards is as it was, except for memory."""
     import torch
 
     threads = torch.get_num_threads()
@@ -294,12 +296,11 @@ def start_engine() -> Iterator[Callable[..., VLLMGenerator]]:
         _calm_llvmlite(patch)
 
         def start(
-            model: Path | str, sampling: Sampling, max_model_len: int = 512, **settings: Any
+            model: Path | str, generate: GenerateSection, max_model_len: int = 512, **at_run_time: Any
         ) -> VLLMGenerator:
-            return VLLMGenerator(
-                EngineSettings(str(model), max_model_len=max_model_len, extra=SMALL_CACHE, **settings),
-                sampling,
-            )
+            llm = LLMSection(max_model_len=max_model_len)
+            small = generate.model_copy(update={"engine_args": SMALL_CACHE})
+            return VLLMGenerator(EngineSpec(ServedWeights(str(model)), llm, small, **at_run_time))
 
         yield start
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

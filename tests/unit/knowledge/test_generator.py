@@ -13,16 +13,22 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dpo4rec_ray.knowledge.generator import Answer, Gate, Sampling, VLLMGenerator
+from dpo4rec_ray.config import default_config
+from dpo4rec_ray.config.texts import GenerateSection
+from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
+from dpo4rec_ray.knowledge.completions import Answer
+from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
 from dpo4rec_ray.policy.model import add_lora, load_model, load_tokenizer, save_complete, save_merged
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.texts.sources import PolicyTexts, PromptSettings
+from dpo4rec_ray.texts.policy_texts import PolicyTexts
+from dpo4rec_ray.texts.text_source import catalogue
 
 pytestmark = pytest.mark.vllm
 
-SAMPLING = Sampling(max_new_tokens=32)
-GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
+SAMPLING = GenerateSection(max_new_tokens=32)
+# A recipe cannot ask for temperature 0; a copy is not checked.
+GREEDY = GenerateSection(max_new_tokens=24).model_copy(update={"temperature": 0.0})
 MAX_MODEL_LEN = 256
 NUM_PROMPTS, NUM_SAMPLES = 12, 4
 SEEDS = list(range(0, 100 * NUM_PROMPTS, 100))
@@ -65,7 +71,7 @@ def perturbed(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA that changes what the bundled LLM says."""
     torch.manual_seed(1)
     model = add_lora(load_model(str(bundled), "float32"), rank=8, alpha=16)
@@ -73,7 +79,7 @@ def adapter(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
-    folder = tmp_path_factory.mktemp("policies") / "adapter"
+    folder = tmp_path_factory.mktemp("policies") / "lora"
     model.save_pretrained(folder)
     return folder
 
@@ -124,32 +130,6 @@ def test_seeds_repeat_when_calls_of_many_threads_overlap(
             assert rounds == [answers[worker::4]] * 3
 
 
-def test_the_gate_lets_many_in_or_one_alone() -> None:
-    gate, inside, most, lock = Gate(), {"shared": 0, "alone": 0}, {"shared": 0, "alone": 0}, threading.Lock()
-
-    def enter(how: str) -> None:
-        with gate.alone() if how == "alone" else gate.shared():
-            with lock:
-                inside[how] += 1
-                most[how] = max(most[how], inside[how])
-                assert not inside["alone"] or inside == {"shared": 0, "alone": 1}
-            time.sleep(0.02)
-            with lock:
-                inside[how] -= 1
-
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(enter, ["shared", "shared", "shared", "alone"] * 9))
-    assert most["shared"] > 1 and most["alone"] == 1
-
-
-def test_who_is_alone_may_still_ask() -> None:
-    gate = Gate()
-    with gate.alone(), gate.shared():
-        pass
-    with gate.shared():
-        pass
-
-
 def test_a_refused_request_costs_only_itself(
     generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
 ) -> None:
@@ -176,7 +156,8 @@ def test_figures_are_those_of_the_work_done(
     start_engine: Start, bundled: Path, prompts: list[list[int]]
 ) -> None:
     began = time.monotonic()
-    generator = start_engine(bundled, SAMPLING, max_model_len=MAX_MODEL_LEN, max_num_seqs=16)
+    few = SAMPLING.model_copy(update={"max_num_seqs": 16})
+    generator = start_engine(bundled, few, max_model_len=MAX_MODEL_LEN)
     assert generator.stats().samples == 0
     first, samples, tokens = time.monotonic(), 0, 0
     while time.monotonic() - first < 2.5:  # the engine's own gauges are read once a second
@@ -231,12 +212,12 @@ def test_use_waits_for_calls_under_way(
 def test_a_lora_says_what_the_merged_model_says(
     start_engine: Start,
     bundled: Path,
-    adapter: Path,
+    lora: Path,
     prompts: list[list[int]],
     tmp_path: Path,
 ) -> None:
     merged = tmp_path / "merged"
-    save_merged(str(bundled), str(adapter), merged, "float32")
+    save_merged(str(bundled), str(lora), merged, "float32")
     plain = start_engine(bundled, GREEDY, max_model_len=MAX_MODEL_LEN)
     one_each = [1] * NUM_PROMPTS
     base = plain.generate(prompts, SEEDS, one_each)
@@ -244,9 +225,9 @@ def test_a_lora_says_what_the_merged_model_says(
     expected = plain.generate(prompts, SEEDS, one_each)
     assert all(one != other for one, other in zip(base, expected, strict=True))
 
-    served = start_engine(bundled, GREEDY, max_model_len=MAX_MODEL_LEN, lora=True, max_lora_rank=8)
+    served = start_engine(bundled, GREEDY, max_model_len=MAX_MODEL_LEN, max_lora_rank=8)
     assert served.generate(prompts, SEEDS, one_each) == base
-    served.use(str(bundled), str(adapter))
+    served.use(str(bundled), str(lora))
     assert served.generate(prompts, SEEDS, one_each) == expected
     served.use(str(bundled))
     assert served.generate(prompts, SEEDS, one_each) == base
@@ -283,14 +264,17 @@ def user(num_events: int, profile: str = "") -> dict[str, object]:
 def test_a_long_history_is_shortened_to_the_token(
     generator: VLLMGenerator, store: RunDir, bundled: Path, tmp_path: Path
 ) -> None:
-    texts = PolicyTexts(
-        store,
-        tokenizer_path=str(bundled),
-        prompts=PromptSettings("short", item_attributes=True, ratings=True, as_json=False),
-        generator=lambda _: generator,
-        last_words=tmp_path / "note.txt",
-    )
     tokenizer = load_tokenizer(str(bundled))
+    config = default_config(
+        [
+            "prompt.factors=short",
+            "prompt.item_attributes=true",
+            f"llm.max_model_len={MAX_MODEL_LEN}",
+            "generate.max_new_tokens=32",
+        ]
+    )
+    prompts = TokenizedPrompts(tokenizer, catalogue(store), config.llm, config.prompt, config.generate)
+    texts = PolicyTexts(prompts, generator, tmp_path / "reason.txt")
     room = generator.max_prompt
 
     def ids(row: dict[str, Any], skip: int) -> list[int]:

@@ -16,16 +16,17 @@ import cloudpickle
 import pyarrow as pa
 import pytest
 
+from dpo4rec_ray.config import default_config
+from dpo4rec_ray.config.texts import GenerateSection, OpenAISection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.generator import Sampling
-from dpo4rec_ray.knowledge.remote import MAX_FAILED_IN_A_ROW, ApiKey, Endpoint, EndpointSettings, RemoteAnswer
+from dpo4rec_ray.knowledge.remote import MAX_FAILED_IN_A_ROW, ApiKey, Endpoint, RemoteAnswer
 from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.texts.sources import EndpointTexts, PromptSettings
+from dpo4rec_ray.texts.endpoint_texts import EndpointTexts
 
 KEY = "key-that-nobody-may-see"
 Body = dict[str, Any]
-_PLAIN = Sampling()
+_PLAIN = GenerateSection()
 Reply = tuple[int, Any, dict[str, str]]  # status, JSON (or text), headers
 
 
@@ -64,10 +65,19 @@ class Server(ThreadingHTTPServer):
         self.active = self.most_active = 0
         self.lock = threading.Lock()
 
-    def endpoint(self, sampling: Sampling = _PLAIN, key: str = KEY, **settings: Any) -> Endpoint:
-        url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        given = EndpointSettings(url, "toy", ApiKey(key), "TOY_KEY", **settings)
-        return Endpoint(given, sampling)
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def endpoint(
+        self,
+        generate: GenerateSection = _PLAIN,
+        key: str = KEY,
+        schema: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Endpoint:
+        given = OpenAISection(base_url=self.url, model="toy", api_key_env="TOY_KEY", **settings)
+        return Endpoint(given, generate, ApiKey(key), schema)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -125,8 +135,8 @@ def texts(answer: RemoteAnswer) -> list[str]:
 
 
 def test_what_is_sent_and_what_comes_back(server: Server) -> None:
-    sampling = Sampling(0.7, 0.8, 21, factor_schema(["genre", "era"]))
-    answer = one(server.endpoint(sampling), "hello", 3, 2)
+    section = GenerateSection(temperature=0.7, top_p=0.8, max_new_tokens=21)
+    answer = one(server.endpoint(section, schema=factor_schema(["genre", "era"])), "hello", 3, 2)
     assert texts(answer) == ["hello 3 0", "hello 3 1"]
     assert [(sample.token_ids, sample.finish_reason) for sample in answer.samples] == [([], "stop")] * 2
     assert answer.usage == Counter(prompt_tokens=7, tokens=10, requests=1)
@@ -267,9 +277,8 @@ def test_failures_now_and_then_end_nothing(server: Server) -> None:
 
 
 def test_nobody_listens() -> None:
-    endpoint = Endpoint(
-        EndpointSettings("http://127.0.0.1:9/v1", "toy", ApiKey(""), "TOY_KEY", max_retries=0), Sampling()
-    )
+    section = OpenAISection(base_url="http://127.0.0.1:9/v1", model="toy", max_retries=0)
+    endpoint = Endpoint(section, _PLAIN, ApiKey(""))
     answer = one(endpoint)
     assert answer.reason == "endpoint_error" and "no connection" in answer.detail
 
@@ -303,7 +312,7 @@ def test_the_other_name_of_the_length_limit(server: Server) -> None:
         return completion(body)
 
     server.answer = answer
-    endpoint = server.endpoint(Sampling(max_new_tokens=11))
+    endpoint = server.endpoint(GenerateSection(max_new_tokens=11))
     first, second = one(endpoint), one(endpoint)
     assert first.usage["requests"] == 2 and second.usage["requests"] == 1
     assert server.bodies[-1]["max_completion_tokens"] == 11 and len(server.bodies) == 3
@@ -340,10 +349,13 @@ def test_a_refusal_is_an_empty_text(server: Server) -> None:
     assert (sample.text, sample.finish_reason) == ("", "content_filter")
 
 
-def test_a_key_does_not_show() -> None:
-    settings = EndpointSettings("http://127.0.0.1/v1", "toy", ApiKey(KEY), "TOY_KEY")
-    assert KEY not in repr(settings) and KEY not in str(settings.key) and KEY not in f"{settings.key}"
-    assert cloudpickle.loads(cloudpickle.dumps(settings)).key.reveal() == KEY
+def test_a_key_does_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is among the arguments of an actor."""
+    monkeypatch.setenv("TOY_KEY", KEY)
+    source = EndpointTexts.source(default_config(["openai.api_key_env=TOY_KEY"]), RunDir(tmp_path), 0)
+    key = source.arguments["key"]
+    assert KEY not in repr(source) and KEY not in str(key) and KEY not in f"{key}"
+    assert cloudpickle.loads(cloudpickle.dumps(source)).arguments["key"].reveal() == KEY
 
 
 @pytest.mark.parametrize("content", ["\ud83d broken", ["a", "list"], 7, {"text": "x"}])
@@ -387,13 +399,8 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_events(server: Server, tmp_p
         return completion(body)
 
     server.answer = answer
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    writer = EndpointTexts(
-        store,
-        prompts=PromptSettings("short", item_attributes=False, ratings=True, as_json=False),
-        endpoint=EndpointSettings(url, "toy", ApiKey(KEY), "TOY_KEY"),
-        sampling=_PLAIN,
-    )
+    recipe = ["prompt.factors=short", f"openai.base_url={server.url}", "openai.model=toy"]
+    writer = EndpointTexts(default_config(recipe), store, key=ApiKey(KEY))
     rows = [
         {"profile": profile, "history_item_ids": list(range(n)), "history_ratings": [4.0] * n}
         for profile, n in (("", 3), ("", 20), ("endless", 4))

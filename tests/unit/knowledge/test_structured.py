@@ -10,8 +10,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from dpo4rec_ray.config.texts import GenerateSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.generator import Answer, Completion, Sampling, VLLMGenerator
+from dpo4rec_ray.knowledge.completions import Answer, Completion
+from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
 from dpo4rec_ray.knowledge.structured import as_sentences, factor_schema, read_samples
 from dpo4rec_ray.policy.model import load_tokenizer
@@ -115,7 +117,7 @@ SEEDS = list(range(0, 800, 100))
 @pytest.fixture(scope="module")
 def held(start_engine: Callable[..., VLLMGenerator], bundled: Path) -> VLLMGenerator:
     schema = factor_schema(SHORT, MAX_NEW_TOKENS)
-    return start_engine(bundled, Sampling(max_new_tokens=MAX_NEW_TOKENS, schema=schema))
+    return start_engine(bundled, GenerateSection(max_new_tokens=MAX_NEW_TOKENS), schema=schema)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ def test_free_text_of_another_engine_in_turns(
     start_engine: Callable[..., VLLMGenerator],
     bundled: Path,
 ) -> None:
-    free = start_engine(bundled, Sampling(max_new_tokens=MAX_NEW_TOKENS))
+    free = start_engine(bundled, GenerateSection(max_new_tokens=MAX_NEW_TOKENS))
     texts = [one.text for one in free.generate(prompts[:1], SEEDS[:1], [8])[0].samples]
     assert all(as_sentences(text, SHORT) is None for text in texts)
     assert held.generate(prompts[:1], SEEDS[:1], [8]) == answers[:1]
@@ -178,6 +180,6 @@ def test_a_schema_that_cannot_be_compiled_is_an_engine_error(
     schema = factor_schema(SHORT)
     for value in schema["properties"].values():
         value["pattern"] = '^[^"\\\\\\x00-\\x1f]{0,300}$'  # one repeat, too long for xgrammar
-    generator = start_engine(bundled, Sampling(max_new_tokens=16, schema=schema))
+    generator = start_engine(bundled, GenerateSection(max_new_tokens=16), schema=schema)
     [answer] = generator.generate(prompts[:1], [0], [2])
     assert (answer.samples, answer.reason) == ([], "engine_error")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.texts.attempts import MAX_POISON, MAX_UNFINISHED_STARTS, Attempt, Start, note_of
+from dpo4rec_ray.texts.attempts import MAX_POISON, MAX_UNFINISHED_STARTS, Attempt, Start, reason_file
 
 
 def begin(folder: Path, shard: int = 0, job: str = "job", engine: str = "host-1") -> Attempt:
@@ -26,16 +26,16 @@ def test_two_deaths_alone_make_a_poison(tmp_path: Path) -> None:
     assert second.deaths == 1 and not second.alone
     second.enter()  # the whole shard alone
     third = begin(tmp_path)
-    assert third.deaths == 2 and not third.poison(7)
+    assert third.deaths == 2 and not third.is_poison(7)
     third.enter(suspect=7)
     fourth = begin(tmp_path)
-    assert fourth.deaths == 2 and not fourth.poison(7), "one death alone may be chance"
+    assert fourth.deaths == 2 and not fourth.is_poison(7), "one death alone may be chance"
     fourth.enter(suspect=6)
     fourth.leave()
     fourth.enter(suspect=7)
     fifth = begin(tmp_path)
-    assert fifth.poison(7) and not fifth.poison(6)
-    assert not begin(tmp_path, 1).poison(7), "shards do not mix"
+    assert fifth.is_poison(7) and not fifth.is_poison(6)
+    assert not begin(tmp_path, 1).is_poison(7), "shards do not mix"
 
 
 def test_a_shard_outside_the_engine_is_not_to_blame(tmp_path: Path) -> None:
@@ -54,20 +54,22 @@ def test_deaths_of_another_job_do_not_count(tmp_path: Path) -> None:
     assert again.deaths == 0 and not again.alone
 
 
-def test_the_last_words_are_those_of_the_engine_that_died(tmp_path: Path) -> None:
+def test_the_reason_are_those_of_the_engine_that_died(tmp_path: Path) -> None:
     begin(tmp_path, engine="host-1").enter()
-    note_of(str(tmp_path), "host-0").write_text("something of last week")
-    assert begin(tmp_path, engine="host-2").last_words == ""
-    note_of(str(tmp_path), "host-2").write_text("RuntimeError: out of memory\n")
-    assert begin(tmp_path, engine="host-3").last_words == "RuntimeError: out of memory"
-    assert begin(tmp_path, engine="host-4").last_words == "RuntimeError: out of memory", "host-3 said nothing"
+    reason_file(str(tmp_path), "host-0").write_text("something of last week")
+    assert begin(tmp_path, engine="host-2").reason == ""
+    reason_file(str(tmp_path), "host-2").write_text("RuntimeError: out of memory\n")
+    assert begin(tmp_path, engine="host-3").reason == "RuntimeError: out of memory"
+    assert begin(tmp_path, engine="host-4").reason == "RuntimeError: out of memory", "host-3 left no reason"
 
 
 def test_many_poisons_in_one_shard_are_none(tmp_path: Path) -> None:
     for user in range(MAX_POISON + 1):
         for _ in range(2):
             begin(tmp_path, 4).enter(suspect=user)
-    with pytest.raises(UserError, match=r"engines die at shard 4 whoever of its users is alone"):
+    with pytest.raises(
+        UserError, match=rf"engines die at shard 4 with more than {MAX_POISON} of its users, each alone"
+    ):
         begin(tmp_path, 4)
 
 

@@ -1,0 +1,67 @@
+"""Texts that an OpenAI-compatible endpoint writes (llm.source = "openai")."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
+from dpo4rec_ray.knowledge.remote import ApiKey, Endpoint, requests_at_once
+from dpo4rec_ray.knowledge.structured import json_schema
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
+
+
+class EndpointTexts(TextWriter):
+    """Prompts of users and items through an endpoint."""
+
+    @classmethod
+    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+        section, num_samples = config.openai, config.generate.num_samples
+        # The key is an argument because Ray writes the environment of its workers into its logs.
+        key = ApiKey(os.environ.get(section.api_key_env, ""))
+        samples = min(section.samples_per_request or num_samples, num_samples)
+        return Source(cls, {"key": key}, batch=requests_at_once(section, config.generate) * samples)
+
+    def __init__(self, config: Config, store: RunDir, *, key: ApiKey):
+        self._prompts = CataloguePrompts(
+            catalogue(store), (), config.prompt, as_json=config.generate.format == "json"
+        )
+        schema = json_schema(config.prompt, config.generate)
+        self._endpoint = Endpoint(config.openai, config.generate, key, schema)
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        skips = [0] * len(rows)
+        found = self._texts([self._prompt(row, 0) for row in rows], seeds, counts)
+        # The endpoint's tokenizer is unknown here. A prompt that it finds too long is asked again with half of the events.
+        while long := [
+            i
+            for i, (one, row) in enumerate(zip(found, rows, strict=True))
+            if one.reason == "prompt_too_long" and skips[i] < len(row["history_item_ids"])
+        ]:
+            for i in long:
+                events = len(rows[i]["history_item_ids"])
+                skips[i] = events - (events - skips[i]) // 2
+            again = self._texts(
+                [self._prompt(rows[i], skips[i]) for i in long],
+                [seeds[i] for i in long],
+                [counts[i] for i in long],
+            )
+            for i, one in zip(long, again, strict=True):
+                usage = Counter(found[i].usage) + Counter(one.usage)
+                found[i] = replace(one, num_left_out=skips[i], usage=usage)
+        return found
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        prompts = [self._prompts.item(row["title"], row["attributes"]) for row in rows]
+        return self._texts(prompts, seeds, counts)
+
+    def _prompt(self, row: Row, skip: int) -> str:
+        return self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"], skip)
+
+    def _texts(self, prompts: Sequence[str], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        answers = self._endpoint.generate(prompts, seeds, counts)
+        return [Texts([], one.samples, one.reason, one.detail, usage=one.usage) for one in answers]

@@ -1,0 +1,92 @@
+"""Texts without a model or an endpoint: counted from histories, filled-in sentences, or read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.datasets.files import absolute, file_identity
+from dpo4rec_ray.knowledge.completions import Completion
+from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
+from dpo4rec_ray.knowledge.template import TemplateGenerator
+from dpo4rec_ray.knowledge.text_table import TextTable, place_texts
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
+
+
+class StatisticsTexts(TextWriter):
+    """Texts counted from the histories."""
+
+    def __init__(self, config: Config, store: RunDir):
+        items = catalogue(store)
+        self._generator = StatisticsGenerator(
+            items["title"].to_pylist(),
+            items["attributes"].to_pylist(),
+            config.data.positive_rating if config.prompt.ratings else None,
+        )
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        items, ratings = ([row[name] for row in rows] for name in ("history_item_ids", "history_ratings"))
+        return [Texts([], samples) for samples in self._generator.generate(items, ratings, seeds, counts)]
+
+
+class TemplateTexts(TextWriter):
+    """Filled-in sentences: simulated."""
+
+    def __init__(self, config: Config, store: RunDir):
+        self._generator = TemplateGenerator()
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        items = [row["history_item_ids"] for row in rows]
+        return [Texts([], samples) for samples in self._generator.generate(items, seeds, counts)]
+
+
+class TableTexts(TextWriter):
+    """Texts from a file."""
+
+    @classmethod
+    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+        """Writes the files' texts into the run folder, where actors on any machine find them; says what was left out."""
+        section, folder = config.texts, store.root / "texts"
+        files: dict[str, Path] = {}
+        for subject, path, column in (
+            ("user", section.users, section.user),
+            ("item", section.items, section.item),
+        ):
+            if not path:
+                continue
+            known = store.read(f"{subject}s", columns=[f"{subject}_id", "raw_id"])
+            columns = (column, section.text)
+            made_from = (file_identity(absolute(path)), *columns, store.require(f"{subject}s").produced)
+            files[f"{subject}s"] = folder / f"{subject}s.arrow"
+            tally = place_texts(
+                path,
+                columns,
+                known["raw_id"].combine_chunks(),
+                known[f"{subject}_id"].to_numpy(),
+                files[f"{subject}s"],
+                "\n".join(made_from),
+            )
+            if tally is not None and tally.left_out:
+                say(f"  texts.{subject}s {path}: {tally.texts} texts, left out: {tally.words}")
+        return Source(cls, {"files": files})
+
+    def __init__(self, config: Config, store: RunDir, *, files: dict[str, Path]):
+        """files: "users", "items" -> where their texts are."""
+        self._tables = {subject: TextTable(file) for subject, file in files.items()}
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        return self._texts("users", [row["user_id"] for row in rows], counts)
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        return self._texts("items", [row["item_id"] for row in rows], counts)
+
+    def _texts(self, subject: str, ids: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        found = []
+        for subject_id, count in zip(ids, counts, strict=True):
+            samples = [Completion([], text, "stop") for text in self._tables[subject].of(subject_id, count)]
+            detail = f"{len(samples)} of {count} texts" if 0 < len(samples) < count else ""
+            found.append(Texts([], samples, "" if samples else "no_text", detail))
+        return found

@@ -1,0 +1,128 @@
+"""Texts that a policy writes under vLLM (llm.source = "vllm")."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
+from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
+from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
+from dpo4rec_ray.knowledge.generator import VLLMGenerator
+from dpo4rec_ray.knowledge.structured import json_schema
+from dpo4rec_ray.knowledge.watchdog import Watchdog
+from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.policies import merges_lora, policy_weights
+from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines
+from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
+from dpo4rec_ray.workers.placement import engine_env
+
+
+def served_weights(config: Config, store: RunDir, policy_round: int) -> ServedWeights:
+    """What an engine serves as policy `policy_round`."""
+    weights = policy_weights(config, store, policy_round)
+    if weights.merged:
+        return ServedWeights(weights.merged)
+    return ServedWeights(weights.base, weights.adapter)
+
+
+def engine_spec(config: Config, weights: ServedWeights) -> EngineSpec:
+    """The engine of the recipe that serves these weights."""
+    # An engine that is kept may serve the base LLM now and a LoRA in a later round.
+    takes_lora = weights.lora is not None or (config.generate.keep_engines and not merges_lora(config))
+    return EngineSpec(
+        weights,
+        config.llm,
+        config.generate,
+        max_lora_rank=config.dpo.lora_rank if takes_lora else 0,
+        schema=json_schema(config.prompt, config.generate),
+    )
+
+
+def open_policy(
+    config: Config,
+    store: RunDir,
+    *,
+    spec: EngineSpec,
+    tokenizer: str,
+    reason_file: Path,
+    engines: Sequence[Any] = (),
+) -> PolicyTexts:
+    """Start an engine here with a watchdog beside it, or take one of `engines` (actors)."""
+    prompts = TokenizedPrompts(
+        load_tokenizer(tokenizer), catalogue(store), config.llm, config.prompt, config.generate
+    )
+    if engines:
+        return PolicyTexts(prompts, KeptGenerator(engines, spec.weights, _owner()), reason_file)
+    watchdog = Watchdog(config.generate.stall_timeout_s, reason_file)
+    generator = VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
+    return PolicyTexts(prompts, generator, reason_file)
+
+
+def _owner() -> str:
+    """The name under which this actor takes an engine; the same after a restart."""
+    import ray
+
+    return ray.get_runtime_context().get_actor_id() or "driver"
+
+
+class PolicyTexts(TextWriter):
+    """Prompts of users and items through an engine. If the engine dies, this process ends too."""
+
+    @classmethod
+    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+        """Policy `policy_round` in an engine of the actor's own, or in one that outlives the stage (keep_engines)."""
+        section = config.generate
+        spec = engine_spec(config, served_weights(config, store, policy_round))
+        arguments = {"spec": spec, "tokenizer": policy_weights(config, store, policy_round).base}
+        if section.keep_engines:
+            # The actor itself only makes prompts and writes files.
+            arguments["engines"] = kept_engines(config, spec, store.root)
+            return Source(open_policy, arguments, num_cpus=0.1, batch=section.max_num_seqs, dies=True)
+        return Source(
+            open_policy,
+            arguments,
+            num_gpus=section.gpus_per_engine,
+            env=engine_env(config),
+            batch=section.max_num_seqs,
+            dies=True,
+        )
+
+    def __init__(
+        self, prompts: TokenizedPrompts, generator: VLLMGenerator | KeptGenerator, reason_file: Path
+    ):
+        """reason_file: where the reason of an engine's death is written."""
+        self._prompts, self._generator, self._reason_file = prompts, generator, reason_file
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        prompts = [
+            self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"])
+            for row in rows
+        ]
+        return self._answers(prompts, seeds, counts)
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        prompts = [(self._prompts.item(row["title"], row["attributes"]), 0) for row in rows]
+        return self._answers(prompts, seeds, counts)
+
+    def stats(self) -> EngineStats:
+        return self._generator.stats()
+
+    def _answers(
+        self, prompts: Sequence[tuple[list[int], int]], seeds: Sequence[int], counts: Sequence[int]
+    ) -> list[Texts]:
+        try:
+            answers = self._generator.generate([token_ids for token_ids, _ in prompts], seeds, counts)
+        except EngineDied as error:
+            with contextlib.suppress(OSError):
+                self._reason_file.write_text(str(error))
+            os._exit(1)  # Ray starts a new actor and repeats the shard; an exception would end the job
+        return [
+            Texts(token_ids, answer.samples, answer.reason, answer.detail, num_left_out)
+            for (token_ids, num_left_out), answer in zip(prompts, answers, strict=True)
+        ]

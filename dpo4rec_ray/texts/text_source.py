@@ -1,0 +1,89 @@
+"""What a source of texts is: a writer that is built inside an actor, and what such an actor occupies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.knowledge.completions import Completion
+from dpo4rec_ray.knowledge.engine_loop import EngineStats
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.workers.placement import WORKER_ENV
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a source wrote about one user or item.
+
+    Attributes:
+        prompt_token_ids: empty where the source reads no prompt.
+        reason: why there are no samples (prompt_too_long, engine_error, ...); empty if there are.
+        detail: the reason in words.
+        num_left_out: how many of the oldest events the prompt leaves out, so that it fits.
+        usage: what the source itself counted (throughput.COUNTS). It counts tokens only if the samples have no token ids.
+    """
+
+    prompt_token_ids: list[int]
+    samples: list[Completion]
+    reason: str = ""
+    detail: str = ""
+    num_left_out: int = 0
+    usage: Mapping[str, int] = field(default_factory=Counter)
+
+
+class TextWriter:
+    """A source inside an actor, made with config and store. `users` and `items` are called from several threads."""
+
+    @classmethod
+    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+        """How actors build this writer, for the texts of policy `policy_round`. Runs in the driver.
+
+        Raises:
+            UserError: the source cannot be used as the recipe says.
+        """
+        return Source(cls)
+
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        """For each row of the table `users`, as many texts as `counts` says."""
+        raise NotImplementedError
+
+    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+        """The same for rows of the table `items`. Called only if the source writes about items (`describes_items`)."""
+        raise NotImplementedError
+
+    def stats(self) -> EngineStats | None:
+        """Of the engine; None where there is no engine."""
+        return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """How an actor builds its `TextWriter`, and what the actor occupies.
+
+    Attributes:
+        writer: called in the actor with config, store and `arguments`; and with `reason_file` if `dies`.
+        num_cpus: None: generate.cpus_per_engine.
+        env: environment variables of the actor.
+        batch: samples that the writer works on at the same time. 0: the samples of one shard.
+        dies: whether the writer may end the actor's process. The reason is then written to `reason_file`.
+    """
+
+    writer: Callable[..., TextWriter]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    num_gpus: float = 0.0
+    num_cpus: float | None = None
+    env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
+    batch: int = 0
+    dies: bool = False
+
+
+def catalogue(store: RunDir) -> pa.Table:
+    """What prompts and counted texts show of each item: title and attributes, in the order of item ids."""
+    return store.read("items", columns=["title", "attributes"])
