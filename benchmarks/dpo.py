@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"600/150": (600, 150), "300/150": (300, 150)}
 ALL_ON = {"prefix_sharing": True, "packing": True, "length_sorted": True, "chunk_tokens": 512}
 PLAIN = {"prefix_sharing": False, "packing": False, "length_sorted": False, "chunk_tokens": 0}
-COMMON = {"batch_size": 2, "accumulation": 4, "beta": 0.1, "loss": "sigmoid", "lr": 5e-5}
+COMMON = {"batch_size": 2, "gradient_accumulation_steps": 4, "beta": 0.1, "loss": "sigmoid", "lr": 5e-5}
 Found = list[dict[str, Any]]
 
 
@@ -182,7 +182,7 @@ def workers(bench: Bench) -> Found:
                 "lr": 1e-3,
                 "world": world,
                 "batch_size": batch_size,
-                "accumulation": 8 // world // batch_size,
+                "gradient_accumulation_steps": 8 // world // batch_size,
                 "zero_stage": stage,
                 "weights": weights,
             }
@@ -193,7 +193,7 @@ def workers(bench: Bench) -> Found:
             found.append(
                 {
                     "workers": world,
-                    "batch x accumulation": f"{batch_size} x {spec['accumulation']}",
+                    "batch x accumulation steps": f"{batch_size} x {spec['gradient_accumulation_steps']}",
                     "ZeRO": stage,
                     "largest difference of losses": worst(row["losses"], first["run"]["losses"]),
                     "of gradient norms": worst(row["grad_norms"], first["run"]["grad_norms"]),

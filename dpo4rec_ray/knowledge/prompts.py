@@ -69,7 +69,7 @@ _ROLES = re.compile(r"\b(system|user|human|assistant|instruction|response)\s*:",
 _HEADINGS = re.compile(r"#{2,}")
 # Templates that know a switch obey, others ignore it. Qwen3 is told not to think aloud: samples have no room for it.
 # Llama 3.2 would write today's date: a run that goes on tomorrow would ask another question. It gets Llama 3.1's.
-_TEMPLATE_SWITCHES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+TEMPLATE_SWITCHES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 # Longer than titles are; past it one absurd text would push everything else out of the prompt.
 MAX_CHARS = 300
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, lone surrogate, line, paragraph
@@ -178,7 +178,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, **_TEMPLATE_SWITCHES
+            message, tokenize=False, add_generation_prompt=True, **TEMPLATE_SWITCHES
         )
     # The template writes the special tokens; letting the tokenizer add its own would double the BOS.
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -362,7 +362,7 @@ def engine_settings(config: Config, store: RunDir, policy_round: int) -> EngineS
     section = config.generate
     return EngineSettings(
         model=weights.merged or weights.base,
-        adapter=weights.adapter if weights.merged is None else None,
+        adapter=weights.lora if weights.merged is None else None,
         dtype=config.llm.dtype,
         max_model_len=config.llm.max_model_len,
         on_gpu=section.gpus_per_engine > 0,

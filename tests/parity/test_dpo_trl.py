@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.policy.groups import Group, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
@@ -151,9 +152,8 @@ def row_of(prompt: str, chosen: str, *rejected: str) -> dict[str, Any]:
 
 def ours(rows: list[tuple[str, ...]] | list[Pair], **settings: Any) -> Outcome:
     """The same step by our objective: the mean over the rows."""
-    objective = DPOObjective(
-        BatchLayout(0, prefix_sharing=True, packing=True), **{"beta": BETA, "loss": "sigmoid", **settings}
-    )
+    section = DPOSection(**{"beta": BETA, **settings})
+    objective = DPOObjective(BatchLayout(0, prefix_sharing=True, packing=True), section)
     model = tiny_llama(seed=0)
     total, sums = objective(
         CompletionLogps(model, grouped=True, chunk_tokens=7),

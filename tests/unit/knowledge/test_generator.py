@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.knowledge.generator import Answer, Gate, Sampling, VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
 from dpo4rec_ray.policy.model import add_lora, load_model, load_tokenizer, save_complete, save_merged
@@ -68,7 +69,7 @@ def perturbed(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA that changes what the bundled LLM says."""
     torch.manual_seed(1)
-    model = add_lora(load_model(str(bundled), "float32"), rank=8, alpha=16)
+    model = add_lora(load_model(str(bundled), "float32"), DPOSection(lora_rank=8, lora_alpha=16))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.batch import collate
-from dpo4rec_ray.policy.deepspeed_config import TrainSettings
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import add_lora
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedObjective
@@ -22,12 +23,16 @@ from dpo4rec_ray.policy.trainer import Trainer, without_dropout
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def settings(**changes: object) -> TrainSettings:
+RUN = {"dtype": "float32", "seed": 3}
+
+
+def section(batch_size: int = 8, global_batch_size: int = 8, **changes: Any) -> DPOSection:
     values = {
-        "lr": 1e-2, "epochs": 1, "batch_size": 8, "effective": 8, "warmup_frac": 0.0, "weight_decay": 0.0,
-        "max_grad_norm": 1e9, "zero_stage": 2, "dtype": "float32", "seed": 3,
+        "lr": 1e-2, "epochs": 1, "batch_size": batch_size, "num_workers": 1, "warmup_frac": 0.0, "max_grad_norm": 1e9,
+        "gradient_accumulation_steps": global_batch_size // batch_size, "zero_stage": 2, "beta": 0.1, "lora_rank": 4,
+        "lora_alpha": 8,
     }  # fmt: skip
-    return TrainSettings(**{**values, **changes})  # type: ignore[arg-type]
+    return DPOSection(**{**values, **changes})
 
 
 def base_model() -> LlamaForCausalLM:
@@ -62,18 +67,19 @@ def pairs(count: int) -> list[dict]:
 
 def lora_model() -> torch.nn.Module:
     torch.manual_seed(0)
-    return add_lora(base_model(), rank=4, alpha=8)
+    return add_lora(base_model(), section())
 
 
 PLAIN = BatchLayout(0)
 
 
 def fit_dpo(
-    rows: list[dict], layout: BatchLayout = PLAIN, **changes: object
+    rows: list[dict], layout: BatchLayout = PLAIN, **changes: Any
 ) -> tuple[Trainer, list[dict[str, float]]]:
     figures: list[dict[str, float]] = []
     model = CompletionLogps(lora_model(), grouped=layout.grouped, chunk_tokens=7)
-    trainer = Trainer(model, rows, DPOObjective(layout, beta=0.1), settings(**changes))
+    own = section(**changes)
+    trainer = Trainer(model, rows, DPOObjective(layout, own), own, **RUN)
     trainer.run(lambda step, total, found: bool(figures.append(found)), expect_first_loss=(math.log(2), 1e-3))
     return trainer, figures
 
@@ -142,8 +148,8 @@ def test_half_precision_without_sharding_takes_the_same_steps() -> None:
     norms = {}
     for zero_stage in (0, 1):
         model = CompletionLogps(lora_model().to(torch.bfloat16))
-        own = settings(batch_size=8, epochs=4, zero_stage=zero_stage, dtype="bfloat16", schedule="constant")
-        trainer = Trainer(model, pairs(8), DPOObjective(PLAIN, beta=0.1), own)
+        own = section(batch_size=8, epochs=4, zero_stage=zero_stage, schedule="constant")
+        trainer = Trainer(model, pairs(8), DPOObjective(PLAIN, own), own, dtype="bfloat16", seed=3)
         norms[zero_stage] = []
         trainer.run(lambda step, total, found, one=norms[zero_stage]: bool(one.append(found["grad_norm"])))
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
@@ -154,7 +160,7 @@ def test_weights_that_are_no_numbers_end_the_training() -> None:
     model = lora_model()
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
-    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, 0.1), settings())
+    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
     with pytest.raises(UserError, match="step 1: the loss is nan; lower lr"):
         trainer.run(lambda *_: False)
 
@@ -169,7 +175,7 @@ def test_dropout_of_any_kind_is_off() -> None:
     assert (model(ids).logits - model(ids).logits).abs().max().item() > 1e-3
     without_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
-    adapted = add_lora(model, rank=2, alpha=4, dropout=0.25)
+    adapted = add_lora(model, DPOSection(lora_rank=2, lora_alpha=4, lora_dropout=0.25))
     without_dropout(adapted)
     assert {m.p for n, m in adapted.named_modules() if n.endswith("lora_dropout.default")} == {0.25}
 
@@ -180,7 +186,7 @@ def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(BatchLayout(0), 0.1), settings())
+    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
     with pytest.raises(UserError, match="not ln 2"):
         trainer.run(lambda *_: False, expect_first_loss=(math.log(2), 1e-3))
 
@@ -192,8 +198,9 @@ def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage:
     first = Trainer(
         CompletionLogps(lora_model()),
         rows,
-        DPOObjective(BatchLayout(0), 0.1),
-        settings(epochs=4, batch_size=2, zero_stage=zero_stage),
+        DPOObjective(PLAIN, section()),
+        section(epochs=4, batch_size=2, zero_stage=zero_stage),
+        **RUN,
     )
     first.run(lambda step, *_: step == 3)
     first.save(tmp_path)
@@ -201,8 +208,9 @@ def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage:
     second = Trainer(
         CompletionLogps(lora_model()),
         rows,
-        DPOObjective(BatchLayout(0), 0.1),
-        settings(epochs=4, batch_size=2, zero_stage=zero_stage),
+        DPOObjective(PLAIN, section()),
+        section(epochs=4, batch_size=2, zero_stage=zero_stage),
+        **RUN,
     )
     second.load(tmp_path)
     assert second.step == 3
@@ -240,7 +248,7 @@ def test_first_steps_equal_a_plain_pytorch_loop() -> None:
 
 
 def test_shared_memory_ends_with_the_process() -> None:
-    Trainer(CompletionLogps(lora_model()), pairs(8), DPOObjective(PLAIN, beta=0.1), settings())
+    Trainer(CompletionLogps(lora_model()), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
     buffers = [
         line for line in Path("/proc/self/maps").read_text().splitlines() if "deepspeed_allreduce" in line
     ]
@@ -254,7 +262,7 @@ def test_supervised_learns_its_rows() -> None:
     ]
     figures: list[dict[str, float]] = []
     trainer = Trainer(
-        CompletionLogps(base_model()), rows, SupervisedObjective(BatchLayout(0)), settings(epochs=30)
+        CompletionLogps(base_model()), rows, SupervisedObjective(PLAIN), section(epochs=30), **RUN
     )
     trainer.run(lambda step, total, found: bool(figures.append(found)))
     assert len(figures) == 30
@@ -262,5 +270,15 @@ def test_supervised_learns_its_rows() -> None:
 
 
 def test_fewer_rows_than_an_accumulation_still_make_a_step() -> None:
-    _, figures = fit_dpo(pairs(3), batch_size=2, effective=128)
+    _, figures = fit_dpo(pairs(3), batch_size=2, global_batch_size=128)
     assert len(figures) == 1
+
+
+def test_a_new_key_of_the_recipe_reaches_trainer_and_objective() -> None:
+    class Wider(DPOSection):
+        new_key: int = 7
+
+    own = Wider()
+    objective = DPOObjective(PLAIN, own)
+    trainer = Trainer(CompletionLogps(lora_model()), pairs(8), objective, own, **RUN)
+    assert trainer._section.new_key == objective._section.new_key == 7  # type: ignore[attr-defined]
