@@ -159,7 +159,7 @@ def parity(bench: Bench) -> Found:
 
 
 def workers(bench: Bench) -> Found:
-    """The same effective batch in different pieces, and ZeRO 0 to 3 on 1 and 2 workers: steps and final weights."""
+    """The same global batch in different pieces, and ZeRO 0 to 3 on 1 and 2 workers: steps and final weights."""
     from safetensors.torch import load_file
 
     folder = bench.data([40, 80], [10, 30], rows=160)

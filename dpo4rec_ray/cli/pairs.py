@@ -122,13 +122,13 @@ def import_command(options: argparse.Namespace) -> int:
 
 
 def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
-    """The configuration of a run that has an LLM and pairs, and nothing before them."""
+    """The configuration of a run that begins with an LLM and pairs."""
     if llm == "bootstrap":
         raise UserError(
             "--llm bootstrap: there is no catalogue to train on; name a model folder or a hub name"
         )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
-        raise UserError(f"--out {folder}: holds something else than an import; name a new folder")
+        raise UserError(f"--out {folder}: holds files that are not an import; name a new folder")
     local = Path(llm).expanduser()
     path = str(local.resolve()) if llm != "bundled" and local.exists() else llm
     folder = folder.resolve()

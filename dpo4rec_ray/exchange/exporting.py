@@ -69,7 +69,7 @@ def round_with_pairs(store: RunDir, wanted: int | None) -> int:
 def _exported(
     store: RunDir, round_id: int, split: str, codec: ChatCodec, form: str, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """The lines of every pair; counts: of lines, pairs, pairs left out, and lines that texts do not give back."""
+    """The lines of every pair. counts: of lines, pairs, pairs left out, and lines whose texts do not give back their ids."""
     for file in store.files("pairs", round_id):
         with pq.ParquetFile(file) as parquet:
             batches = parquet.iter_batches(batch_size=256)

@@ -34,7 +34,11 @@ Pair = dict[str, Any]  # a row of the artifact `pairs`
 
 
 def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, heldout: float) -> None:
-    """Write `pairs` of round 1, unless they are there and made from the same."""
+    """Write `pairs` of round 1, unless they are there and were made from the same files and settings.
+
+    Raises:
+        UserError: a file cannot be read, or no row gives a pair to train on.
+    """
     max_length = config.dpo.max_length or config.llm.max_model_len
     llm = base_llm_identity(config, store)
     identities = [file_identity(absolute(str(file))) for file in files]
@@ -107,7 +111,7 @@ def _read_pairs(
     split_of: Callable[[int], str],
     set_aside: Callable[[str, str, str], None],
 ) -> Iterator[Pair]:
-    """One pair of every row that gives one. split_of: of a row that names none, by its number over all files."""
+    """One pair for every row that gives one. split_of: split of a row that names none, by its number over all files."""
     for number, (where, row, line) in enumerate(rows):
         try:
             if row is None:
@@ -125,7 +129,7 @@ def _read_pairs(
             "round": 1,
             "user_id": number if own is None or own.user_id is None else own.user_id,
             "split": split_of(number) if own is None or own.split is None else own.split,
-            # a part's worth of Python's integers would take gigabytes
+            # as Python integers the ids of a part would take gigabytes
             "prompt_token_ids": np.asarray(ids.prompt, np.int32),
             "chosen_token_ids": np.asarray(ids.chosen, np.int32),
             "rejected_token_ids": [np.asarray(one, np.int32) for one in ids.rejected],
@@ -136,7 +140,7 @@ def _read_pairs(
 
 
 def _joined(pairs: Iterator[Pair]) -> Iterator[Pair]:
-    """Consecutive lines of one exported pair, one per rejected text, as one pair again."""
+    """Joins consecutive lines of one exported pair (one line per rejected text) into one pair again."""
     last: Pair | None = None
     for pair in pairs:
         if last is not None and _is_next(last, pair):
@@ -151,7 +155,7 @@ def _joined(pairs: Iterator[Pair]) -> Iterator[Pair]:
 
 
 def _is_next(pair: Pair, line: Pair) -> bool:
-    """Whether a line is the next rejected text of the same exported pair. Rows from elsewhere have each a user of its own."""
+    """Whether a line is the next rejected text of the same exported pair. Other rows have a user each."""
     names = ("prompt_token_ids", "chosen_token_ids")
     return (
         pair["user_id"] == line["user_id"]

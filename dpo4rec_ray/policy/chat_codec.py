@@ -1,6 +1,6 @@
 """Texts to token ids under an LLM's chat template, and back.
 
-Nothing of a text is trusted: what looks like a control token in one is broken up before it is tokenised.
+Texts are not trusted: what looks like a control token inside a text is broken up before it is tokenised.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _PROBE = "7x7x7"  # a text that no template contains and every tokenizer gives b
 class ChatCodec:
     """Texts to token ids under an LLM's chat template, and back.
 
-    An answer becomes what the LLM would have generated: its tokens and the token that ends a turn. Where a template writes
-    something after that token (ChatML: a line break), it is left out; the LLM is never asked to generate it.
+    An answer becomes what the LLM would have generated: its tokens and the token that ends a turn. What a template writes
+    after that token (ChatML: a line break) is left out, because the LLM never generates it.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ChatCodec:
         switches: Mapping[str, Any],
     ):
         """encode_user: token ids of one user turn, ready for the answer; control_tokens: what a template may shape chats with;
-        switches: arguments of the template.
+        switches: arguments for the template.
 
         Raises:
-            UserError: nothing tells how an answer ends.
+            UserError: neither the tokenizer nor the template says how an answer ends.
         """
         self.has_template = bool(tokenizer.chat_template)
         self.switches = dict(switches)
@@ -68,14 +68,14 @@ class ChatCodec:
         self._num_control: dict[tuple[str, ...], int] = {}
 
     def encode(self, preference: Preference) -> TokenPair:
-        """The stored ids where they are those of the texts under this tokenizer; otherwise the texts' own.
+        """The stored ids where they belong to the texts under this tokenizer; otherwise ids made from the texts.
 
         Raises:
             BadRow: a text is empty or cannot be encoded, the answers are the same, the template refuses the conversation,
                 or a text holds control tokens that cannot be broken up.
         """
         stored = preference.stored
-        # the ids tell apart what the texts need not: an answer that was cut, one spelled otherwise, an empty one
+        # ids can differ where texts are equal: an answer that was cut, one of other tokens, an empty one
         if stored and self._belongs(stored, preference):
             if stored.chosen == stored.rejected:
                 raise BadRow(EQUAL)
@@ -111,14 +111,14 @@ class ChatCodec:
             text = self._render(turns, add_generation_prompt=True)
         except TemplateError:
             raise BadRow(REFUSED) from None
-        # the template writes the special tokens; letting the tokenizer add its own would double the BOS
+        # the template writes the special tokens; the tokenizer must not add its own, or there would be two BOS
         token_ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         bos = self._tokenizer.bos_token_id
         return token_ids if bos is None or bos in token_ids else [bos, *token_ids]
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text as the answer to a prompt, with the token that ends it."""
-        # behind a token, as in the chat: some tokenizers put a space in front of a text's first word
+        # after a token, as in the chat: some tokenizers put a space before the first word of a text
         anchor = self._tokenizer.convert_ids_to_tokens(self._end)
         whole = [anchor + self._lead + (text.strip() if self._trims else text) for text in texts]
         found: list[list[int]] = self._tokenizer(whole, add_special_tokens=False)["input_ids"]
@@ -142,7 +142,7 @@ class ChatCodec:
         return inside
 
     def _belongs(self, stored: Stored, preference: Preference) -> bool:
-        """Whether the ids are the texts under this tokenizer: neither another LLM's, nor of a text that was edited since."""
+        """Whether the ids are those of the texts under this tokenizer: not of another LLM, and not of a text that was edited."""
         if max(map(max, (stored.prompt, stored.chosen, stored.rejected))) >= len(self._tokenizer):
             return False
         try:
@@ -169,7 +169,7 @@ class ChatCodec:
         end = next((token for token in behind if token in self._control), self._tokenizer.eos_token_id)
         if end is None:
             raise UserError(
-                f"{self._tokenizer.name_or_path}: neither an EOS token nor the chat template tells how an answer ends"
+                f"{self._tokenizer.name_or_path}: neither an EOS token nor the chat template says how an answer ends"
             )
         return lead, trims, end
 
@@ -182,8 +182,8 @@ class ChatCodec:
         )
 
     def _disarmed(self, text: str) -> str:
-        """Control tokens in a text get a space behind their first character, and are plain text from then on."""
-        for _ in range(3):  # a space may make another one of two halves
+        """Control tokens in a text get a space after their first character, which makes them plain text."""
+        for _ in range(3):  # the space may complete another control token
             text, found = self._marks.subn(lambda match: f"{match[0][0]} {match[0][1:]}", text)
             if not found:
                 break

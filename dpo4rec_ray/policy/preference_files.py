@@ -52,7 +52,7 @@ _ROWS_AT_ONCE = 256  # of a Parquet file
 def read_rows(file: Path) -> Iterator[tuple[str, Fields | None, bytes]]:
     """(place, row, line) of every row of a Parquet file or of JSON lines, a few rows in memory at a time.
 
-    The place is "file:number", counted from 1. row: None for what is no JSON object. line: as it stands in the file, empty
+    The place is "file:number", counted from 1. row: None where the line is not a JSON object. line: as it is in the file; empty
     for Parquet.
 
     Raises:
@@ -80,7 +80,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Fields | None, bytes]]:
                 continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):  # the latter: brackets without end
+            except (ValueError, RecursionError):  # RecursionError: very deeply nested brackets
                 row = None
             yield number, row if isinstance(row, dict) else None, line
 
@@ -95,7 +95,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Fields | None, bytes]]:
 
 
 def _dicts(batch: pa.RecordBatch) -> list[Fields | None]:
-    """Rows as Python values; None for one that Python has none for: a string that is not UTF-8, a date out of its range."""
+    """Rows as Python values; None for a row that Python cannot hold: a string that is not UTF-8, a date out of its range."""
     with suppress(ValueError, OverflowError):
         return batch.to_pylist()
     if len(batch) == 1:
@@ -104,10 +104,10 @@ def _dicts(batch: pa.RecordBatch) -> list[Fields | None]:
 
 
 def read_row(row: Fields, form: str) -> Preference:
-    """A row of a layout of `FORMATS`, or of any of them ("auto"). Its texts are not looked into: `ChatCodec.encode` does.
+    """A row of one layout of `FORMATS`, or of any of them ("auto"). Its texts are not checked here: `ChatCodec.encode` does it.
 
     Raises:
-        BadRow: it is not of that layout, or asks nothing.
+        BadRow: it is not of that layout, or has no user turn to answer.
     """
     found = _READERS[_layout(row) if form == "auto" else form](row)
     if not found.prompt or found.prompt[-1]["role"] != "user":
@@ -126,7 +126,7 @@ def _layout(row: Fields) -> str:
 
 
 def _from_trl(row: Fields) -> Preference:
-    """As TRL's `maybe_extract_prompt` has it: a prompt inside the answers is what they begin with alike."""
+    """As TRL's `maybe_extract_prompt`: a prompt inside the answers is their common beginning."""
     chosen, rejected, prompt = _get(row, "chosen"), _get(row, "rejected"), row.get("prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is not None:
@@ -172,7 +172,7 @@ def _from_sharegpt(row: Fields) -> Preference:
 
 
 def _preference(row: Fields, prompt: list[Message], chosen: str, *rejected: str) -> Preference:
-    """With the rewards and ids of the row's own columns."""
+    """With the rewards and the token ids from the row's own columns."""
     reward = _number(row.get("rejected_reward"))
     return Preference(
         prompt,
@@ -202,7 +202,7 @@ def _get(row: Fields, name: str) -> Any:
 
 
 def _number(value: Any) -> float:
-    """NaN for what is no number, infinities and integers beyond a float's range included."""
+    """NaN for what is not a number, infinities and integers beyond a float's range included."""
     with suppress(OverflowError):
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -238,7 +238,7 @@ def _answer(value: Any) -> str:
 
 
 def _num_shared(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
-    """Turns, or characters, that two answers begin with alike.
+    """How many first turns, or characters, two answers have in common.
 
     Raises:
         BadRow: they are the same.
@@ -260,7 +260,7 @@ FORMATS = tuple(_READERS)
 
 
 def write_rows(pair: Fields, codec: ChatCodec, form: str) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The rows of a pair, one per rejected text, and whether their texts alone give back its token ids.
+    """The rows of a pair, one per rejected text, each with whether its texts alone give back its token ids.
 
     pair: a row of the artifact `pairs`.
 
@@ -282,7 +282,7 @@ def write_rows(pair: Fields, codec: ChatCodec, form: str) -> Iterator[tuple[dict
 
 
 def _text_fields(prompt: str, chosen: str, rejected: str, codec: ChatCodec, form: str) -> dict[str, Any]:
-    """What the trainer of a layout reads."""
+    """The fields that the trainer of a layout reads."""
     if form == "sharegpt":
         return {
             "conversations": [{"from": "human", "value": prompt}],
@@ -298,7 +298,7 @@ def _text_fields(prompt: str, chosen: str, rejected: str, codec: ChatCodec, form
         }
     if not codec.has_template:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    # TRL hands the switches to the template
+    # TRL passes the switches to the template
     return {"prompt": asked, "chosen": best, "rejected": other, "chat_template_kwargs": codec.switches}
 
 

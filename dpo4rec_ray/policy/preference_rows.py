@@ -1,4 +1,4 @@
-"""Preferences from other trainers' files, as texts and as token ids, and the reasons why a row gives none."""
+"""One preference of another trainer's file, as texts and as token ids, and the reasons why a row gives none."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, str]  # role ("system", "user", "assistant") and content
-Fields = Mapping[str, Any]
+Fields = Mapping[str, Any]  # a row of a file
 TokenIds = Sequence[int]
 
+# Columns of an exported row beside the fields of its format.
 OWN = (
     "user_id",
     "split",
@@ -30,12 +31,12 @@ NOT_ONE_TURN = "a prompt that is not one user turn"
 
 
 class BadRow(Exception):
-    """Why a row gives no pair: one of few fixed wordings, so that rows can be counted by it."""
+    """Why a row gives no pair: one of a few fixed texts, so that rows can be counted by reason."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The columns `OWN` of a row, as far as it has them."""
+    """The columns `OWN` of a row; None where it has none."""
 
     prompt: list[int]
     chosen: list[int]

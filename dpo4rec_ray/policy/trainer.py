@@ -68,7 +68,7 @@ class Trainer:
         self._dtype, self._seed = dtype, seed
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self.order = StepOrder(len(rows), section.global_batch_size, section.epochs, seed, lengths)
-        self._accumulation = self.order.micro_batches(section.batch_size, self._world)
+        self._gradient_accumulation_steps = self.order.micro_batches(section.batch_size, self._world)
         self.step = 0  # steps that are done
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=section.lr, weight_decay=section.weight_decay)
@@ -79,7 +79,7 @@ class Trainer:
             model=model,
             optimizer=optimizer,
             lr_scheduler=self._schedule,
-            config=deepspeed_config(section, dtype, self._accumulation, extra or {}),
+            config=deepspeed_config(section, dtype, self._gradient_accumulation_steps, extra or {}),
             dist_init_required=False,
         )
         _unname_buffers(self._rank)
@@ -128,7 +128,7 @@ class Trainer:
                 # LoRA's dropout is the same whether the run was interrupted or not
                 torch.manual_seed(self._seed + 1_000_003 * step.index + 1009 * micro + self._rank)
                 loss, found = self._objective(engine, batch)
-                weight = self._accumulation * self._world / len(step.rows) if share else 0.0
+                weight = self._gradient_accumulation_steps * self._world / len(step.rows) if share else 0.0
                 engine.backward(loss * weight)
                 if engine.is_gradient_accumulation_boundary():
                     norm = self._plain_norm()

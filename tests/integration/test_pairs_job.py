@@ -393,7 +393,7 @@ def test_what_cannot_be_imported(tmp_path: Path, main: Callable[..., Finished]) 
     one_line(load(str(file), "dpo.bata=0.1"), "dpo.bata", "beta")
     one_line(load(str(file), "run.name=other"), "run.name", "--out")
     one_line(load(str(file), llm="bootstrap"), "bootstrap")
-    one_line(load(str(file), out="."), "something else")
+    one_line(load(str(file), out="."), "not an import")
     one_line(load(str(file), out="pairs.jsonl"), "--out", "name a folder")
     one_line(load(str(file), out="pairs.jsonl/run"), "--out", "name a folder")
     one_line(

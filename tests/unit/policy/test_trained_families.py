@@ -91,9 +91,9 @@ def test_trains_alike_with_and_without_sharing_and_reloads(family: str, tuning: 
             dtype="float32",
             seed=0,
         )
-        figures: list[dict[str, float]] = []
-        trainer.run(lambda step, total, found, figures=figures: bool(figures.append(found)))
-        losses.append([one["loss"] for one in figures])
+        metrics: list[dict[str, float]] = []
+        trainer.run(lambda step, total, found, metrics=metrics: bool(metrics.append(found)))
+        losses.append([one["loss"] for one in metrics])
         target = tmp_path / f"policy-{shared}"
         state = gathered_state(model, 0, trained_only=tuning == "lora")
         model.save_pretrained(target, state_dict=state)

@@ -76,12 +76,12 @@ PLAIN = BatchLayout(0)
 def fit_dpo(
     rows: list[dict], layout: BatchLayout = PLAIN, **changes: Any
 ) -> tuple[Trainer, list[dict[str, float]]]:
-    figures: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
     model = CompletionLogps(lora_model(), grouped=layout.grouped, chunk_tokens=7)
     own = section(**changes)
     trainer = Trainer(model, rows, DPOObjective(layout, own), own, **RUN)
-    trainer.run(lambda step, total, found: bool(figures.append(found)), expect_first_loss=(math.log(2), 1e-3))
-    return trainer, figures
+    trainer.run(lambda step, total, found: bool(metrics.append(found)), expect_first_loss=(math.log(2), 1e-3))
+    return trainer, metrics
 
 
 def lora_weights(model: torch.nn.Module | Trainer) -> torch.Tensor:
@@ -100,20 +100,20 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dpo_starts_at_ln2_and_learns_its_pairs(layout: BatchLayout) -> None:
     rows = pairs(8)
-    trainer, figures = fit_dpo(rows, layout, epochs=15)
-    assert figures[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert figures[0]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
-    assert figures[-1]["loss"] < 0.6
-    assert figures[-1]["accuracy"] == 1.0
+    trainer, metrics = fit_dpo(rows, layout, epochs=15)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics[0]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics[-1]["loss"] < 0.6
+    assert metrics[-1]["accuracy"] == 1.0
     assert trainer.evaluate(rows, batch_size=3)["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_layouts_take_the_same_steps(layout: BatchLayout) -> None:
     rows = pairs(12)
-    plain, plain_figures = fit_dpo(rows, epochs=3, batch_size=2)
-    other, other_figures = fit_dpo(rows, layout, epochs=3, batch_size=2)
-    for one, another in zip(plain_figures, other_figures, strict=True):
+    plain, plain_metrics = fit_dpo(rows, epochs=3, batch_size=2)
+    other, other_metrics = fit_dpo(rows, layout, epochs=3, batch_size=2)
+    for one, another in zip(plain_metrics, other_metrics, strict=True):
         assert one["loss"] == pytest.approx(another["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(another["grad_norm"], rel=1e-4)
     torch.testing.assert_close(lora_weights(plain), lora_weights(other), atol=1e-4, rtol=1e-3)
@@ -122,10 +122,10 @@ def test_layouts_take_the_same_steps(layout: BatchLayout) -> None:
 def test_one_by_eight_equals_eight_by_one() -> None:
     """Accumulating 8 single pairs takes the same steps as one batch of 8, the short last step of an epoch included."""
     rows = pairs(19)
-    wide, wide_figures = fit_dpo(rows, batch_size=8, epochs=2)
-    narrow, narrow_figures = fit_dpo(rows, batch_size=1, epochs=2)
-    assert len(wide_figures) == len(narrow_figures) == 6
-    for one, other in zip(wide_figures, narrow_figures, strict=True):
+    wide, wide_metrics = fit_dpo(rows, batch_size=8, epochs=2)
+    narrow, narrow_metrics = fit_dpo(rows, batch_size=1, epochs=2)
+    assert len(wide_metrics) == len(narrow_metrics) == 6
+    for one, other in zip(wide_metrics, narrow_metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     torch.testing.assert_close(lora_weights(wide), lora_weights(narrow), atol=1e-4, rtol=1e-3)
@@ -134,9 +134,9 @@ def test_one_by_eight_equals_eight_by_one() -> None:
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_zero_stages_take_the_same_steps(zero_stage: int) -> None:
     rows = pairs(12)
-    second, second_figures = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=2, max_grad_norm=0.05)
-    own, figures = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=zero_stage, max_grad_norm=0.05)
-    for one, other in zip(second_figures, figures, strict=True):
+    second, second_metrics = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=2, max_grad_norm=0.05)
+    own, metrics = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=zero_stage, max_grad_norm=0.05)
+    for one, other in zip(second_metrics, metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4) and one["grad_norm"] > 0.05
     if zero_stage < 3:  # there the weights are partitioned
@@ -194,7 +194,7 @@ def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage: int) -> None:
     rows = pairs(12)
-    whole, figures = fit_dpo(rows, epochs=4, batch_size=2, zero_stage=zero_stage)
+    whole, metrics = fit_dpo(rows, epochs=4, batch_size=2, zero_stage=zero_stage)
     first = Trainer(
         CompletionLogps(lora_model()),
         rows,
@@ -215,14 +215,14 @@ def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage:
     second.load(tmp_path)
     assert second.step == 3
     second.run(lambda step, total, found: bool(again.append(found)))
-    assert [one["loss"] for one in again] == [one["loss"] for one in figures[3:]]
+    assert [one["loss"] for one in again] == [one["loss"] for one in metrics[3:]]
     assert torch.equal(lora_weights(second), lora_weights(whole))
 
 
 def test_first_steps_equal_a_plain_pytorch_loop() -> None:
     """Losses and weights of 4 steps against AdamW written out here, with a deep copy of the model as reference."""
     rows = pairs(8)
-    engine_model, figures = fit_dpo(rows, batch_size=8, epochs=4)
+    engine_model, metrics = fit_dpo(rows, batch_size=8, epochs=4)
     model = lora_model()
     reference = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(
@@ -243,7 +243,7 @@ def test_first_steps_equal_a_plain_pytorch_loop() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert [found["loss"] for found in figures] == pytest.approx(losses, rel=1e-4)
+    assert [found["loss"] for found in metrics] == pytest.approx(losses, rel=1e-4)
     torch.testing.assert_close(lora_weights(engine_model), lora_weights(model), atol=1e-4, rtol=1e-3)
 
 
@@ -260,18 +260,18 @@ def test_supervised_learns_its_rows() -> None:
         {"prompt_token_ids": p["prompt_token_ids"], "completion_token_ids": p["chosen_token_ids"]}
         for p in pairs(8)
     ]
-    figures: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
     trainer = Trainer(
         CompletionLogps(base_model()), rows, SupervisedObjective(PLAIN), section(epochs=30), **RUN
     )
-    trainer.run(lambda step, total, found: bool(figures.append(found)))
-    assert len(figures) == 30
-    assert figures[-1]["loss"] < 0.5 * figures[0]["loss"]
+    trainer.run(lambda step, total, found: bool(metrics.append(found)))
+    assert len(metrics) == 30
+    assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
 
 
 def test_fewer_rows_than_an_accumulation_still_make_a_step() -> None:
-    _, figures = fit_dpo(pairs(3), batch_size=2, global_batch_size=128)
-    assert len(figures) == 1
+    _, metrics = fit_dpo(pairs(3), batch_size=2, global_batch_size=128)
+    assert len(metrics) == 1
 
 
 def test_a_new_key_of_the_recipe_reaches_trainer_and_objective() -> None:
