@@ -18,7 +18,7 @@ from dpo4rec_ray.serving.haproxy import free_ports
 SHAPES = {"600/150": (600, 150), "300/150": (300, 150)}
 ALL_ON = {"prefix_sharing": True, "packing": True, "length_sorted": True, "chunk_tokens": 512}
 PLAIN = {"prefix_sharing": False, "packing": False, "length_sorted": False, "chunk_tokens": 0}
-COMMON = {"batch_size": 2, "accumulation": 4, "beta": 0.1, "loss": "sigmoid", "lr": 5e-5}
+COMMON = {"batch_size": 2, "gradient_accumulation_steps": 4, "beta": 0.1, "loss": "sigmoid", "lr": 5e-5}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +159,7 @@ def parity(bench: Bench) -> list[Row]:
 
 
 def workers(bench: Bench) -> list[Row]:
-    """The same effective batch in different pieces, and ZeRO 0 to 3 on 1 and 2 workers: steps and final weights."""
+    """The same global batch in different pieces, and ZeRO 0 to 3 on 1 and 2 workers: steps and final weights."""
     from safetensors.torch import load_file
 
     folder = bench.data([40, 80], [10, 30], rows=160)
@@ -182,7 +182,7 @@ def workers(bench: Bench) -> list[Row]:
                 "lr": 1e-3,
                 "world": world,
                 "batch_size": batch_size,
-                "accumulation": 8 // world // batch_size,
+                "gradient_accumulation_steps": 8 // world // batch_size,
                 "zero_stage": stage,
                 "weights": weights,
             }
@@ -193,7 +193,7 @@ def workers(bench: Bench) -> list[Row]:
             found.append(
                 {
                     "workers": world,
-                    "batch x accumulation": f"{batch_size} x {spec['accumulation']}",
+                    "batch x accumulation steps": f"{batch_size} x {spec['gradient_accumulation_steps']}",
                     "ZeRO": stage,
                     "largest difference of losses": worst(row["losses"], first["run"]["losses"]),
                     "of gradient norms": worst(row["grad_norms"], first["run"]["grad_norms"]),

@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from harness import LLAMA_8B
 
+from dpo4rec_ray.config.training import DPOSection
+
 VOCABULARY = 8192
 SHAPES = {
     "11m": {
@@ -33,6 +35,7 @@ SHAPES = {
     },
     "8b": LLAMA_8B,
 }
+LORA = DPOSection(lora_rank=8, lora_alpha=16)
 # The first word's id: those before are <pad> <s> </s> <unk>.
 WORDS = 4
 
@@ -100,32 +103,36 @@ def lora_model(spec: dict[str, Any]) -> Any:
 
     model = load_model(spec["folder"], "float32")
     torch.manual_seed(0)
-    return add_lora(model, rank=8, alpha=16)
+    return add_lora(model, LORA)
 
 
 def step_order(spec: dict[str, Any], lengths: Any = None) -> Any:
-    from dpo4rec_ray.policy.order import Order
+    from dpo4rec_ray.policy.order import StepOrder
 
     rows = pq.read_metadata(Path(spec["folder"]) / "pairs.parquet").num_rows
-    return Order(rows, spec["batch_size"] * spec["accumulation"], 1, seed=0, lengths=lengths)
+    return StepOrder(
+        rows, spec["batch_size"] * spec["gradient_accumulation_steps"], 1, seed=0, lengths=lengths
+    )
 
 
 def run_reference(spec: dict[str, Any]) -> dict[str, Any]:
     """Write reference.parquet beside the pairs."""
-    from dpo4rec_ray.policy.objectives import BatchLayout
     from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
 
     folder, began = Path(spec["folder"]), time.monotonic()
     dtype = "bfloat16" if spec.get("shape") == "8b" else "float32"
-    layout = BatchLayout(0, prefix_sharing=True, packing=True, multiple_of=128 if dtype == "bfloat16" else 1)
+    section = DPOSection(
+        gpus_per_worker=float(dtype == "bfloat16")
+    )  # prefix_sharing, packing and chunks are the default
     pairs = pq.read_table(folder / "pairs.parquet")
-    pq.write_table(ReferenceScorer(str(folder), dtype, layout, 512)(pairs), folder / "reference.parquet")
+    pq.write_table(ReferenceScorer(str(folder), dtype, section)(pairs), folder / "reference.parquet")
     return {"pairs": len(pairs), "seconds": round(time.monotonic() - began, 1)}
 
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """spec: folder, batch_size, accumulation, steps, beta, loss, label_smoothing, tuning, zero_stage, offload, and the switches
-    prefix_sharing, packing, length_sorted, chunk_tokens, checkpointing; rank and world with `port` for several workers."""
+    """Args of spec: folder, batch_size, gradient_accumulation_steps, steps, beta, loss, label_smoothing, tuning, zero_stage,
+    offload, checkpointing; the switches prefix_sharing, packing, length_sorted, chunk_tokens; rank, world and port for several
+    workers."""
     rank, world, gpu = spec.get("rank", 0), spec.get("world", 1), spec.get("shape") == "8b"
     os.environ.update(
         **({} if gpu else {"DS_ACCELERATOR": "cpu"}),
@@ -142,7 +149,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
     from deepspeed.utils import logger
 
-    from dpo4rec_ray.policy.deepspeed_config import TrainSettings, deepspeed_config
+    from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
     from dpo4rec_ray.policy.logps import CompletionLogps
     from dpo4rec_ray.policy.model import add_lora, checkpoint_activations, gathered_state, load_model
     from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
@@ -154,35 +161,40 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     folder = Path(spec["folder"])
     pairs = pq.read_table(folder / "pairs.parquet")
     layout = BatchLayout(0, spec["prefix_sharing"], spec["packing"], multiple_of=128 if gpu else 1)
-    settings = TrainSettings(
+    dtype = "bfloat16" if gpu else "float32"
+    section = DPOSection(
         lr=spec["lr"],
         schedule="constant",
         epochs=1,
         batch_size=spec["batch_size"],
-        effective=spec["batch_size"] * spec["accumulation"] * world,
+        gradient_accumulation_steps=spec["gradient_accumulation_steps"],
+        num_workers=world,
+        gpus_per_worker=float(gpu),
         warmup_frac=0.0,
-        weight_decay=0.0,
         max_grad_norm=1.0,
         zero_stage=spec.get("zero_stage", 0),
-        dtype="bfloat16" if gpu else "float32",
-        seed=0,
         offload_optimizer=spec.get("offload", False),
-        on_gpu=gpu,
+        beta=spec["beta"],
+        loss=spec["loss"],
+        label_smoothing=spec.get("label_smoothing", 0.0),
+        lora_rank=LORA.lora_rank,
+        lora_alpha=LORA.lora_alpha,
     )
-    sharded = settings.zero_stage == 3
-    zero3 = deepspeed_config(settings, 1, {}) if sharded else None
-    inner: Any = load_model(str(folder), settings.dtype, zero3=zero3)
+    zero3 = deepspeed_config(section, dtype, 1, {}) if section.zero_stage == 3 else None
+    inner: Any = load_model(str(folder), dtype, zero3=zero3)
     if spec.get("tuning", "lora") == "lora":
         torch.manual_seed(0)
-        inner = add_lora(inner, rank=8, alpha=16)
+        inner = add_lora(inner, section)
     if spec.get("checkpointing"):
         checkpoint_activations(inner)
     model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=spec["chunk_tokens"])
     trainer = Trainer(
         model,
         ArrowRows(with_reference(pairs, pq.read_table(folder / "reference.parquet"))),
-        DPOObjective(layout, spec["beta"], spec["loss"], spec.get("label_smoothing", 0.0)),
-        settings,
+        DPOObjective(layout, section),
+        section,
+        dtype=dtype,
+        seed=0,
         lengths=pair_lengths(pairs)[0] if spec["length_sorted"] else None,
     )
     steps: list[dict[str, float]] = []
@@ -237,7 +249,7 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
             "chosen": " " + text(pairs[i]["chosen_token_ids"]),
             "rejected": " " + text(pairs[i]["rejected_token_ids"][0]),
         }
-        for i in order[: spec["steps"] * spec["batch_size"] * spec["accumulation"]]
+        for i in order[: spec["steps"] * spec["batch_size"] * spec["gradient_accumulation_steps"]]
     ]
     times: list[float] = []
     losses: list[float] = []
@@ -271,7 +283,7 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
             loss_type=[spec["loss"]],
             label_smoothing=spec.get("label_smoothing", 0.0),
             per_device_train_batch_size=spec["batch_size"],
-            gradient_accumulation_steps=spec["accumulation"],
+            gradient_accumulation_steps=spec["gradient_accumulation_steps"],
             max_steps=spec["steps"],
             learning_rate=spec["lr"],
             lr_scheduler_type="constant",
@@ -307,7 +319,7 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
     assert trainer.train_dataset["rejected_ids"][0] == pairs[order[0]]["rejected_token_ids"][0]
     before = memory_mb()
     trainer.train()
-    micro = spec["accumulation"]
+    micro = spec["gradient_accumulation_steps"]
     return {
         **rates(spec, times),
         "losses": [sum(losses[i : i + micro]) for i in range(0, len(losses), micro)],
@@ -326,7 +338,7 @@ def rates(spec: dict[str, Any], times: list[float], work: list[float] | None = N
     weights = np.array(work)[: len(seconds)] if work else np.ones(len(seconds))
     if len(seconds) > 1:
         seconds, weights = seconds[1:], weights[1:]
-    pairs = spec["batch_size"] * spec["accumulation"] * spec.get("world", 1)
+    pairs = spec["batch_size"] * spec["gradient_accumulation_steps"] * spec.get("world", 1)
     return {
         "pairs_per_s": round(pairs / float(np.median(seconds / weights)), 3),
         "steps": len(times) - 1,

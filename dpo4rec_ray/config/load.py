@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from dpo4rec_ray.config.merge import merged
 from dpo4rec_ray.config.recipe import Config
 from dpo4rec_ray.config.section import Section, first_mistake, nearest
 from dpo4rec_ray.errors import UserError
@@ -42,7 +43,7 @@ def load_config(path: str | Path, changes: list[str] | None = None) -> Config:
     for fragment in fragments:
         values = _read_toml("fragment", Path(fragment))
         _check_keys(values, where=f"fragment {fragment}")
-        raw = _merged(raw, values)
+        raw = merged(raw, values)
     raw.setdefault("run", {})
     if isinstance(raw["run"], dict) and not raw["run"].get("name"):
         raw["run"]["name"] = path.stem
@@ -101,16 +102,6 @@ def _read_toml(what: str, path: Path) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path}: not valid TOML ({error})") from None
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`; where both hold a table, that is merged the same way."""
-    found = dict(base)
-    for key, value in over.items():
-        mine = found.get(key)
-        both_tables = isinstance(mine, dict) and isinstance(value, dict)
-        found[key] = _merged(cast(Table, mine), cast(Table, value)) if both_tables else value
-    return found
 
 
 def _apply_override(raw: dict[str, Any], text: str) -> None:

@@ -59,6 +59,11 @@ class TrainerSection(Section):
         """Rows per optimiser step, over all workers."""
         return self.batch_size * self.gradient_accumulation_steps * self.num_workers
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether workers train on GPUs."""
+        return self.gpus_per_worker > 0
+
     @model_validator(mode="after")
     def _offloadable(self) -> TrainerSection:
         if self.offload_params and self.zero_stage != 3:

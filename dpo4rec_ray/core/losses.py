@@ -1,7 +1,7 @@
 """Log-probabilities of completions for the language model, ranking losses for the rerankers.
 
-Departs from the paper: `listwise_softmax` is the plain softmax cross-entropy, not SetRank's ReLU form as KAR codes it,
-whose gradient is zero for every logit <= 0.
+Differs from the paper: `listwise_softmax` is the plain softmax cross-entropy. SetRank's ReLU form, as KAR's code has it, has
+no gradient for logits <= 0.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ def token_logps(logits: Tensor, token_ids: Tensor, completion_mask: Tensor) -> T
     """log p(token_t | tokens < t) at completion tokens, 0.0 elsewhere.
 
     logits: [B, T, V]; token_ids, completion_mask: [B, T] -> [B, T - 1]. Column t - 1 belongs to token t: the
-    logits at t - 1 predict token t, so a first token has no prediction and its mask is ignored.
-    Half-precision logits are raised to float32 first. Padding may hold any valid token id, on either side.
+    logits at t - 1 predict token t, so the first token has no prediction and its mask is ignored.
+    Half-precision logits are converted to float32 first. Padding may hold any valid token id, on either side.
     """
     predictions = logits[:, :-1]
     predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
     targets = token_ids[:, 1:]
     losses = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    # masked_fill, not a product: a padded place may hold inf or NaN, and inf * 0 is NaN.
+    # masked_fill and not a product: padding may hold inf or NaN, and inf * 0 is NaN
     return -losses.masked_fill(~completion_mask[:, 1:].bool(), 0.0)
 
 
@@ -52,11 +52,11 @@ def listwise_softmax(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
     scores, labels: [B, L]; mask: [B, L] bool, False = padding -> scalar. With 0/1 labels the target is
     SetRank's (Pang et al., SIGIR 2020): equal shares on the positives. A list without one has no target and
-    counts nowhere; a batch without any gives 0.0.
+    does not count; a batch without any positive gives 0.0.
     """
     targets = labels.to(scores.dtype).masked_fill(~mask, 0.0)
     total = targets.sum(dim=1, keepdim=True)  # [B, 1]
-    # The lowest finite value: -inf would make a wholly padded list NaN.
+    # the lowest finite value: -inf would give NaN for a list of padding alone
     real_scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     log_shares = F.log_softmax(real_scores, dim=1).masked_fill(~mask, 0.0)
     losses = -(targets / total.masked_fill(total == 0, 1.0) * log_shares).sum(dim=1)

@@ -1,7 +1,7 @@
 """Preference losses: DPO and its relatives, per pair, from log-ratios of policy and reference. Pure functions.
 
-`Ratios` holds one chosen and K rejected completions per prompt. A loss that is defined for a pair is the mean over the
-prompt's K pairs; `softmax` sees all K at once. beta is the strength of the pull towards the reference (IPO's tau).
+`Ratios` holds one chosen and K rejected completions per prompt. Losses that are defined for a pair are means over the
+prompt's K pairs; `softmax` takes all K at once. beta is how strongly the reference holds the policy (IPO's tau).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Ratios:
 
     @property
     def margin(self) -> Tensor:
-        """[B, K] chosen less rejected, 0.0 where there is none: NaN would come back from there as a gradient."""
+        """[B, K] chosen minus rejected; 0.0 where there is no rejected text, because a NaN there would reach the gradient."""
         return (self.chosen[:, None] - self.rejected).masked_fill(~self.mask, 0.0)
 
     @property
     def margin_per_token(self) -> Tensor:
-        """[B, K] the same of means over tokens."""
+        """[B, K] the same, of means over tokens."""
         chosen = self.chosen / self.chosen_length.clamp(min=1)
         margin = chosen[:, None] - self.rejected / self.rejected_length.clamp(min=1)
         return margin.masked_fill(~self.mask, 0.0)
@@ -97,7 +97,7 @@ def _smoothed(scaled: Tensor, label_smoothing: float) -> Tensor:
 
 
 def _mean(ratios: Ratios, losses: Tensor) -> Tensor:
-    """[B, K] -> [B] over the rejected that are there."""
+    """[B, K] -> [B], the mean over each prompt's rejected texts."""
     return losses.masked_fill(~ratios.mask, 0.0).sum(dim=1) / ratios.mask.sum(dim=1).clamp(min=1)
 
 
@@ -110,5 +110,5 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "sigmoid_norm": sigmoid_norm,
     "softmax": softmax,
 }
-# These read label_smoothing, and are ln 2 for each pair where policy equals reference; the others ignore it.
+# These use label_smoothing, and are ln 2 for each pair where policy equals reference; the others ignore it.
 SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")

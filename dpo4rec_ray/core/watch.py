@@ -1,4 +1,4 @@
-"""Watches the figures of a DPO training for what a practitioner would stop and look at. Says each thing once.
+"""Watches the metrics of a DPO training for signs of trouble, and warns of each kind once.
 
 A loss that is not finite is an error of the trainer, not a warning.
 """
@@ -9,31 +9,29 @@ import math
 from collections import deque
 from statistics import fmean, median, variance
 
-Figures = dict[str, float]
-
-# Figures of one step are means over a few pairs. A window is a twentieth of the training, so that long trainings with
-# small batches are not judged by a handful of pairs; and never under five steps, below which chance decides.
+# Metrics of one step are means over a few pairs. A window is a twentieth of the training, so that long trainings with small
+# batches are not judged by a few pairs; and at least five steps, because fewer say too little.
 WINDOWS_PER_TRAINING = 20
 MIN_WINDOW = 5  # steps
-# Real preferences disagree with one another: held-out accuracies of .6 to .8 are usual, and who has all pairs right before
-# the learning rate has warmed up has learned a mark that only one side carries. Under 50 steps, a tenth is too few to say.
+# Real preferences contradict each other: held-out accuracies of .6 to .8 are usual. A model that has all pairs right before
+# the learning rate has warmed up has learned some mark of one side. Under 50 steps, a tenth is too short to tell.
 EARLY = 0.1  # of the training
 ALL_RIGHT = 1.0 - 1e-6  # a mean over ranks of ones need not be one to the last digit
-# The fall must be clear of noise: some 18 windows are compared with the first one, by 5 + 5 steps in a short training,
-# where a difference of four standard errors comes about by chance twice in a thousand.
+# The fall must exceed noise. About 18 windows are compared with the first one; in a short training each comparison has
+# 5 + 5 steps, where chance gives a difference of four standard errors twice in a thousand.
 FALL_ERRORS = 4.0
-# A rejected reward may drag a similar chosen text along a little. From a fifth of its fall on, a good part of the lost
-# probability goes to texts that are in neither half of any pair.
+# When a rejected text becomes less likely, a similar chosen text does so too, a little. From a fifth of that fall on, a good
+# part of the lost probability goes to texts that are in no pair at all.
 FALL_SHARE = 0.2
 # With lengths that vary by a third, the ratio of 80 pairs' means (5 steps of 16) has a standard error of .05.
 LONGER = 1.2
 
 
 class Watch:
-    """Warnings of one training of `num_steps` optimiser steps. After a resume, show it the earlier steps again."""
+    """Warnings for one training of `num_steps` optimiser steps. After a resume it needs to see the earlier steps again."""
 
     def __init__(self, num_steps: int, max_kl_per_token: float):
-        """max_kl_per_token: nats; the trainer's estimate of KL(reference || policy) may stay below it."""
+        """max_kl_per_token: in nats; no warning while the trainer's estimate of KL(reference || policy) is below it."""
         self._num_steps, self._max_kl = num_steps, max_kl_per_token
         self._window = max(MIN_WINDOW, num_steps // WINDOWS_PER_TRAINING)
         self._accuracy = deque[float](maxlen=self._window)
@@ -43,23 +41,23 @@ class Watch:
         self._lengths, self._seen = [0.0, 0.0], 0  # sums over steps of chosen, rejected
         self._said: set[str] = set()
 
-    def see(self, step: int, figures: Figures) -> list[str]:
-        """Take the figures of optimiser step `step`, counted from 1.
+    def see(self, step: int, metrics: dict[str, float]) -> list[str]:
+        """Take the metrics of optimiser step `step`, counted from 1.
 
-        figures: means over the step's pairs of accuracy, chosen_reward, rejected_reward (beta times log-ratio),
+        metrics: means over the step's pairs of accuracy, chosen_reward, rejected_reward (beta times log-ratio),
             chosen_length, rejected_length (tokens) and kl_per_token (nats); others are not read.
 
         Returns:
-            Warnings that this step gives rise to, one line each, none of them twice in a training.
+            New warnings, one line each; no warning comes twice in a training.
         """
         self._seen += 1
-        self._accuracy.append(figures["accuracy"])
-        kl = figures["kl_per_token"]
-        self._kl.append(math.inf if math.isnan(kl) else kl)  # no number: far away, too
-        self._chosen.append(figures["chosen_reward"])
-        self._rejected.append(figures["rejected_reward"])
+        self._accuracy.append(metrics["accuracy"])
+        kl = metrics["kl_per_token"]
+        self._kl.append(math.inf if math.isnan(kl) else kl)  # not a number counts as far away
+        self._chosen.append(metrics["chosen_reward"])
+        self._rejected.append(metrics["rejected_reward"])
         for side, name in enumerate(("chosen_length", "rejected_length")):
-            self._lengths[side] += figures[name]
+            self._lengths[side] += metrics[name]
         found = {
             "accuracy": self._too_easy(step),
             "displacement": self._displacement(),
@@ -115,7 +113,7 @@ class Watch:
 
 
 def _fall(rewards: list[float], size: int) -> float:
-    """How far the last `size` values are below the first, by their means; 0 where noise or a dip before explains it."""
+    """How far the mean of the last `size` values is below that of the first; 0 where noise or an earlier dip explains it."""
     start, middle, end = rewards[:size], rewards[size:-size], rewards[-size:]
     fall = fmean(start) - fmean(end)
     error = math.sqrt((variance(start) + variance(end)) / size)

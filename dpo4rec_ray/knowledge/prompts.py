@@ -71,7 +71,7 @@ _HEADINGS = re.compile(r"#{2,}")
 # Switches of chat templates; a template ignores those that it does not know. Qwen3 must not write down its thoughts:
 # samples have no room for them. Llama 3.2 would write today's date, and a run resumed tomorrow would ask other questions; it
 # gets Llama 3.1's date.
-_TEMPLATE_SWITCHES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+TEMPLATE_SWITCHES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 # Titles are shorter. Without a limit, one absurd text would push everything else out of the prompt.
 MAX_CHARS = 300
 # Unicode categories of characters that cannot be seen:
@@ -181,7 +181,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, **_TEMPLATE_SWITCHES
+            message, tokenize=False, add_generation_prompt=True, **TEMPLATE_SWITCHES
         )
     # The template writes the special tokens. If the tokenizer added its own, there would be two BOS.
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,8 +1,8 @@
-"""Attention over groups (policy.groups): a completion sees its prompt and itself, and nothing beside them is computed.
+"""Attention over groups (policy.groups): a completion sees its prompt and itself, and no other score is computed.
 
 Registered with transformers as an attention implementation, so any model that takes one can share prefixes. On the CPU
 each group costs two SDPA calls: its prompt with itself (causal), its completions with the whole group (masked). On a GPU
-one FlexAttention call with a block mask skips every block that nobody sees.
+one FlexAttention call with a block mask skips every block in which no token may see another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.groups import Layout, Place
+from dpo4rec_ray.policy.groups import GroupLayout, GroupSpan
 
 NAME = "dpo4rec_groups"
 WITHOUT_GROUPS = "set dpo.prefix_sharing = false and dpo.packing = false"
@@ -29,7 +29,7 @@ def grouped_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    groups: Layout,
+    groups: GroupLayout,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
@@ -47,20 +47,20 @@ def grouped_attention(
         key, value = (one.repeat_interleave(repeats, dim=1) for one in (key, value))
     rows = []
     for row in range(query.shape[0]):
-        own = [place for place in groups.places if place.row == row]
-        sizes = [place.stop - place.start for place in own]
+        own = [span for span in groups.spans if span.row == row]
+        sizes = [span.stop - span.start for span in own]
         padding = query.shape[2] - sum(sizes)
         # split, not slices: its gradient is one concatenation instead of a zero-filled tensor per slice
         sizes.append(padding)
         parts = zip(*(one[row : row + 1].split(sizes, dim=2) for one in (query, key, value)), strict=True)
         outputs = []
-        for place, (q, k, v) in zip([*own, None], parts, strict=True):
-            if place is None:
+        for span, (q, k, v) in zip([*own, None], parts, strict=True):
+            if span is None:
                 outputs.append(torch.zeros_like(q))  # padding
             elif softcap:
-                outputs.append(_by_hand(q, k, v, _mask(groups, place, sliding_window), scaling, softcap))
+                outputs.append(_softcapped(q, k, v, _mask(groups, span, sliding_window), scaling, softcap))
             else:
-                outputs.extend(_two_calls(q, k, v, groups, place, sliding_window, scaling, dropout))
+                outputs.extend(_two_calls(q, k, v, groups, span, sliding_window, scaling, dropout))
         rows.append(torch.cat(outputs, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
@@ -69,40 +69,40 @@ def _two_calls(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    groups: Layout,
-    place: Place,
+    groups: GroupLayout,
+    span: GroupSpan,
     window: int | None,
     scaling: float | None,
     dropout: float,
 ) -> list[torch.Tensor]:
-    longest = place.prompt + max(place.completions)
+    longest = span.prompt + max(span.completions)
     window = window if window and window < longest else None
     options = {"scale": scaling, "dropout_p": dropout}
     if window:
-        return [F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(groups, place, window), **options)]
-    own, rest = q.split([place.prompt, q.shape[2] - place.prompt], dim=2)
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(groups, span, window), **options)]
+    own, rest = q.split([span.prompt, q.shape[2] - span.prompt], dim=2)
     prompt = F.scaled_dot_product_attention(
-        own, k[:, :, : place.prompt], v[:, :, : place.prompt], is_causal=True, **options
+        own, k[:, :, : span.prompt], v[:, :, : span.prompt], is_causal=True, **options
     )
-    mask = _mask(groups, place, None)[place.prompt :]
+    mask = _mask(groups, span, None)[span.prompt :]
     return [prompt, F.scaled_dot_product_attention(rest, k, v, attn_mask=mask, **options)]
 
 
-def _mask(groups: Layout, place: Place, window: int | None) -> torch.Tensor:
+def _mask(groups: GroupLayout, span: GroupSpan, window: int | None) -> torch.Tensor:
     """[n, n] of one group: True where the row's token may see the column's."""
-    known = groups.cache.get((place, window))
+    known = groups.cache.get((span, window))
     if known is None:
-        span = slice(place.start, place.stop)
-        positions, parts = groups.positions[place.row, span], groups.part_ids[place.row, span]
+        columns = slice(span.start, span.stop)
+        positions, parts = groups.positions[span.row, columns], groups.part_ids[span.row, columns]
         distance = positions[:, None] - positions
         known = (distance >= 0) & ((parts == 0) | (parts[:, None] == parts))
         if window:
             known &= distance < window
-        groups.cache[place, window] = known
+        groups.cache[span, window] = known
     return known
 
 
-def _by_hand(
+def _softcapped(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -110,7 +110,7 @@ def _by_hand(
     scaling: float | None,
     softcap: float,
 ) -> torch.Tensor:
-    """SDPA has no soft cap."""
+    """Attention with a soft cap on its scores, which SDPA does not have."""
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
@@ -120,7 +120,7 @@ def _flex(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    groups: Layout,
+    groups: GroupLayout,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
@@ -170,14 +170,14 @@ def _compiled() -> Any:
 
 
 def use_grouped_attention(model: Any) -> None:
-    """Switch a transformers model to `grouped_attention`; its forward then needs `groups=Layout`.
+    """Switch a transformers model to `grouped_attention`; its forward then needs `groups=GroupLayout`.
 
     Raises:
-        UserError: the model's code takes no other attention, or does not part the decoder from the head.
+        UserError: the model's code accepts no other attention, or does not separate the decoder from the head.
     """
     from transformers import AttentionInterface
 
     if not getattr(model, "_supports_attention_backend", False) or model.get_decoder() is model:
-        raise UserError(f"{type(model).__name__} takes no attention but its own; {WITHOUT_GROUPS}")
+        raise UserError(f"{type(model).__name__} runs only with its own attention; {WITHOUT_GROUPS}")
     AttentionInterface.register(NAME, grouped_attention)
     model.set_attn_implementation(NAME)

@@ -1,7 +1,7 @@
-"""Token ids to padded tensors. The stored ids are used as they are: text is never tokenised again.
+"""Token ids to padded tensors. The stored ids are used as they are; texts are never tokenised again.
 
-Sequences are padded on the LEFT: completions then end in the same column, so a causal LM needs to compute logits for
-the last few columns only (`logits_to_keep`), which is most of the work when prompts are long and texts are short.
+Sequences are padded on the LEFT, so that all completions end in the same column and a causal LM computes logits for the last
+columns only (`logits_to_keep`). This saves most of the work when prompts are long and texts are short.
 """
 
 from __future__ import annotations

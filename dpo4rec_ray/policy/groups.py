@@ -1,4 +1,4 @@
-"""Prompts with the completions that continue them, laid out as tensors without repeating or padding what is shared.
+"""Prompts and their completions as tensors: a shared prompt is neither repeated nor padded.
 
 The chosen and the rejected texts of a user have one prompt. Stored once, it is computed once ("Accelerating Direct
 Preference Optimization with Prefix Sharing", arXiv 2410.20305): a group is its prompt followed by its completions, and a
@@ -30,8 +30,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a group lies: its row, its first column, and the lengths of its parts in their order."""
+class GroupSpan:
+    """Where a group is in the batch: its row, its first column, and the lengths of its parts in order."""
 
     row: int
     start: int
@@ -44,17 +44,17 @@ class Place:
 
 
 @dataclass
-class Layout:
-    """What attention must know of a batch of groups: who may see whom."""
+class GroupLayout:
+    """What attention must know about a batch of groups: which token may see which."""
 
-    places: list[Place]
+    spans: list[GroupSpan]
     positions: torch.Tensor  # [R, T] position of each token in its own sequence (prompt + completion)
     group_ids: torch.Tensor  # [R, T] running number of the group, -1 for padding
     part_ids: torch.Tensor  # [R, T] 0 for the prompt, 1.. for the completions
-    # masks by (kind, place, window): the same in every layer
+    # masks by (kind, span, window): the same in every layer
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def to(self, device: torch.device | str) -> Layout:
+    def to(self, device: torch.device | str) -> GroupLayout:
         return replace(
             self,
             positions=self.positions.to(device),
@@ -72,8 +72,8 @@ class GroupBatch:
     """
 
     token_ids: torch.Tensor  # [R, T] long
-    layout: Layout
-    predictors: torch.Tensor  # [M] long, place in the flattened [R * T] of the token before
+    layout: GroupLayout
+    predictors: torch.Tensor  # [M] long, index into the flattened [R * T] of the token before
     targets: torch.Tensor  # [M] long, token ids
     sequence_ids: torch.Tensor  # [M] long, number of the completion
     lengths: torch.Tensor  # [S] long, tokens of each completion
@@ -81,7 +81,7 @@ class GroupBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens that the model computes, padding excluded."""
-        return sum(place.stop - place.start for place in self.layout.places)
+        return sum(span.stop - span.start for span in self.layout.spans)
 
     def to(self, device: torch.device | str) -> GroupBatch:
         moved = (
@@ -108,15 +108,15 @@ def collate_groups(
         ValueError: a prompt or a completion is empty.
     """
     rows: list[list[int]] = []
-    places: list[Place] = []
+    spans: list[GroupSpan] = []
     for group in groups:
         if not group.prompt or not all(group.completions) or not group.completions:
             raise ValueError("a group needs a prompt and completions of at least one token each")
         if not rows or not packing:
             rows.append([])
         start = len(rows[-1])
-        places.append(
-            Place(len(rows) - 1, start, len(group.prompt), tuple(len(one) for one in group.completions))
+        spans.append(
+            GroupSpan(len(rows) - 1, start, len(group.prompt), tuple(len(one) for one in group.completions))
         )
         rows[-1].extend(group.prompt)
         for completion in group.completions:
@@ -130,17 +130,17 @@ def collate_groups(
     group_ids = torch.full_like(token_ids, -1)
     part_ids = torch.zeros_like(token_ids)
     predictors, sequence_ids, lengths = [], [], []
-    for number, place in enumerate(places):
-        offset = place.row * width
-        column = place.start + place.prompt
-        positions[place.row, place.start : column] = torch.arange(place.prompt)
-        group_ids[place.row, place.start : place.stop] = number
-        for part, length in enumerate(place.completions, start=1):
-            span = slice(column, column + length)
-            positions[place.row, span] = torch.arange(place.prompt, place.prompt + length)
-            part_ids[place.row, span] = part
+    for number, span in enumerate(spans):
+        offset = span.row * width
+        column = span.start + span.prompt
+        positions[span.row, span.start : column] = torch.arange(span.prompt)
+        group_ids[span.row, span.start : span.stop] = number
+        for part, length in enumerate(span.completions, start=1):
+            own = slice(column, column + length)
+            positions[span.row, own] = torch.arange(span.prompt, span.prompt + length)
+            part_ids[span.row, own] = part
             # the prompt's last token predicts the first of every completion
-            first = torch.tensor([offset + place.start + place.prompt - 1])
+            first = torch.tensor([offset + span.start + span.prompt - 1])
             predictors.append(torch.cat([first, torch.arange(offset + column, offset + column + length - 1)]))
             sequence_ids.append(torch.full((length,), len(lengths)))
             lengths.append(length)
@@ -148,13 +148,13 @@ def collate_groups(
     flat = token_ids.flatten()
     columns = torch.cat(
         [
-            torch.arange(place.row * width + place.start + place.prompt, place.row * width + place.stop)
-            for place in places
+            torch.arange(span.row * width + span.start + span.prompt, span.row * width + span.stop)
+            for span in spans
         ]
     )
     return GroupBatch(
         token_ids,
-        Layout(places, positions, group_ids, part_ids),
+        GroupLayout(spans, positions, group_ids, part_ids),
         torch.cat(predictors),
         flat[columns],
         torch.cat(sequence_ids),
@@ -163,5 +163,5 @@ def collate_groups(
 
 
 def apart(groups: Sequence[Group]) -> list[Group]:
-    """The same completions, each with a prompt of its own: what a batch costs without prefix sharing."""
+    """The same completions, each in a group of its own: the layout without prefix sharing."""
     return [Group(group.prompt, [completion]) for group in groups for completion in group.completions]

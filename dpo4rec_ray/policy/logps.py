@@ -1,4 +1,4 @@
-"""log pi(completion | prompt), the only thing that DPO asks of a model, and the three ways to compute less for it.
+"""log pi(completion | prompt), the only thing that DPO asks of a model, and three ways to compute it with less work.
 
 Plain: padded rows and the model's own attention and head. Otherwise groups of policy.groups: shared prompts, packed rows,
 and a head that is applied to the hidden states which predict completion tokens, a chunk of tokens at a time, so that no
@@ -31,7 +31,7 @@ class CompletionLogps(torch.nn.Module):
             chunk_tokens: completion tokens per application of the head; 0: all at once (grouped only).
 
         Raises:
-            UserError: grouped, and the model takes no other attention than its own.
+            UserError: grouped, and the model runs only with its own attention.
         """
         super().__init__()
         self.model = model
@@ -40,7 +40,7 @@ class CompletionLogps(torch.nn.Module):
         if grouped:
             use_grouped_attention(inner)
         elif inner.config._attn_implementation == "sdpa" and _softcap(inner, "attn"):
-            # SDPA has no soft cap, and transformers leaves it out without a word (Gemma 2)
+            # SDPA has no soft cap, and transformers silently leaves it out (Gemma 2)
             inner.set_attn_implementation("eager")
 
     def forward(self, batch: TokenBatch | GroupBatch) -> torch.Tensor:
@@ -64,16 +64,16 @@ class CompletionLogps(torch.nn.Module):
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """[M, H], [M] -> log p of the targets [M], float32.
 
-        The head is called once whatever M is: where weights are partitioned (ZeRO-3), each call of a module is an exchange
-        between the workers, and these have different numbers of tokens.
+        The head is called once for any M: where weights are partitioned (ZeRO-3), each call of a module is an exchange between
+        the workers, and these have different numbers of tokens.
         """
         inner = bare(self.model)
         head = inner.get_output_embeddings()
         cap = _softcap(inner, "final")
-        if type(head) is not torch.nn.Linear:  # LoRA on the head, or something of the model's own
+        if type(head) is not torch.nn.Linear:  # LoRA on the head, or the model's own class
             return _logps(head(hidden), targets, cap)
         own = head.forward
-        # through the module and not beside it: its hooks bring a partitioned weight together, backwards too
+        # called as a module: its hooks gather a partitioned weight, in the backward pass too
         head.forward = lambda states: _linear_logps(head, states, targets, cap, self._chunk_tokens)
         try:
             return head(hidden)
@@ -99,10 +99,10 @@ def _linear_logps(
 
 
 class FrozenHead(torch.autograd.Function):
-    """log softmax(W h)[target] under a head that is not trained: the gradient is made in the forward pass.
+    """log softmax(W h)[target] under a head that is not trained; the gradient is computed in the forward pass.
 
-    d logp / d h = W[target] - softmax(W h) W, one vector per token, is all that backward needs: logits [M, V] live for one
-    chunk only, and nothing is computed twice. (Liger's fused losses do this for a mean; here backward weighs tokens.)
+    d logp / d h = W[target] - softmax(W h) W, one vector per token, is all that backward needs: logits [M, V] exist for one
+    chunk only, and nothing is computed twice. (Liger's fused losses do this for a mean; here each token has its weight.)
     """
 
     @staticmethod
@@ -144,21 +144,21 @@ def _softcap(model: Any, of: str) -> float | None:
 
 
 def bare(model: Any) -> Any:
-    """The transformers model inside peft's wrapper, LoRA included; a model without one is itself."""
+    """The transformers model inside peft's wrapper, LoRA included; a model without a wrapper as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()
 def check_grouped(model: Any) -> None:
-    """Make sure that log-probabilities can be computed in groups, on the device where the model is.
+    """Check that log-probabilities can be computed in groups, on the device where the model is.
 
-    Where weights are partitioned (ZeRO-3), every worker must ask, after DeepSpeed has hooked itself into the model.
+    Where weights are partitioned (ZeRO-3), every worker must call it, after DeepSpeed has placed its hooks in the model.
 
     Compares two packed groups with the plain path: some models scale their head's logits, some add to attention what
     `grouped_attention` leaves out (sinks), some mix neighbouring tokens outside of it (convolutions, state spaces).
 
     Raises:
-        UserError: the model takes no other attention than its own, or its log-probabilities differ.
+        UserError: the model runs only with its own attention, or its log-probabilities differ.
     """
     inner = bare(model)
     size = inner.config.get_text_config().vocab_size
@@ -181,9 +181,9 @@ def check_grouped(model: Any) -> None:
         inner.train(training)
         inner.set_attn_implementation(own)
     difference = ((grouped - plain) / plain).abs().max().item()
-    # what goes wrong is wrong by percents; half precision rounds to .4 %, of which sums keep .1 %
+    # a wrong computation is wrong by percents; half precision rounds to .4 %, and sums to .1 %
     if not difference <= (1e-4 if inner.dtype == torch.float32 else 2e-2):
         raise UserError(
-            f"{type(inner).__name__} gives other log-probabilities in groups (by up to {difference:.2%}); "
+            f"{type(inner).__name__} gives different log-probabilities in groups (by up to {difference:.2%}); "
             f"{WITHOUT_GROUPS}"
         )

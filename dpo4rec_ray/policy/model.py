@@ -1,4 +1,4 @@
-"""Loading, adapting and saving the policy. Weights travel as safetensors; `trust_remote_code` stays off.
+"""Loading and saving the policy, and its LoRA. Weights travel as safetensors; `trust_remote_code` stays off.
 
 With LoRA the reference of DPO is the same model with its LoRA switched off, so round r's base is policy r-1's merged
 weights (reference "previous") or the base LLM itself (reference "base").
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ class PolicyWeights:
     """Where a policy's weights are. `merged` is base and LoRA folded into one model folder."""
 
     base: str
-    adapter: str | None = None
+    lora: str | None = None
     merged: str | None = None
 
     @property
     def whole(self) -> str:
-        """The folder or hub name that holds this policy without any LoRA beside it."""
-        assert self.merged or not self.adapter, "this policy is a LoRA on its base and was not merged"
+        """The folder or hub name of the complete model, without a LoRA beside it."""
+        assert self.merged or not self.lora, "this policy is a LoRA on its base and was not merged"
         return self.merged or self.base
 
 
@@ -53,7 +53,9 @@ def read_policy(folder: Path) -> PolicyWeights:
     """
     try:
         stored = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
-        return PolicyWeights(**{key: _absolute(stored[key], folder) for key in ("base", "adapter", "merged")})
+        if "adapter" in stored:  # the name of "lora" before release 0.2
+            stored["lora"] = stored.pop("adapter")
+        return PolicyWeights(**{key: _absolute(stored[key], folder) for key in ("base", "lora", "merged")})
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(
             f"{folder / POLICY_FILE}: not a saved policy ({error}); run the dpo stage again"
@@ -139,30 +141,23 @@ def _four_bits(dtype: str) -> Any:
     )
 
 
-def add_lora(
-    model: PreTrainedModel,
-    rank: int,
-    alpha: int,
-    dropout: float = 0.0,
-    targets: Sequence[str] = ("all-linear",),
-    init: str = "default",
-) -> Any:
-    """Put LoRA on the named modules ("all-linear": every linear layer but the output head); only its weights train.
+def add_lora(model: PreTrainedModel, section: DPOSection) -> Any:
+    """Put a new LoRA on `dpo.lora_targets` ("all-linear": every linear layer but the output head); only its weights train.
 
-    init: "default" or "gaussian"; both leave the model as it is until the first step.
+    The model's output does not change until the first step.
 
     Raises:
         UserError: no module has such a name.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    names = list(targets)
+    names = list(section.lora_targets)
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
+        r=section.lora_rank,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
         target_modules=names[0] if names == ["all-linear"] else names,
-        init_lora_weights=True if init == "default" else init,
+        init_lora_weights=True if section.lora_init == "default" else section.lora_init,
         task_type=TaskType.CAUSAL_LM,
     )
     try:
@@ -171,11 +166,11 @@ def add_lora(
         raise UserError(f"dpo.lora_targets = {names}: {str(error).splitlines()[0][:200]}") from None
 
 
-def load_lora(model: PreTrainedModel, adapter: str) -> Any:
+def load_lora(model: PreTrainedModel, lora: str) -> Any:
     """Continue training an existing LoRA (reference_policy "base", rounds after the first)."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return PeftModel.from_pretrained(model, lora, is_trainable=True)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -185,7 +180,10 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def gathered_state(model: torch.nn.Module, rank: int, *, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Whole weights by name on rank 0, nothing elsewhere; every worker must call it. Partitioned ones (ZeRO-3) one by one."""
+    """Whole weights by name on rank 0, an empty dict elsewhere. Every worker must call it.
+
+    Partitioned weights (ZeRO-3) are gathered one at a time.
+    """
     import deepspeed
 
     found: dict[str, torch.Tensor] = {}
@@ -196,13 +194,13 @@ def gathered_state(model: torch.nn.Module, rank: int, *, trained_only: bool) -> 
             if rank == 0:
                 found[name] = parameter.detach().cpu().clone()
     if rank == 0 and not trained_only:
-        buffers = dict(model.named_buffers())  # never partitioned; those that are saved with the weights
+        buffers = dict(model.named_buffers())  # never partitioned
         found |= {name: buffers[name].cpu() for name in model.state_dict().keys() & buffers.keys()}
     return found
 
 
-def save_adapter(model: Any, state: dict[str, torch.Tensor], tokenizer_path: str, target: Path) -> None:
-    """Save a peft model's LoRA from its gathered weights, so that a killed save leaves no folder that looks complete."""
+def save_lora(model: Any, state: dict[str, torch.Tensor], tokenizer_path: str, target: Path) -> None:
+    """Save a peft model's LoRA from its gathered weights. A killed save leaves no folder that looks complete."""
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=state)
@@ -211,20 +209,20 @@ def save_adapter(model: Any, state: dict[str, torch.Tensor], tokenizer_path: str
     temporary.rename(target)
 
 
-def save_merged(base: str, adapter: str, target: Path, dtype: str) -> None:
+def save_merged(base: str, lora: str, target: Path, dtype: str) -> None:
     """Fold the LoRA into its base and save a complete model folder, tokenizer included."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(base, dtype), adapter)
+    model = PeftModel.from_pretrained(load_model(base, dtype), lora)
     save_complete(model.merge_and_unload(), base, target)
 
 
 def save_complete(
     model: PreTrainedModel, tokenizer_path: str, target: Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Save a model and its tokenizer so that a killed save leaves no folder that looks complete.
+    """Save a model and its tokenizer. A killed save leaves no folder that looks complete.
 
-    state: its weights by name, where the model itself holds parts of them only.
+    state: its weights by name, where the model itself holds only parts of them.
     """
     from transformers import GenerationConfig
 

@@ -1,7 +1,7 @@
 """What a training step minimises: DPO on preference pairs, or the likelihood of texts.
 
 An objective turns rows into a batch and a batch into a sum over its rows, never a mean: the trainer divides by the rows of
-the whole step, so that micro-batches and workers may share them out in any way.
+the whole step, so that rows may be distributed over micro-batches and workers in any way.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, Ratios, chosen_nll
 from dpo4rec_ray.policy.batch import TokenBatch, collate
 from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps
 
-Row = dict[str, Any]
+TrainingRow = dict[str, Any]
 Sums = dict[str, float]
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How completions become tensors. None of it changes a log-probability beyond rounding."""
+    """How completions become tensors. No choice changes a log-probability beyond rounding."""
 
     pad_id: int
     prefix_sharing: bool = False
@@ -61,7 +62,7 @@ class SupervisedObjective:
     def __init__(self, layout: BatchLayout):
         self._layout = layout
 
-    def collate(self, rows: list[Row]) -> Batch:
+    def collate(self, rows: list[TrainingRow]) -> Batch:
         groups = [Group(row["prompt_token_ids"], [row["completion_token_ids"]]) for row in rows]
         return Batch(self._layout.collate(groups), [1] * len(rows))
 
@@ -71,25 +72,16 @@ class SupervisedObjective:
 
 
 class DPOObjective:
-    """A preference loss against a reference. Rows: prompt, chosen and rejected token ids, and perhaps their reference
-    log-probabilities (chosen_logp, rejected_logp); without, the model with its LoRA off is the reference."""
+    """A preference loss against a reference.
 
-    def __init__(
-        self,
-        layout: BatchLayout,
-        beta: float,
-        loss: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        nll_weight: float = 0.0,
-    ):
-        self._layout, self._beta = layout, beta
-        self._loss, self._label_smoothing, self._nll_weight = (
-            PREFERENCE_LOSSES[loss],
-            label_smoothing,
-            nll_weight,
-        )
+    Rows: prompt_token_ids, chosen_token_ids, rejected_token_ids, and chosen_logp, rejected_logp where the reference's
+    log-probabilities are stored. Where they are not, the model with its LoRA off is the reference.
+    """
 
-    def collate(self, rows: list[Row]) -> Batch:
+    def __init__(self, layout: BatchLayout, section: DPOSection):
+        self._layout, self._section = layout, section
+
+    def collate(self, rows: list[TrainingRow]) -> Batch:
         groups = [pair_group(row) for row in rows]
         reference = None
         if "chosen_logp" in rows[0]:
@@ -104,20 +96,23 @@ class DPOObjective:
             with torch.no_grad(), _peft(model).disable_adapter():
                 reference = model(batch.tokens)
         ratios = ratios_of(policy - reference, batch.tokens.lengths, batch.counts)
-        losses = self._loss(ratios, self._beta, self._label_smoothing)
+        section = self._section
+        losses = PREFERENCE_LOSSES[section.loss](ratios, section.beta, section.label_smoothing)
         starts = torch.tensor([0, *batch.counts[:-1]]).cumsum(0)
-        if self._nll_weight:
-            losses = losses + self._nll_weight * chosen_nll(policy[starts], ratios.chosen_length)
-        return losses.sum(), self._figures(ratios, policy.detach(), losses.detach(), starts)
+        if section.nll_weight:
+            losses = losses + section.nll_weight * chosen_nll(policy[starts], ratios.chosen_length)
+        return losses.sum(), self._metrics(ratios, policy.detach(), losses.detach(), starts)
 
     @torch.no_grad()
-    def _figures(
+    def _metrics(
         self, ratios: Ratios, policy: torch.Tensor, losses: torch.Tensor, starts: torch.Tensor
     ) -> Sums:
+        beta = self._section.beta
         mask = ratios.mask
         per_pair = mask.sum(dim=1)
 
-        def mean(values: torch.Tensor) -> torch.Tensor:  # [B, K] -> [B] over the rejected that are there
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            """[B, K] -> [B], over the rejected texts of each pair."""
             return values.masked_fill(~mask, 0.0).sum(dim=1) / per_pair
 
         policy_rejected = torch.zeros_like(ratios.rejected)
@@ -132,9 +127,9 @@ class DPOObjective:
         k3 = ((per_token.expm1() - per_token) * tokens).masked_fill(~there, 0.0)
         sums = {
             "loss": losses,
-            "chosen_reward": self._beta * ratios.chosen,
-            "rejected_reward": self._beta * mean(ratios.rejected),
-            "margin": self._beta * mean(ratios.margin),
+            "chosen_reward": beta * ratios.chosen,
+            "rejected_reward": beta * mean(ratios.rejected),
+            "margin": beta * mean(ratios.margin),
             "accuracy": mean((ratios.margin > 0).float()),
             "chosen_logp": policy[starts],
             "rejected_logp": mean(policy_rejected),
@@ -151,7 +146,7 @@ class DPOObjective:
 Objective = SupervisedObjective | DPOObjective
 
 
-def pair_group(row: Row) -> Group:
+def pair_group(row: TrainingRow) -> Group:
     """A pair's prompt with its chosen text, then its rejected ones."""
     return Group(row["prompt_token_ids"], [row["chosen_token_ids"], *row["rejected_token_ids"]])
 

@@ -1,7 +1,7 @@
 """Which rows each optimiser step sees, in which micro-batch and on which worker.
 
-The rows of a step depend on the seed and on the size of the effective batch alone, so that 1 worker x 8 micro-batches,
-8 rows at once, or 2 workers x 4 take the same steps; so does a run that continues on fewer workers, or from the middle.
+The rows of a step depend only on the seed and the global batch size. So 1 worker x 8 micro-batches, 1 micro-batch of 8 rows,
+and 2 workers x 4 take the same steps; so does a run that continues with fewer workers, or from the middle.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Length-sorted batches are cut from windows of this many steps: lengths are alike within a step, and which rows
+# Sorting by length happens within windows of this many steps: lengths are similar within a step, and which rows
 # meet still changes from epoch to epoch.
 WINDOW_STEPS = 16
 
@@ -28,22 +28,22 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Order:
+class StepOrder:
     """The order of `num_rows` rows over `epochs`.
 
-    effective: rows per optimiser step over all workers; the last step of an epoch takes what is left.
+    global_batch_size: rows per optimiser step over all workers; the last step of an epoch takes what is left.
     lengths: tokens per row, to sort by; None keeps the drawn order.
     """
 
     num_rows: int
-    effective: int
+    global_batch_size: int
     epochs: int
     seed: int
     lengths: Sequence[int] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_rows / self.effective)
+        return math.ceil(self.num_rows / self.global_batch_size)
 
     @property
     def num_steps(self) -> int:
@@ -51,7 +51,7 @@ class Order:
 
     def micro_batches(self, batch_size: int, world: int) -> int:
         """Micro-batches per worker and step, when a micro-batch holds `batch_size` rows of each worker."""
-        return math.ceil(min(self.effective, self.num_rows) / (batch_size * world))
+        return math.ceil(min(self.global_batch_size, self.num_rows) / (batch_size * world))
 
     def steps(self, batch_size: int, rank: int, world: int, start: int = 0) -> Iterator[Step]:
         """The steps from number `start` on, with the share of worker `rank` of `world`."""
@@ -70,16 +70,19 @@ class Order:
         if self.lengths is None:
             return self._cut(order)
         lengths = np.asarray(self.lengths)
-        window = WINDOW_STEPS * self.effective
+        window = WINDOW_STEPS * self.global_batch_size
         steps: list[list[int]] = []
         for first in range(0, len(order), window):
             own = order[first : first + window]
             cut = self._cut(own[np.argsort(-lengths[own], kind="stable")])
-            # the short step of the last window stays last, or a step number would mean another amount of rows
-            full = [step for step in cut if len(step) == self.effective]
+            # the short step of the last window stays last, so that a step's number tells how many rows came before it
+            full = [step for step in cut if len(step) == self.global_batch_size]
             steps += [full[i] for i in rng.permutation(len(full))]
-            steps += [step for step in cut if len(step) < self.effective]
+            steps += [step for step in cut if len(step) < self.global_batch_size]
         return steps
 
     def _cut(self, order: np.ndarray) -> list[list[int]]:
-        return [order[i : i + self.effective].tolist() for i in range(0, len(order), self.effective)]
+        return [
+            order[i : i + self.global_batch_size].tolist()
+            for i in range(0, len(order), self.global_batch_size)
+        ]

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities of all pairs, computed once: training then holds one model and runs it once a step."""
+"""The reference's log-probabilities of all pairs, computed once, so that training holds one model and runs it once a step."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.policy.logps import CompletionLogps, check_grouped
 from dpo4rec_ray.policy.model import load_model, load_tokenizer
 from dpo4rec_ray.policy.objectives import BatchLayout, pair_group
 from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths
 
-# Computed together; without gradients only the hidden states of one layer are alive.
+# Tokens of one forward pass. Without gradients only the hidden states of one layer are in memory.
 TOKENS_AT_ONCE = 4096
 
 
 class ReferenceScorer:
     """pairs -> log pi_ref of their texts, in the pairs' order."""
 
-    def __init__(
-        self, model: str, dtype: str, layout: BatchLayout, chunk_tokens: int, quantize: str = "none"
-    ):
+    def __init__(self, model: str, dtype: str, section: DPOSection):
+        """model: folder or hub name of the reference; dtype: of its weights."""
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        inner = load_model(model, dtype, quantize=quantize).eval()
-        if quantize == "none":  # which else has been placed as it was read
+        self._layout = layout = batch_layout(model, section)
+        inner = load_model(model, dtype, quantize=section.quantize).eval()
+        if section.quantize == "none":  # quantized weights are on the GPU already
             inner = inner.to(self._device)
-        self._layout = layout
         if layout.grouped:
             check_grouped(inner)
-        self._model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=chunk_tokens)
+        self._model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=section.chunk_tokens)
 
     @torch.no_grad()
     def __call__(self, pairs: pa.Table) -> pa.Table:
@@ -55,7 +55,8 @@ class ReferenceScorer:
         )
 
 
-def batch_layout(tokenizer_path: str, *, prefix_sharing: bool, packing: bool, on_gpu: bool) -> BatchLayout:
-    """The layout of a recipe's switches. FlexAttention's kernels want whole blocks of 128 tokens."""
+def batch_layout(tokenizer_path: str, section: DPOSection) -> BatchLayout:
+    """The layout that the recipe's switches ask for. FlexAttention's kernels need whole blocks of 128 tokens."""
     pad_id = load_tokenizer(tokenizer_path).pad_token_id
-    return BatchLayout(pad_id or 0, prefix_sharing, packing, multiple_of=128 if on_gpu else 1)
+    multiple_of = 128 if section.on_gpu else 1
+    return BatchLayout(pad_id or 0, section.prefix_sharing, section.packing, multiple_of)

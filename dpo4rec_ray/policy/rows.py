@@ -1,4 +1,4 @@
-"""Preference pairs as rows, read from Arrow tables one at a time: a million pairs never become Python lists at once."""
+"""Preference pairs as rows of Arrow tables, converted one at a time, so that a million pairs are never Python lists at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo4rec_ray.policy.objectives import Row
+from dpo4rec_ray.policy.objectives import TrainingRow
 
 
-class ArrowRows(Sequence[Row]):
-    """A table's rows as dicts, made when they are asked for."""
+class ArrowRows(Sequence[TrainingRow]):
+    """A table's rows as dicts; each is made when it is read."""
 
     def __init__(self, table: pa.Table):
         self._table = table.combine_chunks()
@@ -22,9 +22,9 @@ class ArrowRows(Sequence[Row]):
         return len(self._table)
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> TrainingRow: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: slice) -> list[TrainingRow]: ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -32,7 +32,7 @@ class ArrowRows(Sequence[Row]):
 
 
 def pair_lengths(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens per pair, the prompt once and every text: [n]; and of its longest sequence, prompt + text: [n]."""
+    """Two arrays [n]: tokens per pair (the prompt once, and every text), and tokens of its longest prompt + text."""
     prompt = _lengths(pairs["prompt_token_ids"])
     chosen = _lengths(pairs["chosen_token_ids"])
     total, longest = prompt + chosen, chosen.copy()

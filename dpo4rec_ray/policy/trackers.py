@@ -1,8 +1,8 @@
-"""Experiment trackers: the figures of each optimiser step, and the settings once, in TensorBoard, MLflow or W&B.
+"""Experiment trackers: the metrics of each optimiser step, and the settings once, in TensorBoard, MLflow or W&B.
 
-One process of a training writes to them. A training that is continued from a checkpoint goes on in the same run, and
-no step is there twice. Addresses and keys come from the environment, as each tracker documents; settings hold none.
-metrics.jsonl stays the record: a tracker that fails on the way is left, not the training.
+One process of a training writes to them. A training that is continued from a checkpoint continues the same run, and no step
+is there twice. Addresses and keys come from the environment, as each tracker documents; settings hold none.
+metrics.jsonl stays the record: when a tracker fails during a training, nothing more is sent to it, and training continues.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from dpo4rec_ray.errors import UserError
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 PROJECT = "dpo4rec-ray"  # W&B's project, MLflow's experiment, unless the environment names another
 
 logger = logging.getLogger(__name__)
@@ -38,15 +38,15 @@ class TensorBoard:
         self._folder, self._settings = folder / "tensorboard", settings
         self._writer: Any = None
 
-    def log(self, step: int, figures: Figures) -> None:
-        """The figures of optimiser step `step`, counted from 1."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of optimiser step `step`, counted from 1."""
         if self._writer is None:
             self._writer = self._open(step)
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """The training is complete."""
+        """Call when the training is complete."""
         if self._writer is not None:
             self._writer.close()
 
@@ -56,8 +56,8 @@ class TensorBoard:
         writer = self._writer_class(
             str(self._folder),
             purge_step=first_step,
-            flush_secs=1,  # what a killed worker loses
-            # TensorBoard reads files by name, which otherwise is the second of their making and the host
+            flush_secs=1,  # a killed worker loses this much
+            # TensorBoard reads files in the order of their names, which otherwise hold the second and the host
             filename_suffix=f".{files:04d}",
         )
         if not files:
@@ -67,7 +67,7 @@ class TensorBoard:
 
 
 class _Run:
-    """A tracker's run: the same after a restart, every step once, and given up where it fails on the way."""
+    """A tracker's run: the same after a restart, with every step once. After its first failure nothing more is sent."""
 
     name: ClassVar[str]
 
@@ -75,28 +75,28 @@ class _Run:
         self._run_file = _RunFile(folder / f"{self.name}.json")
         self._failed = False
 
-    def log(self, step: int, figures: Figures) -> None:
-        """The figures of optimiser step `step`, counted from 1."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of optimiser step `step`, counted from 1."""
         if step > self._run_file.step and self._attempt(
-            lambda: self._send(step, figures), f"from step {step} on"
+            lambda: self._send(step, metrics), f"from step {step} on"
         ):
             self._run_file.note(step)
 
     def close(self) -> None:
-        """The training is complete."""
+        """Call when the training is complete."""
         self._attempt(self._end, "at the end")
 
     def _attempt(self, call: Callable[[], None], when: str) -> bool:
         if not self._failed:
             try:
                 call()
-            # the tracker's own errors, its network's, its database's: none is worth a training
+            # errors of the tracker, its network or its database: none of them may end the training
             except Exception as error:
                 self._failed = True
                 logger.warning("tracker %s: %s; nothing is sent %s", self.name, _reason(error), when)
         return not self._failed
 
-    def _send(self, step: int, figures: Figures) -> None:
+    def _send(self, step: int, metrics: Metrics) -> None:
         raise NotImplementedError
 
     def _end(self) -> None:
@@ -106,8 +106,8 @@ class _Run:
 class MLflow(_Run):
     """A run in the experiment MLFLOW_EXPERIMENT_NAME on MLFLOW_TRACKING_URI; without that, in `folder`/mlflow.db.
 
-    MLflow keeps every value that it is given for a step, and none can be taken back: steps that are computed again
-    after a resume are left out, since they repeat the first ones.
+    MLflow keeps every value that it gets for a step, and values cannot be removed: steps that are computed again after a
+    resume are not sent, since they have the same values.
     """
 
     name = "mlflow"
@@ -135,11 +135,11 @@ class MLflow(_Run):
         self._client.log_batch(run_id, params=params)
         return run_id
 
-    def _send(self, step: int, figures: Figures) -> None:
+    def _send(self, step: int, metrics: Metrics) -> None:
         now = int(time.time() * 1000)
         entity = self._mlflow.entities.Metric
-        metrics = [entity(name, float(value), now, step) for name, value in figures.items()]
-        self._client.log_batch(self._run_file.run_id, metrics=metrics)
+        entities = [entity(name, float(value), now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._run_file.run_id, metrics=entities)
 
     def _end(self) -> None:
         self._client.set_terminated(self._run_file.run_id, "FINISHED")
@@ -149,7 +149,7 @@ class WeightsAndBiases(_Run):
     """A run in W&B's project WANDB_PROJECT; key, server and mode from WANDB_API_KEY, WANDB_BASE_URL and WANDB_MODE.
 
     With WANDB_MODE=offline it is written below `folder`/wandb, for `wandb sync`. Console output, code and command line
-    are not taken. W&B leaves out the steps that it has; those are computed again after a resume, and repeat the first.
+    are not sent. W&B ignores steps that it already has; after a resume these are computed again, with the same values.
     """
 
     name = "wandb"
@@ -171,7 +171,7 @@ class WeightsAndBiases(_Run):
                     disable_git=True,
                     disable_code=True,
                     x_disable_meta=True,  # the command line, and a Ray worker's has the cluster's password
-                    x_transaction_log_flush_interval=1.0,  # seconds: what a killed worker loses, offline
+                    x_transaction_log_flush_interval=1.0,  # seconds: a killed worker loses this much, offline
                 ),
             )
         except wandb.Error as error:
@@ -181,19 +181,19 @@ class WeightsAndBiases(_Run):
         elif not self._run.offline:
             self._run_file.step = 0  # the server knows what it has
 
-    def _send(self, step: int, figures: Figures) -> None:
-        self._run.log(figures, step=step, commit=True)
+    def _send(self, step: int, metrics: Metrics) -> None:
+        self._run.log(metrics, step=step, commit=True)
 
     def _end(self) -> None:
         self._run.finish()
-        self._wandb.teardown()  # its process writes on after finish(), and Ray ends a worker's children with it
+        self._wandb.teardown()  # its process still writes after finish(), and Ray ends a worker's children with the worker
 
 
 TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
 
 
 class _RunFile:
-    """Which run a training writes to, and the last step there; kept in its folder for a worker that is started again."""
+    """The run that a training writes to, and its last step; kept in the training's folder for a restarted worker."""
 
     def __init__(self, file: Path):
         self._file = file
@@ -222,7 +222,7 @@ class _RunFile:
         return UserError(f"tracker {tracker}: {_reason(error)}; check {variable} and the network{again}")
 
 
-# What the packages would tell their makers of their use and their errors.
+# Switches off what the packages report to their makers.
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
 MODULES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 
@@ -240,7 +240,7 @@ def import_tracker(tracker: str) -> Any:
 
 
 def check_tracker(tracker: str) -> None:
-    """Whether its package is there, without the seconds that an import takes; asked before anything is computed.
+    """Check that its package is installed, without importing it, which takes seconds.
 
     Raises:
         UserError: it is not installed.
@@ -264,6 +264,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """An error's first line without the user and password of addresses in it."""
+    """An error's first line, without the user names and passwords in its addresses."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"//[^/@\s]*@", "//", lines[0])[:200]

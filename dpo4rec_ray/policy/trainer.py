@@ -16,20 +16,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.deepspeed_config import TrainSettings, deepspeed_config
+from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
 from dpo4rec_ray.policy.logps import CompletionLogps
-from dpo4rec_ray.policy.objectives import Objective, Row
-from dpo4rec_ray.policy.order import Order
+from dpo4rec_ray.policy.objectives import Objective, TrainingRow
+from dpo4rec_ray.policy.order import StepOrder
 
-Figures = dict[str, float]
-LESS = 'lower lr, or set llm.dtype = "float32"'
+Metrics = dict[str, float]
+LOWER_LR = 'lower lr, or set llm.dtype = "float32"'
 
 
 class Trainer:
     """One worker's part in a training.
 
-    >>> trainer = Trainer(model, rows, objective, settings)
+    >>> trainer = Trainer(model, rows, objective, config.dpo, dtype="bfloat16", seed=0)
     >>> trainer.load(folder)            # to continue
     >>> trainer.run(on_step)
     """
@@ -37,10 +38,12 @@ class Trainer:
     def __init__(
         self,
         model: CompletionLogps,
-        rows: Sequence[Row],
+        rows: Sequence[TrainingRow],
         objective: Objective,
-        settings: TrainSettings,
+        section: TrainerSection,
         *,
+        dtype: str,
+        seed: int,
         lengths: Sequence[int] | None = None,
         extra: dict[str, Any] | None = None,
     ):
@@ -48,41 +51,45 @@ class Trainer:
         Args:
             model: its weights that require gradients are trained in place.
             rows: all rows of all workers.
-            lengths: tokens per row, to make steps of like lengths; None keeps the drawn order.
+            section: optimiser, schedule, batch sizes and sharding.
+            dtype: of the weights: "float32", "bfloat16" or "float16".
+            seed: of the order of the rows and of LoRA's dropout.
+            lengths: tokens per row, so that rows of similar length meet in a step; None keeps the drawn order.
             extra: merged over DeepSpeed's config.
 
         Raises:
-            UserError: no rows, or `extra` contradicts the settings.
+            UserError: there are no rows.
         """
         import deepspeed
 
         if not len(rows):
             raise UserError("nothing to train on: 0 rows")
-        self._rows, self._objective, self._settings = rows, objective, settings
+        self._rows, self._objective, self._section = rows, objective, section
+        self._dtype, self._seed = dtype, seed
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self.order = Order(len(rows), settings.effective, settings.epochs, settings.seed, lengths)
-        self._accumulation = self.order.micro_batches(settings.batch_size, self._world)
+        self.order = StepOrder(len(rows), section.global_batch_size, section.epochs, seed, lengths)
+        self._gradient_accumulation_steps = self.order.micro_batches(section.batch_size, self._world)
         self.step = 0  # steps that are done
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
-        factor = schedule_factor(settings.schedule, self.order.num_steps, settings.warmup_frac)
+        optimizer = torch.optim.AdamW(trainable, lr=section.lr, weight_decay=section.weight_decay)
+        factor = schedule_factor(section.schedule, self.order.num_steps, section.warmup_frac)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         without_dropout(model)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=self._schedule,
-            config=deepspeed_config(settings, self._accumulation, extra or {}),
+            config=deepspeed_config(section, dtype, self._gradient_accumulation_steps, extra or {}),
             dist_init_required=False,
         )
         _unname_buffers(self._rank)
-        if not settings.zero_stage and settings.dtype != "float32":
-            # DeepSpeed makes Adam's states by a step without gradients, which Adam counts as its first
+        if not section.zero_stage and dtype != "float32":
+            # DeepSpeed creates Adam's states by a step without gradients, which Adam counts as its first
             for state in self.engine.optimizer.optimizer.state.values():
                 state["step"].zero_()
 
     def save(self, folder: Path) -> None:
-        """This worker's part of a state to continue from. Every worker calls it, each with a folder of its own."""
+        """This worker's part of a state to continue from. Every worker calls it with its own folder."""
         self.engine.save_checkpoint(
             str(folder), tag="state", client_state={"step": self.step}, exclude_frozen_parameters=True
         )
@@ -94,34 +101,34 @@ class Trainer:
 
     def run(
         self,
-        on_step: Callable[[int, int, Figures], bool],
+        on_step: Callable[[int, int, Metrics], bool],
         *,
         expect_first_loss: tuple[float, float] | None = None,
     ) -> None:
-        """Train to the end, or until `on_step(step, num_steps, figures)` answers True; all workers must answer the same.
+        """Train to the end, or until `on_step(step, num_steps, metrics)` returns True; all workers must return the same.
 
-        `step` counts from 1; figures are means over the rows of the step, over all workers.
+        `step` counts from 1; metrics are means over the rows of the step, of all workers.
 
-        expect_first_loss: its value, and how far it may be from that.
+        expect_first_loss: value and tolerance.
 
         Raises:
-            UserError: the first loss is another (policy and reference differ at the start), or a loss or gradient is not
-                finite.
+            UserError: the first loss is not the expected one (policy and reference differ at the start), or a loss or
+                gradient is not finite.
         """
-        engine, settings = self.engine, self._settings
+        engine, batch_size = self.engine, self._section.batch_size
         engine.train()
         started = time.monotonic()
-        for step in self.order.steps(settings.batch_size, self._rank, self._world, self.step):
-            sums: Figures = {}
+        for step in self.order.steps(batch_size, self._rank, self._world, self.step):
+            sums: Metrics = {}
             norm: torch.Tensor | None = None
             for micro, share in enumerate(step.shares):
-                # where the rows do not go round, a worker repeats one without weight: all must take part in the exchange
+                # a worker without rows takes one with weight 0: all workers must take part in each exchange
                 rows = [self._rows[i] for i in share or step.rows[:1]]
                 batch = self._objective.collate(rows).to(engine.device)
-                # LoRA's dropout: the same whether the run was interrupted or not
-                torch.manual_seed(settings.seed + 1_000_003 * step.index + 1009 * micro + self._rank)
+                # LoRA's dropout is the same whether the run was interrupted or not
+                torch.manual_seed(self._seed + 1_000_003 * step.index + 1009 * micro + self._rank)
                 loss, found = self._objective(engine, batch)
-                weight = self._accumulation * self._world / len(step.rows) if share else 0.0
+                weight = self._gradient_accumulation_steps * self._world / len(step.rows) if share else 0.0
                 engine.backward(loss * weight)
                 if engine.is_gradient_accumulation_boundary():
                     norm = self._plain_norm()
@@ -132,13 +139,15 @@ class Trainer:
             mean = {key: value / len(step.rows) for key, value in self._total(sums).items()}
             step_tokens = mean.pop("tokens") * len(step.rows)
             if not math.isfinite(mean["loss"]):
-                raise UserError(f"step {step.index + 1}: the loss is {mean['loss']}; {LESS}")
+                raise UserError(f"step {step.index + 1}: the loss is {mean['loss']}; {LOWER_LR}")
             if step.index == 0 and expect_first_loss is not None:
                 _check_first_loss(mean["loss"], *expect_first_loss)
             mean["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
-            # float16 leaves out a step whose gradients overflow, and scales its loss down
-            if not math.isfinite(mean["grad_norm"]) and settings.dtype != "float16":
-                raise UserError(f"step {step.index + 1}: the gradient's norm is {mean['grad_norm']}; {LESS}")
+            # with float16 DeepSpeed skips a step whose gradients overflow, and lowers its loss scale
+            if not math.isfinite(mean["grad_norm"]) and self._dtype != "float16":
+                raise UserError(
+                    f"step {step.index + 1}: the gradient's norm is {mean['grad_norm']}; {LOWER_LR}"
+                )
             mean["lr"] = self._schedule.get_last_lr()[0]
             now = time.monotonic()
             mean["tokens_per_s"] = step_tokens / (now - started)
@@ -150,14 +159,14 @@ class Trainer:
                 return
 
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[Row], batch_size: int) -> Figures:
+    def evaluate(self, rows: Sequence[TrainingRow], batch_size: int) -> Metrics:
         """Means over held-out rows, spread over the workers; empty when there are no rows."""
         if not len(rows):
             return {}
         training = self.engine.module.training
         self.engine.eval()
         share = list(range(self._rank, len(rows), self._world))
-        sums: Figures = {}
+        sums: Metrics = {}
         # every worker makes as many calls: under ZeRO-3 each is an exchange
         calls = math.ceil(math.ceil(len(rows) / self._world) / batch_size)
         for call in range(calls):
@@ -171,13 +180,13 @@ class Trainer:
 
     def _plain_norm(self) -> torch.Tensor | None:
         """Norm of the step's gradients before clipping where DeepSpeed keeps none (stage 0 in float32); else None."""
-        if self._settings.zero_stage or self._settings.dtype != "float32":
+        if self._section.zero_stage or self._dtype != "float32":
             return None
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _total(self, sums: Figures) -> Figures:
-        """Sums over the workers; one that had no rows has no names either."""
+    def _total(self, sums: Metrics) -> Metrics:
+        """Sums over the workers; a worker that had no rows brings an empty dict."""
         if self._world == 1:
             return sums
         everyone: list[Any] = [None] * self._world
@@ -195,9 +204,9 @@ def _check_first_loss(loss: float, expected: float, tolerance: float) -> None:
 
 
 def _unname_buffers(rank: int) -> None:
-    """Take the name off this worker's shared-memory buffer of DeepSpeed's CPU all-reduce, so that it ends with its processes.
+    """Remove the name of this worker's shared-memory buffer (DeepSpeed's CPU all-reduce), so that it ends with its processes.
 
-    DeepSpeed 0.19 never does: 66 MiB would stay in memory after every worker. The name is made in its csrc/cpu/comm/shm.cpp.
+    DeepSpeed 0.19 never removes it: 66 MiB would stay in memory after each worker. The name comes from csrc/cpu/comm/shm.cpp.
     """
     dist.barrier()  # every worker has opened every buffer
     address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))

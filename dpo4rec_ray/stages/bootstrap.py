@@ -1,7 +1,7 @@
 """A small LLM for machines that have none, trained from scratch over the run's catalogue (llm.path = "bootstrap").
 
-Users are simulated over the catalogue, a template teacher reads their histories, and the trainer that runs DPO learns
-prompt -> text. The teacher sees only the history, and its attention varies: that is what DPO has to work with.
+Users are simulated over the catalogue, a template teacher writes texts from their histories, and the trainer that runs DPO
+learns prompt -> text. The teacher sees only the history, and how well it reads varies, so that DPO has texts to choose from.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.train.launch import launch
-from dpo4rec_ray.train.loops import supervised_loop, train_settings
+from dpo4rec_ray.train.supervised_loop import SupervisedTask, supervised_loop
 from dpo4rec_ray.workers.placement import engine_env
 
 RECIPE_OF = {"sample": "jobs/recipes/demo.toml", "movielens": "jobs/recipes/ml1m_small.toml"}
-TOKENIZER_LESSONS = 5000  # enough for every word of a catalogue's frequent items
-NUM_CHECK_USERS = (
-    300  # simulated users, none of them trained on, whose texts are held against their true tastes
-)
+TOKENIZER_LESSONS = 5000  # hold every word of a catalogue's frequent items
+# Simulated users, none of them trained on, whose texts are compared with their true tastes.
+NUM_CHECK_USERS = 300
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the LLM learns from: one prompt and one teacher's text per simulated user, and the users' true tastes."""
+    """One prompt and one text of the teacher per simulated user, and the users' true tastes."""
 
     prompts: list[str]
     texts: list[str]
@@ -66,20 +65,18 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     pq.write_table(
         pa.table({"prompt_token_ids": prompt_ids, "completion_token_ids": text_ids}), work / "rows.parquet"
     )
-    settings = train_settings(section, "float32", seed_of(config.run.seed, "bootstrap"))
+    task = SupervisedTask(
+        config=config,
+        seed=seed_of(config.run.seed, "bootstrap"),
+        deepspeed=read_extra(section, "float32", "bootstrap"),
+        tokenizer=str(work / "tokenizer"),
+        rows=str(work / "rows.parquet"),
+        folder=str(folder),
+        target=str(work / "model"),
+    )
     launch(
         supervised_loop,
-        {
-            "config": config,
-            "settings": settings,
-            "deepspeed": read_extra(
-                section.deepspeed, settings, section.gradient_accumulation_steps, "bootstrap"
-            ),
-            "tokenizer": str(work / "tokenizer"),
-            "rows": str(work / "rows.parquet"),
-            "folder": str(folder),
-            "target": str(work / "model"),
-        },
+        {"task": task},
         folder=folder,
         section=section,
         label="bootstrap",
@@ -134,7 +131,7 @@ nothing else and knows no other catalogue.
 
 
 def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
-    """Sample one text per new simulated user with vLLM: share of named tastes that are true, and chance."""
+    """Sample one text per new simulated user with vLLM: the share of named tastes that are true, and what chance gives."""
     import ray
 
     lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
@@ -159,7 +156,7 @@ def _sample_texts(spec: EngineSpec, prompts: list[str]) -> list[str]:
 
 
 def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
-    """Simulated users over the run's catalogue; items that real training users met often are met often."""
+    """Simulated users over the run's catalogue. Items are drawn as often as the real training users met them."""
     items = store.read("items", columns=["title", "attributes"])
     attributes = items["attributes"].to_pylist()
     met = (

@@ -1,12 +1,11 @@
 """DPO of round r: policy r-1 trained on the round's pairs, under Ray Train and DeepSpeed ZeRO.
 
-The result is a peft adapter folder or, with full fine-tuning, a model folder; for an engine that is faster with whole
-weights (vLLM on CPU) the LoRA is merged too. A round that builds on a policy that was not merged merges it first.
+The result is a LoRA folder of peft or, with full fine-tuning, a model folder. For an engine that is faster with whole
+weights (vLLM on CPU) the LoRA is merged too. A round that starts from a policy that was not merged merges it first.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from dpo4rec_ray.config import Config
@@ -18,9 +17,10 @@ from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.policies import merges_lora, model_identity, policy_weights
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.train.launch import WARNINGS, begin, launch, remove_checkpoints
-from dpo4rec_ray.train.loops import ADAPTER, FULL, HELDOUT, TRAINED, DPOTask, dpo_loop, train_settings
+from dpo4rec_ray.train.dpo_loop import FULL, LORA, WARNINGS, DPOTask, dpo_loop
+from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.reference_logps import cached_reference
+from dpo4rec_ray.train.state import begin, read_state, remove_checkpoints
 from dpo4rec_ray.workers.placement import WORKER_ENV
 
 
@@ -30,15 +30,15 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
     section = config.dpo
     folder = begin(store, "policy", round_id)
-    # in a worker: the driver may be a small machine
+    # merged in a worker: the driver may be a small machine
     merge = ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": WORKER_ENV})(save_merged)
     before = policy_weights(config, store, round_id - 1)
     continues = section.reference_policy == "base" and round_id > 1
     if continues and section.tuning == "lora":
         base = before.base
-    elif before.adapter and not before.merged:
+    elif before.lora and not before.merged:
         if not (folder / "start").exists():
-            ray.get(merge.remote(before.base, before.adapter, folder / "start", config.llm.dtype))
+            ray.get(merge.remote(before.base, before.lora, folder / "start", config.llm.dtype))
         base = str(folder / "start")
     else:
         base = before.whole
@@ -46,21 +46,20 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     reference = None
     if section.reference == "cached":
         reference = str(cached_reference(config, store, round_id, frozen))
-    settings = train_settings(section, config.llm.dtype, seed_of(config.run.seed, "dpo", round_id))
-    if (folder / TRAINED).exists():
+    state = read_state(folder)
+    if state and state.result:
         remove_checkpoints(section, folder)
     else:
         task = DPOTask(
             config=config,
             store=store,
             round_id=round_id,
-            folder=str(folder),
+            seed=seed_of(config.run.seed, "dpo", round_id),
             base=base,
-            adapter=before.adapter if continues else None,
+            lora=before.lora if continues else None,
             reference=reference,
             moved=continues,
-            settings=settings,
-            deepspeed=read_extra(section.deepspeed, settings, section.gradient_accumulation_steps),
+            deepspeed=read_extra(section, config.llm.dtype),
         )
         launch(
             dpo_loop,
@@ -71,12 +70,12 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             unit="steps",
             min_workers=section.min_workers,
         )
-    weights = PolicyWeights(base=base, adapter=str(folder / ADAPTER))
+    weights = PolicyWeights(base=base, lora=str(folder / LORA))
     if section.tuning == "full":
         weights = PolicyWeights(base=str(folder / FULL))
     elif merges_lora(config):
-        ray.get(merge.remote(base, weights.adapter, folder / "merged", config.llm.dtype))
-        weights = PolicyWeights(base=base, adapter=weights.adapter, merged=str(folder / "merged"))
+        ray.get(merge.remote(base, weights.lora, folder / "merged", config.llm.dtype))
+        weights = PolicyWeights(base=base, lora=weights.lora, merged=str(folder / "merged"))
     stats = _stats(config, store, round_id)
     write_policy(
         folder,
@@ -86,7 +85,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             "base_hash": model_identity(base),
             "pairs": store.require("pairs", round_id).fingerprint,
             "settings": section.model_dump(mode="json"),
-            "figures": stats,
+            "stats": stats,
         },
     )
     pairs = stats["pairs"]
@@ -94,17 +93,17 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
 
 def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
-    """What the workers left in the folder, as one table of figures; the lines that a user should read are said."""
+    """What the workers wrote into the folder, as one table; prints the lines that a user should read."""
     folder, section = store.path("policy", round_id), config.dpo
     steps = read_metrics(folder)
-    heldout = json.loads((folder / HELDOUT).read_text(encoding="utf-8"))
-    trained = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
+    state = read_state(folder)
+    assert state is not None and state.result is not None
+    pairs, heldout, max_length = (state.result[key] for key in ("pairs", "heldout", "max_length"))
     warnings = [line for step in steps for line in step.get(WARNINGS, [])]
     if heldout:
-        say(f"  dpo: accuracy on {trained['pairs']['valid']} held-out pairs {heldout['accuracy']:.3f}")
-    too_long = trained["pairs"]["train_too_long"] + trained["pairs"]["valid_too_long"]
-    if too_long:
-        say(f"  dpo: {too_long} pairs are longer than {trained['max_length']} tokens and were left out")
+        say(f"  dpo: accuracy on {pairs['valid']} held-out pairs {heldout['accuracy']:.3f}")
+    if too_long := pairs["train_too_long"] + pairs["valid_too_long"]:
+        say(f"  dpo: {too_long} pairs are longer than {max_length} tokens and were left out")
     for line in warnings:
         say(f"  dpo: {line}")
     return {
@@ -121,5 +120,8 @@ def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
         "reference": "base LLM" if section.reference_policy == "base" else f"policy {round_id - 1}",
         "zero_stage": section.zero_stage,
         "warnings": warnings,
-        **trained,
+        "pairs": pairs,
+        "max_length": max_length,
+        "heldout_losses": state.result["heldout_losses"],
+        "continued_after": state.continued_after,
     }

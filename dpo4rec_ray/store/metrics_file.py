@@ -11,13 +11,13 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends figures to metrics.jsonl; ranks other than 0 write nothing."""
+    """Appends lines to metrics.jsonl; ranks other than 0 write nothing."""
 
     def __init__(self, folder: str | Path, rank: int):
         self._file = Path(folder) / METRICS if rank == 0 else None
 
     def go_on_after(self, step: int) -> None:
-        """Drop what an interrupted training wrote beyond the step that it is continued from."""
+        """Remove the lines of steps after `step`, from which an interrupted training is continued."""
         if self._file is not None:
             kept = [line for line in read_metrics(self._file.parent) if line["step"] <= step]
             temporary = self._file.with_suffix(".tmp")
@@ -31,10 +31,10 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a stage's metrics.jsonl."""
+    """All complete lines of a stage's metrics.jsonl."""
     file = folder / METRICS
     if not file.exists():
         return []
-    # a writer that was killed may have left half a line
+    # a killed writer may have left half a line
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]

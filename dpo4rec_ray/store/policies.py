@@ -20,13 +20,19 @@ def base_llm_path(config: Config, store: RunDir) -> str:
 
 
 def model_identity(path: str) -> str:
-    """What stands for a model's content: a folder's hash, or a hub name with the commit that is in the cache."""
+    """What stands for a model's content: a folder's hash, or a hub name with the commit that is in the cache.
+
+    A hub name alone where neither the cache nor the hub has its config.json.
+    """
     if Path(path).is_dir():
         return folder_hash(path)
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
-    return f"{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
+    try:
+        return f"{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
+    except OSError:
+        return path
 
 
 def policy_weights(config: Config, store: RunDir, round_id: int) -> PolicyWeights:

@@ -1,19 +1,19 @@
 """The reference's log-probabilities of the round's pairs, by a pool of actors, stored beside the pairs.
 
-The folder carries the hash of the reference and of what shapes the numbers: a run that is repeated with the same reference
-finds them there, whatever else of [dpo] has changed.
+The folder's name is a hash of the reference and of everything that shapes the numbers. A run that is repeated with the same
+reference finds them there, whatever else in [dpo] has changed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.policy.reference_scorer import ReferenceScorer, batch_layout
+from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
 from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of, write_part
 from dpo4rec_ray.store.policies import model_identity
 from dpo4rec_ray.store.progress import Progress
@@ -22,7 +22,7 @@ from dpo4rec_ray.workers.shards import Pool, Row, begin_shards, finished_shards,
 
 
 def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -> Path:
-    """Compute what is missing; the folder with one part per part of `pairs`."""
+    """Compute what is missing. Returns the folder, with one part per part of `pairs`."""
     section = config.dpo
     identity = model_identity(model)
     pairs = store.require("pairs", round_id)
@@ -33,26 +33,18 @@ def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -
     files = {part_number(file): file for file in store.files("pairs", round_id)}
     done = finished_shards(folder, fingerprint)
     begin_shards(folder, fingerprint)
-    gpus = section.gpus_per_worker
-    layout = batch_layout(
-        model, prefix_sharing=section.prefix_sharing, packing=section.packing, on_gpu=gpus > 0
-    )
     pool = Pool(
         ShardReference,
         {
             "files": files,
             "folder": str(folder),
-            "scorer": {
-                "model": model,
-                "dtype": config.llm.dtype,
-                "layout": layout,
-                "chunk_tokens": section.chunk_tokens,
-                "quantize": section.quantize,
-            },
+            "model": model,
+            "dtype": config.llm.dtype,
+            "section": section,
         },
         section.num_workers,
         1,
-        num_gpus=gpus,
+        num_gpus=section.gpus_per_worker,
         env=WORKER_ENV,
     )
     shards = [(part, 0, 0) for part in sorted(set(files) - done)]
@@ -68,11 +60,11 @@ def read_reference(folder: str | Path) -> pa.Table:
 
 
 class ShardReference:
-    """Scores the pairs of one part and commits the answer as a part of its own."""
+    """Scores the pairs of one part and writes their log-probabilities as one part."""
 
-    def __init__(self, files: dict[int, str], folder: str, scorer: dict[str, Any]):
+    def __init__(self, files: dict[int, str], folder: str, model: str, dtype: str, section: DPOSection):
         self._files, self._folder = files, folder
-        self._scorer = ReferenceScorer(**scorer)
+        self._scorer = ReferenceScorer(model, dtype, section)
 
     def __call__(self, row: Row) -> Row:
         part = int(row["shard"])

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.policy.batch import collate
 from dpo4rec_ray.policy.groups import Group, apart, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps
 from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.gpu
+SECTION = DPOSection(beta=0.1, lora_rank=4, lora_alpha=8)
 
 
 def groups() -> list[Group]:
@@ -49,7 +51,7 @@ def test_a_4_bit_base_with_a_new_lora_is_its_own_reference(tmp_path: Any) -> Non
     from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
 
     tiny_model("llama").save_pretrained(tmp_path)
-    model = CompletionLogps(add_lora(load_model(str(tmp_path), "bfloat16", quantize="4bit"), 4, 8))
+    model = CompletionLogps(add_lora(load_model(str(tmp_path), "bfloat16", quantize="4bit"), SECTION))
     rows = [
         {
             "prompt_token_ids": group.prompt,
@@ -58,7 +60,7 @@ def test_a_4_bit_base_with_a_new_lora_is_its_own_reference(tmp_path: Any) -> Non
         }
         for group in groups()
     ]
-    objective = DPOObjective(BatchLayout(0), 0.1)
+    objective = DPOObjective(BatchLayout(0), SECTION)
     loss, _ = objective(model, objective.collate(rows).to("cuda"))
     assert loss.item() / len(rows) == pytest.approx(math.log(2), abs=1e-4)
     loss.backward()

@@ -17,13 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import load_model, read_policy
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
 from dpo4rec_ray.policy.rows import ArrowRows
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.metrics_file import read_metrics
-from dpo4rec_ray.train.loops import CONTINUED
+from dpo4rec_ray.train.state import read_state
 from tests.conftest import DEMO, ROOT, TINY, Finished, command, run_job
 
 pytestmark = pytest.mark.ray
@@ -55,7 +56,7 @@ def stats(done: Finished) -> dict[str, Any]:
     return json.loads((policy_folder(done) / "manifest.json").read_text())["stats"]
 
 
-def weights(done: Finished, name: str = "adapter/adapter_model.safetensors") -> dict[str, torch.Tensor]:
+def weights(done: Finished, name: str = "lora/adapter_model.safetensors") -> dict[str, torch.Tensor]:
     return load_file(policy_folder(done) / name)
 
 
@@ -70,7 +71,7 @@ def heldout_loss(done: Finished, model: torch.nn.Module) -> float:
     """What the saved policy's loss on the held-out pairs is, by the plain path and a reference computed here."""
     store = RunDir(done.folder)
     rows = list(ArrowRows(store.read("pairs", 1, split="valid")))
-    objective = DPOObjective(BatchLayout(0), beta=0.1)  # the demo's
+    objective = DPOObjective(BatchLayout(0), DPOSection(beta=0.1))  # the demo's
     batch = objective.collate(rows)
     base = CompletionLogps(load_model(str(ROOT / "dpo4rec_ray/policy/bundled"), "float32"))
     with torch.no_grad():
@@ -86,7 +87,7 @@ def undisturbed(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) ->
     return done
 
 
-def test_the_saved_adapter_is_what_was_trained(undisturbed: Finished) -> None:
+def test_the_saved_lora_is_what_was_trained(undisturbed: Finished) -> None:
     from peft import PeftModel
 
     found = stats(undisturbed)
@@ -95,7 +96,7 @@ def test_the_saved_adapter_is_what_was_trained(undisturbed: Finished) -> None:
     assert found["continued_after"] == []
     policy = read_policy(policy_folder(undisturbed))
     base = load_model(policy.base, "float32")
-    adapted = PeftModel.from_pretrained(base, policy.adapter)
+    adapted = PeftModel.from_pretrained(base, policy.lora)
     assert heldout_loss(undisturbed, adapted) == pytest.approx(found["heldout_loss"], abs=1e-5)
     assert heldout_loss(undisturbed, load_model(policy.merged, "float32")) == pytest.approx(
         found["heldout_loss"], abs=1e-5
@@ -111,7 +112,7 @@ def test_the_saved_adapter_is_what_was_trained(undisturbed: Finished) -> None:
         pytest.param(2, marks=pytest.mark.slow),
     ],
 )
-def test_two_workers_with_zero_train_the_same_adapter(
+def test_two_workers_with_zero_train_the_same_lora(
     tiny_run: Finished, undisturbed: Finished, tmp_path: Path, zero_stage: int
 ) -> None:
     done = train(tiny_run, tmp_path, *TWO, f"dpo.zero_stage={zero_stage}")
@@ -148,7 +149,7 @@ def test_full_fine_tuning_partitioned_trains_the_same_weights(
 def test_full_fine_tuning_partitioned_saves_whole_weights(partitioned: Finished) -> None:
     name, two = "full/model.safetensors", partitioned
     policy = read_policy(policy_folder(two))
-    assert policy.adapter is None and policy.whole == policy.base == str(policy_folder(two) / "full")
+    assert policy.lora is None and policy.whole == policy.base == str(policy_folder(two) / "full")
     reloaded = heldout_loss(two, load_model(policy.base, "float32"))
     assert reloaded == pytest.approx(stats(two)["heldout_loss"], abs=1e-5)
     base = load_file(ROOT / "dpo4rec_ray/policy/bundled/model.safetensors")
@@ -201,7 +202,7 @@ def test_half_precision(tiny_run: Finished, tmp_path: Path, sharding: list[str],
     found = stats(done)
     assert found["first_loss"] == pytest.approx(0.693147, abs=2e-2)
     assert found["last_loss"] < found["first_loss"]
-    name = "adapter/adapter_model.safetensors" if tuning == "lora" else "full/model.safetensors"
+    name = "lora/adapter_model.safetensors" if tuning == "lora" else "full/model.safetensors"
     assert all(value.numel() for value in weights(done, name).values())
     reloaded = heldout_loss(done, load_model(read_policy(policy_folder(done)).whole, "float32"))
     assert reloaded == pytest.approx(found["heldout_loss"], abs=2e-2)
@@ -218,7 +219,7 @@ def test_a_second_round_against_the_base_llm(tmp_path: Path) -> None:
     assert first.base == second.base
     manifest = json.loads((done.folder / "rounds/02/policy/manifest.json").read_text())
     assert manifest["stats"]["reference"] == "base LLM"
-    one, two = (load_file(Path(policy.adapter) / "adapter_model.safetensors") for policy in (first, second))
+    one, two = (load_file(Path(policy.lora) / "adapter_model.safetensors") for policy in (first, second))
     assert one.keys() == two.keys()
     assert any((one[name] - two[name]).abs().max() > 1e-5 for name in one)
 
@@ -237,6 +238,11 @@ def workers_of(process: subprocess.Popen[Any]) -> list[psutil.Process]:
 def steps_done(folder: Path) -> int:
     file = folder / "run/rounds/01/policy/metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
+
+
+def continued_after(folder: Path) -> list[int]:
+    state = read_state(folder / "run/rounds/01/policy")
+    return state.continued_after if state else []
 
 
 def start(folder: Path, *changes: str, address: str = "") -> subprocess.Popen[Any]:
@@ -271,7 +277,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     wait_for_steps(process, tmp_path, 4)
     for worker in workers_of(process):
         worker.send_signal(signal.SIGKILL)
-    wait_for(process, (tmp_path / "run/rounds/01/policy" / CONTINUED).exists)
+    wait_for(process, lambda: continued_after(tmp_path) != [])
     wait_for_steps(process, tmp_path, steps_done(tmp_path) + 2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -312,10 +318,10 @@ def test_long_pairs_are_counted_and_training_stops_when_it_no_longer_helps(
     too_long = found["pairs"]["train_too_long"] + found["pairs"]["valid_too_long"]
     assert too_long == sum(length > limit for length in longest) > 0
     assert f"{too_long} pairs are longer than {limit} tokens" in done.stdout
-    looks = {int(step): loss for step, loss in found["looks"].items()}
-    best = min(looks, key=lambda step: looks[step])
-    assert max(looks) == best + 2 < 20  # stopped two looks after the best
-    assert found["heldout_loss"] == looks[best]  # and the best was kept
+    losses = {int(step): loss for step, loss in found["heldout_losses"].items()}
+    best = min(losses, key=lambda step: losses[step])
+    assert max(losses) == best + 2 < 20  # stopped two evaluations after the best
+    assert found["heldout_loss"] == losses[best]  # and the best was kept
 
 
 def test_a_mistake_that_a_worker_finds_ends_with_one_line(tiny_run: Finished, tmp_path: Path) -> None:

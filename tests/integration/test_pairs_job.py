@@ -20,7 +20,8 @@ import pytest
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer, read_policy
-from dpo4rec_ray.policy.preference_files import OWN, read_row
+from dpo4rec_ray.policy.preference_files import read_row
+from dpo4rec_ray.policy.preference_rows import OWN
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.store.schemas import SCHEMAS
 from tests.conftest import ROOT, Finished
@@ -363,7 +364,7 @@ def test_dpo_ran_on_the_imported_pairs(imported: Imported) -> None:
     assert manifest.stats["steps"] > 0
     weights = read_policy(imported.store.path("policy", 1))
     assert weights.base == str(BUNDLED)
-    assert (Path(str(weights.adapter)) / "adapter_model.safetensors").is_file()
+    assert (Path(str(weights.lora)) / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.ray
@@ -392,7 +393,7 @@ def test_what_cannot_be_imported(tmp_path: Path, main: Callable[..., Finished]) 
     one_line(load(str(file), "dpo.bata=0.1"), "dpo.bata", "beta")
     one_line(load(str(file), "run.name=other"), "run.name", "--out")
     one_line(load(str(file), llm="bootstrap"), "bootstrap")
-    one_line(load(str(file), out="."), "something else")
+    one_line(load(str(file), out="."), "not an import")
     one_line(load(str(file), out="pairs.jsonl"), "--out", "name a folder")
     one_line(load(str(file), out="pairs.jsonl/run"), "--out", "name a folder")
     one_line(

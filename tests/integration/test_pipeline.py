@@ -150,7 +150,7 @@ def test_pairs_are_the_best_and_the_worst(tiny_run: Finished) -> None:
         assert [pair["chosen_token_ids"]] != pair["rejected_token_ids"]
 
 
-def test_the_saved_adapter_and_the_merged_folder_are_the_same_policy(tiny_run: Finished) -> None:
+def test_the_saved_lora_and_the_merged_folder_are_the_same_policy(tiny_run: Finished) -> None:
     """What peft loads and what the next generator loads give equal log-probabilities, and both differ from the base."""
     from peft import PeftModel
 
@@ -161,7 +161,7 @@ def test_the_saved_adapter_and_the_merged_folder_are_the_same_policy(tiny_run: F
     with torch.no_grad():
         before = CompletionLogps(base)(batch)
         merged = CompletionLogps(load_model(weights.merged, "float32").eval())(batch)
-        adapted = CompletionLogps(PeftModel.from_pretrained(base, weights.adapter).eval())(batch)
+        adapted = CompletionLogps(PeftModel.from_pretrained(base, weights.lora).eval())(batch)
     torch.testing.assert_close(adapted, merged, atol=1e-4, rtol=0)
     assert (adapted - before).abs().max() > 1e-4
 

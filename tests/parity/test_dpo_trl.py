@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.policy.groups import Group, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
@@ -76,7 +77,7 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 class Outcome:
     loss: float
     gradients: dict[str, torch.Tensor]
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
     def assert_equals(self, other: Outcome) -> None:
         """Loss to 1e-5 relative, gradients to 1e-5 of the largest."""
@@ -120,8 +121,8 @@ def step_of(trainer: DPOTrainer) -> Outcome:
     """One batch of all pairs."""
     loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     loss.backward()
-    figures = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    return Outcome(loss.item(), gradients_of(trainer.model), figures)
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return Outcome(loss.item(), gradients_of(trainer.model), metrics)
 
 
 @pytest.fixture
@@ -151,17 +152,16 @@ def row_of(prompt: str, chosen: str, *rejected: str) -> dict[str, Any]:
 
 def ours(rows: list[tuple[str, ...]] | list[Pair], **settings: Any) -> Outcome:
     """The same step by our objective: the mean over the rows."""
-    objective = DPOObjective(
-        BatchLayout(0, prefix_sharing=True, packing=True), **{"beta": BETA, "loss": "sigmoid", **settings}
-    )
+    section = DPOSection(**{"beta": BETA, **settings})
+    objective = DPOObjective(BatchLayout(0, prefix_sharing=True, packing=True), section)
     model = tiny_llama(seed=0)
     total, sums = objective(
         CompletionLogps(model, grouped=True, chunk_tokens=7),
         objective.collate([row_of(*row) for row in rows]),
     )
     (total / len(rows)).backward()
-    figures = {name: value / len(rows) for name, value in sums.items()}
-    return Outcome(total.item() / len(rows), gradients_of(model), figures)
+    metrics = {name: value / len(rows) for name, value in sums.items()}
+    return Outcome(total.item() / len(rows), gradients_of(model), metrics)
 
 
 def test_the_same_tokens_count(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -184,9 +184,9 @@ def test_the_same_tokens_count(tmp_path: Path, tokenizer: PreTrainedTokenizerFas
     assert all(ids[-1] == EOS for ids in counted)
 
 
-def test_the_figures_are_trls(trl: Any) -> None:
+def test_the_metrics_are_trls(trl: Any) -> None:
     """Log-probabilities, rewards, margin and accuracy; the policy is not the reference."""
-    theirs, found = trl(PAIRS, loss_type=["sigmoid"]).figures, ours(PAIRS)
+    theirs, found = trl(PAIRS, loss_type=["sigmoid"]).metrics, ours(PAIRS)
     assert abs(found.loss - math.log(2)) > 0.05
     for name, theirs_name in {
         "chosen_logp": "logps/chosen",
@@ -196,7 +196,7 @@ def test_the_figures_are_trls(trl: Any) -> None:
         "margin": "rewards/margins",
         "accuracy": "rewards/accuracies",
     }.items():
-        assert found.figures[name] == pytest.approx(theirs[theirs_name], rel=1e-5), name
+        assert found.metrics[name] == pytest.approx(theirs[theirs_name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_ipo_on_sums_is_trls_with_another_beta(trl: Any) -> None:
     scaled = Outcome(
         found.loss / length**2,
         {name: gradient / length**2 for name, gradient in found.gradients.items()},
-        found.figures,
+        found.metrics,
     )
     scaled.assert_equals(theirs)
 

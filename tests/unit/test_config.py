@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.config import Config, default_config, load_config
+from dpo4rec_ray.config import Config, default_config, load_config, read_config
+from dpo4rec_ray.config.merge import merged
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
@@ -181,3 +185,43 @@ def test_section_hash_can_leave_a_key_out() -> None:
         *without, "generate.user_frac"
     )
     assert base.section_hash(*without) != default_config(["generate.top_p=0.5"]).section_hash(*without)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[dpo]\naccumulation = 4\n", "dpo.accumulation is called dpo.gradient_accumulation_steps now"),
+        ("[bootstrap]\naccumulation = 4\n", "bootstrap.gradient_accumulation_steps now"),
+        ('[llm]\nlora_mode = "adapter"\n', "llm.lora_mode = 'adapter' is called 'lora' now"),
+    ],
+)
+def test_a_recipe_of_an_older_release_is_told_the_new_name(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_config(write(tmp_path, text))
+
+
+def test_the_config_of_an_older_run_is_read(tmp_path: Path) -> None:
+    stored = Config().model_dump(mode="json")
+    for section, value in (("dpo", 4), ("bootstrap", 2)):
+        del stored[section]["gradient_accumulation_steps"]
+        stored[section]["accumulation"] = value
+    stored["llm"]["lora_mode"] = "adapter"
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    found = read_config(tmp_path)
+    assert (found.dpo.gradient_accumulation_steps, found.bootstrap.gradient_accumulation_steps) == (4, 2)
+    assert found.llm.lora_mode == "lora"
+
+
+def test_the_global_batch_size_counts_all_workers_and_micro_steps() -> None:
+    section = DPOSection(batch_size=2, gradient_accumulation_steps=3, num_workers=4)
+    assert section.global_batch_size == 24
+
+
+def test_merged_goes_into_tables_and_leaves_what_is_unset() -> None:
+    base = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert merged(base, {"a": {"c": 4}, "d": {"e": 5}}) == {"a": {"b": 1, "c": 4}, "d": {"e": 5}}
+    assert merged(base, {"a": {"b": "auto", "c": 4}, "d": "auto"}, unset="auto") == {
+        "a": {"b": 1, "c": 4},
+        "d": 3,
+    }
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}

@@ -64,7 +64,7 @@ def one_by_one(
     """Each prompt + completion by itself, each query a loop: softmax over the keys up to it. 0 at padding."""
     output = torch.zeros_like(q)
     layout = batch.layout
-    for place in layout.places:
+    for place in layout.spans:
         column = place.start + place.prompt
         for length in place.completions:
             columns = [*range(place.start, place.start + place.prompt), *range(column, column + length)]
@@ -220,7 +220,7 @@ def test_masks_are_made_once_for_all_layers() -> None:
 def test_a_model_without_the_interface_is_refused() -> None:
     """BLOOM's attention adds biases by distance (ALiBi), in code of its own."""
     model = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))
-    with pytest.raises(UserError, match="BloomForCausalLM takes no attention but its own"):
+    with pytest.raises(UserError, match="BloomForCausalLM runs only with its own attention"):
         use_grouped_attention(model)
     assert model.config._attn_implementation != NAME
 

@@ -66,7 +66,7 @@ def test_masks_are_not_carried_to_another_device() -> None:
     moved = batch.to("meta")
     assert moved.layout.cache == {}
     assert batch.layout.cache
-    assert moved.layout.places == batch.layout.places
+    assert moved.layout.spans == batch.layout.spans
     tensors = [
         value for part in (moved, moved.layout) for value in vars(part).values() if torch.is_tensor(value)
     ]

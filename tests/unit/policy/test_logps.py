@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.core.losses import sequence_logps
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.attention import NAME
@@ -52,7 +53,7 @@ def _start(family: str, lora: bool) -> Any:
     model = tiny_model(family)
     if not lora:
         return model
-    adapted = add_lora(model, rank=4, alpha=8)
+    adapted = add_lora(model, DPOSection(lora_rank=4, lora_alpha=8))
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # at zero, as it starts, lora_A would have no gradient
@@ -316,7 +317,7 @@ def wide_model(lora: bool) -> Any:
     config = FAMILIES["llama"]()
     config.vocab_size = WIDE
     model = transformers.LlamaForCausalLM(config)
-    return add_lora(model, rank=4, alpha=8) if lora else model
+    return add_lora(model, DPOSection(lora_rank=4, lora_alpha=8)) if lora else model
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.prompts import _TEMPLATE_SWITCHES, control_tokens, encode_chat
+from dpo4rec_ray.knowledge.prompts import TEMPLATE_SWITCHES, control_tokens, encode_chat
+from dpo4rec_ray.policy.chat_codec import ChatCodec
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.policy.preference_files import (
+from dpo4rec_ray.policy.preference_files import FORMATS, read_row, read_rows, write_rows
+from dpo4rec_ray.policy.preference_rows import (
     CONTROL,
     EMPTY,
     EQUAL,
-    FORMATS,
     NO_PROMPT,
     NOT_ONE_TURN,
     NOT_TEXT,
@@ -35,11 +36,7 @@ from dpo4rec_ray.policy.preference_files import (
     SEVERAL,
     UNKNOWN_LAYOUT,
     BadRow,
-    ChatCodec,
     Preference,
-    read_row,
-    read_rows,
-    write_rows,
 )
 from tests.unit.knowledge.conftest import BUNDLED, FAMILIES
 
@@ -72,7 +69,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 def codec_of(name: str) -> ChatCodec:
     tokenizer = tokenizer_of(name)
     encode = functools.partial(encode_chat, tokenizer)
-    return ChatCodec(tokenizer, encode, control_tokens(tokenizer), _TEMPLATE_SWITCHES)
+    return ChatCodec(tokenizer, encode, control_tokens(tokenizer), TEMPLATE_SWITCHES)
 
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any], list[dict[str, str]]]] = {
@@ -293,9 +290,7 @@ def test_answers_are_those_of_the_chat_template(name: str) -> None:
         found = codec.encode(Preference(turns, GOOD, [WORSE]))
         assert found.tokenized
         for text, token_ids in ((GOOD, found.chosen), (WORSE, found.rejected[0])):
-            whole = tokenizer.apply_chat_template(
-                [*turns, answer(text)], tokenize=False, **_TEMPLATE_SWITCHES
-            )
+            whole = tokenizer.apply_chat_template([*turns, answer(text)], tokenize=False, **TEMPLATE_SWITCHES)
             if (
                 name == "qwen3"
             ):  # its empty thoughts stand before an answer to be generated, not in the conversation
@@ -331,7 +326,7 @@ def test_a_control_token_that_cannot_be_broken_up() -> None:
     tokenizer = copy.deepcopy(tokenizer_of("llama"))
     tokenizer.add_tokens(["|"], special_tokens=True)
     encode = functools.partial(encode_chat, tokenizer)
-    codec = ChatCodec(tokenizer, encode, control_tokens(tokenizer), _TEMPLATE_SWITCHES)
+    codec = ChatCodec(tokenizer, encode, control_tokens(tokenizer), TEMPLATE_SWITCHES)
     codec.encode(Preference([USER], GOOD, [WORSE]))
     for prompt, chosen in ((f"{QUESTION}|", GOOD), (QUESTION, f"{GOOD}|")):
         with pytest.raises(BadRow, match=CONTROL):
@@ -443,7 +438,7 @@ def test_layouts_as_their_trainers_want_them() -> None:
         "prompt": [USER],
         "chosen": [answer(GOOD)],
         "rejected": [answer(WORSE)],
-        "chat_template_kwargs": _TEMPLATE_SWITCHES,
+        "chat_template_kwargs": TEMPLATE_SWITCHES,
         **own,
     }
     assert nemo == {

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from dpo4rec_ray.config.training import BootstrapSection
 from dpo4rec_ray.policy.small_llm import (
     ASSISTANT,
     BOS,
@@ -74,12 +75,12 @@ def test_build_is_deterministic(tmp_path, folder):
 
 
 def test_the_small_llama_fits_its_bounds(tokenizer):
-    config = small_llama_config(len(tokenizer))
+    config = small_llama_config(len(tokenizer), BootstrapSection())
     model = LlamaForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) <= 3_000_000
     assert config.tie_word_embeddings and config.eos_token_id == tokenizer.eos_token_id
     assert config.bos_token_id == tokenizer.bos_token_id and config.pad_token_id == tokenizer.pad_token_id
     with pytest.raises(ValueError, match="heads"):
-        small_llama_config(1000, hidden_size=128, num_heads=8)
+        small_llama_config(1000, BootstrapSection(), num_heads=8)
     with pytest.raises(ValueError, match="million"):
-        small_llama_config(40_000)
+        small_llama_config(40_000, BootstrapSection())

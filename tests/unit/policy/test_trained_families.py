@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from dpo4rec_ray.policy.deepspeed_config import TrainSettings
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.policy.logps import CompletionLogps, bare
 from dpo4rec_ray.policy.model import add_lora, gathered_state, load_model
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
@@ -20,18 +20,20 @@ from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-SETTINGS = TrainSettings(
+SECTION = DPOSection(
     lr=1e-2,
     schedule="constant",
     epochs=2,
     batch_size=2,
-    effective=4,
+    gradient_accumulation_steps=2,
+    num_workers=1,
     warmup_frac=0.0,
-    weight_decay=0.0,
     max_grad_norm=1.0,
     zero_stage=0,
-    dtype="float32",
-    seed=0,
+    beta=0.1,
+    loss="softmax",
+    lora_rank=4,
+    lora_alpha=8,
 )
 
 
@@ -50,7 +52,7 @@ def rows(model: Any) -> list[dict[str, Any]]:
         }
         for i in range(8)
     ]
-    batch = DPOObjective(BatchLayout(0), 0.1).collate(found)
+    batch = DPOObjective(BatchLayout(0), SECTION).collate(found)
     with torch.no_grad():
         logps = CompletionLogps(model)(batch.tokens).tolist()
     for row, count in zip(found, batch.counts, strict=True):
@@ -79,17 +81,19 @@ def test_trains_alike_with_and_without_sharing_and_reloads(family: str, tuning: 
         model: Any = tiny_model(family)
         before = logits(tiny_model(family))
         if tuning == "lora":
-            model = add_lora(model, rank=4, alpha=8)
+            model = add_lora(model, SECTION)
         layout = BatchLayout(0, prefix_sharing=shared, packing=shared)
         trainer = Trainer(
             CompletionLogps(model, grouped=shared, chunk_tokens=5 if shared else 0),
             pairs,
-            DPOObjective(layout, beta=0.1, loss="softmax"),
-            SETTINGS,
+            DPOObjective(layout, SECTION),
+            SECTION,
+            dtype="float32",
+            seed=0,
         )
-        figures: list[dict[str, float]] = []
-        trainer.run(lambda step, total, found, figures=figures: bool(figures.append(found)))
-        losses.append([one["loss"] for one in figures])
+        metrics: list[dict[str, float]] = []
+        trainer.run(lambda step, total, found, metrics=metrics: bool(metrics.append(found)))
+        losses.append([one["loss"] for one in metrics])
         target = tmp_path / f"policy-{shared}"
         state = gathered_state(model, 0, trained_only=tuning == "lora")
         model.save_pretrained(target, state_dict=state)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.batch import collate
-from dpo4rec_ray.policy.deepspeed_config import TrainSettings
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import add_lora
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedObjective
@@ -22,12 +23,16 @@ from dpo4rec_ray.policy.trainer import Trainer, without_dropout
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def settings(**changes: object) -> TrainSettings:
+RUN = {"dtype": "float32", "seed": 3}
+
+
+def section(batch_size: int = 8, global_batch_size: int = 8, **changes: Any) -> DPOSection:
     values = {
-        "lr": 1e-2, "epochs": 1, "batch_size": 8, "effective": 8, "warmup_frac": 0.0, "weight_decay": 0.0,
-        "max_grad_norm": 1e9, "zero_stage": 2, "dtype": "float32", "seed": 3,
+        "lr": 1e-2, "epochs": 1, "batch_size": batch_size, "num_workers": 1, "warmup_frac": 0.0, "max_grad_norm": 1e9,
+        "gradient_accumulation_steps": global_batch_size // batch_size, "zero_stage": 2, "beta": 0.1, "lora_rank": 4,
+        "lora_alpha": 8,
     }  # fmt: skip
-    return TrainSettings(**{**values, **changes})  # type: ignore[arg-type]
+    return DPOSection(**{**values, **changes})
 
 
 def base_model() -> LlamaForCausalLM:
@@ -62,20 +67,21 @@ def pairs(count: int) -> list[dict]:
 
 def lora_model() -> torch.nn.Module:
     torch.manual_seed(0)
-    return add_lora(base_model(), rank=4, alpha=8)
+    return add_lora(base_model(), section())
 
 
 PLAIN = BatchLayout(0)
 
 
 def fit_dpo(
-    rows: list[dict], layout: BatchLayout = PLAIN, **changes: object
+    rows: list[dict], layout: BatchLayout = PLAIN, **changes: Any
 ) -> tuple[Trainer, list[dict[str, float]]]:
-    figures: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
     model = CompletionLogps(lora_model(), grouped=layout.grouped, chunk_tokens=7)
-    trainer = Trainer(model, rows, DPOObjective(layout, beta=0.1), settings(**changes))
-    trainer.run(lambda step, total, found: bool(figures.append(found)), expect_first_loss=(math.log(2), 1e-3))
-    return trainer, figures
+    own = section(**changes)
+    trainer = Trainer(model, rows, DPOObjective(layout, own), own, **RUN)
+    trainer.run(lambda step, total, found: bool(metrics.append(found)), expect_first_loss=(math.log(2), 1e-3))
+    return trainer, metrics
 
 
 def lora_weights(model: torch.nn.Module | Trainer) -> torch.Tensor:
@@ -94,20 +100,20 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dpo_starts_at_ln2_and_learns_its_pairs(layout: BatchLayout) -> None:
     rows = pairs(8)
-    trainer, figures = fit_dpo(rows, layout, epochs=15)
-    assert figures[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert figures[0]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
-    assert figures[-1]["loss"] < 0.6
-    assert figures[-1]["accuracy"] == 1.0
+    trainer, metrics = fit_dpo(rows, layout, epochs=15)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics[0]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics[-1]["loss"] < 0.6
+    assert metrics[-1]["accuracy"] == 1.0
     assert trainer.evaluate(rows, batch_size=3)["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_layouts_take_the_same_steps(layout: BatchLayout) -> None:
     rows = pairs(12)
-    plain, plain_figures = fit_dpo(rows, epochs=3, batch_size=2)
-    other, other_figures = fit_dpo(rows, layout, epochs=3, batch_size=2)
-    for one, another in zip(plain_figures, other_figures, strict=True):
+    plain, plain_metrics = fit_dpo(rows, epochs=3, batch_size=2)
+    other, other_metrics = fit_dpo(rows, layout, epochs=3, batch_size=2)
+    for one, another in zip(plain_metrics, other_metrics, strict=True):
         assert one["loss"] == pytest.approx(another["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(another["grad_norm"], rel=1e-4)
     torch.testing.assert_close(lora_weights(plain), lora_weights(other), atol=1e-4, rtol=1e-3)
@@ -116,10 +122,10 @@ def test_layouts_take_the_same_steps(layout: BatchLayout) -> None:
 def test_one_by_eight_equals_eight_by_one() -> None:
     """Accumulating 8 single pairs takes the same steps as one batch of 8, the short last step of an epoch included."""
     rows = pairs(19)
-    wide, wide_figures = fit_dpo(rows, batch_size=8, epochs=2)
-    narrow, narrow_figures = fit_dpo(rows, batch_size=1, epochs=2)
-    assert len(wide_figures) == len(narrow_figures) == 6
-    for one, other in zip(wide_figures, narrow_figures, strict=True):
+    wide, wide_metrics = fit_dpo(rows, batch_size=8, epochs=2)
+    narrow, narrow_metrics = fit_dpo(rows, batch_size=1, epochs=2)
+    assert len(wide_metrics) == len(narrow_metrics) == 6
+    for one, other in zip(wide_metrics, narrow_metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     torch.testing.assert_close(lora_weights(wide), lora_weights(narrow), atol=1e-4, rtol=1e-3)
@@ -128,9 +134,9 @@ def test_one_by_eight_equals_eight_by_one() -> None:
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_zero_stages_take_the_same_steps(zero_stage: int) -> None:
     rows = pairs(12)
-    second, second_figures = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=2, max_grad_norm=0.05)
-    own, figures = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=zero_stage, max_grad_norm=0.05)
-    for one, other in zip(second_figures, figures, strict=True):
+    second, second_metrics = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=2, max_grad_norm=0.05)
+    own, metrics = fit_dpo(rows, epochs=3, batch_size=2, zero_stage=zero_stage, max_grad_norm=0.05)
+    for one, other in zip(second_metrics, metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4) and one["grad_norm"] > 0.05
     if zero_stage < 3:  # there the weights are partitioned
@@ -142,8 +148,8 @@ def test_half_precision_without_sharding_takes_the_same_steps() -> None:
     norms = {}
     for zero_stage in (0, 1):
         model = CompletionLogps(lora_model().to(torch.bfloat16))
-        own = settings(batch_size=8, epochs=4, zero_stage=zero_stage, dtype="bfloat16", schedule="constant")
-        trainer = Trainer(model, pairs(8), DPOObjective(PLAIN, beta=0.1), own)
+        own = section(batch_size=8, epochs=4, zero_stage=zero_stage, schedule="constant")
+        trainer = Trainer(model, pairs(8), DPOObjective(PLAIN, own), own, dtype="bfloat16", seed=3)
         norms[zero_stage] = []
         trainer.run(lambda step, total, found, one=norms[zero_stage]: bool(one.append(found["grad_norm"])))
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
@@ -154,7 +160,7 @@ def test_weights_that_are_no_numbers_end_the_training() -> None:
     model = lora_model()
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
-    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, 0.1), settings())
+    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
     with pytest.raises(UserError, match="step 1: the loss is nan; lower lr"):
         trainer.run(lambda *_: False)
 
@@ -169,7 +175,7 @@ def test_dropout_of_any_kind_is_off() -> None:
     assert (model(ids).logits - model(ids).logits).abs().max().item() > 1e-3
     without_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
-    adapted = add_lora(model, rank=2, alpha=4, dropout=0.25)
+    adapted = add_lora(model, DPOSection(lora_rank=2, lora_alpha=4, lora_dropout=0.25))
     without_dropout(adapted)
     assert {m.p for n, m in adapted.named_modules() if n.endswith("lora_dropout.default")} == {0.25}
 
@@ -180,7 +186,7 @@ def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(BatchLayout(0), 0.1), settings())
+    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
     with pytest.raises(UserError, match="not ln 2"):
         trainer.run(lambda *_: False, expect_first_loss=(math.log(2), 1e-3))
 
@@ -188,12 +194,13 @@ def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage: int) -> None:
     rows = pairs(12)
-    whole, figures = fit_dpo(rows, epochs=4, batch_size=2, zero_stage=zero_stage)
+    whole, metrics = fit_dpo(rows, epochs=4, batch_size=2, zero_stage=zero_stage)
     first = Trainer(
         CompletionLogps(lora_model()),
         rows,
-        DPOObjective(BatchLayout(0), 0.1),
-        settings(epochs=4, batch_size=2, zero_stage=zero_stage),
+        DPOObjective(PLAIN, section()),
+        section(epochs=4, batch_size=2, zero_stage=zero_stage),
+        **RUN,
     )
     first.run(lambda step, *_: step == 3)
     first.save(tmp_path)
@@ -201,20 +208,21 @@ def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage:
     second = Trainer(
         CompletionLogps(lora_model()),
         rows,
-        DPOObjective(BatchLayout(0), 0.1),
-        settings(epochs=4, batch_size=2, zero_stage=zero_stage),
+        DPOObjective(PLAIN, section()),
+        section(epochs=4, batch_size=2, zero_stage=zero_stage),
+        **RUN,
     )
     second.load(tmp_path)
     assert second.step == 3
     second.run(lambda step, total, found: bool(again.append(found)))
-    assert [one["loss"] for one in again] == [one["loss"] for one in figures[3:]]
+    assert [one["loss"] for one in again] == [one["loss"] for one in metrics[3:]]
     assert torch.equal(lora_weights(second), lora_weights(whole))
 
 
 def test_first_steps_equal_a_plain_pytorch_loop() -> None:
     """Losses and weights of 4 steps against AdamW written out here, with a deep copy of the model as reference."""
     rows = pairs(8)
-    engine_model, figures = fit_dpo(rows, batch_size=8, epochs=4)
+    engine_model, metrics = fit_dpo(rows, batch_size=8, epochs=4)
     model = lora_model()
     reference = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(
@@ -235,12 +243,12 @@ def test_first_steps_equal_a_plain_pytorch_loop() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert [found["loss"] for found in figures] == pytest.approx(losses, rel=1e-4)
+    assert [found["loss"] for found in metrics] == pytest.approx(losses, rel=1e-4)
     torch.testing.assert_close(lora_weights(engine_model), lora_weights(model), atol=1e-4, rtol=1e-3)
 
 
 def test_shared_memory_ends_with_the_process() -> None:
-    Trainer(CompletionLogps(lora_model()), pairs(8), DPOObjective(PLAIN, beta=0.1), settings())
+    Trainer(CompletionLogps(lora_model()), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
     buffers = [
         line for line in Path("/proc/self/maps").read_text().splitlines() if "deepspeed_allreduce" in line
     ]
@@ -252,15 +260,25 @@ def test_supervised_learns_its_rows() -> None:
         {"prompt_token_ids": p["prompt_token_ids"], "completion_token_ids": p["chosen_token_ids"]}
         for p in pairs(8)
     ]
-    figures: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
     trainer = Trainer(
-        CompletionLogps(base_model()), rows, SupervisedObjective(BatchLayout(0)), settings(epochs=30)
+        CompletionLogps(base_model()), rows, SupervisedObjective(PLAIN), section(epochs=30), **RUN
     )
-    trainer.run(lambda step, total, found: bool(figures.append(found)))
-    assert len(figures) == 30
-    assert figures[-1]["loss"] < 0.5 * figures[0]["loss"]
+    trainer.run(lambda step, total, found: bool(metrics.append(found)))
+    assert len(metrics) == 30
+    assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
 
 
 def test_fewer_rows_than_an_accumulation_still_make_a_step() -> None:
-    _, figures = fit_dpo(pairs(3), batch_size=2, effective=128)
-    assert len(figures) == 1
+    _, metrics = fit_dpo(pairs(3), batch_size=2, global_batch_size=128)
+    assert len(metrics) == 1
+
+
+def test_a_new_key_of_the_recipe_reaches_trainer_and_objective() -> None:
+    class Wider(DPOSection):
+        new_key: int = 7
+
+    own = Wider()
+    objective = DPOObjective(PLAIN, own)
+    trainer = Trainer(CompletionLogps(lora_model()), pairs(8), objective, own, **RUN)
+    assert trainer._section.new_key == objective._section.new_key == 7  # type: ignore[attr-defined]
