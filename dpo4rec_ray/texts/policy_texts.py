@@ -28,7 +28,7 @@ def served_weights(config: Config, store: RunDir, policy_round: int) -> ServedWe
     weights = policy_weights(config, store, policy_round)
     if weights.merged:
         return ServedWeights(weights.merged)
-    return ServedWeights(weights.base, weights.adapter)
+    return ServedWeights(weights.base, weights.lora)
 
 
 def engine_spec(config: Config, weights: ServedWeights) -> EngineSpec:
