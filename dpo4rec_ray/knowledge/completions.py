@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,20 @@ class Completion:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine gives back for one prompt.
+    """What was written for one prompt, or about one user or item.
 
     Attributes:
-        reason: why there are no samples (prompt_too_long, engine_error); empty if there are.
+        reason: why there are no samples (prompt_too_long, engine_error, endpoint_error, ...); empty if there are.
         detail: the reason in words.
+        prompt_token_ids: empty where the source reads no tokens.
+        num_left_out: how many of the oldest events the prompt leaves out, so that it fits.
+        usage: what the source itself counted: "requests" and "retries" of an endpoint, "prompt_tokens" and "tokens"
+            (generated) if the samples have no token ids.
     """
 
     samples: list[Completion]
     reason: str = ""
     detail: str = ""
+    prompt_token_ids: list[int] = field(default_factory=list)
+    num_left_out: int = 0
+    usage: Mapping[str, int] = field(default_factory=Counter)

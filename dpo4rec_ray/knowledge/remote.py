@@ -13,12 +13,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpo4rec_ray.config.texts import GenerateSection, OpenAISection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.completions import Completion
+from dpo4rec_ray.knowledge.completions import Answer, Completion
 
 if TYPE_CHECKING:
     from openai import APIError
@@ -51,23 +50,6 @@ class ApiKey:
         return re.sub(r"\bsk-\S+|(?<=Bearer )\S+", "***", text)
 
 
-@dataclass(frozen=True)
-class RemoteAnswer:
-    """An endpoint's samples for one prompt, or why there are none.
-
-    Attributes:
-        reason: prompt_too_long, endpoint_error, or empty.
-        detail: the reason in words, without the key.
-        usage: "prompt_tokens" and "tokens" (generated) as the endpoint counts them, "requests" (repeated ones included)
-            and "retries" (the repeated ones).
-    """
-
-    samples: list[Completion]
-    reason: str = ""
-    detail: str = ""
-    usage: Counter[str] = field(default_factory=Counter)
-
-
 class Endpoint:
     """A client of one endpoint. Safe to call from many threads."""
 
@@ -98,7 +80,7 @@ class Endpoint:
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], num_samples: Sequence[int]
-    ) -> list[RemoteAnswer]:
+    ) -> list[Answer]:
         """`num_samples` completions per prompt, each prompt one user message.
 
         Raises:
@@ -121,7 +103,7 @@ class Endpoint:
             for number, low in enumerate(range(0, count, size))
         ]
 
-    def _request(self, prompt: str, seed: int, count: int) -> RemoteAnswer:
+    def _request(self, prompt: str, seed: int, count: int) -> Answer:
         from openai import APIError
 
         if self._fatal is not None:
@@ -133,11 +115,11 @@ class Endpoint:
             _count_requests(usage, error.request.headers.get("x-stainless-retry-count"))
             reason, detail = self._reason(error)
             self._note(failed=detail if reason == "endpoint_error" else "")
-            return RemoteAnswer([], reason, detail, usage)
+            return Answer([], reason, detail, usage=usage)
         found = getattr(completion, "choices", None)
         if not found:  # something else than an OpenAI endpoint may answer anything
             self._note(failed="the answer is no chat completion")
-            return RemoteAnswer([], "endpoint_error", "the answer is no chat completion", usage)
+            return Answer([], "endpoint_error", "the answer is no chat completion", usage=usage)
         self._note(failed="")
         if completion.usage is not None:
             usage["prompt_tokens"] += completion.usage.prompt_tokens or 0
@@ -149,8 +131,8 @@ class Endpoint:
         ]
         if len(samples) < count:
             detail = f"{len(samples)} of {count} samples; does the endpoint know `n`? see openai.samples_per_request"
-            return RemoteAnswer(samples, "", detail, usage)
-        return RemoteAnswer(samples, usage=usage)
+            return Answer(samples, detail=detail, usage=usage)
+        return Answer(samples, usage=usage)
 
     def _create(self, prompt: str, seed: int, count: int, usage: Counter[str]) -> Any:
         """One request, sent again under the other name of the length limit where the endpoint asks for that."""
@@ -262,11 +244,11 @@ def _count_requests(usage: Counter[str], retries: int | str | None) -> None:
     usage.update(requests=retries + 1, retries=retries)
 
 
-def _joined(parts: Sequence[RemoteAnswer]) -> RemoteAnswer:
+def _joined(parts: Sequence[Answer]) -> Answer:
     """One answer of all requests for a prompt. If a request failed there are no samples, but the usage of all is counted."""
-    usage = sum((part.usage for part in parts), Counter[str]())
+    usage = sum((Counter(part.usage) for part in parts), Counter[str]())
     failed = next((part for part in parts if part.reason), None)
     if failed is not None:
-        return RemoteAnswer([], failed.reason, failed.detail, usage)
+        return Answer([], failed.reason, failed.detail, usage=usage)
     samples = [sample for part in parts for sample in part.samples]
-    return RemoteAnswer(samples, "", next((part.detail for part in parts if part.detail), ""), usage)
+    return Answer(samples, "", next((part.detail for part in parts if part.detail), ""), usage=usage)

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
+from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.remote import ApiKey, Endpoint, requests_at_once
 from dpo4rec_ray.knowledge.structured import json_schema
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
+from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
 
 
 class EndpointTexts(TextWriter):
@@ -33,9 +34,9 @@ class EndpointTexts(TextWriter):
         schema = json_schema(config.prompt, config.generate)
         self._endpoint = Endpoint(config.openai, config.generate, key, schema)
 
-    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         skips = [0] * len(rows)
-        found = self._texts([self._prompt(row, 0) for row in rows], seeds, counts)
+        found = self._endpoint.generate([self._prompt(row, 0) for row in rows], seeds, counts)
         # The endpoint's tokenizer is unknown here. A prompt that it finds too long is asked again with half of the events.
         while long := [
             i
@@ -45,7 +46,7 @@ class EndpointTexts(TextWriter):
             for i in long:
                 events = len(rows[i]["history_item_ids"])
                 skips[i] = events - (events - skips[i]) // 2
-            again = self._texts(
+            again = self._endpoint.generate(
                 [self._prompt(rows[i], skips[i]) for i in long],
                 [seeds[i] for i in long],
                 [counts[i] for i in long],
@@ -55,13 +56,9 @@ class EndpointTexts(TextWriter):
                 found[i] = replace(one, num_left_out=skips[i], usage=usage)
         return found
 
-    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         prompts = [self._prompts.item(row["title"], row["attributes"]) for row in rows]
-        return self._texts(prompts, seeds, counts)
+        return self._endpoint.generate(prompts, seeds, counts)
 
     def _prompt(self, row: Row, skip: int) -> str:
         return self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"], skip)
-
-    def _texts(self, prompts: Sequence[str], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
-        answers = self._endpoint.generate(prompts, seeds, counts)
-        return [Texts([], one.samples, one.reason, one.detail, usage=one.usage) for one in answers]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.datasets.files import absolute, file_identity
-from dpo4rec_ray.knowledge.completions import Completion
+from dpo4rec_ray.knowledge.completions import Answer, Completion
 from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
 from dpo4rec_ray.knowledge.template import TemplateGenerator
 from dpo4rec_ray.knowledge.text_table import TextTable, place_texts
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
+from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
 
 
 class StatisticsTexts(TextWriter):
@@ -27,9 +27,9 @@ class StatisticsTexts(TextWriter):
             config.data.positive_rating if config.prompt.ratings else None,
         )
 
-    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         items, ratings = ([row[name] for row in rows] for name in ("history_item_ids", "history_ratings"))
-        return [Texts([], samples) for samples in self._generator.generate(items, ratings, seeds, counts)]
+        return [Answer(samples) for samples in self._generator.generate(items, ratings, seeds, counts)]
 
 
 class TemplateTexts(TextWriter):
@@ -38,9 +38,9 @@ class TemplateTexts(TextWriter):
     def __init__(self, config: Config, store: RunDir):
         self._generator = TemplateGenerator()
 
-    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         items = [row["history_item_ids"] for row in rows]
-        return [Texts([], samples) for samples in self._generator.generate(items, seeds, counts)]
+        return [Answer(samples) for samples in self._generator.generate(items, seeds, counts)]
 
 
 class TableTexts(TextWriter):
@@ -77,16 +77,16 @@ class TableTexts(TextWriter):
         """files: "users", "items" -> where their texts are."""
         self._tables = {subject: TextTable(file) for subject, file in files.items()}
 
-    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         return self._texts("users", [row["user_id"] for row in rows], counts)
 
-    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         return self._texts("items", [row["item_id"] for row in rows], counts)
 
-    def _texts(self, subject: str, ids: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def _texts(self, subject: str, ids: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         found = []
         for subject_id, count in zip(ids, counts, strict=True):
             samples = [Completion([], text, "stop") for text in self._tables[subject].of(subject_id, count)]
             detail = f"{len(samples)} of {count} texts" if 0 < len(samples) < count else ""
-            found.append(Texts([], samples, "" if samples else "no_text", detail))
+            found.append(Answer(samples, "" if samples else "no_text", detail))
         return found

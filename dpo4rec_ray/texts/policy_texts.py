@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
+from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
@@ -19,7 +21,7 @@ from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import merges_lora, policy_weights
 from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines
-from dpo4rec_ray.texts.text_source import Row, Source, Texts, TextWriter, catalogue
+from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
 from dpo4rec_ray.workers.placement import engine_env
 
 
@@ -53,22 +55,19 @@ def open_policy(
     reason_file: Path,
     engines: Sequence[Any] = (),
 ) -> PolicyTexts:
-    """Start an engine here with a watchdog beside it, or take one of `engines` (actors)."""
+    """Take one of `engines` (actors of `KeptEngine`); if there are none, start one here with a watchdog beside it."""
     prompts = TokenizedPrompts(
         load_tokenizer(tokenizer), catalogue(store), config.llm, config.prompt, config.generate
     )
     if engines:
-        return PolicyTexts(prompts, KeptGenerator(engines, spec.weights, _owner()), reason_file)
-    watchdog = Watchdog(config.generate.stall_timeout_s, reason_file)
-    generator = VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
+        import ray
+
+        owner = ray.get_runtime_context().get_actor_id() or "driver"  # the same after a restart
+        generator: VLLMGenerator | KeptGenerator = KeptGenerator(engines, spec.weights, owner)
+    else:
+        watchdog = Watchdog(config.generate.stall_timeout_s, reason_file)
+        generator = VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
     return PolicyTexts(prompts, generator, reason_file)
-
-
-def _owner() -> str:
-    """The name under which this actor takes an engine; the same after a restart."""
-    import ray
-
-    return ray.get_runtime_context().get_actor_id() or "driver"
 
 
 class PolicyTexts(TextWriter):
@@ -99,14 +98,14 @@ class PolicyTexts(TextWriter):
         """reason_file: where the reason of an engine's death is written."""
         self._prompts, self._generator, self._reason_file = prompts, generator, reason_file
 
-    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         prompts = [
             self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"])
             for row in rows
         ]
         return self._answers(prompts, seeds, counts)
 
-    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         prompts = [(self._prompts.item(row["title"], row["attributes"]), 0) for row in rows]
         return self._answers(prompts, seeds, counts)
 
@@ -115,7 +114,7 @@ class PolicyTexts(TextWriter):
 
     def _answers(
         self, prompts: Sequence[tuple[list[int], int]], seeds: Sequence[int], counts: Sequence[int]
-    ) -> list[Texts]:
+    ) -> list[Answer]:
         try:
             answers = self._generator.generate([token_ids for token_ids, _ in prompts], seeds, counts)
         except EngineDied as error:
@@ -123,6 +122,6 @@ class PolicyTexts(TextWriter):
                 self._reason_file.write_text(str(error))
             os._exit(1)  # Ray starts a new actor and repeats the shard; an exception would end the job
         return [
-            Texts(token_ids, answer.samples, answer.reason, answer.detail, num_left_out)
+            replace(answer, prompt_token_ids=token_ids, num_left_out=num_left_out)
             for (token_ids, num_left_out), answer in zip(prompts, answers, strict=True)
         ]

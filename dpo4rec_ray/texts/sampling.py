@@ -19,21 +19,13 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.knowledge.prompts import item_text
 from dpo4rec_ray.store.artifacts import RunDir, part_file, part_notes, write_part
 from dpo4rec_ray.store.reading import UserRows
+from dpo4rec_ray.store.schemas import SCHEMAS
 from dpo4rec_ray.texts.shard_writer import ShardTexts, ShardWriter, WritingJob
 from dpo4rec_ray.texts.sources import SOURCES
 from dpo4rec_ray.texts.text_source import Row
 from dpo4rec_ray.workers.shards import Pool
 
 MAX_SHARDS_AT_ONCE = 16
-_GENERATION_COLUMNS = (
-    "round",
-    "user_id",
-    "sample_id",
-    "prompt_token_ids",
-    "token_ids",
-    "text",
-    "finish_reason",
-)
 
 
 class UserSampler:
@@ -72,8 +64,8 @@ class ShardGenerator:
         if part_file(job.folder, shard).exists():  # an actor died after it had written the part
             return {"shard": shard, **part_notes(part_file(job.folder, shard))[1], **writer.engine_row()}
         found = self._sampler.sample(shard, int(row["low"]), int(row["high"]))
-        columns: dict[str, list[Any]] = {name: [] for name in _GENERATION_COLUMNS}
-        for user_id, one, count in zip(found.ids, found.texts, found.counts, strict=True):
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMAS["generations"].names}
+        for user_id, one, count in zip(found.ids, found.answers, found.counts, strict=True):
             if one.reason:
                 continue
             assert len(one.samples) == count
@@ -99,7 +91,7 @@ class TextSampler:
         shard = int(row["shard"])
         found = self._sampler.sample(shard, int(row["low"]), int(row["high"]))
         columns: dict[str, list[Any]] = {"subject_ids": [], "sample_ids": [], "texts": []}
-        for user_id, one, count in zip(found.ids, found.texts, found.counts, strict=True):
+        for user_id, one, count in zip(found.ids, found.answers, found.counts, strict=True):
             # Every user needs a vector. A missing text is encoded as an empty one, and the user is in `failed`.
             own = [sample.text for sample in one.samples]
             columns["texts"] += own + [""] * (count - len(own))
@@ -127,7 +119,7 @@ class ItemSampler:
             "sample_ids": [0] * len(rows),
             "texts": [
                 item_text(item["title"], item["attributes"]) if one.reason else one.samples[0].text
-                for item, one in zip(rows, found.texts, strict=True)
+                for item, one in zip(rows, found.answers, strict=True)
             ],
             "totals": {**found.totals, **self._writer.engine_row()},
         }

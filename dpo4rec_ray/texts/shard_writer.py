@@ -10,18 +10,19 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.gate import Gate
 from dpo4rec_ray.knowledge.structured import json_factors, read_samples
 from dpo4rec_ray.store.artifacts import RunDir, part_file, write_part
 from dpo4rec_ray.texts.attempts import Attempt, Start, reason_file
 from dpo4rec_ray.texts.gauges import Gauges
-from dpo4rec_ray.texts.text_source import Row, Source, Texts
+from dpo4rec_ray.texts.text_source import Row, Source
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class ShardTexts:
     """The users (or items) of a shard, how many texts each should get, and what was written.
 
     Attributes:
-        texts: in the order of `ids`, with a reason for everyone who lacks some.
+        answers: in the order of `ids`, with a reason for everyone who lacks texts.
         totals: the shard's counts (throughput.COUNTS).
     """
 
     ids: list[int]
     counts: list[int]
-    texts: list[Texts]
+    answers: list[Answer]
     totals: dict[str, int]
 
 
@@ -90,10 +91,10 @@ class ShardWriter:
         ids = [row[f"{self._subject}_id"] for row in rows]
         found = self._answers(shard, ids, rows, seeds, counts)
         totals: Counter[str] = Counter(users=len(ids))
-        texts = [self._checked(one, count, totals) for one, count in zip(found, counts, strict=True)]
+        answers = [self._checked(one, count, totals) for one, count in zip(found, counts, strict=True)]
         self._gauges.count(totals)
-        self._write_failed(shard, ids, texts)
-        return ShardTexts(ids, list(counts), texts, dict(totals))
+        self._write_failed(shard, ids, answers)
+        return ShardTexts(ids, list(counts), answers, dict(totals))
 
     def engine_row(self) -> Row:
         """The engine's stats for the driver (`Throughput.add`)."""
@@ -113,7 +114,7 @@ class ShardWriter:
         rows: Sequence[Row],
         seeds: Sequence[int],
         counts: Sequence[int],
-    ) -> list[Texts]:
+    ) -> list[Answer]:
         """The texts of all at once. If engines died at this shard while it was alone, of one after the other."""
         if not self._job.source.dies:
             return self._write(rows, seeds, counts)
@@ -122,7 +123,7 @@ class ShardWriter:
             found = []
             for subject_id, row, seed, count in zip(ids, rows, seeds, counts, strict=True):
                 if attempt.is_poison(subject_id):
-                    found.append(Texts([], [], "engine_died", attempt.reason or "its engine died twice"))
+                    found.append(Answer([], "engine_died", attempt.reason or "its engine died twice"))
                     continue
                 with self._gate.alone():  # so that a death can have no other cause
                     attempt.enter(subject_id)
@@ -135,7 +136,7 @@ class ShardWriter:
         attempt.end()
         return found
 
-    def _checked(self, one: Texts, count: int, totals: Counter[str]) -> Texts:
+    def _checked(self, one: Answer, count: int, totals: Counter[str]) -> Answer:
         """The same with sentences in place of JSON, and with a reason if texts are missing; counted in `totals`."""
         reason = one.reason or failure(one, count)
         samples, invalid = read_samples(one.samples, self._factors)
@@ -148,11 +149,11 @@ class ShardWriter:
         totals["tokens"] += sum(len(sample.token_ids) for sample in samples)
         totals.update(one.usage)
         totals["clipped"] += sum(sample.finish_reason == "length" for sample in samples)
-        return Texts(one.prompt_token_ids, samples, reason, one.detail, one.num_left_out)
+        return replace(one, samples=samples, reason=reason)
 
-    def _write_failed(self, shard: int, ids: Sequence[int], texts: Sequence[Texts]) -> None:
+    def _write_failed(self, shard: int, ids: Sequence[int], answers: Sequence[Answer]) -> None:
         """Commit who has no texts, before the shard's own part: that part says that the whole shard is accounted for."""
-        failed = [(subject_id, one) for subject_id, one in zip(ids, texts, strict=True) if one.reason]
+        failed = [(subject_id, one) for subject_id, one in zip(ids, answers, strict=True) if one.reason]
         folder = Path(self._job.folder) / "failed"
         if not failed:
             # An earlier try may have been killed between its two parts.
@@ -169,8 +170,8 @@ class ShardWriter:
         write_part(folder, "failed", pa.table(table), shard)
 
 
-def failure(texts: Texts, count: int) -> str:
+def failure(answer: Answer, count: int) -> str:
     """Why these samples cannot be used; empty if they can."""
-    if len(texts.samples) != count:
+    if len(answer.samples) != count:
         return "missing_samples"
-    return "empty_text" if any(not sample.text.strip() for sample in texts.samples) else ""
+    return "empty_text" if any(not sample.text.strip() for sample in answer.samples) else ""

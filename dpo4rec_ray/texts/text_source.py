@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.knowledge.completions import Completion
+from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineStats
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.workers.placement import WORKER_ENV
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What a source wrote about one user or item.
-
-    Attributes:
-        prompt_token_ids: empty where the source reads no prompt.
-        reason: why there are no samples (prompt_too_long, engine_error, ...); empty if there are.
-        detail: the reason in words.
-        num_left_out: how many of the oldest events the prompt leaves out, so that it fits.
-        usage: what the source itself counted (throughput.COUNTS). It counts tokens only if the samples have no token ids.
-    """
-
-    prompt_token_ids: list[int]
-    samples: list[Completion]
-    reason: str = ""
-    detail: str = ""
-    num_left_out: int = 0
-    usage: Mapping[str, int] = field(default_factory=Counter)
 
 
 class TextWriter:
@@ -50,11 +29,11 @@ class TextWriter:
         """
         return Source(cls)
 
-    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         """For each row of the table `users`, as many texts as `counts` says."""
         raise NotImplementedError
 
-    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Texts]:
+    def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         """The same for rows of the table `items`. Called only if the source writes about items (`describes_items`)."""
         raise NotImplementedError
 

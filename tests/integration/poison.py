@@ -14,12 +14,12 @@ HOW = "TEST_POISON"  # environment variable: "kill" or "hang"
 
 
 def is_poison(prompt_token_ids: Sequence[int]) -> bool:
-    """About one prompt in thirty, whatever its texts."""
+    """About one prompt in thirty, at random."""
     return sum(prompt_token_ids) % 31 == 0
 
 
 class Poison(LogitsProcessor):
-    """Does nothing to logits."""
+    """Leaves logits as they are."""
 
     def __init__(self, *_: Any):
         pass

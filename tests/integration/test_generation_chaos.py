@@ -144,7 +144,7 @@ def check_all_there(folder: Path) -> None:
 
 
 def test_a_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes with an engine each; one goes without a word, another comes."""
+    """Two nodes with an engine each; one is killed, another joins."""
     from ray.cluster_utils import Cluster
 
     recipe = [*RECIPE, "sample.num_users=200", "generate.num_engines=2", "generate.cpus_per_engine=1"]

@@ -1,4 +1,4 @@
-"""Prompts that kill or hang every engine they meet: set aside by name, and everybody else gets their texts."""
+"""Prompts that kill or hang every engine: their users are set aside and named, and all others get their texts."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_a_text_depends_on_the_seed_and_the_user_alone(config: Config, store: Ru
         found = {}
         for shard, (low, high) in enumerate([(0, 17), (17, 60)]):
             sampled = sampler.sample(shard, low, high)
-            for user, one in zip(sampled.ids, sampled.texts, strict=True):
+            for user, one in zip(sampled.ids, sampled.answers, strict=True):
                 found |= {(user, number): sample.text for number, sample in enumerate(one.samples)}
         return found
 

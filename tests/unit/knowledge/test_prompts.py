@@ -1,4 +1,4 @@
-"""Prompt wording, and that no catalogue text can act as a control token, whatever the tokenizer."""
+"""Prompt wording, and that no catalogue text can act as a control token, under any tokenizer."""
 
 from __future__ import annotations
 

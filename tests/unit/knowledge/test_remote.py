@@ -19,7 +19,8 @@ import pytest
 from dpo4rec_ray.config import default_config
 from dpo4rec_ray.config.texts import GenerateSection, OpenAISection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.remote import MAX_FAILED_IN_A_ROW, ApiKey, Endpoint, RemoteAnswer
+from dpo4rec_ray.knowledge.completions import Answer
+from dpo4rec_ray.knowledge.remote import MAX_FAILED_IN_A_ROW, ApiKey, Endpoint
 from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.texts.endpoint_texts import EndpointTexts
@@ -125,12 +126,12 @@ def server() -> Iterator[Server]:
     found.server_close()
 
 
-def one(endpoint: Endpoint, prompt: str = "p", seed: int = 3, count: int = 1) -> RemoteAnswer:
+def one(endpoint: Endpoint, prompt: str = "p", seed: int = 3, count: int = 1) -> Answer:
     (answer,) = endpoint.generate([prompt], [seed], [count])
     return answer
 
 
-def texts(answer: RemoteAnswer) -> list[str]:
+def texts(answer: Answer) -> list[str]:
     return [sample.text for sample in answer.samples]
 
 

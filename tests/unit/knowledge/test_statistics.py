@@ -73,7 +73,7 @@ def test_columns_of_unequal_length_are_refused() -> None:
 
 
 def test_a_variant_counts_and_names_a_random_half() -> None:
-    """Eight liked events, each with a value of its own beside the common one: four of them, whichever they are."""
+    """Eight liked events, each with its own value and the common one: any four of them."""
     titles = [f"T{i}" for i in range(8)]
     attributes = [["genre: Drama", f"maker: M{i}"] for i in range(8)]
     named: set[str] = set()

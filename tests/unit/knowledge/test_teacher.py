@@ -1,4 +1,4 @@
-"""The template teacher: reads the history only, its wording tells the kind, truth measures it."""
+"""The template teacher: it reads the history only, its opening words tell the kind, and the truth measures its texts."""
 
 from __future__ import annotations
 

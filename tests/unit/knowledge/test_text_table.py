@@ -1,4 +1,4 @@
-"""Texts from Parquet, JSONL and KAR's .klg: found by id, in file order, and whatever is no text is left out by name."""
+"""Texts from Parquet, JSONL and KAR's .klg: found by id, in file order; a row without a text is left out and reported."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ watchdog = Watchdog(1.0, Path(sys.argv[1]))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 """
-# this holds the interpreter's lock: no thread of this process would get to run
+# This holds the interpreter's lock: no thread of this process can run.
 HOLDS_THE_LOCK = "watchdog.alive(); sum(range(10**12))"
 STOPS = "watchdog.alive(); os.kill(os.getpid(), signal.SIGSTOP)"
 WORKS = "for _ in range(30):\n    watchdog.alive(); time.sleep(0.1)\n"
@@ -38,7 +38,7 @@ def run(body: str, note: Path, timeout_s: float = 30) -> tuple[int, psutil.Proce
 
 
 def ended(process: psutil.Process) -> bool:
-    """Within a quarter of a minute; a zombie has."""
+    """Whether it ends within 15 seconds; a zombie has ended."""
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
         try:
