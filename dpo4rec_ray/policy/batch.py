@@ -7,9 +7,12 @@ columns only (`logits_to_keep`). This saves most of the work when prompts are lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
+
+DataclassT = TypeVar("DataclassT")
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,15 @@ class TokenBatch:
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        return TokenBatch(
-            self.token_ids.to(device),
-            self.attention_mask.to(device),
-            self.completion_mask.to(device),
-            self.num_completion,
-        )
+        return moved(self, device)
+
+
+def moved(batch: DataclassT, device: torch.device | str, **changes: Any) -> DataclassT:
+    """A copy of a dataclass with all its tensors on the device, and with other values of some fields."""
+    tensors = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+    }
+    return replace(batch, **tensors, **changes)  # type: ignore[type-var]
 
 
 def collate(

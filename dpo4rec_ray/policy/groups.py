@@ -9,10 +9,12 @@ one row; without, each has its own, padded on the right.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from dpo4rec_ray.policy.batch import moved
 
 TokenIds = Sequence[int]
 
@@ -55,13 +57,7 @@ class GroupLayout:
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device | str) -> GroupLayout:
-        return replace(
-            self,
-            positions=self.positions.to(device),
-            group_ids=self.group_ids.to(device),
-            part_ids=self.part_ids.to(device),
-            cache={},
-        )
+        return moved(self, device, cache={})
 
 
 @dataclass(frozen=True)
@@ -84,13 +80,7 @@ class GroupBatch:
         return sum(span.stop - span.start for span in self.layout.spans)
 
     def to(self, device: torch.device | str) -> GroupBatch:
-        moved = (
-            getattr(self, name).to(device) for name in ("token_ids", "predictors", "targets", "sequence_ids")
-        )
-        token_ids, predictors, targets, sequence_ids = moved
-        return GroupBatch(
-            token_ids, self.layout.to(device), predictors, targets, sequence_ids, self.lengths.to(device)
-        )
+        return moved(self, device, layout=self.layout.to(device))
 
 
 def collate_groups(

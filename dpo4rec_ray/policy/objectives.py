@@ -13,7 +13,7 @@ import torch
 
 from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, Ratios, chosen_nll
-from dpo4rec_ray.policy.batch import TokenBatch, collate
+from dpo4rec_ray.policy.batch import TokenBatch, collate, moved
 from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps
 
@@ -52,8 +52,7 @@ class Batch:
     reference: torch.Tensor | None = None  # [S] log-probabilities, where they are stored
 
     def to(self, device: torch.device | str) -> Batch:
-        reference = None if self.reference is None else self.reference.to(device)
-        return Batch(self.tokens.to(device), self.counts, reference)
+        return moved(self, device, tokens=self.tokens.to(device))
 
 
 class SupervisedObjective:
