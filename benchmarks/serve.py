@@ -28,8 +28,9 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.api import RerankResponse
 from dpo4rec_ray.serving.client import Client
 from dpo4rec_ray.serving.haproxy import free_ports
-from dpo4rec_ray.serving.ranker import RankRequest
-from dpo4rec_ray.serving.registry import Registry, check_version
+from dpo4rec_ray.serving.loaded_version import RankTask
+from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.serving.version_check import load_version
 from dpo4rec_ray.store.memory import tree_mb
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ class Bench:
     def registry(self) -> Registry:
         """A registry with two versions of one run, made once: v1 answers."""
         registry = Registry(self.folder / "registry")
-        if not registry.traffic().current:
+        if not registry.routing().current:
             run = self.folder / "runs/world"
             command = [
                 "run.py",
@@ -103,7 +104,7 @@ class Bench:
 
     def bodies(self, registry: Registry, candidates: int) -> Path:
         """Requests, one per line."""
-        version = check_version(registry.folder("v1")).version
+        version = load_version(registry.folder("v1")).files
         draw = random.Random(candidates)
         items = version.items["raw_id"].to_pylist()
         file = self.folder / f"bodies-{candidates}.jsonl"
@@ -126,13 +127,13 @@ def served(what: str, registry: Registry, *changes: str) -> Iterator[tuple[str, 
     """A server ("dpo4rec_ray" or a peer of benchmarks/serve_peers.py) in a process of its own: its address and the process."""
     (port,) = free_ports(1)
     if what == "dpo4rec_ray":
-        command = ["serve.py", "run", "--registry", str(registry.root), f"serving.port={port}", *changes]
+        command = ["jobs/serve.py", "run", "--registry", str(registry.root), f"serving.port={port}", *changes]
     else:
-        command = ["serve_peers.py", what, str(port), str(registry.root)]
+        command = ["benchmarks/serve_peers.py", what, str(port), str(registry.root)]
     log = registry.root.parent / f"{what}.log"
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / command[0]), *command[1:]],
+            [sys.executable, *command],
             cwd=ROOT,
             stdout=output,
             stderr=output,
@@ -249,8 +250,8 @@ def faults(bench: Bench) -> Found:
     bodies = [json.loads(line) for line in bench.bodies(registry, 10).read_text().splitlines()]
     expected = {}
     for name in ("v1", "v2"):
-        asked = [RankRequest(body["candidates"], body["user_id"]) for body in bodies]
-        rankings = check_version(registry.folder(name)).rank(asked)
+        asked = [RankTask(body["candidates"], body["user_id"]) for body in bodies]
+        rankings = load_version(registry.folder(name)).rank(asked)
         expected[name] = [
             dict(zip(one.candidates, ranking.scores.tolist(), strict=True))
             for one, ranking in zip(asked, rankings, strict=True)

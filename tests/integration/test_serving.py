@@ -24,7 +24,7 @@ import requests
 from dpo4rec_ray.serving.api import RerankRequest
 from dpo4rec_ray.serving.client import Client
 from dpo4rec_ray.serving.haproxy import free_ports
-from dpo4rec_ray.serving.registry import TRAFFIC, Registry
+from dpo4rec_ray.serving.registry import ROUTING_FILE, Registry
 from dpo4rec_ray.serving.service import Service
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import ROOT
@@ -119,7 +119,7 @@ def test_http_answers_as_the_service_does(
     assert "<html" in requests.get(server.url, timeout=30).text
 
 
-def test_figures_count_what_was_answered(server: Server) -> None:
+def test_metrics_count_what_was_answered(server: Server) -> None:
     def answered() -> float:
         text = requests.get(f"{server.url}/metrics", timeout=30).text
         counts = [line for line in text.splitlines() if line.startswith("dpo4rec_serve_answers_total{")]
@@ -177,9 +177,9 @@ def test_a_broken_version_is_refused(server: Server, lists: list[dict[str, Any]]
     broken = shutil.copytree(server.registry.folder("v2"), server.registry.folder("broken"))
     weights = broken / "reranker" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    now = server.registry.traffic()
-    traffic = replace(now, current="broken", previous=(*now.previous, "v1"), number=now.number + 1)
-    replaced(server.registry.root / TRAFFIC, json.dumps(asdict(traffic)))
+    now = server.registry.routing()
+    routing = replace(now, current="broken", previous=(*now.previous, "v1"), number=now.number + 1)
+    replaced(server.registry.root / ROUTING_FILE, json.dumps(asdict(routing)))
     server.until(lambda: "broken" in server.ready()["refused"])
     after = requests.post(f"{server.url}/v1/rerank", json=lists[0], timeout=30).json()
     assert after["model"] == "v1" and after["results"] == before["results"]

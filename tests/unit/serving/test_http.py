@@ -13,12 +13,13 @@ import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
+from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.prepare.ingest import keys_of
 from dpo4rec_ray.serving.api import MAX_BATCH, MAX_CANDIDATES, RerankResponse
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
-from dpo4rec_ray.serving.version_files import KeyIndex, PublishedVersion
+from dpo4rec_ray.serving.version_files import KeyIndex, VersionFiles
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import MAX_BODY, Api, requests_of
 
@@ -234,7 +235,7 @@ def test_the_fields_of_other_rerank_apis(
     assert ranked(client.post(RERANK, json={"user_id": user, "candidates": objects})) == whole
     for top in (1, 3, len(items), 999):
         assert ranked(client.post(RERANK, json={**body, "top_n": top})) == whole[:top]
-    version = PublishedVersion(published.folder("v1"))
+    version = VersionFiles(published.folder("v1"))
     mixed = [objects[0], *items[1:], "unknown"]
     found = client.post(RERANK, json={"user_id": user, "candidates": mixed, "return_documents": True}).json()
     texts = {one["document"]["item_id"]: one["document"]["text"] for one in found["results"]}
@@ -333,7 +334,7 @@ def test_examples_can_be_asked(client: TestClient) -> None:
 
 
 def test_knowledge(client: TestClient, published: Registry, bodies: list[dict[str, Any]]) -> None:
-    version = PublishedVersion(published.folder("v1"))
+    version = VersionFiles(published.folder("v1"))
     user = bodies[0]["user_id"]
     found = client.get(f"/v1/users/{user}/knowledge").json()
     row = version.user_index.row(user)
@@ -382,7 +383,7 @@ def test_too_many_requests_at_once(published: Registry, bodies: list[dict[str, A
     """Some are answered, the others are told when to come again, and then all is as before."""
 
     async def ask() -> None:
-        async with in_process(Service(published, max_waiting=2)) as client:
+        async with in_process(Service(published, ServingSection.model_construct(max_waiting=2))) as client:
             answers = await asyncio.gather(*(client.post(RERANK, json=body) for body in bodies[:12]))
             given = {answer.status_code for answer in answers}
             assert given == {200, 503}
