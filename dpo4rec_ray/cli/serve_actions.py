@@ -138,15 +138,14 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
     session.start_ray(verbose)
     level = "INFO" if verbose else "WARNING"
     logging.getLogger("ray.serve").setLevel(level)
-    there = ray.cluster_resources()
-    for name, each in (("CPU", settings.cpus_per_replica), ("GPU", settings.gpus_per_replica)):
-        need = each * settings.num_replicas
-        writer = getattr(settings, f"writer_{name.lower()}s") if settings.online_llm == "async" else 0.0
-        if need + writer > there.get(name, 0):
-            more = f" and the writer {writer:g} (serving.writer_{name.lower()}s)" if writer else ""
+    there, writers = ray.cluster_resources(), int(settings.online_llm == "async")
+    for kind in ("cpu", "gpu"):
+        replica, writer = getattr(settings, f"{kind}s_per_replica"), getattr(settings, f"writer_{kind}s")
+        need, has = replica * settings.num_replicas + writer * writers, there.get(kind.upper(), 0)
+        if need > has:
             raise UserError(
-                f"{settings.num_replicas} replicas need {need:g} {name}s{more}, the cluster has {there.get(name, 0):g}; "
-                f"set serving.num_replicas or serving.{name.lower()}s_per_replica"
+                f"{settings.num_replicas} replicas and {writers} writers need {need:g} {kind.upper()}s, the cluster has "
+                f"{has:g}; set serving.num_replicas, serving.{kind}s_per_replica or serving.writer_{kind}s"
             )
     serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
     logs = {"enable_access_log": False, "log_level": level}

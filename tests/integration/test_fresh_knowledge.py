@@ -1,4 +1,4 @@
-"""Texts for users whom no version knows, with everything real: vLLM, the encoder, Ray Serve and HTTP."""
+"""Texts for users whom no version knows, with the real vLLM, encoder, Ray Serve and HTTP."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ QUEUE = 2
 
 @pytest.fixture(scope="module")
 def llm_registry(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """Versions of a run whose texts an LLM wrote, the run itself out of reach."""
+    """Versions of a run whose texts an LLM wrote. The run itself is removed."""
     store = RunDir(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("run") / "run"))
     found = Registry(tmp_path_factory.mktemp("registry"))
     for name, model in MODELS.items():
@@ -54,7 +54,7 @@ def llm_registry(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) -
 
 @dataclass(frozen=True)
 class Server:
-    """A server on this machine, and what a test asks of it."""
+    """A server on this machine, and the requests of the tests."""
 
     url: str
     process: subprocess.Popen[str]
@@ -79,7 +79,7 @@ class Server:
         return requests.get(f"{self.url}/v1/users/{user_id}/knowledge", timeout=60)
 
     def fresh(self, user_id: str, version: str) -> dict[str, Any]:
-        """The first answer that a text for the user takes part in."""
+        """The first answer that uses a text written for the user."""
 
         def answer() -> dict[str, Any] | None:
             found = self.rerank(user_id)

@@ -1,4 +1,4 @@
-"""The page at `/` in headless Chromium, on a real service: what it shows is what the API answers."""
+"""The page at `/` in headless Chromium, on a real service: it shows what the API answers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens pages. At the end, none may have thrown, written an error to the console or asked another host."""
+    """Opens pages. At the end: no page has thrown, written an error to the console or sent a request to another host."""
     pages: list[Page] = []
     errors: list[str] = []
     hosts: set[str] = set()
@@ -112,7 +112,7 @@ def number(value: float) -> str:
 
 
 def way(before: int, now: int) -> str:
-    """A cell: the place before, an arrow for the eye and words for screen readers."""
+    """A cell: the place before, an arrow for eyes and words for screen readers."""
     if before == now:
         return f"{before + 1} =same place"
     sign, word = ("▲", "up") if before > now else ("▼", "down")

@@ -1,4 +1,4 @@
-"""`jobs/serve.py run` with Ray Serve and HAProxy: what it answers over HTTP, also while versions change, and how it ends."""
+"""`jobs/serve.py run` with Ray Serve and HAProxy: its answers over HTTP, changes of versions, and its end."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Server:
     registry: Registry
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Waits for something that the server is to do by itself."""
+        """Wait until the server has done something by itself."""
         end = time.monotonic() + START_S
         while not condition():
             assert time.monotonic() < end and self.process.poll() is None
             time.sleep(0.1)
 
     def answers(self) -> str:
-        """Who answers now."""
+        """The version that answers now."""
         return Client(self.url).rerank(["a"], "somebody").model
 
     def ready(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_metrics_count_what_was_answered(server: Server) -> None:
 def test_a_promotion_while_requests_run(
     server: Server, lists: list[dict[str, Any]], expected: dict[str, list[np.ndarray]]
 ) -> None:
-    """No request fails or waits for it, and every answer has the scores of the version that it names."""
+    """No request fails, and every answer has the scores of the version that it names."""
     stop, seen, failures = threading.Event(), [], []
 
     def ask(first: int) -> None:
@@ -170,7 +170,7 @@ def test_a_promotion_while_requests_run(
 
 
 def test_a_broken_version_is_refused(server: Server, lists: list[dict[str, Any]]) -> None:
-    """One that breaks after it was checked: what answered goes on, and /readyz says why."""
+    """A version breaks after promote has checked it: the old one still answers, and /readyz says why."""
     server.registry.promote("v1")
     server.until(lambda: server.ready()["versions"][0] == "v1")
     before = requests.post(f"{server.url}/v1/rerank", json=lists[0], timeout=30).json()
@@ -196,7 +196,7 @@ def replaced(file: Path, content: str) -> None:
 
 
 def test_it_ends_with_all_that_it_started(server: Server) -> None:
-    """The last test of this file: by SIGTERM, while somebody asks."""
+    """SIGTERM ends it and all its processes. The last test of this file."""
     started = psutil.Process(server.process.pid).children(recursive=True)
     assert {"haproxy", "raylet"} <= {one.name() for one in started}
     server.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The Serve application of the settings, and the file that `serve deploy` takes; nothing is started."""
+"""The Serve application for given settings, and the file for `serve deploy`. Nothing is started."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_tokens(tmp_path: Path) -> None:
 
 
 def test_the_config_file_is_what_serve_deploys(tmp_path: Path) -> None:
-    """And its settings are those that were asked for."""
+    """Its settings are those of the command line."""
     changes = ["serving.port=8123", "serving.num_replicas=2", "serving.token_file=tokens"]
     ((code, out, errors),) = serve(["config", "--registry", str(tmp_path), *changes])
     assert (code, errors) == (0, "")

@@ -157,7 +157,7 @@ def test_every_user_has_a_file_of_its_own(one: str, other: str) -> None:
 
 
 def test_a_reader_never_sees_half_of_a_text(tmp_path: Path) -> None:
-    """Two processes write the same user's texts, again and again, while this one reads."""
+    """Two processes write texts of the same user again and again, while this one reads."""
     script = (
         "import sys; import numpy as np; from pathlib import Path\n"
         "from dpo4rec_ray.config.serving import ServingSection\n"

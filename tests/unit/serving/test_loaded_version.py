@@ -94,7 +94,7 @@ def test_candidates_that_are_not_known_come_last_as_they_came(
 
 
 def test_what_is_not_known_changes_no_score(versions: dict[str, LoadedVersion], items: list[str]) -> None:
-    """At the end of the list: a backbone may read the places of the others."""
+    """They stand at the end of the list, because a backbone may read the places of the known ones."""
     known = RankTask(items[:6], "nobody")
     (alone,) = versions["v1"].rank([known])
     (beside,) = versions["v1"].rank([RankTask([*items[:6], "x1", "x2"], "nobody")])
@@ -103,7 +103,7 @@ def test_what_is_not_known_changes_no_score(versions: dict[str, LoadedVersion], 
 
 
 def test_equal_scores_keep_the_order_of_the_request(registry: Registry, items: list[str]) -> None:
-    """A reranker whose weights are all zero has nothing to say."""
+    """A reranker whose weights are all zero gives equal scores."""
     file = registry.folder("v1") / "reranker" / WEIGHTS_FILE
     save_file({name: torch.zeros_like(value) for name, value in load_file(file).items()}, file)
     version = LoadedVersion(VersionFiles(registry.folder("v1")))
@@ -116,7 +116,7 @@ def test_equal_scores_keep_the_order_of_the_request(registry: Registry, items: l
 def test_an_unknown_user_is_ranked_without_knowledge(
     versions: dict[str, LoadedVersion], served_run: RunDir, items: list[str]
 ) -> None:
-    """As offline with a vector of zeros."""
+    """The scores are those of the evaluation with a vector of zeros."""
     catalogue = read_catalogue(served_run)
     model = load_reranker(served_run.path("per_list") / "rerankers" / MODELS["v1"], catalogue)
     rows = np.array([[versions["v1"].files.item_rows[item] for item in items[:12]]])
@@ -145,7 +145,7 @@ def test_a_fresh_vector_counts_as_a_stored_one_would(
 
 
 def test_histories(versions: dict[str, LoadedVersion], items: list[str]) -> None:
-    """A backbone that reads them: the stored one, one that is sent, one of which not all is known, none."""
+    """For a backbone that reads histories: the stored one, a sent one, one with unknown items, and none."""
     version = versions["mir"].files
     row = next(row for row in range(version.card.num_users) if len(version.history(row)[0]) > 2)
     rows, ratings = version.history(row)

@@ -1,4 +1,4 @@
-"""Who answers: promote, rollback, split and shadow, by one process or by many, with versions that are sound or not."""
+"""Promote, rollback, split and shadow: by one process and by several, with sound and with broken versions."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_version_that_is_not_there_is_refused(registry: Registry) -> None:
 
 
 def test_a_version_that_answers_otherwise_is_refused(registry: Registry) -> None:
-    """Every file can be read, but one weight is not what it was."""
+    """Every file can be read, but one tensor of weights has changed."""
     file = registry.folder("v2") / "reranker" / "model.safetensors"
     weights = load_file(file)
     largest = max(weights, key=lambda name: weights[name].numel())
@@ -146,7 +146,7 @@ def python(code: str, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def test_processes_that_promote_at_once(registry: Registry) -> None:
-    """Every change counts once, none is lost, and a reader never sees half of one."""
+    """Every change counts once, none is lost, and a reader never sees a mixture of two states."""
     code = (
         "import sys; from dpo4rec_ray.serving.registry import Registry\n"
         "registry = Registry(sys.argv[1])\n"
@@ -168,7 +168,7 @@ def test_processes_that_promote_at_once(registry: Registry) -> None:
 
 
 def test_a_killed_publish_leaves_nothing(registry: Registry, served_run: RunDir) -> None:
-    """It is killed while it writes, then done again."""
+    """A publish is killed while it writes, then repeated."""
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "import dpo4rec_ray.serving.publish as stage; from dpo4rec_ray.store.artifacts import RunDir\n"

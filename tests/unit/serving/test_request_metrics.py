@@ -1,4 +1,4 @@
-"""Metrics per version, added up over processes. In processes of their own: Prometheus' client reads its folder once."""
+"""Metrics per version, added up over processes. Prometheus' client reads its folder once, so each test starts processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if sys.argv[2]:
 
 
 def metrics(folder: str, show: bool = True) -> dict[str, float]:
-    """Sample -> value, after a process has counted."""
+    """Sample name -> value, after a process has counted."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PROMETHEUS")}
     done = subprocess.run(
         [sys.executable, "-c", CODE, folder, "show" if show else ""],
@@ -85,7 +85,7 @@ def test_what_one_process_counts() -> None:
 
 
 def test_processes_of_one_folder_are_added_up(tmp_path: Path) -> None:
-    """One that has ended counts too: counters never fall."""
+    """A process that has ended still counts: counters never fall."""
     folder = tmp_path / "node" / "session"
     metrics(str(folder), show=False)
     check(metrics(str(folder)), 2)

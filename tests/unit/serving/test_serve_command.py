@@ -1,4 +1,4 @@
-"""jobs/serve.py without a server: publishing, who answers, and what it says to mistakes."""
+"""jobs/serve.py without a server: publishing, choosing the versions that answer, and error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.serving_world import serve
 
 
 def test_a_version_from_the_run_to_the_traffic(registry: Registry, served_run: RunDir) -> None:
-    """What each command says at its end, and which versions answer after all of them."""
+    """What each command prints last, and which versions answer after all of them."""
     run = str(served_run.root)
     steps = {
         (
@@ -47,7 +47,7 @@ def test_a_version_from_the_run_to_the_traffic(registry: Registry, served_run: R
 
 
 def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path: Path) -> None:
-    """With code 2, and nothing half-made stays."""
+    """The exit code is 2, and nothing incomplete stays."""
     run, new, unfinished = str(served_run.root), Registry(tmp_path / "new"), tmp_path / "unfinished"
     shutil.copytree(registry.folder("v2"), registry.folder("cut"))
     (registry.folder("cut") / "user_standard.npy").write_bytes(b"")

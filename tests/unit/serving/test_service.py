@@ -48,7 +48,7 @@ def test_a_version_that_fails_fails_nobody_else(version: LoadedVersion, publishe
 
 
 def test_a_shadow_is_not_asked_with_the_other_versions_text(registry: Registry) -> None:
-    """Its encoder may be another one; whatever it answers, the user's answer stands."""
+    """The shadow may have another encoder. Whatever it answers, the user gets the same answer."""
     registry.shadow("v2")
     service = Service(registry)
     dim = service.manager.version_for("", None).files.vector_dim
@@ -83,7 +83,7 @@ def test_a_shadow_is_not_asked_with_the_other_versions_text(registry: Registry) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_and_metrics_of_the_evaluation(registry: Registry, served_run: RunDir, name: str) -> None:
-    """The same scores for every candidate; and the served order is worth what the run's report says.
+    """Every candidate has the same score, and the metrics of the served order are those of the run's report.
 
     The history of the request is the list's own: for a backbone that reads it, the stored one may be longer.
     """

@@ -22,7 +22,7 @@ def test_a_version_whose_record_is_damaged_is_refused(registry: Registry, scores
 
 
 def test_the_check_gives_the_recorded_scores(registry: Registry) -> None:
-    """And it is strict enough to see a change in the fourth place."""
+    """A change in the fourth decimal is seen."""
     file = registry.folder("v2") / "recorded.json"
     recorded = json.loads(file.read_text(encoding="utf-8"))
     load_version(registry.folder("v2"))

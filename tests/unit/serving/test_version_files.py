@@ -1,4 +1,4 @@
-"""A published version's files: what they hold, and that damaged ones are refused by name."""
+"""The files of a published version: their content, and error messages that name a damaged one."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_parts_of_users_without_knowledge(published: Registry) -> None:
 
 
 def refused(folder: Path, file: str) -> None:
-    """With one line that names the file, or at least the version's folder."""
+    """The error names the file, or at least the folder of the version."""
     with pytest.raises(UserError) as error:
         load_version(folder)
     assert str(folder) in str(error.value), file
@@ -152,7 +152,7 @@ class Touch:
 
 @pytest.mark.parametrize("file", [*ARRAYS, "users.arrow", "items.arrow", "texts.arrow"])
 def test_files_of_another_size_are_refused(registry: Registry, file: str) -> None:
-    """As after a copy that mixed two versions: each file is sound, but they do not fit."""
+    """As after a copy that mixed two versions: each file can be read, but they do not fit."""
     folder = registry.folder("v1")
     if file.endswith(".npy"):
         np.save(folder / file, np.load(folder / file)[:-1])

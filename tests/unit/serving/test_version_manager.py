@@ -1,4 +1,4 @@
-"""What a replica holds while its registry changes under it."""
+"""The versions in memory while the registry changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cut(file: Path) -> None:
 
 
 def write(registry: Registry, routing: Routing) -> None:
-    """By hand: past the check of promote."""
+    """Write traffic.json without the checks of promote."""
     (registry.root / ROUTING_FILE).write_text(json.dumps(asdict(routing)), encoding="utf-8")
 
 
@@ -75,7 +75,7 @@ def test_a_model_that_is_not_loaded(registry: Registry) -> None:
 def test_a_broken_version_is_refused(
     registry: Registry, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What answered goes on; when the version is mended, it takes over."""
+    """The old version still answers. When the new one is repaired, it is loaded."""
     monkeypatch.setattr(version_manager, "FIRST_WAIT_S", 0.0)
     manager = VersionManager(registry)
     moved = registry.folder("v2").rename(registry.root / "whole")
@@ -109,7 +109,7 @@ def test_a_start_without_any_sound_version(registry: Registry) -> None:
 
 
 def test_broken_versions_that_answer_nobody_do_no_harm(registry: Registry) -> None:
-    """The one before the current one is only kept for a rollback."""
+    """The version before the current one is only loaded for a rollback."""
     cut(registry.folder("v2") / "user_standard.npy")
     write(registry, Routing("v1", ("v2",), number=2))
     manager = VersionManager(registry)
@@ -186,7 +186,7 @@ def test_a_registry_that_is_away_changes_nothing(registry: Registry, away: str) 
 
 
 def test_a_registry_that_begins_anew_is_followed(registry: Registry) -> None:
-    """Its numbers begin at 1 again."""
+    """The numbers of a new registry begin at 1 again."""
     manager = VersionManager(registry)
     (registry.root / ROUTING_FILE).unlink()
     registry.promote("v2")
