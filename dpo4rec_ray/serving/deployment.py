@@ -164,9 +164,7 @@ def build(arguments: dict[str, Any]) -> Application:
         settings = ServingSection.model_validate(arguments)
     except ValidationError as error:
         raise UserError(f"serving: {first_mistake(error)}; correct the settings") from None
-    writer: list[Application] = []
-    if settings.online_llm == "async":
-        writer = [writer_application(settings)]
+    writer = [writer_application(settings)] if settings.online_llm == "async" else []
     scale: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas > settings.num_replicas:
         scale = {

@@ -103,7 +103,7 @@ class WriterMetrics:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         own = CollectorRegistry()
-        names = {"registry": own, "namespace": "dpo4rec_serve_fresh"}
+        names: Any = {"registry": own, "namespace": "dpo4rec_serve_fresh"}
         self._waiting = Gauge("waiting", "Users who wait for a text", multiprocess_mode="mostrecent", **names)
         self._refused = Counter("refused", "Jobs that were refused", ("reason",), **names)
         self._failed = Counter("failed", "Texts that could not be written", ("reason",), **names)

@@ -85,25 +85,20 @@ class Service:
             NotLoaded: the version that `model` names is not loaded.
         """
         version = self.manager.version_for(user_id, model).files
+        found = UserKnowledge(
+            user_id=user_id, version=version.card.version, knowledge="none", text="", history=[]
+        )
         row = version.user_index.row(user_id)
         if row == UNKNOWN:
             fresh = self._fresh_texts and await self._fresh_texts.find(version, user_id, [])
-            if not fresh:
-                return None
-            return UserKnowledge(
-                user_id=user_id, version=version.card.version, knowledge="fresh", text=fresh.text, history=[]
-            )
-        text = version.text(row)
-        return UserKnowledge(
-            user_id=user_id,
-            version=version.card.version,
-            knowledge="stored" if text else "none",
-            text=text,
-            history=[
-                SeenItem(item_id=version.item_id(item), title=version.title(item), rating=rating)
-                for item, rating in zip(*version.history(row), strict=True)
-            ],
-        )
+            return found.model_copy(update={"knowledge": "fresh", "text": fresh.text}) if fresh else None
+        found.history = [
+            SeenItem(item_id=version.item_id(item), title=version.title(item), rating=rating)
+            for item, rating in zip(*version.history(row), strict=True)
+        ]
+        if text := version.text(row):
+            found.knowledge, found.text = "stored", text
+        return found
 
     def models(self) -> list[ModelCard]:
         """All versions of the registry, and what each of them does."""
