@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -200,6 +201,22 @@ def test_publishing_refuses_what_is_not_there(registry: Registry, served_run: Ru
     with pytest.raises(UserError):
         publish(config, RunDir(tmp_path), registry.folder("new"), "new")
     assert not registry.folder("new").exists()
+
+
+def test_publishing_reads_each_artifact_once(
+    registry: Registry, served_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items and item vectors as a whole, all else part by part."""
+    whole: list[str] = []
+    read = RunDir.read
+
+    def noted(store: RunDir, name: str, *arguments: Any, **more: Any) -> pa.Table:
+        whole.append(name)
+        return read(store, name, *arguments, **more)
+
+    monkeypatch.setattr(RunDir, "read", noted)
+    publish(read_config(served_run.root), served_run, registry.folder("once"), "once", MODELS["v1"])
+    assert whole == ["items", "knowledge"]
 
 
 def test_the_best_fit_on_validation_is_published(registry: Registry, served_run: RunDir) -> None:
