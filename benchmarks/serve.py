@@ -30,8 +30,9 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.api import RerankResponse
 from dpo4rec_ray.serving.client import Client
 from dpo4rec_ray.serving.haproxy import free_ports
-from dpo4rec_ray.serving.ranker import RankRequest
-from dpo4rec_ray.serving.registry import Registry, check_version
+from dpo4rec_ray.serving.loaded_version import RankTask
+from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.serving.version_check import load_version
 from dpo4rec_ray.store.memory import tree_mb
 
 WORLD = [
@@ -101,7 +102,7 @@ class Bench:
     def registry(self) -> Registry:
         """A registry with two versions of one run, made once: v1 answers."""
         registry = Registry(self.folder / "registry")
-        if not registry.traffic().current:
+        if not registry.routing().current:
             world = self.folder / "runs/world"
             recipe = ["jobs/recipes/demo.toml", f"run.root={world.parent}", f"run.name={world.name}"]
             harness.run("jobs/run.py", *recipe, *WORLD)
@@ -115,7 +116,7 @@ class Bench:
 
     def bodies(self, registry: Registry, candidates: int) -> Path:
         """Requests, one per line."""
-        version = check_version(registry.folder("v1")).version
+        version = load_version(registry.folder("v1")).files
         draw = random.Random(candidates)
         items = version.items["raw_id"].to_pylist()
         file = self.folder / f"bodies-{candidates}.jsonl"
@@ -232,8 +233,8 @@ def faults(bench: Bench) -> list[Row]:
     bodies = [json.loads(line) for line in bench.bodies(registry, 10).read_text().splitlines()]
     expected = {}
     for name in ("v1", "v2"):
-        asked = [RankRequest(body["candidates"], body["user_id"]) for body in bodies]
-        rankings = check_version(registry.folder(name)).rank(asked)
+        asked = [RankTask(body["candidates"], body["user_id"]) for body in bodies]
+        rankings = load_version(registry.folder(name)).rank(asked)
         expected[name] = [
             dict(zip(one.candidates, ranking.scores.tolist(), strict=True))
             for one, ranking in zip(asked, rankings, strict=True)

@@ -11,10 +11,10 @@ import signal
 import sys
 import threading
 
-from dpo4rec_ray.cli.serve import serve_environment
+from dpo4rec_ray.cli.serve_actions import serve_environment
 from dpo4rec_ray.cli.session import start_ray
 
-# Here, not in `fastapi`: FastAPI looks a route's annotations up among the names of its module.
+# Not inside `fastapi`: FastAPI looks up the annotations of a route among the names of its module.
 from dpo4rec_ray.serving.api import Meta, RerankRequest, RerankResponse, Result
 
 
@@ -55,27 +55,28 @@ def fastapi(port: int, registry: str) -> int:
     import uvicorn
     from fastapi import FastAPI
 
-    from dpo4rec_ray.serving.ranker import RankRequest
-    from dpo4rec_ray.serving.registry import Registry, check_version
+    from dpo4rec_ray.serving.loaded_version import RankTask
+    from dpo4rec_ray.serving.registry import Registry
+    from dpo4rec_ray.serving.version_check import load_version
 
     torch.set_num_threads(1)
-    versions = Registry(registry)
-    ranker = check_version(versions.folder(versions.traffic().current))
+    found = Registry(registry)
+    version = load_version(found.folder(found.routing().current))
     app = FastAPI()
 
     @app.post("/v1/rerank")
     async def rerank(body: RerankRequest) -> RerankResponse:
         ids = [one if isinstance(one, str) else one.item_id for one in body.candidates]
-        (ranking,) = ranker.rank([RankRequest(ids, body.user_id or "")])
+        (ranking,) = version.rank([RankTask(ids, body.user_id or "")])
         return RerankResponse(
             id="",
-            model=ranker.version.card.version,
+            model=version.files.card.version,
             results=[
                 Result(index=place, item_id=ids[place], relevance_score=score, known=score == score)
                 for place, score in zip(ranking.order, ranking.scores[ranking.order], strict=True)
             ],
             meta=Meta(
-                knowledge_version=ranker.version.card.knowledge,
+                knowledge_version=version.files.card.knowledge,
                 knowledge=ranking.knowledge,
                 fallback=not ranking.known_user,
                 latency_ms=0,

@@ -4,7 +4,7 @@
 `published`: its registry, for reading alone: v1 (PRM with knowledge) answers, v2 (another seed), v3 (no knowledge) and mir
 (MIR, which reads histories) are there too.
 `registry`: a copy that a test may change.
-`api`: a function (registry, tokens, **settings of a Service) -> a client of the HTTP application in this process, no network;
+`api`: a function (registry, tokens, max_body, **keys of [serving]) -> a client of the HTTP application in this process;
 its clients live as long as the module's tests.
 """
 
@@ -92,6 +92,7 @@ def api(published: Registry) -> Iterator[Api]:
     """Opens clients, and closes them at the end."""
     from starlette.testclient import TestClient
 
+    from dpo4rec_ray.config.serving import ServingSection
     from dpo4rec_ray.serving.http import build_api
     from dpo4rec_ray.serving.service import Service
 
@@ -103,7 +104,9 @@ def api(published: Registry) -> Iterator[Api]:
             max_body: int = MAX_BODY,
             **settings: int,
         ) -> TestClient:
-            application = build_api(Service(registry, **settings), frozenset(tokens), max_body)
+            application = build_api(
+                Service(registry, ServingSection.model_construct(**settings)), frozenset(tokens), max_body
+            )
             # One event loop for all requests of a client, as in a replica; an error of ours is a 500, not an exception.
             return opened.enter_context(TestClient(application, raise_server_exceptions=False))
 

@@ -19,9 +19,9 @@ class ServingSection(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
     num_replicas: int = Field(default=1, ge=1)
-    """Replicas."""
+    """Number of replicas, the processes that answer."""
     max_replicas: int = Field(default=0, ge=0)
-    """Most replicas; above num_replicas, Ray Serve scales up to it."""
+    """Most replicas. If it is above num_replicas, Ray Serve adds replicas under load."""
     cpus_per_replica: float = Field(default=1, gt=0)
     """CPUs of a replica."""
     gpus_per_replica: float = Field(default=0, ge=0)
@@ -31,27 +31,27 @@ class ServingSection(Section):
     max_batch: int = Field(default=64, ge=1)
     """Most lists in one forward pass."""
     max_waiting: int = Field(default=512, ge=64)
-    """Most lists that wait; further requests are answered 503 with Retry-After."""
+    """Most lists that wait. Further requests are answered 503 with Retry-After."""
     max_body: int = Field(default=2**20, ge=1024)
-    """Most bytes of a request; larger ones are answered 413."""
+    """Most bytes of a request. Larger ones are answered 413."""
     request_timeout_s: float = Field(default=30, gt=0)
-    """Seconds until a request is given up."""
+    """Seconds after which a request is answered 504."""
     token_file: str = ""
     """File of bearer tokens, one per line, on every node. "": no token is needed."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between reads of the registry."""
     online_llm: Literal["off", "async"] = "off"
-    """"async": for a user whom no version knows, a text is written in the background from the history in the request. The
-    LLM that wrote the version's texts writes it (llm.source = "vllm"). Later requests use it."""
+    """"async": for a user whom no version knows, the LLM that wrote the version's texts writes one more (llm.source =
+    "vllm"), in the background, from the history in the request. Later requests use it."""
     writer_cpus: float = Field(default=1, gt=0)
     """CPUs of the writer."""
     writer_gpus: float = Field(default=0, ge=0)
     """GPUs of the writer. A fraction shares one with replicas."""
     fresh_queue: int = Field(default=256, ge=1)
-    """Most users who wait for a text; further ones are refused."""
+    """Most users who wait for a text. Further ones are refused."""
     fresh_retry_s: float = Field(default=60, gt=0)
-    """Seconds until a text that did not come is ordered again."""
+    """Seconds after which a missing text is asked for again."""
     fresh_ttl_s: float = Field(default=86_400, gt=0)
     """Seconds that a text is used."""
     fresh_max_users: int = Field(default=100_000, ge=1)
-    """Most texts kept, over all versions; the oldest are removed first."""
+    """Most texts kept, over all versions. The oldest are removed first."""

@@ -14,13 +14,13 @@ ItemId = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Body(BaseModel):
-    """Ids may be JSON numbers; a field that is not known is refused by name."""
+    """Ids may be JSON numbers. An unknown field is an error that names the field."""
 
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
 class Event(Body):
-    """Something the user did."""
+    """An item that the user has seen, bought or rated."""
 
     item_id: ItemId
     rating: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None = None
@@ -28,14 +28,14 @@ class Event(Body):
 
 
 class Candidate(Body):
-    """An item to rank; `text` is handed back with `return_documents` (without one, the item's title)."""
+    """An item to rank. With `return_documents` the answer has its `text`, or without one the item's title."""
 
     item_id: ItemId
     text: str | None = Field(default=None, max_length=100_000)
 
 
 class RerankRequest(Body):
-    """One list to rank, for a user by id, by history, or both (the history then stands for the stored one)."""
+    """One list to rank, for a user by id, by history, or both. A history replaces the stored one."""
 
     user_id: Annotated[str, Field(max_length=256)] | None = None
     history: Annotated[list[Event], Field(max_length=MAX_HISTORY)] | None = None
@@ -44,10 +44,10 @@ class RerankRequest(Body):
     )
     top_n: int | None = Field(default=None, ge=1)
     return_documents: bool = False
-    model: str | None = Field(default=None, max_length=64)  # a version; None: whoever answers this user
+    model: str | None = Field(default=None, max_length=64)  # a version; None: the one that answers this user
 
     @model_validator(mode="after")
-    def _somebody(self) -> RerankRequest:
+    def _has_user(self) -> RerankRequest:
         if not self.user_id and self.history is None:
             raise ValueError("give user_id or history")
         return self
@@ -60,26 +60,26 @@ class BatchRequest(Body):
 
 
 class Result(BaseModel):
-    """A candidate's place in the answer."""
+    """A ranked candidate."""
 
-    index: int  # its place in the request
+    index: int  # its place in the request, from 0
     item_id: str
-    relevance_score: float | None  # logit; None: the item is not known
+    relevance_score: float | None  # logit; None: the item is unknown
     known: bool
     document: Candidate | None = None  # only with return_documents
 
 
 class Meta(BaseModel):
-    """What the answer rests on. fallback: the user is not known, or no candidate is."""
+    """What the answer is based on."""
 
     knowledge_version: str  # the system whose texts the reranker reads; "" if it reads none
     knowledge: Literal["stored", "fresh", "none"]
-    fallback: bool
-    latency_ms: float  # within the replica
+    fallback: bool  # the user is unknown, or all candidates are
+    latency_ms: float  # inside the replica
 
 
 class RerankResponse(BaseModel):
-    """Candidates, best first; those that are not known last, in the order they came in."""
+    """Candidates, best first. Unknown ones are last, in the order of the request."""
 
     id: str
     model: str  # the version that answered
@@ -94,7 +94,7 @@ class BatchResponse(BaseModel):
 
 
 class SeenItem(BaseModel):
-    """An item of a user's history."""
+    """An item of a stored history."""
 
     item_id: str
     title: str
@@ -102,7 +102,7 @@ class SeenItem(BaseModel):
 
 
 class UserKnowledge(BaseModel):
-    """What is stored of a user, or was written since."""
+    """The text about a user, stored with a version or written since, and the stored history."""
 
     user_id: str
     version: str
@@ -118,13 +118,13 @@ class ModelCard(BaseModel):
     model: str  # backbone, system and seed of the evaluation
     created: str
     serves: Literal["current", "split", "shadow", "none"]
-    percent: float  # of the users that it answers
-    loaded: bool  # whether `model` of a request may name it
-    figures: dict[str, float]  # on the run's test lists
+    percent: float  # share of the users that it answers
+    loaded: bool  # whether a request may name it as `model`
+    figures: dict[str, float]  # metrics on the run's test lists
 
 
 class Example(BaseModel):
-    """A recorded list, to try the service with."""
+    """A recorded list for a first try."""
 
     user_id: str
     candidates: list[Candidate]
@@ -137,7 +137,7 @@ class Problem(BaseModel):
 
 
 class Mistake(BaseModel):
-    """A field that is wrong."""
+    """A wrong field of a request."""
 
     loc: list[str | int]
     msg: str
@@ -145,6 +145,6 @@ class Mistake(BaseModel):
 
 
 class Mistakes(BaseModel):
-    """The fields that are wrong."""
+    """The wrong fields of a request."""
 
     detail: list[Mistake]

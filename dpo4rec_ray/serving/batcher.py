@@ -1,4 +1,4 @@
-"""Adaptive batching: what arrives while a batch is computed becomes the next one, so an idle service waits for nothing."""
+"""Adaptive batching: what arrives while a batch is computed is the next batch. An idle service waits for nothing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
-QUIET_TURNS = 3  # of the event loop without a new item, after which a batch starts: some 10 microseconds
+# A batch starts after this many turns of the event loop without a new item: about 10 microseconds.
+QUIET_TURNS = 3
 
 
 class Overloaded(Exception):
-    """More waits than would be answered in time."""
+    """Too many items wait."""
 
 
 class Batcher(Generic[Item, Answer]):
-    """Calls `work` on lists of at most `max_batch` items, one list at a time; at most `max_waiting` items wait.
+    """Calls `work` with batches, one after the other.
 
-    `work` returns an exception for an item that has no answer, and raises one that all of the list get.
-
-    Small batches run in the event loop's own thread, as handing over to another thread costs more than they do; those of
-    more than `max_in_loop` by `size` run in a thread, so that the loop goes on.
+    Small batches run in the thread of the event loop: to hand them to another thread costs more than to compute them. Large
+    ones run in a thread of their own, so that the loop goes on.
     """
 
     def __init__(
@@ -34,6 +33,15 @@ class Batcher(Generic[Item, Answer]):
         size: Callable[[Item], int],
         max_in_loop: int,
     ) -> None:
+        """
+        Args:
+            work: a batch -> one answer per item. It returns an exception as the answer of an item that has none; an
+                exception that it raises is the answer of all items.
+            max_batch: most items of a batch.
+            max_waiting: most items that wait.
+            size: the cost of an item.
+            max_in_loop: batches that cost more run in a thread.
+        """
         self._work, self._max_batch, self._max_waiting = work, max_batch, max_waiting
         self._size, self._max_in_loop = size, max_in_loop
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
@@ -42,7 +50,7 @@ class Batcher(Generic[Item, Answer]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank")
 
     async def __call__(self, item: Item) -> Answer:
-        """The item's answer. Raises Overloaded, or what `work` raised."""
+        """The answer to an item. Raises Overloaded, or the exception that `work` gave."""
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded
         loop = asyncio.get_running_loop()
@@ -54,10 +62,7 @@ class Batcher(Generic[Item, Answer]):
         return await future
 
     def _next(self) -> None:
-        """Start the next batch; the last one has ended.
-
-        Not at once: requests that the loop has read already, and is taking apart, join the batch.
-        """
+        """Start the next batch. It first waits some turns of the loop, so that requests that are being parsed can join."""
         self._quiet = self._quiet + 1 if len(self._waiting) == self._seen else 0
         self._seen = len(self._waiting)
         if self._quiet < QUIET_TURNS and self._seen < self._max_batch:
@@ -67,7 +72,7 @@ class Batcher(Generic[Item, Answer]):
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
         while self._waiting and len(batch) < self._max_batch:
             one = self._waiting.popleft()
-            if not one[1].done():  # else the caller has gone
+            if not one[1].done():  # else the caller has given up
                 batch.append(one)
         if not batch:
             self._running = False

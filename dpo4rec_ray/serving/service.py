@@ -1,4 +1,4 @@
-"""What a replica does with a request, without Ray and without HTTP: from the parsed body to the answer."""
+"""What a replica does with a request: from the parsed body to the answer. Knows neither Ray nor HTTP."""
 
 from __future__ import annotations
 
@@ -8,138 +8,104 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.serving.api import Candidate, Event, ModelCard, RerankRequest, SeenItem, UserKnowledge
 from dpo4rec_ray.serving.batcher import Batcher, Overloaded
-from dpo4rec_ray.serving.figures import Figures
-from dpo4rec_ray.serving.live import Live
-from dpo4rec_ray.serving.ranker import Ranker, Ranking, RankRequest
+from dpo4rec_ray.serving.fresh_texts import FreshTextLookup
+from dpo4rec_ray.serving.loaded_version import LoadedVersion, Ranking, RankTask
 from dpo4rec_ray.serving.registry import Registry
-from dpo4rec_ray.serving.version_files import UNKNOWN, PublishedVersion
+from dpo4rec_ray.serving.request_metrics import ServingMetrics
+from dpo4rec_ray.serving.version_files import RECORDED_FILE, UNKNOWN, VersionFiles
+from dpo4rec_ray.serving.version_manager import VersionManager
 
-SHORT = 31  # candidates up to which lists are ranked together, whatever their size
-PLACES_IN_LOOP = 8192  # candidates ranked in the event loop's thread; more would hold other requests up
-MAX_SHADOWS = 64  # lists that wait for a shadow's ranking; more are not shadowed
-
-
-@dataclass(frozen=True)
-class Written:
-    """A text that was written for a user whom no version knows."""
-
-    text: str
-    vector: npt.NDArray[np.float32]  # [D]
-
-
-class FreshKnowledge(Protocol):
-    """Texts for users whom no version knows."""
-
-    async def find(self, version: PublishedVersion, user_id: str, history: Sequence[Event]) -> Written | None:
-        """What has been written; if nothing has, it is asked for and not waited for."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A list and the version that is to rank it."""
-
-    ranker: Ranker
-    request: RankRequest
+SHORT = 31  # lists of up to this many candidates are ranked together, whatever their sizes
+CANDIDATES_IN_LOOP = 8192  # ranked in the thread of the event loop; more would delay other requests
+MAX_SHADOWS = 64  # lists that wait for a shadow; further lists are not shadowed
+QueuedTask = tuple[LoadedVersion, RankTask]  # a list, and the version that ranks it
 
 
 class Service:
-    """Answers requests on the versions of a registry; lists that come together are ranked together."""
+    """Answers requests with the versions of a registry. Lists that arrive together are ranked together."""
 
     def __init__(
         self,
         registry: Registry,
-        max_batch: int = 64,
-        max_waiting: int = 512,
-        figures: Figures | None = None,
-        fresh: FreshKnowledge | None = None,
-        device: str = "cpu",
+        settings: ServingSection | None = None,
+        metrics: ServingMetrics | None = None,
+        fresh_texts: FreshTextLookup | None = None,
     ):
-        """Raises UserError if the registry has no sound version to answer with."""
-        self.registry = registry
-        self.live = Live(registry, device)
-        self.figures = figures or Figures()
-        self._fresh = fresh
-        self._batcher: Batcher[Asked, Ranking] = Batcher(
-            _rank_together, max_batch, max_waiting, _places, PLACES_IN_LOOP
-        )
-        self._name, self._numbers = uuid.uuid4().hex, itertools.count()  # of answers
-        # Apart: a shadow delays nobody's answer and takes nobody's place.
-        self._shadow_batcher: Batcher[Asked, Ranking] = Batcher(
-            _rank_together, max_batch, MAX_SHADOWS, _places, PLACES_IN_LOOP
-        )
+        """Raises UserError if the registry has no version that can be loaded."""
+        self.registry, self.settings = registry, settings or ServingSection()
+        self.manager = VersionManager(registry, "cuda" if self.settings.gpus_per_replica else "cpu")
+        self.metrics = metrics or ServingMetrics()
         self.failed_in_a_row = 0  # lists
+        self._fresh_texts = fresh_texts
+        self._batcher = self._new_batcher(self.settings.max_waiting)
+        # A batcher of their own: shadows neither delay answers nor take the place of waiting lists.
+        self._shadow_batcher = self._new_batcher(MAX_SHADOWS)
         self._shadows: set[asyncio.Task[None]] = set()
+        self._name, self._numbers = uuid.uuid4().hex, itertools.count()  # make the ids of answers
+
+    def _new_batcher(self, max_waiting: int) -> Batcher[QueuedTask, Ranking]:
+        return Batcher(rank_together, self.settings.max_batch, max_waiting, _cost, CANDIDATES_IN_LOOP)
 
     async def rerank(self, body: RerankRequest) -> dict[str, Any]:
         """A RerankResponse as a dict.
 
         Raises:
             Overloaded: too many lists wait.
-            NotLoaded: `model` is not.
+            NotLoaded: the version that `model` names is not loaded.
         """
         began = time.perf_counter()
         user_id = body.user_id or ""
-        ranker = self.live.ranker(user_id, body.model)
+        version = self.manager.version_for(user_id, body.model)
         ids = [one if isinstance(one, str) else one.item_id for one in body.candidates]
-        asked = await self._request(ranker.version, ids, user_id, body.history)
+        task = await self._task(version.files, ids, user_id, body.history)
         try:
-            ranking = await self._batcher(Asked(ranker, asked))
+            ranking = await self._batcher((version, task))
         except Overloaded:
-            self.figures.overloaded()
+            self.metrics.overloaded()
             raise
         except Exception:
-            self.figures.failed(ranker.version.card.version)
+            self.metrics.failed(version.files.card.version)
             self.failed_in_a_row += 1
             raise
         self.failed_in_a_row = 0
         if body.model is None:
-            self._shadow(ranker, asked, ranking)
-        return self._response(body, ids, ranking, ranker.version, began)
+            self._shadow(version, task, ranking)
+        return self._response(body, ids, ranking, version.files, began)
 
     async def knowledge(self, user_id: str, model: str | None = None) -> UserKnowledge | None:
-        """What is stored of a user by the version that answers it, or was written since; None: nothing.
+        """What the version that answers a user has stored of it, or the fresh text; None: nothing is known.
 
         Raises:
-            NotLoaded: `model` is not.
+            NotLoaded: the version that `model` names is not loaded.
         """
-        version = self.live.ranker(user_id, model).version
+        version = self.manager.version_for(user_id, model).files
+        found = UserKnowledge(
+            user_id=user_id, version=version.card.version, knowledge="none", text="", history=[]
+        )
         row = version.user_index.row(user_id)
         if row == UNKNOWN:
-            written = self._fresh and await self._fresh.find(version, user_id, [])
-            if not written:
-                return None
-            return UserKnowledge(
-                user_id=user_id,
-                version=version.card.version,
-                knowledge="fresh",
-                text=written.text,
-                history=[],
-            )
-        text = version.text(row)
-        return UserKnowledge(
-            user_id=user_id,
-            version=version.card.version,
-            knowledge="stored" if text else "none",
-            text=text,
-            history=[
-                SeenItem(item_id=version.item_id(item), title=version.title(item), rating=rating)
-                for item, rating in zip(*version.history(row), strict=True)
-            ],
-        )
+            fresh = self._fresh_texts and await self._fresh_texts.find(version, user_id, [])
+            return found.model_copy(update={"knowledge": "fresh", "text": fresh.text}) if fresh else None
+        found.history = [
+            SeenItem(item_id=version.item_id(item), title=version.title(item), rating=rating)
+            for item, rating in zip(*version.history(row), strict=True)
+        ]
+        if text := version.text(row):
+            found.knowledge, found.text = "stored", text
+        return found
 
     def models(self) -> list[ModelCard]:
         """All versions of the registry, and what each of them does."""
-        held = self.live.held
-        roles = {held.traffic.shadow: "shadow", held.traffic.split: "split", held.traffic.current: "current"}
-        percent = {"current": 100 - held.traffic.percent, "split": held.traffic.percent}
+        loaded = self.manager.loaded
+        routing = loaded.routing
+        roles = {routing.shadow: "shadow", routing.split: "split", routing.current: "current"}
+        percent = {"current": 100 - routing.percent, "split": routing.percent}
         return [
             ModelCard(
                 id=card.version,
@@ -147,16 +113,16 @@ class Service:
                 created=card.created,
                 serves=(role := roles.get(card.version, "none")),
                 percent=percent.get(role, 0.0),
-                loaded=card.version in held.rankers,
-                figures=card.figures,
+                loaded=card.version in loaded.versions,
+                figures=card.metrics,
             )
             for card in self.registry.cards()
         ]
 
     def examples(self) -> list[dict[str, Any]]:
         """The recorded lists of the current version, as Example."""
-        version = self.live.ranker("", self.live.held.traffic.current).version
-        recorded = json.loads((version.folder / "recorded.json").read_text(encoding="utf-8"))
+        version = self.manager.version_for("", self.manager.loaded.routing.current).files
+        recorded = json.loads((version.folder / RECORDED_FILE).read_text(encoding="utf-8"))
         return [
             {
                 "user_id": one["user_id"],
@@ -168,19 +134,19 @@ class Service:
             for one in recorded
         ]
 
-    async def _request(
-        self, version: PublishedVersion, ids: list[str], user_id: str, events: list[Event] | None
-    ) -> RankRequest:
+    async def _task(
+        self, version: VersionFiles, ids: list[str], user_id: str, events: list[Event] | None
+    ) -> RankTask:
         events = events if events is None else _by_time(events)
         vector = None
-        wanted = self._fresh is not None and user_id and version.card.knowledge
+        wanted = self._fresh_texts is not None and user_id and version.card.knowledge
         if wanted and version.user_index.row(user_id) == UNKNOWN:
-            written = await self._fresh.find(version, user_id, events or [])
-            vector = None if written is None else written.vector
+            fresh = await self._fresh_texts.find(version, user_id, events or [])
+            vector = None if fresh is None else fresh.vector
         if events is None:
-            return RankRequest(ids, user_id, vector=vector)
+            return RankTask(ids, user_id, vector=vector)
         ratings = [event.rating for event in events if event.rating is not None]
-        return RankRequest(
+        return RankTask(
             ids,
             user_id,
             [event.item_id for event in events],
@@ -188,33 +154,33 @@ class Service:
             vector,
         )
 
-    def _shadow(self, ranker: Ranker, asked: RankRequest, given: Ranking) -> None:
-        """Ask the shadow too, after the answer and only while there is room. A fresh vector is of another encoder."""
-        held = self.live.held
-        shadow = held.rankers.get(held.traffic.shadow)
-        if shadow is None or shadow is ranker or len(self._shadows) >= MAX_SHADOWS:
+    def _shadow(self, version: LoadedVersion, task: RankTask, sent: Ranking) -> None:
+        """Let the shadow rank the list too, if there is room. Without a fresh vector: its encoder may be another."""
+        loaded = self.manager.loaded
+        shadow = loaded.versions.get(loaded.routing.shadow)
+        if shadow is None or shadow is version or len(self._shadows) >= MAX_SHADOWS:
             return
 
-        async def ask() -> None:
+        async def compare() -> None:
             try:
-                other = await self._shadow_batcher(Asked(shadow, replace(asked, vector=None)))
+                other = await self._shadow_batcher((shadow, replace(task, vector=None)))
             except Overloaded:
                 return
             except Exception:
-                self.figures.failed(shadow.version.card.version)
+                self.metrics.failed(shadow.files.card.version)
                 return
-            self.figures.shadowed(shadow.version.card.version, given, other)
+            self.metrics.shadowed(shadow.files.card.version, sent, other)
 
-        task = asyncio.get_running_loop().create_task(ask())
-        self._shadows.add(task)
-        task.add_done_callback(self._shadows.discard)
+        running = asyncio.get_running_loop().create_task(compare())
+        self._shadows.add(running)
+        running.add_done_callback(self._shadows.discard)
 
     def _response(
         self,
         body: RerankRequest,
         ids: list[str],
         ranking: Ranking,
-        version: PublishedVersion,
+        version: VersionFiles,
         began: float,
     ) -> dict[str, Any]:
         scores: list[Any] = ranking.scores.tolist()
@@ -234,7 +200,7 @@ class Service:
                 result["document"] = _document(body.candidates[result["index"]], version)
         fallback = not ranking.known_user or not ranking.num_known
         seconds = time.perf_counter() - began
-        self.figures.answered(version.card.version, ranking, fallback, seconds)
+        self.metrics.answered(version.card.version, ranking, fallback, seconds)
         return {
             "id": f"{self._name}-{next(self._numbers)}",
             "model": version.card.version,
@@ -248,36 +214,40 @@ class Service:
         }
 
 
-def _rank_together(asked: Sequence[Asked]) -> list[Ranking | Exception]:
-    """A forward pass for each version and size of lists: padded to a much longer one, short lists would cost as much."""
+def rank_together(queued: Sequence[QueuedTask]) -> list[Ranking | Exception]:
+    """One forward pass per version and size of lists. Short lists padded to a long one would cost as much as it does.
+
+    Returns:
+        Per list its ranking, or the error of its forward pass.
+    """
     groups: dict[tuple[int, int], list[int]] = {}
-    for place, one in enumerate(asked):
-        size = max(len(one.request.candidates), SHORT).bit_length()
-        groups.setdefault((id(one.ranker), size), []).append(place)
-    found: list[Ranking | Exception] = [RuntimeError()] * len(asked)
+    for place, (version, task) in enumerate(queued):
+        size = max(len(task.candidates), SHORT).bit_length()
+        groups.setdefault((id(version), size), []).append(place)
+    found: list[Ranking | Exception] = [RuntimeError()] * len(queued)
     for places in groups.values():
         try:
-            ranked = asked[places[0]].ranker.rank([asked[place].request for place in places])
-        except Exception as error:  # of one version or size: the others have their answers
+            ranked = queued[places[0]][0].rank([queued[place][1] for place in places])
+        except Exception as error:  # only the lists of this forward pass fail
             ranked = [error] * len(places)
         for place, ranking in zip(places, ranked, strict=True):
             found[place] = ranking
     return found
 
 
-def _places(asked: Asked) -> int:
-    """What ranking a list costs, at most, in candidates."""
-    return 2 * max(len(asked.request.candidates), SHORT)
+def _cost(queued: QueuedTask) -> int:
+    """The most that ranking a list costs, in candidates."""
+    return 2 * max(len(queued[1].candidates), SHORT)
 
 
 def _by_time(events: list[Event]) -> list[Event]:
-    """Oldest first where all events have a time, else as they came."""
+    """Oldest first if all events have a time, else in the order of the request."""
     if all(event.timestamp is not None for event in events):
         return sorted(events, key=lambda event: event.timestamp or 0.0)
     return events
 
 
-def _document(candidate: str | Candidate, version: PublishedVersion) -> dict[str, Any]:
+def _document(candidate: str | Candidate, version: VersionFiles) -> dict[str, Any]:
     item_id, text = (candidate, None) if isinstance(candidate, str) else (candidate.item_id, candidate.text)
     row = version.item_rows.get(item_id)
     return {"item_id": item_id, "text": text if text is not None or row is None else version.title(row)}

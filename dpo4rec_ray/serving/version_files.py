@@ -1,12 +1,11 @@
-"""A published version of a run: all that serving needs of it, in files that many processes map into memory at once.
+"""The files of a published version. Many processes map the same files into memory.
 
-A version is a folder; its version.json is written last, so its presence means complete. What is known of millions of
-users stays on disk: a request touches the pages of its own user, and the replicas of a node share them. Items are held
-in memory, as the reranker holds them. Plain NumPy and Arrow files, safetensors and JSON: nothing that could run code
-when it is read.
+A version is a folder. Its version.json is written last: where it is, the version is complete. What a version knows of its
+millions of users stays on disk: a request reads the pages of its own user, and the replicas of a node share these pages.
+Items are in memory. All files are plain NumPy arrays, Arrow, safetensors or JSON, so reading one cannot run code.
 
-Of a user's knowledge vector a version keeps what its reranker makes of it, once for all requests: `user_sides.npy`, the
-user part of the input layer, and `user_standard.npy`, the vector scaled for the similarity (rerankers.scorer).
+A user's knowledge vector is stored as what the reranker makes of it, computed once (rerankers/scorer.py): `user_sides.npy`
+is the user part of the input layer, `user_standard.npy` the vector scaled for the similarity.
 """
 
 from __future__ import annotations
@@ -26,13 +25,15 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.artifacts import write_json
 
 VERSION_FILE = "version.json"
-FORMAT = 1  # raised when the files change their meaning
-# What writes texts for users whom the version does not know, where the run has an LLM: config.json, and of the LLM what
-# has no name of its own (stages/publish, serving/writer).
-WRITER_FOLDER, WRITER_LLM, WRITER_ADAPTER = "writer", "llm", "adapter"
-UNKNOWN = -1  # the row of an id that is not there
+RECORDED_FILE = "recorded.json"
+FORMAT = 1  # grows when the files change their meaning
+# Where the run has an LLM, this folder has what writes texts for unknown users (serving/writer.py): config.json, and the
+# weights that were in the run folder.
+WRITER_FOLDER, WRITER_LLM, WRITER_LORA = "writer", "llm", "lora"
+UNKNOWN = -1  # the row of an id that the version does not know
 
-# In users.arrow and items.arrow, in the order of the run's dense ids; texts.arrow in the order of the vectors.
+# Rows of users.arrow and items.arrow are in the order of the run's integer ids. texts.arrow, user_sides.npy and
+# user_standard.npy have one order, to which user_vector_rows.npy leads.
 USERS = pa.schema(
     [
         ("raw_id", pa.string()),
@@ -46,33 +47,44 @@ TEXTS = pa.schema([("text", pa.string())])
 
 @dataclass(frozen=True)
 class VersionCard:
-    """version.json: what a version is and where it comes from."""
+    """version.json: what a version is and where it comes from.
+
+    Attributes:
+        model: backbone, system and seed, as in the evaluation's tables.
+        knowledge: the system whose texts the reranker reads; "" if it reads none.
+        source: fingerprint of the evaluation that the version was published from.
+        max_history: most events of a user that the reranker reads.
+        metrics: of the model on the run's test lists.
+    """
 
     version: str
-    model: str  # backbone and system, as in the evaluation's tables
-    knowledge: str  # system whose texts the reranker reads; "" for none
+    model: str
+    knowledge: str
     run: str
-    source: str  # of the evaluation that it was published from: the same run gives the same again
+    source: str
     created: str
     num_users: int
     num_items: int
-    max_history: int  # events of a user that the reranker reads, at most
+    max_history: int
     encoder: str = ""
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
 
 
 def write_card(folder: Path, card: VersionCard) -> None:
-    """The last file of a version."""
+    """Write the last file of a version."""
     write_json(folder / VERSION_FILE, asdict(card))
 
 
 def read_card(folder: Path) -> VersionCard:
-    """Raises UserError if the folder holds no complete version, or one of another format."""
+    """Raises UserError if the folder has no complete version, or one of another format."""
     file = folder / VERSION_FILE
     try:
-        card = VersionCard(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "figures" in content:  # the name before release 0.2
+            content["metrics"] = content.pop("figures")
+        card = VersionCard(**content)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: no published version ({error}); publish the run again") from None
     if card.format != FORMAT:
         raise UserError(f"{file}: format {card.format}, but this code reads {FORMAT}; publish the run again")
@@ -80,11 +92,11 @@ def read_card(folder: Path) -> VersionCard:
 
 
 class KeyIndex:
-    """Raw ids -> rows, by 64-bit keys in two mapped arrays; the ids themselves are not read."""
+    """Raw ids -> rows, by 64-bit keys (core/keys.py) in two mapped arrays. The ids themselves are not read."""
 
     def __init__(self, folder: Path, name: str):
         """Raises UserError if a file is missing or damaged."""
-        # Views without numpy.memmap's class: indexing that costs several times as much. The mapping stays.
+        # Views without the class numpy.memmap, whose indexing costs several times as much. The files stay mapped.
         self._keys = mapped(folder / f"{name}_keys.npy").view(np.ndarray)
         self._rows = mapped(folder / f"{name}_rows.npy").view(np.ndarray)
         if len(self._keys) != len(self._rows):
@@ -92,24 +104,24 @@ class KeyIndex:
 
     @staticmethod
     def write(folder: Path, name: str, keys: Keys) -> None:
-        """keys: [n], of row 0, 1, ..."""
+        """keys: [n] of the rows 0 to n - 1."""
         order = np.argsort(keys, kind="stable")
         np.save(folder / f"{name}_keys.npy", keys[order])
         np.save(folder / f"{name}_rows.npy", order.astype(np.int64))
 
     def row(self, raw_id: str) -> int:
-        """UNKNOWN if the id is not there."""
+        """The row of an id, or UNKNOWN."""
         key = np.uint64(string_key(raw_id.encode()))
         place = int(self._keys.searchsorted(key))
         found = place < len(self._keys) and self._keys[place] == key
         return int(self._rows[place]) if found else UNKNOWN
 
 
-class PublishedVersion:
-    """A version's files, mapped. Safe to share between threads: nothing is written."""
+class VersionFiles:
+    """The mapped files of a version. Threads may share it: nothing is written."""
 
     def __init__(self, folder: str | Path):
-        """Raises UserError if a file is missing, damaged or does not fit the others."""
+        """Raises UserError if a file is missing or damaged, or does not fit the others."""
         self.folder = Path(folder)
         self.card = read_card(self.folder)
         self.user_index = KeyIndex(self.folder, "user")
@@ -136,14 +148,20 @@ class PublishedVersion:
         return self._standard.shape[1] if self.card.knowledge else 0
 
     def user_parts(self, rows: npt.NDArray[np.int64]) -> tuple[np.ndarray, np.ndarray, npt.NDArray[np.bool_]]:
-        """What is kept of n users by row (UNKNOWN allowed): standard [n, D] and sides [n, W], copies, and who has
-        knowledge [n]; the rows of the others mean nothing."""
-        stored = self._vector_rows[rows]  # UNKNOWN takes some row
+        """Copies of what is stored of n users.
+
+        Args:
+            rows: [n], UNKNOWN allowed.
+
+        Returns:
+            standard [n, D], sides [n, W], and which users have knowledge [n]; the values of the others mean nothing.
+        """
+        stored = self._vector_rows[rows]  # UNKNOWN, -1, takes the last row
         there = (rows != UNKNOWN) & (stored != UNKNOWN)
         return self._standard[stored], self._sides[stored], there
 
     def text(self, row: int) -> str:
-        """The knowledge text of a user; "" where there is none."""
+        """The knowledge text of a user; "" if there is none."""
         place = int(self._vector_rows[row]) if self.card.knowledge else UNKNOWN
         return "" if place == UNKNOWN else self._texts["text"][place].as_py()
 
@@ -162,10 +180,10 @@ class PublishedVersion:
 
 
 def mapped(file: Path) -> np.ndarray:
-    """A .npy file, mapped read-only; never unpickled.
+    """A .npy file, mapped for reading. It is never unpickled.
 
     Raises:
-        UserError: missing, cut off, or not a plain array.
+        UserError: the file is missing, cut off, or no plain array.
     """
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
@@ -177,7 +195,7 @@ def table(file: Path) -> pa.Table:
     """An Arrow file, mapped.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
@@ -186,5 +204,5 @@ def table(file: Path) -> pa.Table:
 
 
 def arrow_writer(file: Path, schema: pa.Schema) -> Any:
-    """Record batches into a file that `table` maps."""
+    """Writes record batches into a file that `table` maps."""
     return pa.ipc.new_file(str(file), schema)

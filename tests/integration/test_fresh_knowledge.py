@@ -1,4 +1,4 @@
-"""Texts for users whom no version knows, with everything real: vLLM, the encoder, Ray Serve and HTTP."""
+"""Texts for users whom no version knows, with the real vLLM, encoder, Ray Serve and HTTP."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from dpo4rec_ray.config import read_config
 from dpo4rec_ray.config.serving import ServingSection
-from dpo4rec_ray.serving.fresh import Order
+from dpo4rec_ray.serving.fresh_texts import TextJob
 from dpo4rec_ray.serving.publish import publish
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.version_files import WRITER_FOLDER, WRITER_LLM, read_card, table, write_card
-from dpo4rec_ray.serving.writer import Prompts, plan_of
+from dpo4rec_ray.serving.writer import JobPrompts
+from dpo4rec_ray.serving.writer_setup import read_setup
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import ROOT, Finished
 
@@ -38,7 +39,7 @@ QUEUE = 2
 
 @pytest.fixture(scope="module")
 def llm_registry(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """Versions of a run whose texts an LLM wrote, the run itself out of reach."""
+    """Versions of a run whose texts an LLM wrote. The run itself is removed."""
     store = RunDir(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("run") / "run"))
     found = Registry(tmp_path_factory.mktemp("registry"))
     for name, model in MODELS.items():
@@ -53,7 +54,7 @@ def llm_registry(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) -
 
 @dataclass(frozen=True)
 class Server:
-    """A server on this machine, and what a test asks of it."""
+    """A server on this machine, and the requests of the tests."""
 
     url: str
     process: subprocess.Popen[str]
@@ -78,7 +79,7 @@ class Server:
         return requests.get(f"{self.url}/v1/users/{user_id}/knowledge", timeout=60)
 
     def fresh(self, user_id: str, version: str) -> dict[str, Any]:
-        """The first answer that a text for the user takes part in."""
+        """The first answer that uses a text written for the user."""
 
         def answer() -> dict[str, Any] | None:
             found = self.rerank(user_id)
@@ -91,7 +92,7 @@ class Server:
         self.fresh(user_id, version)
         return self.knowledge(user_id).json()["text"]
 
-    def figure(self, name: str) -> float:
+    def metric(self, name: str) -> float:
         lines = requests.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         return sum(
             float(line.split()[-1]) for line in lines if line.startswith(f"dpo4rec_serve_fresh_{name}")
@@ -157,14 +158,14 @@ def test_a_new_user_is_asked_about_as_the_run_asked(llm_registry: Registry, tiny
     store = RunDir(tiny_run.folder)
     users = {row["user_id"]: row for row in store.read("users").to_pylist()}
     asked = {row["user_id"]: row["prompt_token_ids"] for row in store.read("generations", 1).to_pylist()}
-    plan = plan_of(llm_registry, "v1", ServingSection())
-    prompts = Prompts(plan, table(llm_registry.folder("v1") / "items.arrow"))
+    setup = read_setup(llm_registry, "v1", ServingSection())
+    prompts = JobPrompts(setup, table(llm_registry.folder("v1") / "items.arrow"))
     assert len(asked) > 20
     for user_id, token_ids in asked.items():
         items, ratings = users[user_id]["history_item_ids"], users[user_id]["history_ratings"]
         # what came before the history that the run shows is left out
-        longer = Order("v1", "somebody", [0] * 5 + items, [1.0] * 5 + ratings)
-        shown = longer if len(items) == plan.config.data.max_history else Order("v1", "x", items, ratings)
+        longer = TextJob("v1", "somebody", [0] * 5 + items, [1.0] * 5 + ratings)
+        shown = longer if len(items) == setup.config.data.max_history else TextJob("v1", "x", items, ratings)
         assert prompts.token_ids(shown) == token_ids
 
 
@@ -181,24 +182,24 @@ def test_later_requests_of_a_new_user_rest_on_a_text(server: Server) -> None:
 
 
 def test_many_requests_of_a_user_make_one_text(server: Server) -> None:
-    before = server.figure("seconds_count")
+    before = server.metric("seconds_count")
     assert {one["meta"]["knowledge"] for one in server.rerank_all(["popular"] * 50)} <= {"none", "fresh"}
     server.fresh("popular", "v1")
     server.rerank_all(["popular"] * 50)
     server.fresh("after that", "v1")  # texts are written in the order in which they were asked for
-    assert server.figure("seconds_count") == before + 2
+    assert server.metric("seconds_count") == before + 2
 
 
 def test_a_full_queue_refuses_and_reranks_go_on(server: Server) -> None:
-    before = server.figure("refused_total")
+    before = server.metric("refused_total")
     users = [f"one of many {number}" for number in range(60)]
     answers = server.rerank_all(users)
     assert {one["meta"]["knowledge"] for one in answers} == {"none"}
     assert all(len(one["results"]) == len(server.candidates) for one in answers)
-    wait_for(lambda: server.figure("refused_total") > before)
+    wait_for(lambda: server.metric("refused_total") > before)
     server.fresh(users[-1], "v1")  # it is asked for again when there is room
-    wait_for(lambda: server.figure("waiting") == 0)
-    assert server.figure("failed_total") == 0
+    wait_for(lambda: server.metric("waiting") == 0)
+    assert server.metric("failed_total") == 0
 
 
 def test_the_writer_goes_over_to_another_version(server: Server, llm_registry: Registry) -> None:

@@ -1,4 +1,4 @@
-"""The page at `/` in headless Chromium, on a real service: what it shows is what the API answers."""
+"""The page at `/` in headless Chromium, on a real service: it shows what the API answers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
@@ -58,7 +59,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens pages. At the end, none may have thrown, written an error to the console or asked another host."""
+    """Opens pages. At the end: no page has thrown, written an error to the console or sent a request to another host."""
     pages: list[Page] = []
     errors: list[str] = []
     hosts: set[str] = set()
@@ -111,7 +112,7 @@ def number(value: float) -> str:
 
 
 def way(before: int, now: int) -> str:
-    """A cell: the place before, an arrow for the eye and words for screen readers."""
+    """A cell: the place before, an arrow for eyes and words for screen readers."""
     if before == now:
         return f"{before + 1} =same place"
     sign, word = ("▲", "up") if before > now else ("▼", "down")
@@ -191,7 +192,7 @@ def test_a_version_promoted_meanwhile_can_be_chosen(two_versions: Registry, open
         page = open_page(url)
         answered(page)
         two_versions.promote("v3")
-        assert service.live.refresh()
+        assert service.manager.refresh()
         page.get_by_role("button", name="Rerank").click()
         answered(page)
         expect(page.locator("#serving")).to_contain_text("v3 answers 70 %")
@@ -348,7 +349,7 @@ def test_mistakes_are_one_line(url: str, open_page: Open) -> None:
 
 
 def test_an_overloaded_service(two_versions: Registry, open_page: Open) -> None:
-    with serving(Service(two_versions, max_waiting=0)) as url:
+    with serving(Service(two_versions, ServingSection.model_construct(max_waiting=0))) as url:
         page = open_page(url)
         expect(page.get_by_role("alert")).to_have_text("503: too many requests wait; try again")
 

@@ -1,4 +1,4 @@
-"""`jobs/serve.py run` with Ray Serve and HAProxy: what it answers over HTTP, also while versions change, and how it ends."""
+"""`jobs/serve.py run` with Ray Serve and HAProxy: its answers over HTTP, changes of versions, and its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import requests
 from dpo4rec_ray.serving.api import RerankRequest
 from dpo4rec_ray.serving.client import Client
 from dpo4rec_ray.serving.haproxy import free_ports
-from dpo4rec_ray.serving.registry import TRAFFIC, Registry
+from dpo4rec_ray.serving.registry import ROUTING_FILE, Registry
 from dpo4rec_ray.serving.service import Service
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import ROOT
@@ -43,14 +43,14 @@ class Server:
     registry: Registry
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Waits for something that the server is to do by itself."""
+        """Wait until the server has done something by itself."""
         end = time.monotonic() + START_S
         while not condition():
             assert time.monotonic() < end and self.process.poll() is None
             time.sleep(0.1)
 
     def answers(self) -> str:
-        """Who answers now."""
+        """The version that answers now."""
         return Client(self.url).rerank(["a"], "somebody").model
 
     def ready(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def test_http_answers_as_the_service_does(
     assert "<html" in requests.get(server.url, timeout=30).text
 
 
-def test_figures_count_what_was_answered(server: Server) -> None:
+def test_metrics_count_what_was_answered(server: Server) -> None:
     def answered() -> float:
         text = requests.get(f"{server.url}/metrics", timeout=30).text
         counts = [line for line in text.splitlines() if line.startswith("dpo4rec_serve_answers_total{")]
@@ -134,7 +134,7 @@ def test_figures_count_what_was_answered(server: Server) -> None:
 def test_a_promotion_while_requests_run(
     server: Server, lists: list[dict[str, Any]], expected: dict[str, list[np.ndarray]]
 ) -> None:
-    """No request fails or waits for it, and every answer has the scores of the version that it names."""
+    """No request fails, and every answer has the scores of the version that it names."""
     stop, seen, failures = threading.Event(), [], []
 
     def ask(first: int) -> None:
@@ -170,16 +170,16 @@ def test_a_promotion_while_requests_run(
 
 
 def test_a_broken_version_is_refused(server: Server, lists: list[dict[str, Any]]) -> None:
-    """One that breaks after it was checked: what answered goes on, and /readyz says why."""
+    """A version breaks after promote has checked it: the old one still answers, and /readyz says why."""
     server.registry.promote("v1")
     server.until(lambda: server.ready()["versions"][0] == "v1")
     before = requests.post(f"{server.url}/v1/rerank", json=lists[0], timeout=30).json()
     broken = shutil.copytree(server.registry.folder("v2"), server.registry.folder("broken"))
     weights = broken / "reranker" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    now = server.registry.traffic()
-    traffic = replace(now, current="broken", previous=(*now.previous, "v1"), number=now.number + 1)
-    replaced(server.registry.root / TRAFFIC, json.dumps(asdict(traffic)))
+    now = server.registry.routing()
+    routing = replace(now, current="broken", previous=(*now.previous, "v1"), number=now.number + 1)
+    replaced(server.registry.root / ROUTING_FILE, json.dumps(asdict(routing)))
     server.until(lambda: "broken" in server.ready()["refused"])
     after = requests.post(f"{server.url}/v1/rerank", json=lists[0], timeout=30).json()
     assert after["model"] == "v1" and after["results"] == before["results"]
@@ -196,7 +196,7 @@ def replaced(file: Path, content: str) -> None:
 
 
 def test_it_ends_with_all_that_it_started(server: Server) -> None:
-    """The last test of this file: by SIGTERM, while somebody asks."""
+    """SIGTERM ends it and all its processes. The last test of this file."""
     started = psutil.Process(server.process.pid).children(recursive=True)
     assert {"haproxy", "raylet"} <= {one.name() for one in started}
     server.process.send_signal(signal.SIGTERM)

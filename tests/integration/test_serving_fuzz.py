@@ -1,4 +1,4 @@
-"""Requests that nobody would send on purpose: whatever comes, the service answers, and says whose fault it is."""
+"""Random requests: the service answers all of them, and says which fields are wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def described(published: Registry) -> BaseSchema:
 def test_what_the_description_allows_and_what_it_does_not(
     described: BaseSchema, mode: GenerationMode
 ) -> None:
-    """No 5xx; every status is one that is described, with the content that is described for it."""
+    """No answer is a 5xx. Its status and content are among those that the description has."""
     called = []
     for operation in (found.ok() for found in described.get_all_operations()):
         if mode is GenerationMode.NEGATIVE and not operation.body:
@@ -79,7 +79,7 @@ NAMES += ["timestamp", "text", "requests", "", "__class__", "constructor"]
 
 
 def anything(draw: random.Random, depth: int = 4) -> Any:
-    """A JSON value of names and values that stand in requests, and of others."""
+    """A random JSON value, with names and values that requests have and with others."""
     kind = draw.random()
     if not depth or kind < 0.4:
         return draw.choice(VALUES)
@@ -89,7 +89,7 @@ def anything(draw: random.Random, depth: int = 4) -> Any:
 
 
 def changed(draw: random.Random, value: Any) -> Any:
-    """The value with one place in it replaced, left out, doubled or renamed."""
+    """The value with one part of it replaced, left out, repeated or renamed."""
     if isinstance(value, dict) and value and draw.random() < 0.8:
         name = draw.choice(list(value))
         rest = {key: one for key, one in value.items() if key != name}
@@ -105,7 +105,7 @@ def changed(draw: random.Random, value: Any) -> Any:
 
 
 def random_body(draw: random.Random, valid: list[dict[str, Any]]) -> bytes:
-    """Bytes, broken JSON, deep nesting, huge numbers, wrong types, or a valid body that was changed here and there."""
+    """Bytes, broken JSON, deep nesting, huge numbers, wrong types, or a valid body with some changes."""
     kind = draw.randrange(6)
     if kind == 0:
         return draw.randbytes(draw.randrange(200))
@@ -128,7 +128,7 @@ def random_body(draw: random.Random, valid: list[dict[str, Any]]) -> bytes:
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_bodies(api: Api, served_run: RunDir, count: int) -> None:
-    """Each is answered, or refused with the fields that are wrong; the service is afterwards what it was."""
+    """Each is answered, or refused with the names of the wrong fields. Afterwards the service answers as before."""
     draw = random.Random() if NEW else random.Random(count)
     client = api(max_body=MAX_BODY)
     lists = [

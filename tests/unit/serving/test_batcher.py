@@ -1,4 +1,4 @@
-"""Adaptive batching: what is put together, what is refused, and whom an error reaches."""
+"""Adaptive batching: which items form a batch, which are refused, and which callers get an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo4rec_ray.serving.batcher import QUIET_TURNS, Batcher, Overloaded
 
 
 class Doubled:
-    """Work that notes what it was given and by which thread; a batch with a negative number fails."""
+    """Doubles numbers, and notes its batches and threads. A batch with a negative number fails."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -35,12 +35,12 @@ def batcher(
     max_waiting: int = 8,
     in_loop: int = 10**9,
 ) -> Batcher[int, int]:
-    """Of items as large as their value."""
+    """A Batcher of numbers. The size of an item is its absolute value."""
     return Batcher(work, max_batch, max_waiting, abs, in_loop)
 
 
 def test_one_item_is_a_batch_at_once() -> None:
-    """It waits for no clock: a few turns of the loop are enough."""
+    """No time is waited for, only a few turns of the loop."""
     work = Doubled()
 
     async def ask() -> int:
@@ -55,7 +55,7 @@ def test_one_item_is_a_batch_at_once() -> None:
 
 
 def test_what_comes_together_is_worked_on_together() -> None:
-    """In order, in lists of at most max_batch; each caller gets its own answer."""
+    """In order, in batches of at most max_batch. Each caller gets the answer to its item."""
     work = Doubled()
 
     async def ask() -> list[int]:
@@ -144,7 +144,7 @@ def test_too_few_answers_are_an_error(in_loop: int) -> None:
 
 @pytest.mark.parametrize("in_loop", [0, 10**9])
 def test_callers_that_went_cost_nothing(in_loop: int) -> None:
-    """Those that went before their batch began are not worked on; those that went after it do no harm."""
+    """If a caller gives up before its batch begins, its item is not computed; if later, nothing else changes."""
     work = Doubled()
 
     async def ask() -> list[int]:
@@ -180,7 +180,7 @@ def test_a_caller_that_goes_while_its_batch_runs() -> None:
 
 
 def test_all_callers_of_a_batch_may_go() -> None:
-    """It then rests, and works again when somebody comes."""
+    """The batcher then rests, and starts again with the next item."""
     work = Doubled()
 
     async def ask() -> int:

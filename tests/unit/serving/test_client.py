@@ -1,4 +1,4 @@
-"""The client against the real application, and against peers that hang up, stall or say no."""
+"""The client against the real application, and against servers that close the connection, stall or refuse."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refusal(status: int, *headers: str) -> bytes:
 
 @contextmanager
 def peer(*answers: bytes, close: bool = True) -> Iterator[tuple[str, list[bytes]]]:
-    """A server that gives these answers, each to a connection of its own if `close`; its address, and what it was sent."""
+    """A server that gives these answers. close: one answer per connection. Yields its address and the requests it got."""
     seen: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -66,7 +66,7 @@ def peer(*answers: bytes, close: bool = True) -> Iterator[tuple[str, list[bytes]
 
 
 def one_request(connection: socket.socket) -> bytes:
-    """Head and body; nothing if the other end hung up."""
+    """Head and body; empty if the other end closed the connection."""
     content = b""
     while b"\r\n\r\n" not in content:
         if not (more := connection.recv(65536)):
@@ -123,7 +123,7 @@ def test_every_option_arrives(client: Client) -> None:
 
 
 def test_mistakes_name_the_field(address: str, client: Client) -> None:
-    """Before anything is sent where that can be known here, else as the service says."""
+    """The client finds what it can before it sends anything; the rest is what the service says."""
     nowhere = Client("http://127.0.0.1:9")
     for status, field, call in (
         (422, "top_n", lambda: nowhere.rerank(["a"], "u", top_n=0)),
@@ -154,7 +154,7 @@ def test_a_netrc_does_not_replace_the_token(
 
 @pytest.mark.parametrize("first", [HANG_UP, b"HTT", refusal(502), refusal(503), refusal(504)])
 def test_one_more_attempt(first: bytes) -> None:
-    """Of a POST too, with the same body and token."""
+    """A POST is sent again too, with the same body and token."""
     with peer(first, OK) as (url, seen):
         assert Client(url, "secret").models() == []
     assert len(seen) == 2 and seen[0] == seen[1] and b"Bearer secret" in seen[0]
@@ -184,7 +184,7 @@ def test_what_would_not_help_is_not_repeated(status: int) -> None:
 
 
 def test_a_kept_connection_that_was_lost() -> None:
-    """As when a replica is killed between two requests: the other end hangs up on the second one."""
+    """As when a replica is killed between two requests: the other end closes the connection at the second one."""
     with peer(OK, HANG_UP, OK, close=False) as (url, seen):
         client = Client(url)
         assert client.models() == [] and client.models() == []
@@ -192,7 +192,7 @@ def test_a_kept_connection_that_was_lost() -> None:
 
 
 def test_a_peer_that_says_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is waited for, but not for hours."""
+    """The client waits as long as it is told, but at most MAX_WAIT_S."""
     waited: list[float] = []
     monkeypatch.setattr("urllib3.util.retry.time.sleep", waited.append)
     for seconds in ("2", "86400", "Fri, 31 Dec 2100 23:59:59 GMT"):

@@ -1,4 +1,4 @@
-"""The Serve application of the settings, and the file that `serve deploy` takes; nothing is started."""
+"""The Serve application for given settings, and the file for `serve deploy`. Nothing is started."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.serving.deployment import NAME, build, figures_folder, read_tokens
+from dpo4rec_ray.serving.deployment import NAME, build, metrics_folder, read_tokens
 from tests.serving_world import serve
 
 
@@ -55,7 +55,7 @@ def test_tokens(tmp_path: Path) -> None:
 
 
 def test_the_config_file_is_what_serve_deploys(tmp_path: Path) -> None:
-    """And its settings are those that were asked for."""
+    """Its settings are those of the command line."""
     changes = ["serving.port=8123", "serving.num_replicas=2", "serving.token_file=tokens"]
     ((code, out, errors),) = serve(["config", "--registry", str(tmp_path), *changes])
     assert (code, errors) == (0, "")
@@ -70,9 +70,9 @@ def test_the_config_file_is_what_serve_deploys(tmp_path: Path) -> None:
     assert build(application.args)._bound_deployment.num_replicas == 2
 
 
-def test_the_folder_of_figures_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_metrics_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / f"dpo4rec-figures-{os.getuid()}").mkdir(mode=0o777)
-    (tmp_path / f"dpo4rec-figures-{os.getuid()}").chmod(0o777)
-    with pytest.raises(UserError, match="not a folder of this user alone"):
-        figures_folder()
+    (tmp_path / f"dpo4rec-metrics-{os.getuid()}").mkdir(mode=0o777)
+    (tmp_path / f"dpo4rec-metrics-{os.getuid()}").chmod(0o777)
+    with pytest.raises(UserError, match="other users own or may use this folder"):
+        metrics_folder()

@@ -1,4 +1,4 @@
-"""The environment and the script in front of HAProxy; the real one runs in tests/integration/test_serving.py."""
+"""The environment for HAProxy and the script that starts it. HAProxy runs in tests/integration/test_serving.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ listen stats
 
 
 def changed(folder: Path, host: str, tuned: bool = True) -> str:
-    """The configuration after the script has run, with a program in HAProxy's place."""
+    """The configuration after the script has run, without HAProxy."""
     variables = haproxy.environment(folder, tuned=tuned)
     script = Path(variables["RAY_SERVE_HAPROXY_BINARY_PATH"])
     *head, last = script.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""The HTTP application in this process: what it answers, and how it says what is wrong."""
+"""The HTTP application in this process: its answers, and its error messages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
+from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.serving.api import MAX_BATCH, MAX_CANDIDATES, RerankResponse
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
-from dpo4rec_ray.serving.version_files import KeyIndex, PublishedVersion
+from dpo4rec_ray.serving.version_files import KeyIndex, VersionFiles
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import MAX_BODY, Api, requests_of
 
@@ -51,14 +52,14 @@ def in_process(service: Service) -> httpx2.AsyncClient:
 
 
 def ranked(answer: Any) -> list[tuple[str, float | None]]:
-    """Item and score, best first, of an answer that has the form it promises."""
+    """Items and scores, best first. Also checks the form of the answer."""
     assert answer.status_code == 200, answer.text
     parsed = RerankResponse.model_validate_json(answer.content)
     return [(one.item_id, one.relevance_score) for one in parsed.results]
 
 
 def mistakes(answer: Any) -> list[str]:
-    """Places of the fields that are wrong."""
+    """The names of the wrong fields."""
     assert answer.status_code == 422, answer.text
     return [".".join(map(str, one["loc"])) for one in answer.json()["detail"]]
 
@@ -116,7 +117,7 @@ def test_a_body_that_is_too_large(api: Api, bodies: list[dict[str, Any]], path: 
 def test_no_more_of_a_body_is_read_than_may_be(
     published: Registry, headers: list[tuple[bytes, bytes]]
 ) -> None:
-    """Without an end in sight, or with one that is said to be far away."""
+    """The body has no end, or a header says that it is long."""
     application = build_api(Service(published), frozenset(), 2000)
     scope = {
         "type": "http",
@@ -234,7 +235,7 @@ def test_the_fields_of_other_rerank_apis(
     assert ranked(client.post(RERANK, json={"user_id": user, "candidates": objects})) == whole
     for top in (1, 3, len(items), 999):
         assert ranked(client.post(RERANK, json={**body, "top_n": top})) == whole[:top]
-    version = PublishedVersion(published.folder("v1"))
+    version = VersionFiles(published.folder("v1"))
     mixed = [objects[0], *items[1:], "unknown"]
     found = client.post(RERANK, json={"user_id": user, "candidates": mixed, "return_documents": True}).json()
     texts = {one["document"]["item_id"]: one["document"]["text"] for one in found["results"]}
@@ -251,7 +252,7 @@ def test_ids_may_be_numbers(client: TestClient) -> None:
 
 
 def test_nobody_and_nothing_known(client: TestClient, bodies: list[dict[str, Any]]) -> None:
-    """An answer all the same, and it says what it rests on."""
+    """They are ranked too, and the answer says what it is based on."""
     items = bodies[0]["candidates"]
     stranger = client.post(RERANK, json={"user_id": "stranger", "candidates": [*items, "x"]}).json()
     assert stranger["meta"]["fallback"] and stranger["meta"]["knowledge"] == "none"
@@ -333,7 +334,7 @@ def test_examples_can_be_asked(client: TestClient) -> None:
 
 
 def test_knowledge(client: TestClient, published: Registry, bodies: list[dict[str, Any]]) -> None:
-    version = PublishedVersion(published.folder("v1"))
+    version = VersionFiles(published.folder("v1"))
     user = bodies[0]["user_id"]
     found = client.get(f"/v1/users/{user}/knowledge").json()
     row = version.user_index.row(user)
@@ -349,7 +350,7 @@ def test_knowledge(client: TestClient, published: Registry, bodies: list[dict[st
 
 @pytest.mark.parametrize("user", ["a/b", "a b", "ümlaut", "%41", "a?b#c", "日本", "a+b", "..", "\0"])
 def test_a_user_with_any_id(registry: Registry, bodies: list[dict[str, Any]], user: str) -> None:
-    """The version's first user, renamed."""
+    """The first user of the version gets the id."""
     folder = registry.folder("v1")
     with pa.OSFile(str(folder / "users.arrow")) as source:
         users = pa.ipc.open_file(source).read_all()
@@ -379,10 +380,10 @@ def test_too_many_lists_at_once(api: Api, bodies: list[dict[str, Any]]) -> None:
 
 
 def test_too_many_requests_at_once(published: Registry, bodies: list[dict[str, Any]]) -> None:
-    """Some are answered, the others are told when to come again, and then all is as before."""
+    """Some are answered, the others get a Retry-After. Later requests are answered as before."""
 
     async def ask() -> None:
-        async with in_process(Service(published, max_waiting=2)) as client:
+        async with in_process(Service(published, ServingSection.model_construct(max_waiting=2))) as client:
             answers = await asyncio.gather(*(client.post(RERANK, json=body) for body in bodies[:12]))
             given = {answer.status_code for answer in answers}
             assert given == {200, 503}

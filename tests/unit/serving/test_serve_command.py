@@ -1,4 +1,4 @@
-"""jobs/serve.py without a server: publishing, who answers, and what it says to mistakes."""
+"""jobs/serve.py without a server: publishing, choosing the versions that answer, and error messages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import shutil
 import socket
 from pathlib import Path
 
-from dpo4rec_ray.serving.registry import TRAFFIC, Registry, Traffic
+from dpo4rec_ray.serving.registry import ROUTING_FILE, Registry, Routing
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import serve
 
 
 def test_a_version_from_the_run_to_the_traffic(registry: Registry, served_run: RunDir) -> None:
-    """What each command says at its end, and what the traffic is after all of them."""
+    """What each command prints last, and which versions answer after all of them."""
     run = str(served_run.root)
     steps = {
         (
@@ -38,7 +38,7 @@ def test_a_version_from_the_run_to_the_traffic(registry: Registry, served_run: R
     done = serve(*([*step, "--registry", str(registry.root)] for step in steps))
     for (code, out, errors), expected in zip(done, steps.values(), strict=True):
         assert (code, errors) == (0, "") and out.splitlines()[-1].startswith(expected), out + errors
-    assert registry.traffic() == Traffic("best", ("v1",), number=8)
+    assert registry.routing() == Routing("best", ("v1",), number=8)
     lines = done[-1][1].splitlines()
     names = {line.split()[0] for line in lines[:-1]}
     (dated,) = names - {"v1", "v2", "v3", "mir", "best", "new"}
@@ -47,13 +47,13 @@ def test_a_version_from_the_run_to_the_traffic(registry: Registry, served_run: R
 
 
 def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path: Path) -> None:
-    """With code 2, and nothing half-made stays."""
+    """The exit code is 2, and nothing incomplete stays."""
     run, new, unfinished = str(served_run.root), Registry(tmp_path / "new"), tmp_path / "unfinished"
     shutil.copytree(registry.folder("v2"), registry.folder("cut"))
     (registry.folder("cut") / "user_standard.npy").write_bytes(b"")
     damaged = Registry(tmp_path / "damaged")
     damaged.root.mkdir()
-    (damaged.root / TRAFFIC).write_text("{", encoding="utf-8")
+    (damaged.root / ROUTING_FILE).write_text("{", encoding="utf-8")
     shutil.copytree(run, unfinished)
     (unfinished / "eval" / "manifest.json").unlink()
     taken = socket.create_server(("127.0.0.1", 0))
@@ -74,7 +74,7 @@ def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path:
         (registry, ["run", run, "serving.num_replicas=0"], "serving.num_replicas = 0"),
         (registry, ["run", f"serving.port={port}"], f"cannot listen at 127.0.0.1:{port}"),
         (new, ["run"], "no version is promoted"),
-        (damaged, ["status"], TRAFFIC),
+        (damaged, ["status"], ROUTING_FILE),
         (damaged, ["promote", "v1"], "no published version"),
     ]
     before = set(registry.root.rglob("*"))
@@ -88,6 +88,6 @@ def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path:
 
 
 def test_the_registry_is_plain_files(registry: Registry) -> None:
-    assert json.loads((registry.root / TRAFFIC).read_text(encoding="utf-8"))["current"] == "v1"
+    assert json.loads((registry.root / ROUTING_FILE).read_text(encoding="utf-8"))["current"] == "v1"
     suffixes = {path.suffix for path in registry.root.rglob("*") if path.is_file() and path.name != ".lock"}
     assert suffixes == {".npy", ".arrow", ".safetensors", ".json", ".md"}, "nothing that has to be unpickled"

@@ -1,10 +1,11 @@
-"""A published version's files: what they hold, and that damaged ones are refused by name."""
+"""The files of a published version: their content, and error messages that name a damaged one."""
 
 from __future__ import annotations
 
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,9 @@ from dpo4rec_ray.core.keys import string_key, string_keys
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.systems import HEADLINE
 from dpo4rec_ray.serving.publish import publish
-from dpo4rec_ray.serving.registry import Registry, check_version
-from dpo4rec_ray.serving.version_files import UNKNOWN, KeyIndex, PublishedVersion
+from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.serving.version_check import load_version
+from dpo4rec_ray.serving.version_files import UNKNOWN, KeyIndex, VersionFiles, read_card
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import read_vectors
 from tests.serving_world import MODELS
@@ -69,7 +71,7 @@ def test_an_index_is_a_dictionary(tmp_path: Path, known: list[str], asked: list[
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_version_holds_what_the_run_does(published: Registry, served_run: RunDir, name: str) -> None:
-    version = PublishedVersion(published.folder(name))
+    version = VersionFiles(published.folder(name))
     users, items = served_run.read("users").to_pylist(), served_run.read("items").to_pylist()
     assert (version.card.num_users, version.card.num_items) == (len(users), len(items))
     knowledge = served_run.read("knowledge", 0).to_pylist()
@@ -88,16 +90,16 @@ def test_a_version_holds_what_the_run_does(published: Registry, served_run: RunD
         assert version.item_vectors is None
     summary = json.loads((served_run.root / "summary.json").read_text(encoding="utf-8"))
     backbone, system, seed = MODELS[name].split("-")
-    (figures,) = [
+    (metrics,) = [
         one
         for one in summary["evaluation"]
         if (one["backbone"], one["system"], one["seed"]) == (backbone, system, int(seed.removeprefix("seed")))
     ]
-    assert version.card.figures == {name: pytest.approx(figures[name], abs=1e-6) for name in HEADLINE}
+    assert version.card.metrics == {name: pytest.approx(metrics[name], abs=1e-6) for name in HEADLINE}
 
 
 def test_the_parts_of_users_without_knowledge(published: Registry) -> None:
-    version = PublishedVersion(published.folder("v1"))
+    version = VersionFiles(published.folder("v1"))
     standard, sides, there = version.user_parts(np.array([UNKNOWN, 3, UNKNOWN, 0, 3]))
     assert there.tolist() == [False, True, False, True, True] and len(standard) == len(sides) == 5
     for parts in (standard, sides):
@@ -106,9 +108,9 @@ def test_the_parts_of_users_without_knowledge(published: Registry) -> None:
 
 
 def refused(folder: Path, file: str) -> None:
-    """With one line that names the file, or at least the version's folder."""
+    """The error names the file, or at least the folder of the version."""
     with pytest.raises(UserError) as error:
-        check_version(folder)
+        load_version(folder)
     assert str(folder) in str(error.value), file
 
 
@@ -123,7 +125,7 @@ def test_a_file_that_is_missing_or_damaged_is_refused(registry: Registry, file: 
     path.unlink()
     refused(folder, file)
     path.write_bytes(content)
-    check_version(folder)
+    load_version(folder)
 
 
 @pytest.mark.parametrize("file", ARRAYS)
@@ -151,7 +153,7 @@ class Touch:
 
 @pytest.mark.parametrize("file", [*ARRAYS, "users.arrow", "items.arrow", "texts.arrow"])
 def test_files_of_another_size_are_refused(registry: Registry, file: str) -> None:
-    """As after a copy that mixed two versions: each file is sound, but they do not fit."""
+    """As after a copy that mixed two versions: each file can be read, but they do not fit."""
     folder = registry.folder("v1")
     if file.endswith(".npy"):
         np.save(folder / file, np.load(folder / file)[:-1])
@@ -176,7 +178,18 @@ def test_another_format_is_refused(registry: Registry) -> None:
     for change in ({"format": 2}, {"unheard": 1}):
         file.write_text(json.dumps(card | change), encoding="utf-8")
         with pytest.raises(UserError, match=r"version\.json"):
-            PublishedVersion(registry.folder("v1"))
+            VersionFiles(registry.folder("v1"))
+
+
+def test_a_version_of_before_release_0_2_is_read(registry: Registry) -> None:
+    """Its metrics were called figures."""
+    file, now = registry.folder("v1") / "version.json", read_card(registry.folder("v1"))
+    card = json.loads(file.read_text(encoding="utf-8"))
+    assert now.metrics and "figures" not in card
+    card["figures"] = card.pop("metrics")
+    file.write_text(json.dumps(card), encoding="utf-8")
+    assert read_card(registry.folder("v1")) == now
+    load_version(registry.folder("v1"))
 
 
 def test_publishing_refuses_what_is_not_there(registry: Registry, served_run: RunDir, tmp_path: Path) -> None:
@@ -188,6 +201,22 @@ def test_publishing_refuses_what_is_not_there(registry: Registry, served_run: Ru
     with pytest.raises(UserError):
         publish(config, RunDir(tmp_path), registry.folder("new"), "new")
     assert not registry.folder("new").exists()
+
+
+def test_publishing_reads_each_artifact_once(
+    registry: Registry, served_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items and item vectors as a whole, all else part by part."""
+    whole: list[str] = []
+    read = RunDir.read
+
+    def noted(store: RunDir, name: str, *arguments: Any, **more: Any) -> pa.Table:
+        whole.append(name)
+        return read(store, name, *arguments, **more)
+
+    monkeypatch.setattr(RunDir, "read", noted)
+    publish(read_config(served_run.root), served_run, registry.folder("once"), "once", MODELS["v1"])
+    assert whole == ["items", "knowledge"]
 
 
 def test_the_best_fit_on_validation_is_published(registry: Registry, served_run: RunDir) -> None:

@@ -1,4 +1,4 @@
-"""Texts for users whom no version knows: the files, who is ordered, and which versions an LLM can write for."""
+"""Texts for users whom no version knows: the files, and the jobs for what is missing."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo4rec_ray.config.serving import ServingSection
-from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.serving import fresh
+from dpo4rec_ray.serving import fresh_texts
 from dpo4rec_ray.serving.api import Event
-from dpo4rec_ray.serving.deployment import build
-from dpo4rec_ray.serving.fresh import FreshStore, FreshTexts, Order
-from dpo4rec_ray.serving.ranker import NEUTRAL_RATING
+from dpo4rec_ray.serving.fresh_texts import FreshText, FreshTextLookup, FreshTextStore, TextJob
+from dpo4rec_ray.serving.loaded_version import NEUTRAL_RATING
 from dpo4rec_ray.serving.registry import Registry
-from dpo4rec_ray.serving.service import Written
-from dpo4rec_ray.serving.version_files import WRITER_FOLDER, PublishedVersion
-from dpo4rec_ray.serving.writer import plan_of
+from dpo4rec_ray.serving.version_files import VersionFiles
 from tests.conftest import ROOT
 
 DAY = 86_400.0
 
 
-def written(text: str = "likes comedies", value: float = 0.5, dim: int = 4) -> Written:
-    return Written(text, np.full(dim, value, np.float32))
+def written(text: str = "likes comedies", value: float = 0.5, dim: int = 4) -> FreshText:
+    return FreshText(text, np.full(dim, value, np.float32))
+
+
+def new_store(folder: Path, **settings: float) -> FreshTextStore:
+    """settings: keys of [serving]."""
+    return FreshTextStore(folder, ServingSection(**settings))
 
 
 def files(folder: Path) -> list[Path]:
@@ -42,8 +43,8 @@ def files(folder: Path) -> list[Path]:
 
 def test_what_one_process_writes_another_reads(tmp_path: Path) -> None:
     vector = np.random.default_rng(0).normal(size=384).astype(np.float32)
-    FreshStore(tmp_path, DAY).write("v1", "ann", Written("likes comedies", vector), "minilm")
-    other = FreshStore(tmp_path, DAY)
+    new_store(tmp_path).write("v1", "ann", FreshText("likes comedies", vector), "minilm")
+    other = new_store(tmp_path)
     found = other.read("v1", "ann")
     assert found is not None and found.text == "likes comedies"
     assert np.array_equal(found.vector, vector) and found.vector.dtype == np.float32
@@ -54,7 +55,7 @@ def test_what_one_process_writes_another_reads(tmp_path: Path) -> None:
 
 
 def test_a_text_that_is_too_old_counts_as_none(tmp_path: Path) -> None:
-    store = FreshStore(tmp_path, ttl_s=100)
+    store = new_store(tmp_path, fresh_ttl_s=100)
     store.write("v1", "ann", written(), "minilm")
     (file,) = files(tmp_path)
     stored = json.loads(file.read_text())
@@ -64,7 +65,7 @@ def test_a_text_that_is_too_old_counts_as_none(tmp_path: Path) -> None:
 
 
 def test_a_sweep_removes_what_is_too_old_and_what_a_crash_left(tmp_path: Path) -> None:
-    store = FreshStore(tmp_path, ttl_s=100)
+    store = new_store(tmp_path, fresh_ttl_s=100)
     for user in ("old", "new"):
         store.write("v1", user, written(), "minilm")
     half = store.file("v1", "half").with_suffix(".tmp123")
@@ -77,7 +78,7 @@ def test_a_sweep_removes_what_is_too_old_and_what_a_crash_left(tmp_path: Path) -
 
 
 def test_there_are_never_more_files_than_the_bound_and_the_oldest_go(tmp_path: Path) -> None:
-    store = FreshStore(tmp_path, DAY, max_users=10)
+    store = new_store(tmp_path, fresh_max_users=10)
     for number in range(35):
         store.write(f"v{number % 2}", f"user {number}", written(), "minilm")
         os.utime(store.file(f"v{number % 2}", f"user {number}"), (0, time.time() - 100 + number))
@@ -108,7 +109,7 @@ def test_there_are_never_more_files_than_the_bound_and_the_oldest_go(tmp_path: P
     ],
 )
 def test_a_damaged_file_counts_as_none_and_is_written_again(tmp_path: Path, content: bytes | None) -> None:
-    store = FreshStore(tmp_path, DAY)
+    store = new_store(tmp_path)
     file = store.file("v1", "ann")
     file.parent.mkdir(parents=True)
     if content is None:
@@ -139,7 +140,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("user_id", HOSTILE)
 def test_a_user_id_is_no_path(tmp_path: Path, user_id: str) -> None:
-    store = FreshStore(tmp_path, DAY)
+    store = new_store(tmp_path)
     store.write("v1", user_id, written(user_id.encode("ascii", "replace").decode()), "minilm")
     (file,) = files(tmp_path)
     assert file == store.file("v1", user_id)
@@ -150,22 +151,23 @@ def test_a_user_id_is_no_path(tmp_path: Path, user_id: str) -> None:
 
 @given(one=st.text(), other=st.text())
 def test_every_user_has_a_file_of_its_own(one: str, other: str) -> None:
-    store = FreshStore(Path("registry"), DAY)
+    store = new_store(Path("registry"))
     assert (store.file("v1", one) == store.file("v1", other)) == (one == other)
     assert ".." not in store.file("v1", one).parts
 
 
 def test_a_reader_never_sees_half_of_a_text(tmp_path: Path) -> None:
-    """Two processes write the same user's texts, again and again, while this one reads."""
+    """Two processes write texts of the same user again and again, while this one reads."""
     script = (
         "import sys; import numpy as np; from pathlib import Path\n"
-        "from dpo4rec_ray.serving.fresh import FreshStore; from dpo4rec_ray.serving.service import Written\n"
-        "store, digit = FreshStore(Path(sys.argv[1]), 1e6), sys.argv[2]\n"
+        "from dpo4rec_ray.config.serving import ServingSection\n"
+        "from dpo4rec_ray.serving.fresh_texts import FreshText, FreshTextStore\n"
+        "store, digit = FreshTextStore(Path(sys.argv[1]), ServingSection()), sys.argv[2]\n"
         "print('begin', flush=True)\n"
-        "for length in range(1, 150): store.write('v1', 'ann', Written(digit * length, np.full(500, int(digit))), 'e')\n"
+        "for length in range(1, 150): store.write('v1', 'ann', FreshText(digit * length, np.full(500, int(digit))), 'e')\n"
     )
-    store = FreshStore(tmp_path, DAY)
-    store.write("v1", "ann", Written("1", np.full(500, 1, np.float32)), "e")
+    store = new_store(tmp_path)
+    store.write("v1", "ann", FreshText("1", np.full(500, 1, np.float32)), "e")
     writers = [
         subprocess.Popen([sys.executable, "-c", script, tmp_path, digit], cwd=ROOT, stdout=subprocess.PIPE)
         for digit in "12"
@@ -186,9 +188,9 @@ def test_a_reader_never_sees_half_of_a_text(tmp_path: Path) -> None:
 def test_memory_is_asked_before_the_disk_and_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fresh, "MAX_HELD", 2)
-    monkeypatch.setattr(fresh, "LOOK_AGAIN_S", 0.0)
-    store = FreshStore(tmp_path, DAY)
+    monkeypatch.setattr(fresh_texts, "MAX_CACHED", 2)
+    monkeypatch.setattr(fresh_texts, "LOOK_AGAIN_S", 0.0)
+    store = new_store(tmp_path)
     assert store.find("v1", "a") is None
     for user in "abc":
         store.write("v1", user, written(user), "minilm")
@@ -201,94 +203,96 @@ def test_memory_is_asked_before_the_disk_and_is_bounded(
 
 
 def test_a_miss_is_believed_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fresh, "LOOK_AGAIN_S", DAY)
-    store = FreshStore(tmp_path, DAY)
+    monkeypatch.setattr(fresh_texts, "LOOK_AGAIN_S", DAY)
+    store = new_store(tmp_path)
     assert store.find("v1", "a") is None
-    FreshStore(tmp_path, DAY).write("v1", "a", written(), "minilm")
+    new_store(tmp_path).write("v1", "a", written(), "minilm")
     assert store.find("v1", "a") is None and store.read("v1", "a") is not None
 
 
-class Ordered(list[Order]):
-    """What a replica ordered."""
+class Submitted(list[TextJob]):
+    """The jobs of a replica."""
 
-    def texts(self, folder: Path, retry_s: float = DAY) -> FreshTexts:
-        return FreshTexts(FreshStore(folder, DAY), self.append, retry_s)
+    def texts(self, folder: Path, retry_s: float = DAY) -> FreshTextLookup:
+        return FreshTextLookup(new_store(folder), self.append, retry_s)
 
 
-def events(version: PublishedVersion, rows: list[int], ratings: list[float | None]) -> list[Event]:
+def events(version: VersionFiles, rows: list[int], ratings: list[float | None]) -> list[Event]:
     return [
         Event(item_id=version.item_id(row), rating=rating) for row, rating in zip(rows, ratings, strict=True)
     ]
 
 
-def find(texts: FreshTexts, version: PublishedVersion, user_id: str, history: list[Event]) -> Written | None:
+def find(
+    texts: FreshTextLookup, version: VersionFiles, user_id: str, history: list[Event]
+) -> FreshText | None:
     return asyncio.run(texts.find(version, user_id, history))
 
 
 @pytest.fixture
-def version(published: Registry) -> PublishedVersion:
-    return PublishedVersion(published.folder("v1"))
+def version(published: Registry) -> VersionFiles:
+    return VersionFiles(published.folder("v1"))
 
 
-def test_a_user_is_ordered_once(version: PublishedVersion, tmp_path: Path) -> None:
-    ordered = Ordered()
-    texts = ordered.texts(tmp_path)
+def test_a_user_gets_one_job(version: VersionFiles, tmp_path: Path) -> None:
+    jobs = Submitted()
+    texts = jobs.texts(tmp_path)
     history = [*events(version, [3, 5], [4.0, 2.0]), Event(item_id="no such item", rating=1.0)]
     for _ in range(50):
         assert find(texts, version, "ann", history) is None
-    assert ordered == [Order("v1", "ann", [3, 5], [4.0, 2.0])]
+    assert jobs == [TextJob("v1", "ann", [3, 5], [4.0, 2.0])]
     find(texts, version, "bob", history)
-    assert [one.user_id for one in ordered] == ["ann", "bob"]
+    assert [one.user_id for one in jobs] == ["ann", "bob"]
 
 
-def test_whoever_got_no_text_is_ordered_again_later(version: PublishedVersion, tmp_path: Path) -> None:
-    ordered = Ordered()
-    texts = ordered.texts(tmp_path, retry_s=0.0)
+def test_a_user_without_a_text_gets_another_job_later(version: VersionFiles, tmp_path: Path) -> None:
+    jobs = Submitted()
+    texts = jobs.texts(tmp_path, retry_s=0.0)
     for _ in range(3):
         find(texts, version, "ann", events(version, [3], [4.0]))
-    assert len(ordered) == 3
+    assert len(jobs) == 3
 
 
-def test_without_a_known_item_nothing_is_ordered(version: PublishedVersion, tmp_path: Path) -> None:
-    ordered = Ordered()
-    texts = ordered.texts(tmp_path)
+def test_without_a_known_item_no_job_is_submitted(version: VersionFiles, tmp_path: Path) -> None:
+    jobs = Submitted()
+    texts = jobs.texts(tmp_path)
     find(texts, version, "ann", [])
     find(texts, version, "ann", [Event(item_id="no such item", rating=1.0)])
-    assert not ordered
+    assert not jobs
     find(texts, version, "ann", events(version, [3], [4.0]))
-    assert len(ordered) == 1, "a later request brings more"
+    assert len(jobs) == 1, "a later request brings more"
 
 
-def test_one_missing_rating_makes_all_neutral(version: PublishedVersion, tmp_path: Path) -> None:
-    ordered = Ordered()
-    find(ordered.texts(tmp_path), version, "ann", events(version, [3, 5], [5.0, None]))
-    assert ordered[0].ratings == [NEUTRAL_RATING] * 2
+def test_one_missing_rating_makes_all_neutral(version: VersionFiles, tmp_path: Path) -> None:
+    jobs = Submitted()
+    find(jobs.texts(tmp_path), version, "ann", events(version, [3, 5], [5.0, None]))
+    assert jobs[0].ratings == [NEUTRAL_RATING] * 2
 
 
-def test_what_is_written_is_used_if_its_vector_fits(version: PublishedVersion, tmp_path: Path) -> None:
-    ordered = Ordered()
+def test_what_is_written_is_used_if_its_vector_fits(version: VersionFiles, tmp_path: Path) -> None:
+    jobs = Submitted()
     history = events(version, [3], [4.0])
-    store = FreshStore(tmp_path, DAY)
+    store = new_store(tmp_path)
     store.write("v1", "ann", written(dim=version.vector_dim), "minilm")
-    found = find(ordered.texts(tmp_path), version, "ann", history)
-    assert found is not None and found.text == "likes comedies" and not ordered
+    found = find(jobs.texts(tmp_path), version, "ann", history)
+    assert found is not None and found.text == "likes comedies" and not jobs
     store.write("v1", "ann", written(dim=version.vector_dim + 1), "another")
-    assert find(ordered.texts(tmp_path), version, "ann", history) is None and len(ordered) == 1
+    assert find(jobs.texts(tmp_path), version, "ann", history) is None and len(jobs) == 1
 
 
-def test_a_replica_remembers_a_bounded_number_of_orders(
-    version: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_replica_remembers_a_bounded_number_of_jobs(
+    version: VersionFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fresh, "MAX_ORDERED", 2)
-    ordered = Ordered()
-    texts = ordered.texts(tmp_path)
+    monkeypatch.setattr(fresh_texts, "MAX_SUBMITTED", 2)
+    jobs = Submitted()
+    texts = jobs.texts(tmp_path)
     for user in "abcca":
         find(texts, version, user, events(version, [3], [4.0]))
-    assert [one.user_id for one in ordered] == ["a", "b", "c", "a"]
+    assert [one.user_id for one in jobs] == ["a", "b", "c", "a"]
 
 
 def test_slow_storage_holds_nobody_else_up(
-    version: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: VersionFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, answered = threading.Event(), threading.Event()
 
@@ -296,66 +300,13 @@ def test_slow_storage_holds_nobody_else_up(
         reading.set()
         assert answered.wait(30), "the loop waits for the file"
 
-    monkeypatch.setattr(FreshStore, "_read", read)
+    monkeypatch.setattr(FreshTextStore, "_read", read)
 
     async def ask() -> None:
-        slow = asyncio.create_task(Ordered().texts(tmp_path).find(version, "ann", []))
+        slow = asyncio.create_task(Submitted().texts(tmp_path).find(version, "ann", []))
         while not reading.is_set():
             await asyncio.sleep(0.001)
         answered.set()  # by the same loop, while the file is read
         assert await slow is None
 
     asyncio.run(ask())
-
-
-@pytest.mark.parametrize("name", ["v1", "v3"])
-def test_a_version_without_an_llm_is_refused_at_the_start(registry: Registry, name: str) -> None:
-    registry.promote(name)
-    arguments = {"registry": str(registry.root), "online_llm": "async"}
-    with pytest.raises(
-        UserError, match=f'online_llm = "async": version {name} has no texts written under vLLM'
-    ) as error:
-        build(arguments)
-    assert "\n" not in str(error.value)
-    build(arguments | {"online_llm": "off"})
-
-
-def test_without_a_version_there_is_nobody_to_write_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no version is promoted"):
-        build({"registry": str(tmp_path), "online_llm": "async"})
-
-
-@pytest.mark.parametrize(
-    ("generate", "settings", "match"),
-    [
-        ({"engine_args": {"trust_remote_code": True}}, {}, "trust_remote_code.*refused"),
-        ({"engine_args": {"load_format": "pt"}}, {}, "load_format.*refused"),
-        (
-            {"tensor_parallel_size": 2},
-            {"writer_gpus": 1},
-            "writer_gpus = 1, but the LLM of version v1 takes 2",
-        ),
-        ({"temperature": -1}, {}, "generate.temperature"),
-    ],
-)
-def test_what_a_writer_cannot_or_must_not_run_is_refused(
-    registry: Registry, generate: dict[str, object], settings: dict[str, float], match: str
-) -> None:
-    folder = registry.folder("v1") / WRITER_FOLDER
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"generate": generate}))
-    with pytest.raises(UserError, match=match):
-        plan_of(registry, "v1", ServingSection(**settings))
-
-
-def test_the_writers_place_is_its_own_not_the_runs(registry: Registry) -> None:
-    folder = registry.folder("v1") / WRITER_FOLDER
-    (folder / "llm").mkdir(parents=True)
-    run = {"gpus_per_engine": 4, "tensor_parallel_size": 4, "gpu_memory_utilization": 0.5, "temperature": 0.3}
-    (folder / "config.json").write_text(json.dumps({"generate": run}))
-    on_cpu = plan_of(registry, "v1", ServingSection()).engine
-    assert not on_cpu.on_gpu and on_cpu.tensor_parallel_size == 1 and on_cpu.model == str(folder / "llm")
-    (folder / "config.json").write_text(json.dumps({"generate": run | {"tensor_parallel_size": 1}}))
-    plan = plan_of(registry, "v1", ServingSection(writer_gpus=0.5))
-    assert plan.engine.on_gpu and plan.engine.gpu_memory_utilization == pytest.approx(0.45)
-    assert plan.config.generate.temperature == 0.3

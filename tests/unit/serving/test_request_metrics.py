@@ -1,4 +1,4 @@
-"""Figures per version, added up over processes. In processes of their own: Prometheus' client reads its folder once."""
+"""Metrics per version, added up over processes. Prometheus' client reads its folder once, so each test starts processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.conftest import ROOT
 CODE = """
 import sys
 import numpy as np
-from dpo4rec_ray.serving.figures import Figures
-from dpo4rec_ray.serving.ranker import Ranking
+from dpo4rec_ray.serving.request_metrics import ServingMetrics
+from dpo4rec_ray.serving.loaded_version import Ranking
 
 nan = float("nan")
 def ranking(scores, knowledge="stored"):
@@ -22,23 +22,23 @@ def ranking(scores, knowledge="stored"):
     known = int(np.isfinite(scores).sum())
     return Ranking(order=order, scores=scores, num_known=known, knowledge=knowledge, known_user=True)
 
-figures = Figures(sys.argv[1] or None)
-figures.answered("v1", ranking([1, 2, nan]), False, 0.002)
-figures.answered("v1", ranking([nan], "none"), True, 0.3)
-figures.answered("v2", ranking([1, 2], "fresh"), False, 9.0)
-figures.failed("v2")
-figures.overloaded()
-figures.shadowed("v3", ranking([3, 2, 1]), ranking([1, 2, 3]))
-figures.shadowed("v3", ranking([6, 5, 4, 3, 2, 1]), ranking([6, 5, 4, 3, 1, 2]))
+metrics = ServingMetrics(sys.argv[1] or None)
+metrics.answered("v1", ranking([1, 2, nan]), False, 0.002)
+metrics.answered("v1", ranking([nan], "none"), True, 0.3)
+metrics.answered("v2", ranking([1, 2], "fresh"), False, 9.0)
+metrics.failed("v2")
+metrics.overloaded()
+metrics.shadowed("v3", ranking([3, 2, 1]), ranking([1, 2, 3]))
+metrics.shadowed("v3", ranking([6, 5, 4, 3, 2, 1]), ranking([6, 5, 4, 3, 1, 2]))
 if sys.argv[2]:
-    content, kind = figures.text()
+    content, kind = metrics.text()
     assert kind.startswith("text/plain"), kind
     print(content.decode())
 """
 
 
-def figures(folder: str, show: bool = True) -> dict[str, float]:
-    """Sample -> value, after a process has counted."""
+def metrics(folder: str, show: bool = True) -> dict[str, float]:
+    """Sample name -> value, after a process has counted."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PROMETHEUS")}
     done = subprocess.run(
         [sys.executable, "-c", CODE, folder, "show" if show else ""],
@@ -81,13 +81,13 @@ def check(found: dict[str, float], times: int) -> None:
 
 
 def test_what_one_process_counts() -> None:
-    check(figures(""), 1)
+    check(metrics(""), 1)
 
 
 def test_processes_of_one_folder_are_added_up(tmp_path: Path) -> None:
-    """One that has ended counts too: counters never fall."""
+    """A process that has ended still counts: counters never fall."""
     folder = tmp_path / "node" / "session"
-    figures(str(folder), show=False)
-    check(figures(str(folder)), 2)
+    metrics(str(folder), show=False)
+    check(metrics(str(folder)), 2)
     assert folder.stat().st_mode & 0o077 == 0, "nobody else reads or writes there"
-    check(figures(str(tmp_path / "other")), 1)
+    check(metrics(str(tmp_path / "other")), 1)

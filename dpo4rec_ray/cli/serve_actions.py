@@ -1,0 +1,239 @@
+"""What each action of jobs/serve.py does (cli/serve.py)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo4rec_ray.cli import session
+from dpo4rec_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from dpo4rec_ray.config.serving import ServingSection
+    from dpo4rec_ray.serving.registry import Registry, Routing
+    from dpo4rec_ray.serving.version_files import VersionCard
+
+SERVE_ENV = {
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",  # Ray's workers yield to all other processes by default; a server should not
+}
+IMPORT_PATH = "dpo4rec_ray.serving.deployment:build"
+
+
+def publish(options: argparse.Namespace) -> int:
+    registry = open_registry(options)
+    card = publish_run(registry, Path(options.run), options.name, options.model)
+    print(f"published {card.version}: {card.model}, {card.num_users} users, {card.num_items} items")
+    if options.promote:
+        show(registry.promote(card.version))
+    return 0
+
+
+def change(options: argparse.Namespace) -> int:
+    """promote, rollback, split and shadow: the registry's method of that name, with the arguments of the action."""
+    arguments = [getattr(options, name) for name in ("name", "percent") if hasattr(options, name)]
+    return show(getattr(open_registry(options), options.action)(*arguments))
+
+
+def status(options: argparse.Namespace) -> int:
+    registry = open_registry(options, log=False)
+    for card in registry.cards():
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in card.metrics.items())
+        print(f"{card.version}  {card.created}  {card.model}  {card.num_users} users  test {metrics}")
+    return show(registry.routing())
+
+
+def config(options: argparse.Namespace) -> int:
+    import yaml
+
+    settings = serving_settings(options.changes, options.registry)
+    http = settings.model_dump(include={"host", "port", "request_timeout_s"})
+    arguments = settings.model_dump(exclude_defaults=True, exclude=set(http))
+    arguments["registry"] = str(Path(settings.registry).resolve())
+    application = {"name": "rerank", "route_prefix": "/", "import_path": IMPORT_PATH, "args": arguments}
+    content = {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
+    print("# For `serve deploy FILE`; start Ray with RAY_SERVE_ENABLE_HA_PROXY=1 on every node.")
+    if settings.host == "127.0.0.1":
+        print(
+            "# For several nodes, make this file with serving.host=0.0.0.0: HAProxy also asks replicas of other nodes."
+        )
+    print(yaml.safe_dump(content, sort_keys=False), end="")
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    if "=" in options.run:  # no folder, only changes
+        options.changes, options.run = [options.run, *options.changes], ""
+    settings = serving_settings(options.changes, options.registry, options.run)
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        raise UserError(
+            "run serves on a Ray of its own; on a running cluster: jobs/serve.py config > serve.yaml, serve deploy serve.yaml"
+        )
+    need_port(settings)
+    registry = open_registry(options, settings.registry)
+    from dpo4rec_ray.serving import haproxy
+    from dpo4rec_ray.serving.version_check import load_version
+
+    if options.run:
+        current = registry.routing().current
+        card = published_already(registry, Path(options.run))
+        if card is None or not current:
+            card = card or publish_run(registry, Path(options.run))
+            show(registry.promote(card.version))
+        elif card.version != current:  # after a rollback, or another promotion
+            print(f"this run is version {card.version}, but version {current} stays the current one")
+    routing = registry.routing()
+    if not routing.current:
+        raise UserError(
+            f"{registry.root}: no version is promoted; name a run folder, or publish and promote one"
+        )
+    load_version(registry.folder(routing.current))
+    stop = threading.Event()
+    folder = serve_environment(settings.request_timeout_s)
+    try:
+        start(settings, registry, options.verbose)
+        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+            signal.signal(number, lambda *_: stop.set())
+        address = f"http://{settings.host}:{settings.port}"
+        if not settings.token_file:
+            from dpo4rec_ray.serving.deployment import NO_TOKEN
+
+            print(NO_TOKEN)
+        print(f"{routing.current} answers at {address}/v1/rerank; try it at {address}/, see {address}/docs")
+        sys.stdout.flush()
+        stop.wait()
+    finally:
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():  # else serve.shutdown would start one
+            serve.shutdown()
+            ray.shutdown()
+        haproxy.end(folder)
+    print("stopped")
+    return 0
+
+
+def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
+    """Start Ray, Serve's proxies and the replicas. Returns when they answer.
+
+    Raises:
+        UserError: the machine has too few CPUs or GPUs (Serve would wait for them without a message), or the replicas fail.
+    """
+    import ray
+    from ray import serve
+
+    from dpo4rec_ray.serving.deployment import NAME, build
+
+    application = build(settings.model_dump() | {"registry": str(registry.root)})  # refused before Ray starts
+    session.start_ray(verbose)
+    level = "INFO" if verbose else "WARNING"
+    logging.getLogger("ray.serve").setLevel(level)
+    there, writers = ray.cluster_resources(), int(settings.online_llm == "async")
+    for kind in ("cpu", "gpu"):
+        replica, writer = getattr(settings, f"{kind}s_per_replica"), getattr(settings, f"writer_{kind}s")
+        need, has = replica * settings.num_replicas + writer * writers, there.get(kind.upper(), 0)
+        if need > has:
+            raise UserError(
+                f"{settings.num_replicas} replicas and {writers} writers need {need:g} {kind.upper()}s, the cluster has "
+                f"{has:g}; set serving.num_replicas, serving.{kind}s_per_replica or serving.writer_{kind}s"
+            )
+    serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
+    logs = {"enable_access_log": False, "log_level": level}
+    try:
+        serve.run(application, name=NAME, route_prefix="/", logging_config=logs)
+    except RuntimeError as error:
+        found = serve.status().applications[NAME]
+        messages = [one.message for one in found.deployments.values() if one.message]
+        lines = [line.strip() for line in (messages or [found.message])[0].splitlines() if line.strip()]
+        raise UserError(f"the replicas do not start: {lines[-1] if lines else error}") from error
+
+
+def serve_environment(timeout_s: float | None = None, tuned: bool = True) -> Path:
+    """Set the variables that Serve reads when it is imported, here and in the processes of a Ray that is started here.
+
+    The arguments are those of `haproxy.environment`. Returns HAProxy's folder.
+    """
+    from dpo4rec_ray.serving import haproxy
+
+    folder = Path(tempfile.mkdtemp(prefix="dpo4rec-serve-"))
+    defaults = session.WORK_ENV | haproxy.environment(folder, timeout_s, tuned) | SERVE_ENV
+    os.environ.update({key: value for key, value in defaults.items() if key not in os.environ})
+    return folder
+
+
+def need_port(settings: ServingSection) -> None:
+    """Raises UserError if the server cannot listen at its address."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen at {settings.host}:{settings.port}: {error.strerror}; set serving.port or serving.host"
+            ) from None
+
+
+def publish_run(registry: Registry, folder: Path, name: str = "", model: str = "") -> VersionCard:
+    """Raises UserError if the run is not finished or the name is taken."""
+    from dpo4rec_ray.config import read_config
+    from dpo4rec_ray.serving.publish import publish as write
+    from dpo4rec_ray.store.artifacts import RunDir
+
+    settings = read_config(folder)
+    name = name or f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return write(settings, RunDir(folder), registry.folder(name), name, model)
+
+
+def published_already(registry: Registry, folder: Path) -> VersionCard | None:
+    """The newest version of the run's present evaluation."""
+    from dpo4rec_ray.store.artifacts import RunDir
+
+    source = RunDir(folder).require("per_list").fingerprint
+    return next((card for card in reversed(registry.cards()) if card.source == source), None)
+
+
+def serving_settings(changes: list[str], registry: str, run_folder: str = "") -> ServingSection:
+    """The [serving] section of the run, or the defaults, changed by `serving.key=value`.
+
+    Raises:
+        UserError: an unknown key, or a value out of range.
+    """
+    from dpo4rec_ray.config import default_config, read_config
+
+    for change in changes:
+        if not change.startswith("serving."):
+            raise UserError(f"{change!r}: only serving.key=value can be set here")
+    settings = read_config(run_folder, changes) if run_folder else default_config(changes)
+    return settings.serving.model_copy(update={"registry": registry} if registry else {})
+
+
+def open_registry(options: argparse.Namespace, folder: str = "", log: bool = True) -> Registry:
+    """The registry in `folder`, or in that of the options. log: the logs of libraries go to a file there (not if --verbose)."""
+    from dpo4rec_ray.serving.registry import Registry
+
+    registry = Registry(folder or serving_settings([], options.registry).registry)
+    if log and not options.verbose:
+        registry.root.mkdir(parents=True, exist_ok=True)
+        session.be_quiet(registry.root / "serve.log")
+    return registry
+
+
+def show(routing: Routing) -> int:
+    """Print which versions answer. Returns the exit code."""
+    print(f"answers: {routing.current or 'none'}", end="")
+    if routing.split:
+        print(f"; {routing.percent:g} % of the users: {routing.split}", end="")
+    if routing.shadow:
+        print(f"; asked too: {routing.shadow}", end="")
+    print(f"; before: {routing.previous[-1]}" if routing.previous else "")
+    return 0
