@@ -79,7 +79,10 @@ class Meta(BaseModel):
 
 
 class RerankResponse(BaseModel):
-    """Candidates, best first. Unknown ones are last, in the order of the request."""
+    """Candidates, best first. Unknown ones are last, in the order of the request.
+
+    Candidates whose scores differ by less than 1e-5 may change places between two answers; others never do.
+    """
 
     id: str
     model: str  # the version that answered

@@ -1,5 +1,8 @@
 """A published version in memory: lists to rank -> ranked candidates.
 
+The promise: the same list gets the same scores to within SCORE_TOLERANCE whatever is ranked beside it, and two candidates whose
+scores differ by more never change places. Closer ones may: sums of another batch's shape are rounded in another order.
+
 Unknown ids are no errors. A user whom the version does not know is ranked by the history in the request. Items that it does
 not know come after all others, in the order of the request.
 """
@@ -20,6 +23,7 @@ from dpo4rec_ray.rerankers.scorer import ListScorer, UserParts
 from dpo4rec_ray.serving.version_files import UNKNOWN, VersionFiles
 
 NEUTRAL_RATING = 3.0  # of an event without a rating
+SCORE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)

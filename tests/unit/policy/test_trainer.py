@@ -19,6 +19,7 @@ from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import add_lora
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedObjective
 from dpo4rec_ray.policy.trainer import Trainer, without_dropout
+from dpo4rec_ray.train.dpo_loop import FIRST_LOSS_NOISE
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -101,7 +102,8 @@ LAYOUTS = [
 def test_dpo_starts_at_ln2_and_learns_its_pairs(layout: BatchLayout) -> None:
     rows = pairs(8)
     trainer, metrics = fit_dpo(rows, layout, epochs=15)
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # Half of beta (0.1) times what the log-ratios may be off by rounding: kernels sum in another order for other shapes.
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=0.05 * FIRST_LOSS_NOISE["float32"])
     assert metrics[0]["kl_per_token"] == pytest.approx(0.0, abs=1e-6)
     assert metrics[-1]["loss"] < 0.6
     assert metrics[-1]["accuracy"] == 1.0

@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from dpo4rec_ray.rerankers.fit import WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.serving.loaded_version import NEUTRAL_RATING, LoadedVersion, Ranking, RankTask
+from dpo4rec_ray.serving.loaded_version import (
+    NEUTRAL_RATING,
+    SCORE_TOLERANCE,
+    LoadedVersion,
+    Ranking,
+    RankTask,
+)
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.version_check import recorded_task
 from dpo4rec_ray.serving.version_files import VersionFiles
@@ -21,7 +27,7 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import read_catalogue, read_vectors
 from tests.serving_world import MODELS, offline_scores, requests_of
 
-CLOSE = {"atol": 1e-5, "rtol": 0}
+CLOSE = {"atol": SCORE_TOLERANCE, "rtol": 0}
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +41,31 @@ def items(versions: dict[str, LoadedVersion]) -> list[str]:
 
 
 def same(one: Ranking, other: Ranking) -> None:
+    """What is promised: equal scores to within the tolerance, and an order that differs only between closer ones."""
     np.testing.assert_allclose(one.scores, other.scores, **CLOSE)
-    assert one.order.tolist() == other.order.tolist()
+    known = np.isfinite(one.scores[other.order])
+    assert np.array_equal(known, np.isfinite(one.scores[one.order])), "unknown candidates are last in both"
+    assert one.order[~known].tolist() == other.order[~known].tolist()
+    assert sorted(one.order.tolist()) == sorted(other.order.tolist())
+    for mine, theirs in ((one, other), (other, one)):
+        falls = np.diff(mine.scores[theirs.order[known]])
+        assert (falls <= SCORE_TOLERANCE).all(), "candidates changed places whose scores differ by more"
     assert (one.knowledge, one.known_user) == (other.knowledge, other.known_user)
+
+
+def test_the_promise_is_about_near_ties_alone() -> None:
+    def ranking(order: list[int], scores: list[float]) -> Ranking:
+        return Ranking(np.array(order), np.array(scores, np.float32), 3, "none", False)
+
+    near = ranking([0, 1, 2, 3], [1.0, 0.5, 0.5 - 1e-6, np.nan])
+    same(near, ranking([0, 2, 1, 3], [1.0, 0.5, 0.5 + 1e-6, np.nan]))
+    for other in (
+        ranking([1, 0, 2, 3], [1.0, 0.5, 0.5, np.nan]),  # apart by more than the tolerance
+        ranking([0, 1, 3, 2], [1.0, 0.5, 0.5, np.nan]),  # an unknown one is not last
+        ranking([0, 1, 1, 3], [1.0, 0.5, 0.5, np.nan]),  # one is missing
+    ):
+        with pytest.raises(AssertionError):
+            same(near, other)
 
 
 @pytest.mark.parametrize("name", MODELS)
