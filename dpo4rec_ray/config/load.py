@@ -17,7 +17,7 @@ from dpo4rec_ray.config.section import Section, first_mistake, nearest
 from dpo4rec_ray.errors import UserError
 
 Table = dict[str, Any]  # of a TOML file
-# Keys and values of releases before 0.2 -> what they are called now. A recipe is told the new name; the config.json of an old
+# Former keys and values -> what they are called now. A recipe is told the new name; the config.json of an old
 # run folder or published version is read as if it had it.
 RENAMED_KEYS = {
     ("dpo", "accumulation"): "gradient_accumulation_steps",

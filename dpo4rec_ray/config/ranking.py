@@ -108,7 +108,7 @@ class RewardSection(Section):
 
     placement = frozenset({"num_scorers", "cpus_per_scorer", "gpus_per_worker"})
     metric: str = "log_likelihood"
-    """Metric per list whose mean is the reward: log_likelihood, ndcg@k, map@k or mrr@k."""
+    """Metric per list whose mean is the reward: log_likelihood, or ndcg, map, map_paper, mrr or hr with @k."""
     compare: tuple[str, ...] = ("ndcg@5", "map@5", "mrr@10", "log_likelihood")
     """Further metrics that `score` reports on. Pairs come from `metric` alone."""
     num_redraws: int = Field(default=8, ge=0)

@@ -12,7 +12,7 @@ from dpo4rec_ray.config.section import Section
 class LLMSection(Section):
     """What writes the texts: an LLM under vLLM, which DPO trains, or a source that is not trained."""
 
-    source: Literal["vllm", "openai", "table", "statistics", "template"] = "vllm"
+    source: str = "vllm"
     """Who writes. "vllm": an LLM that DPO trains. The others are not trained, so a round ends with its pairs. "openai": an
     endpoint ([openai]). "table": texts from a file ([texts]). "statistics": a summary counted from the history, which every LLM
     has to beat. "template": fixed sentences without meaning, to simulate scale."""

@@ -22,9 +22,9 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 SPLITS = ("train", "valid", "test")
-# Far more than even a list needs that only one item of a large catalogue can complete.
+# Enough for any list, even if only one item of a large catalogue is left for it.
 MAX_ATTEMPTS = 100_000
-# Of drawing by weight. Only where a few items hold almost all of the weight, some lists are not full by then.
+# Attempts with weights. Lists are still incomplete after them only if a few items hold nearly all of the weight.
 WEIGHTED_ATTEMPTS = 100
 
 
@@ -96,7 +96,7 @@ def first_segment_sizes(bounds: IntArray, segment: Array) -> IntArray:
 def plan_lists(bounds: IntArray, cuts: IntArray, block_size: int, segment: Array | None = None) -> ListPlan:
     """Each user's events after the knowledge history in blocks of up to `block_size` consecutive ones.
 
-    bounds: [U + 1]; cuts: [U] events before this place of a user belong to the knowledge history; segment: [n], a list
+    bounds: [U + 1]; cuts: [U] how many of each user's first events are the knowledge history; segment: [n], a list
     never spans two segments (training, validation and test time).
     """
     num_events = int(bounds[-1])

@@ -1,4 +1,4 @@
-"""Rewards: one number per candidate list under a sample's scores, and how far such a reward can be trusted.
+"""Rewards: one number per candidate list from the scores that a text leads to, and how far it can be trusted.
 
 Departs from the paper, which uses NDCG@5 only. Any metric of `core.metrics` may be the reward. So may the list
 log-likelihood: it has no ties, so it also distinguishes samples that leave the top of the list in the same order. A list
@@ -100,7 +100,7 @@ class TieRates(NamedTuple):
 
 
 def tie_rates(rewards: Array) -> TieRates:
-    """How often equal rewards leave the choice between a user's samples to their order. rewards: [U, N].
+    """How often a user's samples tie, so that only their order decides which one is chosen. rewards: [U, N].
 
     Equal means exactly equal, as it does when pairs are made. Users with a NaN are left out.
 
@@ -144,7 +144,7 @@ def rank_agreement(a: Array, b: Array) -> float:
 def list_noise(std_errors: Array, num_lists: Array) -> float:
     """How far chance alone moves a sample's reward on one list: a standard deviation, pooled over users.
 
-    A user's own standard error comes from few lists; where it happens to be small, shrinkage would trust luck. With the
+    A user's own standard error comes from few lists; if it is small by chance, shrinkage would trust a lucky reward. With the
     pooled noise, one sample's mean over n lists has the error noise / sqrt(n), also for a user with a single list.
 
     std_errors, num_lists: [U], NaN where unknown -> NaN if all are. Users weigh by their degrees of freedom, lists - 1.
@@ -170,13 +170,13 @@ def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
     errors of the others would be too small for them, since those come from more lists.
 
     The order of a user's samples never changes, so best and worst stay the same. Shrinkage matters only together with
-    `pair.min_margin`, which is then compared with the part of the gap that can be expected to hold. If the spread is no
-    larger than by luck alone, tau2 is 0 and all samples of a user tie at the mean.
+    `pair.min_margin`, which is then compared with the part of the gap that can be expected to hold. If luck alone
+    can explain the spread, tau2 is 0 and all samples of a user tie at the mean.
 
     Args:
         rewards: [U, N]. A user with a NaN is left as it is, with factor NaN, and out of all means.
-        std_errors: [U] of one sample's reward beside the user's other samples, best pooled (`list_noise`); NaN where
-            it is unknown.
+        std_errors: [U] standard error of one sample's reward relative to the user's other samples, from the pooled
+            noise of `list_noise`; NaN where it is unknown.
 
     Returns:
         Shrunk rewards [U, N] and factors [U] in 0..1.

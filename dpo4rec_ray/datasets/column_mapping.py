@@ -163,7 +163,7 @@ def _csv_header(path: str, delimiter: str) -> list[str]:
 
 
 def _json_schema(path: str, columns: tuple[Column, ...]) -> pa.Schema:
-    """The types of the mapped columns: of each column, the type of the first value in the first lines that fits its role."""
+    """The types of the mapped columns: per column, that of the first value that fits its role. Reads the first lines alone."""
     head = files.read_blocks(files.Split(0, path, 0, 0, whole=True, order=0, size=0), DataFile(path), 2**16)
     objects: list[dict[str, Any]] = []
     for line in next((block.content for block in head), b"").split(b"\n"):
@@ -236,7 +236,7 @@ def parse_block(block: bytes, *, reader: CsvReader | JsonReader, finish: Finish)
 
 
 def _refusing(read: Callable[[bytes], pa.Table]) -> Callable[[bytes], pa.Table]:
-    """`read` with pyarrow.ArrowInvalid in place of all errors that a bad line can raise."""
+    """`read`, with every error that a bad line can raise turned into pyarrow.ArrowInvalid."""
 
     def fast(block: bytes) -> pa.Table:
         try:

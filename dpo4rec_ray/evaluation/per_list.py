@@ -86,7 +86,7 @@ class PerList:
         return replace(self, list_ids=self.list_ids[wanted], users=self.users[wanted], values=values)
 
     def difference(self, mine: System, theirs: System) -> tuple[FloatArray, FloatArray]:
-        """One system minus another on their common seeds: user sums of the seeds' mean [G, m], means per seed [S, m].
+        """One system minus another on their common seeds: the mean over seeds, summed per user [G, m]; each seed's mean [S, m].
 
         A system without a backbone has one seed, which is compared with every seed. No common seed gives S = 0.
         """

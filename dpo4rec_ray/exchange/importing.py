@@ -17,7 +17,6 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.datasets.files import absolute, file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.exchange import codec_of
-from dpo4rec_ray.identity import base_llm_identity
 from dpo4rec_ray.knowledge.text_table import Tally
 from dpo4rec_ray.policy.chat_codec import ChatCodec
 from dpo4rec_ray.policy.preference_files import read_row, read_rows
@@ -27,6 +26,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.schemas import SCHEMAS
+from dpo4rec_ray.texts.policy_texts import PolicyTexts
 
 SET_ASIDE = "pairs-rejected.jsonl"
 PAIRS_PER_PART = 8192
@@ -40,7 +40,7 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
         UserError: a file cannot be read, or no row gives a pair to train on.
     """
     max_length = config.dpo.max_length or config.llm.max_model_len
-    llm = base_llm_identity(config, store)
+    llm = PolicyTexts.identity(config, store)
     identities = [file_identity(absolute(str(file))) for file in files]
     fingerprint = fingerprint_of(
         "import", form, str(heldout), str(max_length), str(config.run.seed), llm, *identities

@@ -1,7 +1,7 @@
 """The thread that steps a vLLM engine: requests of many callers in, their answers out, and what the engine has done.
 
-One shard's first requests fill what another's last requests leave free. The engine never waits for a batch to end, nor
-for what is read and written between batches.
+While one shard ends, the next shard's requests use the room that gets free. The engine waits neither for the end of a batch
+nor for what is read and written between batches.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class EngineLoop:
         """alive, idle: called after progress, and when there is nothing to do; start_s: how long the start took."""
         self.gate = Gate()
         self._engine = llm.llm_engine
-        # The scheduler's gauges are made once per step and are wanted. The statistics of every token of every request take
-        # 3 to 5 % of a small model's time and are not.
+        # The scheduler's gauges, made once per step, are kept. The statistics of each token are off: they take 3 to 5 % of
+        # a small model's time.
         self._engine.log_stats = False
         self._alive, self._idle, self._start_s = alive, idle, start_s
         self._inbox: queue.SimpleQueue[tuple[_Call, int, Request]] = queue.SimpleQueue()
@@ -145,7 +145,7 @@ class EngineLoop:
         try:
             while True:
                 self._admit()
-                # All may have been refused. An engine in a process of its own would then be waited for in vain.
+                # If all requests were refused, step() would wait for ever where the engine has a process of its own.
                 if not self._open:
                     continue
                 began = time.monotonic()

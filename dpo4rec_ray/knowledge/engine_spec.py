@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from dpo4rec_ray.config.texts import GenerateSection, LLMSection
 from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 
-# Measured on vLLM's CPU engine (benchmarks/bench.py generate): compilation costs a minute and gains nothing. Without
+# Measured on vLLM's CPU engine (benchmarks/bench.py generate): compilation costs half a minute, which pays only
+# from about a million tokens per engine on. Without
 # chunked prefill, a request's own seed gives the same samples again. With small blocks, a user's N samples share all but
 # a few tokens of one prefill.
 CPU_ENGINE = {"enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}

@@ -1,4 +1,4 @@
-"""Attention over groups (policy.groups): a completion sees its prompt and itself, and no other score is computed.
+"""Attention over groups (policy.groups): a completion sees its prompt and itself; scores between other tokens are not computed.
 
 Registered with transformers as an attention implementation, so any model that takes one can share prefixes. On the CPU
 each group costs two SDPA calls: its prompt with itself (causal), its completions with the whole group (masked). On a GPU

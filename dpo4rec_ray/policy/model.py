@@ -53,7 +53,7 @@ def read_policy(folder: Path) -> PolicyWeights:
     """
     try:
         stored = json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
-        if "adapter" in stored:  # the name of "lora" before release 0.2
+        if "adapter" in stored:  # the former name of "lora"
             stored["lora"] = stored.pop("adapter")
         return PolicyWeights(**{key: _absolute(stored[key], folder) for key in ("base", "lora", "merged")})
     except (OSError, KeyError, json.JSONDecodeError) as error:

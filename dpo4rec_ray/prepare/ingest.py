@@ -28,7 +28,7 @@ from dpo4rec_ray.datasets.source import MAX_SHOWN, BadLine, DataFile, Parsed
 from dpo4rec_ray.prepare.partition_files import new_arrow
 from dpo4rec_ray.store.progress import Progress
 
-# Two numbers that differ, or Ray Data would fuse both operators into one task. Together they are one CPU.
+# The numbers must differ: operators with equal ones are joined by Ray Data. Together they are one CPU.
 READER_CPUS, PARSER_CPUS = 0.25, 0.75
 
 
@@ -59,7 +59,7 @@ def write_partitions(
 ) -> FileCounts:
     """Parse event files (or logged lists) into `folder`: one Arrow file per block, one batch per partition of users.
 
-    known: the sorted keys of "user" and "item" that a closed source describes. Rows with other keys are quarantined.
+    known: the sorted keys of "user" and "item", if the source lists all of them. Rows with other keys are quarantined.
     """
     import ray
 

@@ -229,8 +229,16 @@ class Reranker(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: RerankBatch) -> Tensor:
-        """Logits [B, L], finite everywhere (meaningless at padding)."""
-        return self.rank(self.embedding(batch), batch.mask)
+        """Logits [B, L], finite everywhere (meaningless at padding). A batch without histories is one of empty histories."""
+        if not self.uses_history:
+            return self.rank(self.embedding(batch), batch.mask)
+        items, users = self.embedding.sides(batch)
+        inputs = self.embedding.combine(items, batch.index, users, batch.user_rows, batch.similarity)
+        history = None
+        if isinstance(batch, HistoryBatch) and batch.history_index is not None:
+            seen = F.embedding(batch.history_index, items)
+            history = ListHistory(seen, batch.history_mask, batch.history_ratings)
+        return self.rank(inputs, batch.mask, history)
 
     def score(self, batch: RerankBatch) -> Tensor:
         """Logits [B, L] with -inf at padding, so that padding is always ranked last."""

@@ -47,7 +47,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); train this reranker again") from None
-    if "figures" in card["info"]:  # the name before release 0.2
+    if "figures" in card["info"]:  # the former name
         card["info"]["metrics"] = card["info"].pop("figures")
     return card
 

@@ -8,7 +8,7 @@
 
 Permuting the candidates permutes the scores and changes none of them; the history's order matters. Differences from the
 paper: its attention maps have one column of weights per place (W_v, W_q in R^{d x L}), which fixes the length of the lists
-and the order of the candidates; here A replaces the column of W_q, and each candidate's own w_v . v that of W_v. The
+and the order of the candidates; here A is used instead of W_q's column, and each candidate's own w_v . v instead of W_v's. The
 affinity is scaled by the root of its width instead of passed through tanh. As in KAR's code, a GRU replaces the BiLSTM, the
 history enters as its mean, and there is no decay in time (histories have no times). The paper's affinity of single
 features is left out, because our input layer has merged the features.
@@ -20,14 +20,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
 from dpo4rec_ray.rerankers.base import (
     CatalogueShape,
-    HistoryBatch,
     ListHistory,
-    RerankBatch,
     Reranker,
     score_head,
 )
@@ -74,22 +71,12 @@ class MIR(Reranker):
         super().__init__(shape, knowledge, architecture)
         dim = self.embedding.width
         self.rating_embedding = nn.Embedding(NUM_RATINGS, dim)
-        # Xavier inputs are too small for attention to tell them apart, and larger with knowledge than without.
+        # With Xavier weights the inputs are too small for attention, and larger with knowledge than without.
         self.norm_set, self.norm_list = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.within_set = SelfAttention(dim, architecture.num_heads)
         self.within_list = nn.GRU(dim, dim, batch_first=True)
         self.set_to_list = SetToList(2 * dim)
         self.head = score_head(7 * dim)
-
-    def forward(self, batch: RerankBatch) -> Tensor:
-        """Logits [B, L]; a batch without histories is one of empty histories."""
-        items, users = self.embedding.sides(batch)
-        inputs = self.embedding.combine(items, batch.index, users, batch.user_rows, batch.similarity)
-        history = None
-        if isinstance(batch, HistoryBatch) and batch.history_index is not None:
-            seen = F.embedding(batch.history_index, items)
-            history = ListHistory(seen, batch.history_mask, batch.history_ratings)
-        return self.rank(inputs, batch.mask, history)
 
     def rank(self, inputs: Tensor, mask: Tensor | None, history: ListHistory | None = None) -> Tensor:
         """inputs [B, L, width], mask [B, L] or None -> logits [B, L]."""

@@ -81,7 +81,7 @@ def read_card(folder: Path) -> VersionCard:
     file = folder / VERSION_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if "figures" in content:  # the name before release 0.2
+        if "figures" in content:  # the former name
             content["metrics"] = content.pop("figures")
         card = VersionCard(**content)
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -94,7 +94,7 @@ class VersionManager:
     def _load(self, routing: Routing, loaded: Mapping[str, LoadedVersion]) -> LoadedVersions:
         versions = {name: loaded.get(name) or self._version(name) for name in routing.versions}
         for name in routing.previous[-1:]:
-            with contextlib.suppress(UserError):  # it answers nobody, so the state is good without it
+            with contextlib.suppress(UserError):  # no user gets answers from it, so it may be missing
                 versions.setdefault(name, loaded.get(name) or self._version(name))
         return LoadedVersions(routing, versions)
 

@@ -70,7 +70,7 @@ def read_setup(registry: Registry, version: str, settings: ServingSection) -> Wr
     llm, loras = folder / WRITER_LLM, [folder / name for name in (WRITER_LORA, "adapter")]
     weights = ServedWeights(
         str(llm) if llm.is_dir() else base_llm_path(config, RunDir(folder)),
-        next((str(lora) for lora in loras if lora.is_dir()), None),  # "adapter": the name before release 0.2
+        next((str(lora) for lora in loras if lora.is_dir()), None),  # "adapter": the former name
     )
     return WriterSetup(version, config, engine_spec(config, weights))
 

@@ -34,7 +34,7 @@ from dpo4rec_ray.store.reading import popularity, read_catalogue, read_list_data
 from dpo4rec_ray.workers.shards import begin_shards, finished_shards
 from dpo4rec_ray.workers.tasks import run_tasks
 
-EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the name before release 0.2
+EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the former name
 BACKBONE, BASE_LLM, STATISTICS = "backbone", "base-llm", "statistics"
 
 

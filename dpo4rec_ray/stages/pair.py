@@ -77,7 +77,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 def _pair(section: PairSection, samples: pa.Table, rewards: np.ndarray) -> dict[str, Any] | Drop:
     """The texts and rewards of one user's pair. samples: [N] rows; rewards: [N]."""
     completions = samples["token_ids"].to_pylist()
-    # Samples without tokens (llm.source = "statistics") are compared by their texts.
+    # Samples without token ids (llm.source is not "vllm") are compared by their texts.
     compared = completions if any(completions) else samples["text"].to_pylist()
     found = PAIRINGS[section.rule](rewards, compared, section.min_margin)
     if isinstance(found, Drop):

@@ -1,7 +1,7 @@
 """Where everything of a run lives, and when it counts as complete.
 
 An artifact is a folder. Its manifest.json is written last and atomically, so its presence means complete; it carries a
-fingerprint of what the artifact depends on (config sections, seed, input fingerprints, schema version), so a re-run
+fingerprint of what the artifact depends on (config sections, seed, which production of each input, schema version), so a re-run
 knows whether it can be kept. Nothing guesses "the latest".
 """
 
@@ -55,7 +55,7 @@ class Manifest:
     Attributes:
         fingerprint: hash of everything it depends on; equal to the present one means that it can be kept.
         produced: new with every production, so that what was made from an older production is redone.
-        figures: whatever the stage measured on the way.
+        stats: whatever the stage measured on the way.
     """
 
     artifact: str
@@ -90,7 +90,7 @@ class RunDir:
         file = self.path(name, round_id) / MANIFEST
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if "figures" in content:  # written before release 0.2
+            if "figures" in content:  # the former name
                 content["stats"] = content.pop("figures")
             return Manifest(**content)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What several stages share: the outcome of a stage, lines on the terminal, seeds, and which weights a round uses."""
+"""Lines on the terminal: single ones, and a line every few seconds while work is done."""
 
 from __future__ import annotations
 

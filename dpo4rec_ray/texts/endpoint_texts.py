@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import urllib.parse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.remote import ApiKey, Endpoint, requests_at_once
@@ -18,6 +21,41 @@ from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
 
 class EndpointTexts(TextWriter):
     """Prompts of users and items through an endpoint."""
+
+    section = "openai"
+
+    @classmethod
+    def identity(cls, config: Config, store: RunDir) -> str:
+        return f"openai {config.openai.model}"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """What requests are made of. A value that may be a secret in the wrong place is not repeated."""
+        section = config.openai
+        if not section.model:
+            raise UserError("openai.model is not set; give the name that the endpoint knows the model by")
+        try:
+            url = urllib.parse.urlsplit(section.base_url)
+        except ValueError:
+            url = urllib.parse.urlsplit("")
+        if url.username or url.password or url.query:
+            raise UserError(
+                "openai.base_url carries a user name, password or query, which would end up in config.json; leave them out and "
+                "put the key into the environment variable that openai.api_key_env names"
+            )
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(
+                f"openai.base_url = {section.base_url!r} is no http(s) address, such as http://127.0.0.1:8000/v1"
+            )
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", section.api_key_env):
+            raise UserError(
+                "openai.api_key_env is no name of an environment variable; put the key itself into that variable"
+            )
+        key = os.environ.get(section.api_key_env, "")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(
+                f"the environment variable {section.api_key_env} holds spaces, line ends or other characters that no key has"
+            )
 
     @classmethod
     def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:

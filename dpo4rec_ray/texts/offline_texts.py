@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.datasets.files import absolute, file_identity
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.completions import Answer, Completion
-from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
-from dpo4rec_ray.knowledge.template import TemplateGenerator
-from dpo4rec_ray.knowledge.text_table import TextTable, place_texts
+from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION, StatisticsGenerator
+from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION, TemplateGenerator
+from dpo4rec_ray.knowledge.text_table import KLG, TextTable, check_text_file, place_texts
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
@@ -18,6 +20,10 @@ from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
 
 class StatisticsTexts(TextWriter):
     """Texts counted from the histories."""
+
+    @classmethod
+    def identity(cls, config: Config, store: RunDir) -> str:
+        return f"statistics {STATISTICS_VERSION}"
 
     def __init__(self, config: Config, store: RunDir):
         items = catalogue(store)
@@ -35,6 +41,10 @@ class StatisticsTexts(TextWriter):
 class TemplateTexts(TextWriter):
     """Filled-in sentences: simulated."""
 
+    @classmethod
+    def identity(cls, config: Config, store: RunDir) -> str:
+        return f"template {TEMPLATE_VERSION}"
+
     def __init__(self, config: Config, store: RunDir):
         self._generator = TemplateGenerator()
 
@@ -45,6 +55,34 @@ class TemplateTexts(TextWriter):
 
 class TableTexts(TextWriter):
     """Texts from a file."""
+
+    section = "texts"
+
+    @classmethod
+    def identity(cls, config: Config, store: RunDir) -> str:
+        files = [file_identity(absolute(path)) for path in (config.texts.users, config.texts.items) if path]
+        return f"table {hashlib.sha256(chr(10).join(files).encode()).hexdigest()[:16]}"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """The files of texts and their columns."""
+        section = config.texts
+        if not section.users:
+            raise UserError(
+                'texts.users is not set; with llm.source = "table" it names the file of the users\' texts'
+            )
+        check_text_file("texts.users", section.users, section.user, section.text)
+        if section.users.endswith(KLG) and config.run.num_rounds:
+            raise UserError(
+                f"texts.users {section.users} holds one text per user, and a round compares generate.num_samples of them; "
+                "set run.num_rounds = 0, or give a .parquet or .jsonl with several rows per user"
+            )
+        if section.items:
+            check_text_file("texts.items", section.items, section.item, section.text)
+        elif config.prompt.describe_items:
+            raise UserError(
+                "prompt.describe_items = true, but texts.items names no file with the items' texts"
+            )
 
     @classmethod
     def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:

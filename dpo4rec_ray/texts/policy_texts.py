@@ -19,7 +19,7 @@ from dpo4rec_ray.knowledge.structured import json_schema
 from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.store.policies import merges_lora, policy_weights
+from dpo4rec_ray.store.policies import base_llm_path, merges_lora, model_identity, policy_weights
 from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines
 from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
 from dpo4rec_ray.workers.placement import engine_env
@@ -72,6 +72,17 @@ def open_policy(
 
 class PolicyTexts(TextWriter):
     """Prompts of users and items through an engine. If the engine dies, this process ends too."""
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Engine, model and training are checked by checks.py, which knows the installed vLLM."""
+
+    @classmethod
+    def identity(cls, config: Config, store: RunDir) -> str:
+        """Of policy 0: the bootstrap's production, a local folder's content, or a hub name with its commit."""
+        if config.llm.path == "bootstrap":
+            return store.require("base_llm").produced
+        return model_identity(base_llm_path(config, store))
 
     @classmethod
     def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:

@@ -139,7 +139,7 @@ def text_pool(
 ) -> Pool:
     """The pool that writes policy `policy_round`'s texts for `folder`, which holds an artifact of round `round_id`.
 
-    worker: UserSampler, ShardGenerator, TextSampler or ItemSampler; arguments: what it takes beside the job.
+    worker: ShardGenerator, TextSampler or ItemSampler; arguments: what it takes beside the job.
     samples_per_shard: about how many samples a shard needs.
     """
     section, source = config.generate, SOURCES[config.llm.source].source(config, store, policy_round)

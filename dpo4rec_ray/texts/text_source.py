@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineStats
 from dpo4rec_ray.store.artifacts import RunDir
@@ -19,6 +20,23 @@ Row = dict[str, Any]
 
 class TextWriter:
     """A source inside an actor, made with config and store. `users` and `items` are called from several threads."""
+
+    # The recipe's section that this source alone reads; it counts for what has to be done again.
+    section = ""
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """What can be known before anything starts. Raises UserError if the source cannot do what the recipe says."""
+        if config.prompt.describe_items:
+            raise UserError(
+                f"prompt.describe_items = true, but llm.source = {config.llm.source!r} writes nothing about items; "
+                "set it to false"
+            )
+
+    @classmethod
+    def identity(cls, config: Config, store: RunDir) -> str:
+        """What changes if the source would write other texts, beside the recipe."""
+        raise NotImplementedError
 
     @classmethod
     def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:

@@ -43,7 +43,7 @@ class Throughput:
         self.total.update({name: int(answer.get(name) or 0) for name in COUNTS})
         if answer.get("engine"):
             known = self._engines.get(answer["engine"])
-            # Shards may end in another order than that of their answers.
+            # Answers can arrive in another order than the shards ended: the newest is kept.
             newer = not known or answer["engine_tokens"] >= known["engine_tokens"]
             self._engines[answer["engine"]] = {**(answer if newer else known), "seen": time.monotonic()}
         if not self._first:  # rates count from the first result, because the workers started before it
@@ -58,7 +58,7 @@ class Throughput:
             done = {name: self.total[name] - self._base[name] for name in ("samples", "tokens")}
             rates = [f"{number / seconds:,.0f} {name}/s" for name, number in done.items() if number]
             return ", ".join(rates) if seconds > 1 else ""
-        # By the engines' own clocks. Many shards end at the same time, so that counting them overrates a short run.
+        # By the engines' own clocks. Many shards end at the same time: counting them makes a short run look too fast.
         engines = list(self._engines.values())
         span = sum(row["span_s"] for row in engines) / self._at_once
         rates = [

@@ -1,4 +1,4 @@
-"""training.json: whose training a folder holds, how far it is known to be, and where its checkpoints are.
+"""training.json: which training a folder belongs to, how far it got, and where its checkpoints are.
 
 The driver writes the file before the workers start and reads it after they have ended. In between rank 0 writes it, and a
 worker that finds a user's mistake. Beside it metrics.jsonl has one line per step (store.metrics_file).

@@ -23,9 +23,9 @@ import pytest
 from dpo4rec_ray import checks
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.identity import base_llm_identity
 from dpo4rec_ray.knowledge.prompts import item_text
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.texts.sources import SOURCES
 from tests.conftest import DEMO, ROOT, Finished, run_job
 
 KEY = "key-that-nobody-may-see"
@@ -321,7 +321,7 @@ def test_a_changed_file_is_another_policy_0(tmp_path: Path) -> None:
         files = [f"texts.users={tmp_path / 'users.jsonl'}", f"texts.items={tmp_path / 'items.jsonl'}"]
         config = load_config(DEMO, [*SMALL, "llm.source=table", *files, *more])
         checks.check_all(config)
-        return base_llm_identity(config, RunDir(tmp_path))
+        return SOURCES[config.llm.source].identity(config, RunDir(tmp_path))
 
     first = identity()
     assert identity() == first

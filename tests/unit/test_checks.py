@@ -11,6 +11,7 @@ from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import Selection, before_rounds, check_selection
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.texts.sources import SOURCES
 from tests.conftest import DEMO
 
 STATISTICS = 'llm.source="statistics"'
@@ -78,10 +79,13 @@ def test_what_stands_in_place_of_the_base_llm_has_an_identity(tmp_path: Path) ->
     """Without a look at llm.path, which need not exist; another source is another policy 0."""
     store = RunDir(tmp_path)
     bootstrap = load_config(DEMO, [STATISTICS, "llm.path=bootstrap"])
-    assert identity.base_llm_identity(bootstrap, store).startswith("statistics ")
-    assert identity.base_llm_identity(load_config(DEMO), store) != identity.base_llm_identity(
-        bootstrap, store
-    )
+    bundled = load_config(DEMO)
+    found = {
+        config.llm.source: SOURCES[config.llm.source].identity(config, store)
+        for config in (bootstrap, bundled)
+    }
+    assert found["statistics"].startswith("statistics ")
+    assert found["statistics"] != found["vllm"]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_the_writers_place_is_its_own_not_the_runs(registry: Registry) -> None:
 
 @pytest.mark.parametrize("name", [WRITER_LORA, "adapter"])
 def test_a_lora_travels_with_its_version(registry: Registry, name: str) -> None:
-    """Versions of before release 0.2 call its folder adapter."""
+    """Older versions call its folder adapter."""
     folder = registry.folder("v1") / WRITER_FOLDER
     (folder / name).mkdir(parents=True)
     (folder / "config.json").write_text("{}")
