@@ -15,6 +15,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.ranking import RerankerSection
 from dpo4rec_ray.core.metrics import metric_by_name
 from dpo4rec_ray.core.pairing import PAIRINGS
+from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, SMOOTHED
 from dpo4rec_ray.core.rewards import reward_by_name
 from dpo4rec_ray.datasets import DATASETS
 from dpo4rec_ray.errors import UserError
@@ -109,6 +110,11 @@ def _check_names(config: Config) -> None:
     if len(set(config.evaluate.backbones)) < len(config.evaluate.backbones):
         raise UserError(f"evaluate.backbones = {list(config.evaluate.backbones)} names one twice")
     _known("pair.rule", config.pair.rule, PAIRINGS)
+    _known("dpo.loss", config.dpo.loss, PREFERENCE_LOSSES)
+    if config.dpo.label_smoothing and config.dpo.loss not in SMOOTHED:
+        raise UserError(
+            f"dpo.label_smoothing = {config.dpo.label_smoothing}: dpo.loss = {config.dpo.loss!r} has none; set it to 0"
+        )
     _known("prompt.factors", config.prompt.factors, FACTORS)
 
 

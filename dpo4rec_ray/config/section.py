@@ -12,7 +12,7 @@ class Section(BaseModel):
     """A section of a recipe: frozen, and an unknown key is an error. The string below a field says what it means."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
-    # Keys that say where the work runs and cannot change its result: finished work survives a change of them.
+    # Keys that say where the work runs and cannot change its result: complete artifacts survive a change of them.
     placement: ClassVar[frozenset[str]] = frozenset()
 
 

@@ -12,9 +12,7 @@ from dpo4rec_ray.config.section import Section
 class TrainerSection(Section):
     """What both trainings share."""
 
-    placement = frozenset(
-        {"gpus_per_worker", "checkpoint_every", "max_failures", "storage_path", "trackers", "min_workers"}
-    )
+    placement = frozenset({"gpus_per_worker", "checkpoint_every", "max_failures", "storage_path", "trackers"})
     lr: float = Field(default=5e-5, gt=0)
     """Learning rate (AdamW)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -76,10 +74,12 @@ class TrainerSection(Section):
 class DPOSection(TrainerSection):
     """Direct preference optimisation (docs/method.md, section 5)."""
 
+    placement = TrainerSection.placement | {"min_workers", "max_kl_per_token"}
     beta: float = Field(default=0.01, gt=0)
     """Beta of the DPO loss."""
-    loss: Literal["sigmoid", "robust", "ipo", "ipo_norm", "hinge", "sigmoid_norm", "softmax"] = "sigmoid"
-    """Preference loss. ipo sums over tokens, ipo_norm and sigmoid_norm take means; softmax takes several rejected texts."""
+    loss: str = "sigmoid"
+    """Preference loss: sigmoid, robust, ipo (sums over tokens), ipo_norm and sigmoid_norm (means), hinge, or softmax, which takes
+    several rejected texts."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Label smoothing of sigmoid (then cDPO), sigmoid_norm and robust."""
     nll_weight: float = Field(default=0.0, ge=0)
@@ -105,7 +105,7 @@ class DPOSection(TrainerSection):
     """"4bit" is QLoRA: the frozen base in 4 bits (bitsandbytes, GPU)."""
     max_length: int = Field(default=0, ge=0)
     """Most tokens of prompt and text; longer pairs are left out. 0: llm.max_model_len."""
-    # What a step costs: none of the next four changes the result beyond rounding.
+    # What a step costs. None of the next four changes a pair's loss beyond rounding; length_sorted changes which pairs meet.
     prefix_sharing: bool = True
     """Texts of a pair share one pass over their prompt."""
     packing: bool = True
@@ -136,8 +136,6 @@ class DPOSection(TrainerSection):
             raise ValueError('quantize needs tuning = "lora": 4-bit weights are not trained')
         if self.quantize != "none" and (not self.gpus_per_worker or self.zero_stage == 3):
             raise ValueError("quantize needs gpus_per_worker > 0 and zero_stage below 3")
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "sigmoid_norm"):
-            raise ValueError(f"loss = {self.loss!r} has no label_smoothing; set it to 0")
         if self.patience and not self.eval_every:
             raise ValueError("patience needs eval_every > 0")
         if self.min_workers > self.num_workers:

@@ -21,7 +21,7 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation import paper_table, tables
-from dpo4rec_ray.evaluation.systems import HEADLINE, METRIC_NAMES
+from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, METRIC_NAMES
 from dpo4rec_ray.prepare.inspection import files_of_run
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, save_reranker
@@ -35,7 +35,7 @@ from dpo4rec_ray.workers.shards import begin_shards, finished_shards
 from dpo4rec_ray.workers.tasks import run_tasks
 
 EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the former name
-BACKBONE, BASE_LLM, STATISTICS = "backbone", "base-llm", "statistics"
+BASE_LLM, STATISTICS = "base-llm", "statistics"
 
 
 def system_name(config: Config, knowledge: int | None) -> str:

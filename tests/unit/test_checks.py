@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,17 @@ def test_a_step_that_a_recipe_lacks(source: str, selection: Selection) -> None:
     config = as_many_rounds_as_may_be(source)
     with pytest.raises(UserError, match=f"no such step in this recipe: {selection.described}"):
         check_selection(config, selection)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dpo.loss=signoid"], "dpo.loss = 'signoid' is unknown; known: sigmoid"),
+        (["llm.source=gpt"], "llm.source = 'gpt' is unknown; known: vllm"),
+        (["dpo.loss=hinge", "dpo.label_smoothing=0.1"], "dpo.loss = 'hinge' has none; set it to 0"),
+    ],
+)
+def test_names_of_losses_and_sources_come_from_their_registries(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        check(*overrides)
+    check("dpo.loss=robust", "dpo.label_smoothing=0.1")
