@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.exchange import codec_of
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer, read_policy
 from dpo4rec_ray.policy.preference_files import read_row
@@ -436,7 +437,7 @@ def test_pairs_that_vllm_sampled(tiny_run: Finished, tmp_path: Path, main: Calla
     """Every pair of a real run is written, and its lines are taken for what was sampled."""
     target = tmp_path / "pairs.jsonl"
     good(main("export", str(tiny_run.folder), "--format", "trl", "--out", str(target)))
-    codec = importlib.import_module("pairs")._codec(str(BUNDLED))
+    codec = codec_of(str(BUNDLED))
     lines = iter(lines_of(target))
     for pair in RunDir(tiny_run.folder).read("pairs", 1, split="train").to_pylist():
         for rejected in pair["rejected_token_ids"]:
