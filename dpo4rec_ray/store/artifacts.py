@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.schemas import SCHEMA_VERSION, SCHEMAS, validate_table
 
@@ -182,18 +181,11 @@ def write_part(
 ) -> Path:
     """Atomically write one Parquet part; a crash leaves no file that looks complete. notes: for `part_notes`."""
     target = part_file(folder, part)
-    temporary = target.with_suffix(f".tmp{os.getpid()}-{threading.get_ident()}")
     table = validate_table(name, table)
     if notes is not None:
         table = table.replace_schema_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
-    try:
-        with open(temporary, "wb") as handle:
-            pq.write_table(table, handle, compression="zstd", row_group_size=ROWS_PER_GROUP)
-            handle.flush()
-            os.fsync(handle.fileno())  # the name must not outlive the content when a machine goes down
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(target, synced=True) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
     return target
 
 
@@ -205,15 +197,9 @@ def part_notes(file: str | Path) -> tuple[int, dict[str, Any]]:
 
 def write_json(file: Path, content: Any) -> None:
     """Atomically write JSON; NaN and infinities, which JSON does not know, become null."""
-    temporary = file.with_suffix(f".tmp{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(_finite(content), handle, indent=1, sort_keys=True, allow_nan=False)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(_finite(content), indent=1, sort_keys=True, allow_nan=False)
+    with new_file(file, synced=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _finite(content: Any) -> Any:
