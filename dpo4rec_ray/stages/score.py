@@ -22,7 +22,6 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
 from dpo4rec_ray.texts.vectors import encoder_pool
-from dpo4rec_ray.workers.placement import WORKER_ENV
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
 
 
@@ -38,7 +37,6 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         config.reward.num_scorers,
         config.reward.cpus_per_scorer,
         num_gpus=config.reward.gpus_per_worker,
-        env=WORKER_ENV,
     )
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
     progress = Progress("score", generated.stats["users"], "users")

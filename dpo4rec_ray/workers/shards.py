@@ -19,7 +19,7 @@ import pyarrow as pa
 from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.store.artifacts import MANIFEST
 from dpo4rec_ray.store.progress import Progress
-from dpo4rec_ray.workers.placement import check_room
+from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
 
 Row = dict[str, Any]
 MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it was working on
@@ -40,7 +40,7 @@ class Pool:
     size: int
     num_cpus: float
     num_gpus: float = 0.0
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
     shards_at_once: int = 1
     max_restarts: int = MAX_RESTARTS
 
