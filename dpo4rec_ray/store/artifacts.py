@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -133,21 +132,17 @@ class RunDir:
         round_id: int = 0,
         *,
         split: str | tuple[str, ...] | None = None,
-        user_range: tuple[int, int] | None = None,
         where: Sequence[tuple[str, str, Any]] = (),
         columns: list[str] | None = None,
     ) -> pa.Table:
         """A complete artifact as one table.
 
-        `split` is explicit, so that a search for the name of a split finds who reads it. `user_range` [low, high) reads only the
-        row groups that hold these users. `where`: more conditions (column, operator, value), as pyarrow has them; rows that do
-        not meet all are never held.
+        `split` is explicit, so that a search for the name of a split finds who reads it. `where`: more conditions
+        (column, operator, value), as pyarrow has them; row groups and rows that do not meet all are never held.
         """
         filters = list(where)
         if split is not None:
             filters.append(("split", "in", [split] if isinstance(split, str) else list(split)))
-        if user_range is not None:
-            filters += [("user_id", ">=", user_range[0]), ("user_id", "<", user_range[1])]
         tables = [
             pq.read_table(file, columns=columns, filters=filters or None)
             for file in self.files(name, round_id)
@@ -225,14 +220,3 @@ def folder_hash(folder: str | Path) -> str:
         digest.update(f"{file.relative_to(folder)} {stat.st_size}\n".encode())
         digest.update(file.read_bytes() if stat.st_size < 16 * 2**20 else str(stat.st_mtime_ns).encode())
     return digest.hexdigest()[:16]
-
-
-class Timer:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return round(time.monotonic() - self._start, 2)
