@@ -17,7 +17,7 @@ from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.evaluation.reward_diagnosis import reward_diagnosis
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
-from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.artifacts import RunDir, part_file
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
@@ -78,7 +78,7 @@ class ShardEncoder:
         self._folder = folder
 
     def __call__(self, row: Row) -> Row:
-        file = f"{self._folder}/part-{int(row['shard']):05d}.parquet"
+        file = part_file(self._folder, int(row["shard"]))
         table = pq.read_table(file, columns=["user_id", "sample_id", "text"])
         vectors = self._encoder.encode(table["text"].to_pylist())
         return {
