@@ -268,9 +268,8 @@ class Runner:
         self.matched = True
         fingerprint, inputs = self._fingerprint(stage, round_id)
         target = self.store.path(*stage.writes(round_id)[-1])
-        forced = name == (
-            self.selection.only or self.selection.since
-        )  # asked for by name: do it, do not skip it
+        # asked for by name: do it, do not skip it
+        forced = name == (self.selection.only or self.selection.since)
         if not forced and self._complete(stage, round_id, fingerprint):
             manifest = self._note(stage, round_id, skipped=True)
             say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")

@@ -76,9 +76,7 @@ class RunDir:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).resolve()
-        self.fingerprint = (
-            ""  # fingerprint of the stage that is running: what its half-written parts belong to
-        )
+        self.fingerprint = ""  # of the stage that is running: what its half-written parts belong to
 
     def path(self, name: str, round_id: int = 0) -> Path:
         return self.root / PATHS[name].format(round=round_id)
