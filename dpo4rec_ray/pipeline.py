@@ -12,8 +12,10 @@ the fingerprint of its present inputs and config sections is skipped.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from dpo4rec_ray import identity
 from dpo4rec_ray.config import Config
@@ -31,7 +33,7 @@ from dpo4rec_ray.stages import (
     train_reward,
     validate,
 )
-from dpo4rec_ray.store.artifacts import Manifest, RunDir, Timer, fingerprint_of, write_json
+from dpo4rec_ray.store.artifacts import Manifest, RunDir, fingerprint_of, write_json
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.engines import release_engines
@@ -202,7 +204,7 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     Raises:
         UserError: something in the recipe, the input or the machine that the user can mend.
     """
-    total = Timer()
+    began = time.monotonic()
     store.root.mkdir(parents=True, exist_ok=True)
     if not selection.narrow:
         write_json(store.root / "config.json", config.model_dump(mode="json"))
@@ -212,7 +214,7 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     finally:
         release_engines()
     if runner.selected("report", last_round):
-        return page.run(config, store, last_round, runner.log, total.seconds)
+        return page.run(config, store, last_round, runner.log, time.monotonic() - began)
     if not runner.matched:
         raise selection.missing()
     return {}
@@ -244,7 +246,7 @@ class Runner:
 
     def __init__(self, config: Config, store: RunDir, selection: Selection):
         self.config, self.store, self.selection = config, store, selection
-        self.log: list[dict[str, object]] = []
+        self.log: list[dict[str, Any]] = []
         self.matched = False
         self._since_reached = not selection.since
 
@@ -261,28 +263,28 @@ class Runner:
     def step(self, name: str, round_id: int) -> None:
         stage = STAGES[name]
         if not self.selected(name, round_id):
-            self._note_kept(stage, round_id)
+            self._note(stage, round_id, skipped=True)
             return
         self.matched = True
         fingerprint, inputs = self._fingerprint(stage, round_id)
         target = self.store.path(*stage.writes(round_id)[-1])
-        forced = name == (
-            self.selection.only or self.selection.since
-        )  # asked for by name: do it, do not skip it
+        # asked for by name: do it, do not skip it
+        forced = name == (self.selection.only or self.selection.since)
         if not forced and self._complete(stage, round_id, fingerprint):
-            manifest = self._note_kept(stage, round_id)
+            manifest = self._note(stage, round_id, skipped=True)
             say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")
             return
-        timer = Timer()
+        began = time.monotonic()
         say(f"{name}({round_id}): started")
         self.store.fingerprint = fingerprint
         outcome = stage.run(self.config, self.store, round_id)
+        seconds = round(time.monotonic() - began, 2)
         for artifact, artifact_round in stage.writes(round_id):
-            manifest = outcome.manifest(artifact, fingerprint, timer.seconds, inputs, self.config.run.seed)
+            manifest = outcome.manifest(artifact, fingerprint, seconds, inputs, self.config.run.seed)
             self.store.finish(manifest, artifact_round)
-        self._note(name, round_id, timer.seconds, outcome.rows_in, outcome.rows_out, skipped=False)
+        self._note(stage, round_id, skipped=False)
         say(
-            f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {timer.seconds:.1f} s, {target}"
+            f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {seconds:.1f} s, {target}"
         )
 
     def _fingerprint(self, stage: Stage, round_id: int) -> tuple[str, dict[str, str]]:
@@ -306,22 +308,18 @@ class Runner:
         manifests = [self.store.manifest(name, r) for name, r in stage.writes(round_id)]
         return all(manifest is not None and manifest.fingerprint == fingerprint for manifest in manifests)
 
-    def _note_kept(self, stage: Stage, round_id: int) -> Manifest | None:
+    def _note(self, stage: Stage, round_id: int, *, skipped: bool) -> Manifest | None:
+        """Log the step as its manifest has it, if there is one."""
         manifest = self.store.manifest(*stage.writes(round_id)[-1])
         if manifest is not None:
-            self._note(stage.name, round_id, manifest.seconds, manifest.rows_in, manifest.rows, skipped=True)
+            self.log.append(
+                {
+                    "stage": stage.name,
+                    "round": round_id,
+                    "seconds": manifest.seconds,
+                    "rows_in": manifest.rows_in,
+                    "rows_out": manifest.rows,
+                    "skipped": skipped,
+                }
+            )
         return manifest
-
-    def _note(
-        self, name: str, round_id: int, seconds: float, rows_in: int, rows_out: int, *, skipped: bool
-    ) -> None:
-        self.log.append(
-            {
-                "stage": name,
-                "round": round_id,
-                "seconds": seconds,
-                "rows_in": rows_in,
-                "rows_out": rows_out,
-                "skipped": skipped,
-            }
-        )

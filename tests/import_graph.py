@@ -20,6 +20,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 START, END = "<!-- files -->", "<!-- /files -->"
 ROOMS = (
     "errors",
+    "atomic",
     "config",
     "core",
     "datasets",

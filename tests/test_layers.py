@@ -29,7 +29,10 @@ MODULES = modules()
 SIBLINGS = ("datasets", "knowledge", "rerankers", "policy")
 HEAVY = ("vllm", "deepspeed", "peft")
 # Rooms that may import less than all that lies below them.
-ALLOWED = {"core": ("core", "errors"), **{room: (room, "core", "config", "errors") for room in SIBLINGS}}
+ALLOWED = {
+    "core": ("core", "errors"),
+    **{room: (room, "core", "config", "atomic", "errors") for room in SIBLINGS},
+}
 RAY_ROOMS = ("workers", "prepare", "texts", "train", "stages", "serving", "grid_search", "cli")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import socket
 import sys
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo4rec_ray.cli import session
+from dpo4rec_ray.config.serving import APPLICATION, ServingSection
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.workers.placement import joined_cluster
 
 if TYPE_CHECKING:
-    from dpo4rec_ray.config.serving import ServingSection
     from dpo4rec_ray.serving.registry import Registry, Routing
     from dpo4rec_ray.serving.version_files import VersionCard
 
@@ -59,7 +59,7 @@ def config(options: argparse.Namespace) -> int:
     http = settings.model_dump(include={"host", "port", "request_timeout_s"})
     arguments = settings.model_dump(exclude_defaults=True, exclude=set(http))
     arguments["registry"] = str(Path(settings.registry).resolve())
-    application = {"name": "rerank", "route_prefix": "/", "import_path": IMPORT_PATH, "args": arguments}
+    application = {"name": APPLICATION, "route_prefix": "/", "import_path": IMPORT_PATH, "args": arguments}
     content = {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
     print("# For `serve deploy FILE`; start Ray with RAY_SERVE_ENABLE_HA_PROXY=1 on every node.")
     if settings.host == "127.0.0.1":
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if "=" in options.run:  # no folder, only changes
         options.changes, options.run = [options.run, *options.changes], ""
     settings = serving_settings(options.changes, options.registry, options.run)
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+    if joined_cluster():
         raise UserError(
             "run serves on a Ray of its own; on a running cluster: jobs/serve.py config > serve.yaml, serve deploy serve.yaml"
         )
@@ -132,7 +132,7 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
     import ray
     from ray import serve
 
-    from dpo4rec_ray.serving.deployment import NAME, build
+    from dpo4rec_ray.serving.deployment import build
 
     application = build(settings.model_dump() | {"registry": str(registry.root)})  # refused before Ray starts
     session.start_ray(verbose)
@@ -150,9 +150,9 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
     serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
     logs = {"enable_access_log": False, "log_level": level}
     try:
-        serve.run(application, name=NAME, route_prefix="/", logging_config=logs)
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=logs)
     except RuntimeError as error:
-        found = serve.status().applications[NAME]
+        found = serve.status().applications[APPLICATION]
         messages = [one.message for one in found.deployments.values() if one.message]
         lines = [line.strip() for line in (messages or [found.message])[0].splitlines() if line.strip()]
         raise UserError(f"the replicas do not start: {lines[-1] if lines else error}") from error
@@ -166,8 +166,7 @@ def serve_environment(timeout_s: float | None = None, tuned: bool = True) -> Pat
     from dpo4rec_ray.serving import haproxy
 
     folder = Path(tempfile.mkdtemp(prefix="dpo4rec-serve-"))
-    defaults = session.WORK_ENV | haproxy.environment(folder, timeout_s, tuned) | SERVE_ENV
-    os.environ.update({key: value for key, value in defaults.items() if key not in os.environ})
+    session.set_defaults(session.WORK_ENV | haproxy.environment(folder, timeout_s, tuned) | SERVE_ENV)
     return folder
 
 

@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.workers.placement import joined_cluster
 
 WORK_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -22,12 +23,13 @@ WORK_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+QUIET_ENV = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-QUIET_ENV = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
+def set_defaults(env: Mapping[str, str]) -> None:
+    """Set those of the variables that the environment does not have."""
+    for name, value in env.items():
+        os.environ.setdefault(name, value)
 
 
 def guarded(call: Callable[[], int], verbose: bool) -> int:
@@ -52,7 +54,7 @@ def open_run(config: Config, verbose: bool) -> Path:
     """
     folder = Path(config.run.root) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update({key: value for key, value in WORK_ENV.items() if key not in os.environ})
+    set_defaults(WORK_ENV)
     if not verbose:
         be_quiet(folder / "driver.log")
     return folder
@@ -93,7 +95,7 @@ def be_quiet(log: Path) -> None:
     """
     if isinstance(sys.stderr, _Terminal):
         return
-    os.environ.update({key: value for key, value in QUIET_ENV.items() if key not in os.environ})
+    set_defaults(QUIET_ENV)
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.ERROR)
     with open(log, "ab") as target:
@@ -108,16 +110,9 @@ def start_ray(verbose: bool) -> None:
 
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
-        ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
-    else:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            object_store_memory=512 * 2**20,
-        )
+    own = {"address": "local", "include_dashboard": False, "object_store_memory": 512 * 2**20}
+    level = logging.INFO if verbose else logging.ERROR
+    ray.init(log_to_driver=verbose, logging_level=level, **({} if joined_cluster() else own))
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not verbose:
         for name in ("ray", "ray.data", "ray.train"):

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from dpo4rec_ray.config.section import Section
 
+APPLICATION = "rerank"  # its name in Ray Serve, and that of its ingress deployment
+
 
 class ServingSection(Section):
     """The server (jobs/serve.py)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.chat_codec import ChatCodec
 from dpo4rec_ray.policy.preference_files import write_rows
@@ -28,8 +28,7 @@ def export_pairs(store: RunDir, round_id: int, split: str, codec: ChatCodec, for
         UserError: the pairs hold no token ids, or none of them can be written.
     """
     counts = Counter[str]()
-    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
-    try:
+    with new_file(target) as temporary:
         with open(temporary, "w", encoding="utf-8") as lines:
             for row in _exported(store, round_id, split, codec, form, counts):
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -37,9 +36,6 @@ def export_pairs(store: RunDir, round_id: int, split: str, codec: ChatCodec, for
             raise UserError(
                 f"{store.path('pairs', round_id)}: no {split} pair can be written; {counts['left out']} {NOT_ONE_TURN}"
             )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     say(
         f"export: {counts['lines']} lines of {counts['pairs']} pairs, left out {counts['left out'] or 'none'}, {target}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from dpo4rec_ray.knowledge.text_table import Tally
 from dpo4rec_ray.policy.chat_codec import ChatCodec
 from dpo4rec_ray.policy.preference_files import read_row, read_rows
 from dpo4rec_ray.policy.preference_rows import NOT_AN_OBJECT, BadRow, Fields
-from dpo4rec_ray.store.artifacts import RunDir, Timer, fingerprint_of
+from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.progress import Progress, say
@@ -49,7 +50,7 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
     if kept is not None and kept.fingerprint == fingerprint:
         say(f"import(1): kept, {kept.rows} rows, {store.path('pairs', 1)}")
         return
-    timer = Timer()
+    began = time.monotonic()
     say("import(1): started")
     store.start("pairs", 1)
     codec = codec_of(base_llm_path(config, store))
@@ -93,11 +94,12 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
         "tokenized": counts["tokenized"],
         "dropped": dict(tally.left_out),
     }
+    seconds = round(time.monotonic() - began, 2)
     outcome = Outcome(rows_in=counts["rows"], rows_out=counts["train"] + counts["valid"], stats=stats)
-    store.finish(outcome.manifest("pairs", fingerprint, timer.seconds, {}, config.run.seed), 1)
+    store.finish(outcome.manifest("pairs", fingerprint, seconds, {}, config.run.seed), 1)
     say(
         f"import(1): {counts['train']} training pairs, {counts['valid']} held out, {counts['tokenized']} tokenised, "
-        f"the others by their stored token ids, {timer.seconds:.1f} s, {store.path('pairs', 1)}"
+        f"the others by their stored token ids, {seconds:.1f} s, {store.path('pairs', 1)}"
     )
     if tally.left_out:
         say(f"  set aside in {store.root / SET_ASIDE}: {tally.words}")

@@ -15,8 +15,6 @@ Nothing in a file is trusted: a row that is not an id with a text is left out, c
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.errors import UserError
 
@@ -129,9 +128,8 @@ def place_texts(
     order = np.argsort(known_keys)
     sorted_keys = known_keys[order]
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".tmp{os.getpid()}-{threading.get_ident()}")
     schema = _SCHEMA.with_metadata({_IDENTITY: identity.encode()})
-    try:
+    with new_file(target) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for rows in _batches(Path(source).expanduser(), columns, tally):
                 ids, texts, places = _usable(rows, tally)
@@ -153,9 +151,6 @@ def place_texts(
                 f"{source}: holds no text that can be used: {tally.words or 'it is empty'}"
                 + (hint if tally.left_out[UNKNOWN] else "")
             )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return tally
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError
 
 Metrics = dict[str, float]
@@ -213,9 +214,8 @@ class _RunFile:
 
     def note(self, step: int) -> None:
         self.step = step
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"run_id": self.run_id, "step": step}), encoding="utf-8")
-        os.replace(temporary, self._file)
+        with new_file(self._file) as temporary:
+            temporary.write_text(json.dumps({"run_id": self.run_id, "step": step}), encoding="utf-8")
 
     def refused(self, tracker: str, error: Exception, variable: str) -> UserError:
         again = f", or remove {self._file} to start another run than {self.run_id}" if self.run_id else ""

@@ -9,7 +9,6 @@ logged/P                      a partition's logged lists in order
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.core.kcore import contains
 from dpo4rec_ray.core.keys import Keys
 from dpo4rec_ray.errors import UserError
@@ -42,13 +42,12 @@ class Alive:
 @contextlib.contextmanager
 def new_arrow(target: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
     """An Arrow file that gets its name when it is complete: a task that Ray retries never reads half a file."""
-    temporary = target.with_suffix(f".tmp{os.getpid()}")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            yield writer
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        new_file(target) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        yield writer
 
 
 def read_batch(file: Path, partition: int, names: tuple[str, ...]) -> pa.RecordBatch:

@@ -25,10 +25,12 @@ SHOWN = (*PRINTED, *(f"{name} {how}" for how in _DETAIL for name in HEADLINE))
 
 
 def run(
-    config: Config, store: RunDir, last_round: int, log: list[dict[str, object]], seconds: float
+    config: Config, store: RunDir, last_round: int, log: list[dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
     """Write summary.json and report.html; print the table; return the summary."""
     evaluated = read_evaluation(store)
+    # without a policy the only round ends with its pairs, because nothing is trained on them
+    scored = last_round if config.has_policy else min(1, config.run.num_rounds)
     summary: dict[str, Any] = {
         "generator": config.llm.source,
         "simulated_texts": config.llm.source == "template",
@@ -36,12 +38,12 @@ def run(
         "run": config.run.name,
         "seed": config.run.seed,
         "stages": log,
-        "stage_seconds": round(sum(float(str(stage["seconds"])) for stage in log), 1),
+        "stage_seconds": round(sum(stage["seconds"] for stage in log), 1),
         "prepare": store.require("lists").stats,
         "reward": _stats(store, "reward"),
         "rewards": {
             str(round_id): stats
-            for round_id in range(1, max(last_round, _untrained_rounds(config)) + 1)
+            for round_id in range(1, scored + 1)
             if (stats := _stats(store, "scores", round_id))
         },
         "rounds": [_round(store, round_id) for round_id in range(1, last_round + 1)],
@@ -60,11 +62,6 @@ def run(
     return summary
 
 
-def _untrained_rounds(config: Config) -> int:
-    """Rounds that end with their pairs, because nothing is trained on them."""
-    return 0 if config.has_policy else min(1, config.run.num_rounds)
-
-
 def _stats(store: RunDir, name: str, round_id: int = 0) -> dict[str, Any]:
     """An artifact's stats; empty when the run does not have it."""
     manifest = store.manifest(name, round_id)
@@ -73,10 +70,9 @@ def _stats(store: RunDir, name: str, round_id: int = 0) -> dict[str, Any]:
 
 def _earlier_peaks(store: RunDir, last_round: int) -> list[float]:
     """Peaks of the processes that made the artifacts: parts of a run may come from several."""
-    names = [("lists", 0), ("knowledge", 0), ("reward", 0), ("per_list", 0)]
-    for round_id in range(1, last_round + 1):
-        names += [(name, round_id) for name in ("generations", "scores", "policy", "knowledge", "heldout")]
-    return [manifest.peak_rss_mb for name in names if (manifest := store.manifest(*name)) is not None]
+    names = ("lists", "reward", "per_list", "generations", "scores", "policy", "knowledge", "heldout")
+    manifests = [store.manifest(name, round_id) for round_id in range(last_round + 1) for name in names]
+    return [manifest.peak_rss_mb for manifest in manifests if manifest is not None]
 
 
 def _round(store: RunDir, round_id: int) -> dict[str, Any]:
@@ -107,10 +103,7 @@ def _round(store: RunDir, round_id: int) -> dict[str, Any]:
         },
         "pairs": pairs["pairs"],
         "dropped": pairs["dropped"],
-        "heldout_reward_before": heldout["heldout_reward_before"],
-        "heldout_reward_after": heldout["heldout_reward_after"],
-        "heldout_reward_delta": heldout["heldout_reward_delta"],
-        "heldout_reward_delta_ci95": heldout["heldout_reward_delta_ci95"],
+        **{key: value for key, value in heldout.items() if key.startswith("heldout_reward_")},
         "heldout_users": store.require("heldout", round_id).rows,
         "dpo": store.require("policy", round_id).stats,
         "diagnosis": diagnosis,

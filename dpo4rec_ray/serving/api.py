@@ -114,7 +114,7 @@ class UserKnowledge(BaseModel):
     history: list[SeenItem]  # oldest first
 
 
-class ModelCard(BaseModel):
+class VersionInfo(BaseModel):
     """A published version."""
 
     id: str

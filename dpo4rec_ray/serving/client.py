@@ -19,7 +19,7 @@ MAX_CONNECTIONS = 64  # kept open, for the threads that share a client
 RETRIED = (500, 502, 503, 504)  # statuses; Serve's HAProxy says 500 when a replica has died
 MAX_WAIT_S = 5  # longest wait that a Retry-After of the service can ask for
 Answer = TypeVar("Answer")
-_MODELS = TypeAdapter(list[api.ModelCard])
+_MODELS = TypeAdapter(list[api.VersionInfo])
 
 
 class Refused(UserError):
@@ -74,7 +74,7 @@ class Client:
         path = f"users/{quote(user_id, safe='')}/knowledge"
         return self._ask(api.UserKnowledge.model_validate_json, path)
 
-    def models(self) -> list[api.ModelCard]:
+    def models(self) -> list[api.VersionInfo]:
         """The published versions and what they do."""
         return self._ask(_MODELS.validate_json, "models")
 

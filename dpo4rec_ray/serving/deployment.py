@@ -18,7 +18,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from dpo4rec_ray.config.section import first_mistake
-from dpo4rec_ray.config.serving import ServingSection
+from dpo4rec_ray.config.serving import APPLICATION, ServingSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.fresh_texts import FreshTextLookup, FreshTextStore, TextJob
 from dpo4rec_ray.serving.http import build_api
@@ -32,7 +32,6 @@ MAX_FAILED = 20  # failed lists in a row after which a replica is replaced
 NO_TOKEN = (
     "no token is needed (serving.token_file is not set): everyone who reaches the port may send requests"
 )
-NAME = "rerank"  # of the application and of its ingress deployment
 WRITER_NAME = "writer"
 
 
@@ -176,7 +175,7 @@ def build(arguments: dict[str, Any]) -> Application:
         }
     return serve.deployment(
         Rerank,
-        name=NAME,
+        name=APPLICATION,
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         # More than the service lets wait, so that the service itself refuses: with 503, Retry-After and a count.
         max_ongoing_requests=2 * settings.max_waiting,

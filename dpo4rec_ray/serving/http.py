@@ -26,11 +26,11 @@ from dpo4rec_ray.serving.api import (
     BatchResponse,
     Example,
     Mistakes,
-    ModelCard,
     Problem,
     RerankRequest,
     RerankResponse,
     UserKnowledge,
+    VersionInfo,
 )
 from dpo4rec_ray.serving.batcher import Overloaded
 from dpo4rec_ray.serving.service import Service
@@ -144,7 +144,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Direct
         return found
 
     @api.get("/v1/models", dependencies=locked, responses={401: DENIED})
-    async def models() -> list[ModelCard]:
+    async def models() -> list[VersionInfo]:
         """The published versions and what they do."""
         return await asyncio.to_thread(service.models)
 

@@ -23,7 +23,9 @@ from dpo4rec_ray.rerankers.scorer import ListScorer, UserParts
 from dpo4rec_ray.serving.version_files import UNKNOWN, VersionFiles
 
 NEUTRAL_RATING = 3.0  # of an event without a rating
-SCORE_TOLERANCE = 1e-5
+# Two bounds on what rounding does to a score: from one batch to another on the same machine, which the API promises; and from
+# publishing to now, maybe on another machine or device, beyond which a version is refused (version_check.py).
+SCORE_TOLERANCE, RECORDED_TOLERANCE = 1e-5, 1e-4
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class LoadedVersion:
                 found.append((rows[kept].tolist(), np.array(ratings, np.float32)[kept].tolist()))
             else:
                 found.append(([], []) if user == UNKNOWN else self.files.history(user))
-        newest = self.files.card.max_history  # as in training
+        newest = self.files.card.reranker_history  # as in training
         found = [
             (items[max(0, len(items) - newest) :], own[max(0, len(own) - newest) :]) for items, own in found
         ]

@@ -115,7 +115,7 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             num_users=num_users,
             num_items=len(items),
-            max_history=config.data.reranker_history,
+            reranker_history=config.data.reranker_history,
             encoder=config.encoder.path,
             metrics={name: card["info"]["metrics"][f"test {name}"] for name in HEADLINE},
         )

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo4rec_ray.config.serving import ServingSection
-from dpo4rec_ray.serving.api import Candidate, Event, ModelCard, RerankRequest, SeenItem, UserKnowledge
+from dpo4rec_ray.serving.api import Candidate, Event, RerankRequest, SeenItem, UserKnowledge, VersionInfo
 from dpo4rec_ray.serving.batcher import Batcher, Overloaded
 from dpo4rec_ray.serving.fresh_texts import FreshTextLookup
 from dpo4rec_ray.serving.loaded_version import LoadedVersion, Ranking, RankTask
@@ -100,14 +100,14 @@ class Service:
             found.knowledge, found.text = "stored", text
         return found
 
-    def models(self) -> list[ModelCard]:
+    def models(self) -> list[VersionInfo]:
         """All versions of the registry, and what each of them does."""
         loaded = self.manager.loaded
         routing = loaded.routing
         roles = {routing.shadow: "shadow", routing.split: "split", routing.current: "current"}
         percent = {"current": 100 - routing.percent, "split": routing.percent}
         return [
-            ModelCard(
+            VersionInfo(
                 id=card.version,
                 model=card.model,
                 created=card.created,

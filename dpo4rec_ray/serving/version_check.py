@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.serving.loaded_version import LoadedVersion, RankTask
+from dpo4rec_ray.serving.loaded_version import RECORDED_TOLERANCE, LoadedVersion, RankTask
 from dpo4rec_ray.serving.version_files import RECORDED_FILE, VersionFiles, read_card
-
-MAX_DIFFERENCE = 1e-4  # between a recorded score and the score of now
 
 
 def load_version(folder: Path, device: str = "cpu") -> LoadedVersion:
@@ -41,7 +39,7 @@ def load_version(folder: Path, device: str = "cpu") -> LoadedVersion:
         ) from error
     for number, (ranking, scores) in enumerate(zip(rankings, expected, strict=True)):
         same_shape = ranking.scores.shape == scores.shape
-        if not same_shape or not np.allclose(ranking.scores, scores, atol=MAX_DIFFERENCE, rtol=0):
+        if not same_shape or not np.allclose(ranking.scores, scores, atol=RECORDED_TOLERANCE, rtol=0):
             raise UserError(
                 f"{file}: request {number} gets other scores now than when the version was published; the version is "
                 "refused; publish the run again"

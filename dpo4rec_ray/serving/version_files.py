@@ -30,6 +30,7 @@ FORMAT = 1  # grows when the files change their meaning
 # Where the run has an LLM, this folder has what writes texts for unknown users (serving/writer.py): config.json, and the
 # weights that were in the run folder.
 WRITER_FOLDER, WRITER_LLM, WRITER_LORA = "writer", "llm", "lora"
+FORMER_NAMES = {"figures": "metrics", "max_history": "reranker_history"}  # in version.json
 UNKNOWN = -1  # the row of an id that the version does not know
 
 # Rows of users.arrow and items.arrow are in the order of the run's integer ids. texts.arrow, user_sides.npy and
@@ -53,7 +54,7 @@ class VersionCard:
         model: backbone, system and seed, as in the evaluation's tables.
         knowledge: the system whose texts the reranker reads; "" if it reads none.
         source: fingerprint of the evaluation that the version was published from.
-        max_history: most events of a user that the reranker reads.
+        reranker_history: most events of a user that the reranker reads.
         metrics: of the model on the run's test lists.
     """
 
@@ -65,7 +66,7 @@ class VersionCard:
     created: str
     num_users: int
     num_items: int
-    max_history: int
+    reranker_history: int
     encoder: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
@@ -81,9 +82,7 @@ def read_card(folder: Path) -> VersionCard:
     file = folder / VERSION_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if "figures" in content:  # the former name
-            content["metrics"] = content.pop("figures")
-        card = VersionCard(**content)
+        card = VersionCard(**{FORMER_NAMES.get(name, name): value for name, value in content.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: no published version ({error}); publish the run again") from None
     if card.format != FORMAT:

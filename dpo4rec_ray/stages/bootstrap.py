@@ -35,6 +35,7 @@ from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.supervised_loop import SupervisedTask, supervised_loop
 from dpo4rec_ray.workers.placement import engine_env
+from dpo4rec_ray.workers.tasks import in_worker
 
 RECIPE_OF = {"sample": "jobs/recipes/demo.toml", "movielens": "jobs/recipes/ml1m_small.toml"}
 TOKENIZER_LESSONS = 5000  # hold every word of a catalogue's frequent items
@@ -132,17 +133,10 @@ nothing else and knows no other catalogue.
 
 def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
     """Sample one text per new simulated user with vLLM: the share of named tastes that are true, and what chance gives."""
-    import ray
-
     lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
     spec = EngineSpec(ServedWeights(str(model)), config.llm, config.generate)
-    remote = ray.remote(
-        num_cpus=1,
-        num_gpus=config.generate.gpus_per_engine,
-        max_calls=1,
-        runtime_env={"env_vars": engine_env(config)},
-    )
-    texts = ray.get(remote(_sample_texts).remote(spec, lesson.prompts))
+    gpus, env = config.generate.gpus_per_engine, engine_env(config)
+    texts = in_worker(_sample_texts, spec, lesson.prompts, gpus=gpus, env=env)
     accuracy, chance = text_accuracy([[text] for text in texts], lesson.tastes)
     return {"text_accuracy": accuracy, "text_chance": chance}
 

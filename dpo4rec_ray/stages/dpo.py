@@ -21,24 +21,20 @@ from dpo4rec_ray.train.dpo_loop import FULL, LORA, WARNINGS, DPOTask, dpo_loop
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.reference_logps import cached_reference
 from dpo4rec_ray.train.state import begin, read_state, remove_checkpoints
-from dpo4rec_ray.workers.placement import WORKER_ENV
+from dpo4rec_ray.workers.tasks import in_worker
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `policy` of the round."""
-    import ray
-
     section = config.dpo
     folder = begin(store, "policy", round_id)
-    # merged in a worker: the driver may be a small machine
-    merge = ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": WORKER_ENV})(save_merged)
     before = policy_weights(config, store, round_id - 1)
     continues = section.reference_policy == "base" and round_id > 1
     if continues and section.tuning == "lora":
         base = before.base
     elif before.lora and not before.merged:
-        if not (folder / "start").exists():
-            ray.get(merge.remote(before.base, before.lora, folder / "start", config.llm.dtype))
+        if not (folder / "start").exists():  # merged in a worker: the driver may be a small machine
+            in_worker(save_merged, before.base, before.lora, folder / "start", config.llm.dtype)
         base = str(folder / "start")
     else:
         base = before.whole
@@ -74,7 +70,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if section.tuning == "full":
         weights = PolicyWeights(base=str(folder / FULL))
     elif merges_lora(config):
-        ray.get(merge.remote(base, weights.lora, folder / "merged", config.llm.dtype))
+        in_worker(save_merged, base, weights.lora, folder / "merged", config.llm.dtype)
         weights = PolicyWeights(base=base, lora=weights.lora, merged=str(folder / "merged"))
     stats = _stats(config, store, round_id)
     write_policy(

@@ -17,12 +17,11 @@ from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.evaluation.reward_diagnosis import reward_diagnosis
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
-from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.artifacts import RunDir, part_file
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
 from dpo4rec_ray.texts.vectors import encoder_pool
-from dpo4rec_ray.workers.placement import WORKER_ENV
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
 
 
@@ -38,7 +37,6 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         config.reward.num_scorers,
         config.reward.cpus_per_scorer,
         num_gpus=config.reward.gpus_per_worker,
-        env=WORKER_ENV,
     )
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
     progress = Progress("score", generated.stats["users"], "users")
@@ -80,7 +78,7 @@ class ShardEncoder:
         self._folder = folder
 
     def __call__(self, row: Row) -> Row:
-        file = f"{self._folder}/part-{int(row['shard']):05d}.parquet"
+        file = part_file(self._folder, int(row["shard"]))
         table = pq.read_table(file, columns=["user_id", "sample_id", "text"])
         vectors = self._encoder.encode(table["text"].to_pylist())
         return {

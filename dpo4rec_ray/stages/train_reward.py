@@ -28,7 +28,7 @@ from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors, training_facts
+from dpo4rec_ray.store.reading import fold_names, read_catalogue, read_list_data, read_vectors, training_facts
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.workers.tasks import run_tasks
 
@@ -38,7 +38,7 @@ PLAIN = "without-knowledge"
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write the reward rerankers, one folder per fold."""
     folder = store.start("reward")
-    names = [PLAIN, *(f"fold-{fold}" for fold in range(config.reward.num_folds))]
+    names = [PLAIN, *fold_names(config)]
     if config.reward.num_workers > 1:
         launch(
             train_loop,
@@ -101,16 +101,15 @@ def _train_one(
     world: int = 1,
 ) -> None:
     """Train the reranker of one fold (or the one without knowledge) on this rank's share of its lists, and save it."""
+    number = [PLAIN, *fold_names(config)].index(name)  # 0: without knowledge; n: of fold n - 1
     knowledge = name != PLAIN
     catalogue = read_catalogue(store)
     lists, valid = read_list_data(store, "train"), read_list_data(store, "valid")
     if knowledge and config.reward.num_folds > 1:
         folds = torch.from_numpy(store.read("users", columns=["fold"])["fold"].to_numpy().copy())
-        fold = int(name.removeprefix("fold-"))
-        lists, valid = without_fold(lists, folds, fold), without_fold(valid, folds, fold)
+        lists, valid = without_fold(lists, folds, number - 1), without_fold(valid, folds, number - 1)
     section = config.reranker.of(config.reranker.backbone)
     seed = seed_of(config.run.seed, "reward", name)
-    number = 0 if not knowledge else 1 + int(name.removeprefix("fold-"))
 
     def on_epoch(record: dict[str, Any]) -> None:
         step = number * section.epochs + record["epoch"]
@@ -172,7 +171,6 @@ def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
     other = another_user(np.unique(valid.user_ids.numpy()), len(vectors), seed_of(config.run.seed, "shuffle"))
     metric = metric_by_name("ndcg@5")
     labels, mask = valid.labels.numpy(), valid.mask.numpy()
-    folds = [f"fold-{fold}" for fold in range(config.reward.num_folds)]
 
     def measured(names: list[str], source: np.ndarray | None) -> float:
         found = []
@@ -182,6 +180,7 @@ def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
             found.append(metric(scores, labels, mask).mean())
         return float(np.mean(found))
 
+    folds = fold_names(config)
     own = measured(folds, vectors)
     stats = {
         "valid_ndcg@5": own,

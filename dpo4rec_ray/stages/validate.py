@@ -20,21 +20,13 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import sample_scorer, vectors_of
-from dpo4rec_ray.workers.placement import WORKER_ENV
+from dpo4rec_ray.workers.tasks import in_worker
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `heldout` of the round."""
-    import ray
-
     store.start("heldout", round_id)
-    remote = ray.remote(
-        num_cpus=1,
-        num_gpus=config.reward.gpus_per_worker,
-        max_calls=1,
-        runtime_env={"env_vars": WORKER_ENV},
-    )
-    table, stats = ray.get(remote(_measure).remote(config, store, round_id))
+    table, stats = in_worker(_measure, config, store, round_id, gpus=config.reward.gpus_per_worker)
     store.write("heldout", table, round_id)
     low, high = stats["heldout_reward_delta_ci95"]
     say(

@@ -10,10 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.schemas import SCHEMA_VERSION, SCHEMAS, validate_table
 
@@ -78,9 +76,7 @@ class RunDir:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).resolve()
-        self.fingerprint = (
-            ""  # fingerprint of the stage that is running: what its half-written parts belong to
-        )
+        self.fingerprint = ""  # of the stage that is running: what its half-written parts belong to
 
     def path(self, name: str, round_id: int = 0) -> Path:
         return self.root / PATHS[name].format(round=round_id)
@@ -134,21 +130,17 @@ class RunDir:
         round_id: int = 0,
         *,
         split: str | tuple[str, ...] | None = None,
-        user_range: tuple[int, int] | None = None,
         where: Sequence[tuple[str, str, Any]] = (),
         columns: list[str] | None = None,
     ) -> pa.Table:
         """A complete artifact as one table.
 
-        `split` is explicit, so that a search for the name of a split finds who reads it. `user_range` [low, high) reads only the
-        row groups that hold these users. `where`: more conditions (column, operator, value), as pyarrow has them; rows that do
-        not meet all are never held.
+        `split` is explicit, so that a search for the name of a split finds who reads it. `where`: more conditions
+        (column, operator, value), as pyarrow has them; row groups and rows that do not meet all are never held.
         """
         filters = list(where)
         if split is not None:
             filters.append(("split", "in", [split] if isinstance(split, str) else list(split)))
-        if user_range is not None:
-            filters += [("user_id", ">=", user_range[0]), ("user_id", "<", user_range[1])]
         tables = [
             pq.read_table(file, columns=columns, filters=filters or None)
             for file in self.files(name, round_id)
@@ -182,18 +174,11 @@ def write_part(
 ) -> Path:
     """Atomically write one Parquet part; a crash leaves no file that looks complete. notes: for `part_notes`."""
     target = part_file(folder, part)
-    temporary = target.with_suffix(f".tmp{os.getpid()}-{threading.get_ident()}")
     table = validate_table(name, table)
     if notes is not None:
         table = table.replace_schema_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
-    try:
-        with open(temporary, "wb") as handle:
-            pq.write_table(table, handle, compression="zstd", row_group_size=ROWS_PER_GROUP)
-            handle.flush()
-            os.fsync(handle.fileno())  # the name must not outlive the content when a machine goes down
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(target, synced=True) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
     return target
 
 
@@ -205,15 +190,9 @@ def part_notes(file: str | Path) -> tuple[int, dict[str, Any]]:
 
 def write_json(file: Path, content: Any) -> None:
     """Atomically write JSON; NaN and infinities, which JSON does not know, become null."""
-    temporary = file.with_suffix(f".tmp{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(_finite(content), handle, indent=1, sort_keys=True, allow_nan=False)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(_finite(content), indent=1, sort_keys=True, allow_nan=False)
+    with new_file(file, synced=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _finite(content: Any) -> Any:
@@ -239,14 +218,3 @@ def folder_hash(folder: str | Path) -> str:
         digest.update(f"{file.relative_to(folder)} {stat.st_size}\n".encode())
         digest.update(file.read_bytes() if stat.st_size < 16 * 2**20 else str(stat.st_mtime_ns).encode())
     return digest.hexdigest()[:16]
-
-
-class Timer:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return round(time.monotonic() - self._start, 2)

@@ -18,15 +18,15 @@ def peak_rss_mb() -> float:
     return max(_peak_mb, tree_mb())
 
 
-def watch_memory(every_s: float = 1.0) -> None:
+def watch_memory() -> None:
     """Start the sampling thread; it ends with the process."""
-    threading.Thread(target=_watch, args=(every_s,), daemon=True).start()
+    threading.Thread(target=_watch, daemon=True).start()
 
 
-def _watch(every_s: float) -> None:
+def _watch() -> None:
     global _peak_mb
     pause = threading.Event()
-    while not pause.wait(every_s):
+    while not pause.wait(1.0):
         _peak_mb = max(_peak_mb, tree_mb())
 
 

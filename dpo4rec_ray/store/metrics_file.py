@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from dpo4rec_ray.atomic import new_file
 
 METRICS = "metrics.jsonl"
 
@@ -20,9 +21,8 @@ class MetricsFile:
         """Remove the lines of steps after `step`, from which an interrupted training is continued."""
         if self._file is not None:
             kept = [line for line in read_metrics(self._file.parent) if line["step"] <= step]
-            temporary = self._file.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self._file)
+            with new_file(self._file) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, stats: dict[str, Any]) -> None:
         if self._file is not None:

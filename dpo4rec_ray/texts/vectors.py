@@ -13,7 +13,6 @@ from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.knowledge.prompts import item_text
 from dpo4rec_ray.store.artifacts import RunDir, write_part
 from dpo4rec_ray.texts.throughput import COUNTS
-from dpo4rec_ray.workers.placement import WORKER_ENV
 from dpo4rec_ray.workers.shards import Pool, Row
 
 
@@ -73,5 +72,4 @@ def encoder_pool(config: Config, worker: type, **arguments: Any) -> Pool:
         section.num_workers,
         section.cpus_per_worker,
         num_gpus=section.gpus_per_worker,
-        env=WORKER_ENV,
     )

@@ -17,7 +17,6 @@ from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
 from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of, write_part
 from dpo4rec_ray.store.policies import model_identity
 from dpo4rec_ray.store.progress import Progress
-from dpo4rec_ray.workers.placement import WORKER_ENV
 from dpo4rec_ray.workers.shards import Pool, Row, begin_shards, finished_shards, part_number, run_shards
 
 
@@ -45,7 +44,6 @@ def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -
         section.num_workers,
         1,
         num_gpus=section.gpus_per_worker,
-        env=WORKER_ENV,
     )
     shards = [(part, 0, 0) for part in sorted(set(files) - done)]
     progress = Progress("reference", pairs.rows, "pairs")

@@ -16,9 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.store.artifacts import MANIFEST
 from dpo4rec_ray.store.progress import Progress
-from dpo4rec_ray.workers.placement import check_room
+from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
 
 Row = dict[str, Any]
 MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it was working on
@@ -39,7 +40,7 @@ class Pool:
     size: int
     num_cpus: float
     num_gpus: float = 0.0
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
     shards_at_once: int = 1
     max_restarts: int = MAX_RESTARTS
 
@@ -67,11 +68,10 @@ def begin_shards(folder: Path, fingerprint: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("*.tmp*"):  # from writers that were killed
         left.unlink(missing_ok=True)
-    note, fresh = folder / "shards.fingerprint", folder / "shards.fingerprint.tmp"
-    if note.exists() and note.read_text() == fingerprint:
-        return
-    fresh.write_text(fingerprint)
-    fresh.replace(note)  # a half-written fingerprint would cost every finished shard
+    note = folder / "shards.fingerprint"
+    if not note.exists() or note.read_text() != fingerprint:
+        with new_file(note) as temporary:  # a half-written fingerprint would cost every finished shard
+            temporary.write_text(fingerprint)
 
 
 def run_shards(

@@ -1,13 +1,25 @@
-"""Small models that are each trained by a Ray task, and their progress."""
+"""Work in Ray tasks: one call in a process of its own, or small models that are each trained by one, and their progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
+
+T = TypeVar("T")
+
+
+def in_worker(
+    work: Callable[..., T], *arguments: Any, gpus: float = 0.0, env: dict[str, str] = WORKER_ENV
+) -> T:
+    """What `work(*arguments)` returns in a process of its own with one CPU, which then ends."""
+    import ray
+
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, runtime_env={"env_vars": env})(work)
+    return ray.get(task.remote(*arguments))
 
 
 def run_tasks(

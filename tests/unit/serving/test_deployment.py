@@ -11,9 +11,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from dpo4rec_ray.config.serving import ServingSection
+from dpo4rec_ray.config.serving import APPLICATION, ServingSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.serving.deployment import NAME, build, metrics_folder, read_tokens
+from dpo4rec_ray.serving.deployment import build, metrics_folder, read_tokens
 from tests.serving_world import serve
 
 
@@ -34,7 +34,7 @@ def test_settings_that_cannot_be(arguments: dict[str, Any], words: str) -> None:
 
 def test_the_deployment_of_the_settings() -> None:
     deployment = build({"num_replicas": 3, "cpus_per_replica": 0.5, "max_waiting": 80})._bound_deployment
-    assert deployment.name == NAME and deployment.num_replicas == 3
+    assert deployment.name == APPLICATION and deployment.num_replicas == 3
     assert deployment.ray_actor_options["num_cpus"] == 0.5 and deployment.max_ongoing_requests >= 80
     scaled = build({"num_replicas": 2, "max_replicas": 6})._bound_deployment._deployment_config
     assert (scaled.autoscaling_config.min_replicas, scaled.autoscaling_config.max_replicas) == (2, 6)

@@ -182,11 +182,11 @@ def test_another_format_is_refused(registry: Registry) -> None:
 
 
 def test_a_version_of_before_release_0_2_is_read(registry: Registry) -> None:
-    """Its metrics were called figures."""
+    """Its metrics were called figures, and reranker_history max_history."""
     file, now = registry.folder("v1") / "version.json", read_card(registry.folder("v1"))
     card = json.loads(file.read_text(encoding="utf-8"))
     assert now.metrics and "figures" not in card
-    card["figures"] = card.pop("metrics")
+    card["figures"], card["max_history"] = card.pop("metrics"), card.pop("reranker_history")
     file.write_text(json.dumps(card), encoding="utf-8")
     assert read_card(registry.folder("v1")) == now
     load_version(registry.folder("v1"))

@@ -48,7 +48,7 @@ def test_starting_with_keep_removes_only_the_manifest(tmp_path: Path) -> None:
     assert [file.name for file in store.path("truth").glob("*.parquet")] == ["part-00003.parquet"]
 
 
-def test_user_range_and_split_filter_rows(tmp_path: Path) -> None:
+def test_conditions_and_split_filter_rows(tmp_path: Path) -> None:
     store = RunDir(tmp_path)
     store.start("users")
     columns = {
@@ -62,7 +62,7 @@ def test_user_range_and_split_filter_rows(tmp_path: Path) -> None:
     }
     store.write("users", pa.table(columns))
     store.finish(Manifest("users", "abc", 6))
-    found = store.read("users", split="train", user_range=(1, 5))
+    found = store.read("users", split="train", where=[("user_id", ">=", 1), ("user_id", "<", 5)])
     assert found["user_id"].to_pylist() == [2, 4]
 
 
