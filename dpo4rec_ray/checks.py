@@ -88,7 +88,8 @@ def check_all(config: Config, only: str = "") -> None:
     if Path(encoder).exists() or "/" not in encoder:
         _check_model_folder("encoder.path", encoder)
     if config.has_policy:
-        _check_policy(config)
+        _check_engine(config)
+        _check_trained(config)
     SOURCES[config.llm.source].check(config)
 
 
@@ -122,12 +123,6 @@ def _reranker_sections(config: Config) -> dict[str, RerankerSection]:
     """The section as it holds for all backbones, and for each that has values of its own."""
     own = {f"reranker.per_backbone.{name}": config.reranker.of(name) for name in config.reranker.per_backbone}
     return {"reranker": config.reranker, **own}
-
-
-def _check_policy(config: Config) -> None:
-    """The LLM, its engine and its training."""
-    _check_engine(config)
-    _check_trained(config)
 
 
 def _check_trained(config: Config) -> None:

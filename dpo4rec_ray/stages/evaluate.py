@@ -57,7 +57,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     jobs = [
         (backbone, knowledge, seed)
         for knowledge in [*range(round_id, -1, -1), None]
-        for backbone in config.evaluate.backbones or (config.reranker.backbone,)
+        for backbone in config.evaluated_backbones
         for seed in range(config.evaluate.num_seeds)
     ]
     todo = [job for job in jobs if _part(config, *job) not in finished]
@@ -130,7 +130,7 @@ def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: in
 
 def _part(config: Config, backbone: str, knowledge: int | None, seed: int) -> int:
     """The number of the file that a fit writes."""
-    backbones = config.evaluate.backbones or (config.reranker.backbone,)
+    backbones = config.evaluated_backbones
     system = 0 if knowledge is None else knowledge + 1
     return (system * len(backbones) + backbones.index(backbone)) * config.evaluate.num_seeds + seed
 
