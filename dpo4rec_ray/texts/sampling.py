@@ -52,18 +52,14 @@ class UserSampler:
         return self.writer.write(shard, rows, seeds, [self._num_samples[row["split"]] for row in rows])
 
 
-class ShardGenerator:
+class ShardGenerator(UserSampler):
     """Commits a shard's samples as one part of `generations`. Users without all their samples are only in `failed`."""
 
-    def __init__(self, **arguments: Any):
-        """Arguments of `UserSampler`."""
-        self._sampler = UserSampler(**arguments)
-
     def __call__(self, row: Row) -> Row:
-        shard, job, writer = int(row["shard"]), self._sampler.job, self._sampler.writer
+        shard, job, writer = int(row["shard"]), self.job, self.writer
         if part_file(job.folder, shard).exists():  # an actor died after it had written the part
             return {"shard": shard, **part_notes(part_file(job.folder, shard))[1], **writer.engine_row()}
-        found = self._sampler.sample(shard, int(row["low"]), int(row["high"]))
+        found = self.sample(shard, int(row["low"]), int(row["high"]))
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMAS["generations"].names}
         for user_id, one, count in zip(found.ids, found.answers, found.counts, strict=True):
             if one.reason:
@@ -80,16 +76,12 @@ class ShardGenerator:
         return {"shard": shard, **found.totals, **writer.engine_row()}
 
 
-class TextSampler:
+class TextSampler(UserSampler):
     """Passes a shard's texts on to the pool of encoders."""
-
-    def __init__(self, **arguments: Any):
-        """Arguments of `UserSampler`."""
-        self._sampler = UserSampler(**arguments)
 
     def __call__(self, row: Row) -> Row:
         shard = int(row["shard"])
-        found = self._sampler.sample(shard, int(row["low"]), int(row["high"]))
+        found = self.sample(shard, int(row["low"]), int(row["high"]))
         columns: dict[str, list[Any]] = {"subject_ids": [], "sample_ids": [], "texts": []}
         for user_id, one, count in zip(found.ids, found.answers, found.counts, strict=True):
             # Every user needs a vector. A missing text is encoded as an empty one, and the user is in `failed`.
@@ -97,7 +89,7 @@ class TextSampler:
             columns["texts"] += own + [""] * (count - len(own))
             columns["subject_ids"] += [user_id] * count
             columns["sample_ids"] += range(count)
-        return {"shard": shard, **columns, "totals": {**found.totals, **self._sampler.writer.engine_row()}}
+        return {"shard": shard, **columns, "totals": {**found.totals, **self.writer.engine_row()}}
 
 
 class ItemSampler:
