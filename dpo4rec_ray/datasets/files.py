@@ -61,7 +61,6 @@ class Split:
 class Block:
     """Whole lines of one split. `order` grows in file order, by at least one per line."""
 
-    file: int
     order: int
     content: bytes
 
@@ -242,7 +241,7 @@ def read_blocks(split: Split, file: DataFile, block_bytes: int = BLOCK_BYTES) ->
                         f"{split.path}: the file is truncated: it ends within the line {tail!r}; download or unpack it "
                         "again"
                     )
-                yield Block(split.file, order, piece)
+                yield Block(order, piece)
                 order += len(piece)
 
 
