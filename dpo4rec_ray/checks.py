@@ -18,7 +18,7 @@ from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, SMOOTHED
 from dpo4rec_ray.core.rewards import reward_by_name
 from dpo4rec_ray.datasets import DATASETS
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import FACTORS
@@ -178,9 +178,7 @@ def _check_storage(key: str, path: str) -> None:
     try:
         FileSystem.from_uri(path)
     except (ValueError, OSError) as error:
-        raise UserError(
-            f"{key} = {path!r} is no place for checkpoints: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"{key} = {path!r} is no place for checkpoints: {first_line(error)}") from None
 
 
 def _check_no_redraws(config: Config) -> None:

@@ -26,11 +26,9 @@ def load_source(config: Config) -> Source:
     """The dataset that the recipe names, with logged lists where `logged.file` is set. No event is read yet.
 
     Raises:
-        UserError: an unknown name, keys that contradict each other, or files that are not those of the dataset.
+        UserError: keys that contradict each other, or files that are not those of the dataset.
     """
     data, log = config.data, config.logged
-    if data.dataset not in DATASETS:
-        raise UserError(f"data.dataset = {data.dataset!r} is unknown; known: {', '.join(DATASETS)}")
     if data.file and data.dataset not in ("amazon2018", "amazon2023"):
         raise UserError(
             f"data.file = {data.file!r} is for Amazon's files; leave it out with data.dataset = {data.dataset!r}"

@@ -16,7 +16,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.datasets.source import DataFile
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 
 # Text without compression: what one parser holds at a time.
 BLOCK_BYTES = 32 * 2**20
@@ -204,12 +204,8 @@ def _failures(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{path}: cannot be read, or is truncated or damaged ({_first_line(error)}); download it again"
+            f"{path}: cannot be read, or is truncated or damaged ({first_line(error)}); download it again"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n", 1)[0]
 
 
 def read_blocks(split: Split, file: DataFile, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
