@@ -68,7 +68,7 @@ class VLLMGenerator:
             return
         from vllm.lora.request import LoRARequest
 
-        with self._loop.gate.alone():
+        with self._loop.lock.alone():
             if wanted == self._serving:  # another thread was first
                 return
             if model != self._serving.model:

@@ -14,7 +14,7 @@ from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION, StatisticsGener
 from dpo4rec_ray.knowledge.text_table import KLG, TextTable, check_text_file, place_texts
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
+from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
 
 TEMPLATE_VERSION = 1
 MOODS = ("quiet", "fast", "dark", "warm", "strange", "classic", "recent", "light")
@@ -93,7 +93,7 @@ class TableTexts(TextWriter):
             )
 
     @classmethod
-    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+    def placement(cls, config: Config, store: RunDir, policy_round: int) -> WriterPlacement:
         """Writes the files' texts into the run folder, where actors on any machine find them; says what was left out."""
         section, folder = config.texts, store.root / "texts"
         files: dict[str, Path] = {}
@@ -107,7 +107,7 @@ class TableTexts(TextWriter):
             columns = (column, section.text)
             made_from = (file_identity(absolute(path)), *columns, store.require(f"{subject}s").produced)
             files[f"{subject}s"] = folder / f"{subject}s.arrow"
-            tally = place_texts(
+            counts = place_texts(
                 path,
                 columns,
                 known["raw_id"].combine_chunks(),
@@ -115,9 +115,9 @@ class TableTexts(TextWriter):
                 files[f"{subject}s"],
                 "\n".join(made_from),
             )
-            if tally is not None and tally.left_out:
-                say(f"  texts.{subject}s {path}: {tally.texts} texts, left out: {tally.words}")
-        return Source(cls, {"files": files})
+            if counts is not None and counts.left_out:
+                say(f"  texts.{subject}s {path}: {counts.texts} texts, left out: {counts.words}")
+        return WriterPlacement(cls, {"files": files})
 
     def __init__(self, config: Config, store: RunDir, *, files: dict[str, Path]):
         """files: "users", "items" -> where their texts are."""

@@ -134,19 +134,20 @@ def text_pool(
     worker: ShardGenerator, TextSampler or ItemSampler; arguments: what it takes beside the job.
     samples_per_shard: about how many samples a shard needs.
     """
-    section, source = config.generate, SOURCES[config.llm.source].source(config, store, policy_round)
+    section, writer = config.generate, SOURCES[config.llm.source]
+    placement = writer.placement(config, store, policy_round)
     seed = seed_of(config.run.seed, stage, policy_round)
-    job = WritingJob(config, store, source, round_id, folder, seed, start_id=uuid.uuid4().hex)
+    job = WritingJob(config, store, placement, round_id, folder, seed, start_id=uuid.uuid4().hex)
     # Enough shards for two batches of samples, and two more: a shard ends with its longest sample, and until then there
     # must be other shards to work on.
-    shards = math.ceil(2 * source.batch / max(1, samples_per_shard))
+    shards = math.ceil(2 * placement.batch / max(1, samples_per_shard))
     return Pool(
         worker,
         {"job": job, **arguments},
         size=section.num_engines,
-        num_cpus=section.cpus_per_engine if source.num_cpus is None else source.num_cpus,
-        num_gpus=source.num_gpus,
-        env=source.env,
-        shards_at_once=min(max(shards, 2) + 2, MAX_SHARDS_AT_ONCE) if source.batch else 1,
-        max_restarts=-1 if source.dies else 3,  # -1: `attempts` decides when there were too many
+        num_cpus=section.cpus_per_engine if placement.num_cpus is None else placement.num_cpus,
+        num_gpus=placement.num_gpus,
+        env=placement.env,
+        shards_at_once=min(max(shards, 2) + 2, MAX_SHARDS_AT_ONCE) if placement.batch else 1,
+        max_restarts=-1 if placement.dies else 3,  # -1: `attempts` decides when there were too many
     )
