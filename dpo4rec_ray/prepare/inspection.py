@@ -9,17 +9,14 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.config.data import DataSection, LoggedSection, SampleSection, TableSection
 from dpo4rec_ray.datasets import Source, load_source
 from dpo4rec_ray.datasets.files import without_query
 from dpo4rec_ray.store.artifacts import RunDir
 
 # A table may have thousands of files.
 MAX_NAMES = 20
-# What a source depends on: the sections of the data, and the seed of the sample world's users.
-Sections = tuple[DataSection, TableSection, LoggedSection, SampleSection, int]
 # The last answer of `inspect_source` until the stage prepare has used it.
-_found: list[tuple[Sections, Source]] = []
+_found: list[tuple[tuple[object, ...], Source]] = []
 
 
 def inspect_source(config: Config) -> Source:
@@ -57,5 +54,6 @@ def file_names(source: Source) -> list[str]:
     return [PurePosixPath(without_query(file.path)).name for file in files[:MAX_NAMES]]
 
 
-def _sections(config: Config) -> Sections:
+def _sections(config: Config) -> tuple[object, ...]:
+    """The sections that say what the data is, and the seed of the sample world's users."""
     return config.data, config.table, config.logged, config.sample, config.run.seed

@@ -276,7 +276,7 @@ def test_a_long_history_is_shortened_to_the_token(
     )
     prompts = TokenizedPrompts(tokenizer, catalogue(store), config.llm, config.prompt, config.generate)
     texts = PolicyTexts(prompts, generator, tmp_path / "reason.txt")
-    room = generator.max_prompt
+    room = MAX_MODEL_LEN - SAMPLING.max_new_tokens
 
     def ids(row: dict[str, Any], skip: int) -> list[int]:
         kept = row["history_item_ids"][skip:]
