@@ -31,7 +31,7 @@ from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import popularity, read_catalogue, read_list_data, read_vectors, training_facts
-from dpo4rec_ray.workers.shards import begin_shards, finished_shards
+from dpo4rec_ray.workers.shards import resume_parts
 from dpo4rec_ray.workers.tasks import run_tasks
 
 EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the former name
@@ -50,9 +50,7 @@ def system_name(config: Config, knowledge: int | None) -> str:
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `per_list`: every system's metrics on every test list, the fitted rerankers, and the tables."""
     folder = store.path("per_list")
-    finished = finished_shards(folder, store.fingerprint)
-    store.start("per_list", keep=bool(finished))
-    begin_shards(folder, store.fingerprint)
+    finished = resume_parts(folder, store.fingerprint)
     # The slow ones first, so that no CPU waits at the end: fits with knowledge take longest.
     jobs = [
         (backbone, knowledge, seed)
