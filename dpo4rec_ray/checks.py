@@ -18,7 +18,7 @@ from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, SMOOTHED
 from dpo4rec_ray.core.rewards import reward_by_name
 from dpo4rec_ray.datasets import DATASETS
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import FACTORS
@@ -88,7 +88,8 @@ def check_all(config: Config, only: str = "") -> None:
     if Path(encoder).exists() or "/" not in encoder:
         _check_model_folder("encoder.path", encoder)
     if config.has_policy:
-        _check_policy(config)
+        _check_engine(config)
+        _check_trained(config)
     SOURCES[config.llm.source].check(config)
 
 
@@ -122,12 +123,6 @@ def _reranker_sections(config: Config) -> dict[str, RerankerSection]:
     """The section as it holds for all backbones, and for each that has values of its own."""
     own = {f"reranker.per_backbone.{name}": config.reranker.of(name) for name in config.reranker.per_backbone}
     return {"reranker": config.reranker, **own}
-
-
-def _check_policy(config: Config) -> None:
-    """The LLM, its engine and its training."""
-    _check_engine(config)
-    _check_trained(config)
 
 
 def _check_trained(config: Config) -> None:
@@ -183,9 +178,7 @@ def _check_storage(key: str, path: str) -> None:
     try:
         FileSystem.from_uri(path)
     except (ValueError, OSError) as error:
-        raise UserError(
-            f"{key} = {path!r} is no place for checkpoints: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"{key} = {path!r} is no place for checkpoints: {first_line(error)}") from None
 
 
 def _check_no_redraws(config: Config) -> None:

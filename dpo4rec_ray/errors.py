@@ -5,3 +5,8 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """A mistake in the input, the recipe or the machine's set-up. The message says what, where, the value and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text; the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

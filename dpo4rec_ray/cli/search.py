@@ -89,8 +89,7 @@ def run(options: argparse.Namespace) -> int:
     from dpo4rec_ray.rerankers import RERANKERS
     from dpo4rec_ray.store.artifacts import RunDir
 
-    backbones = tuple(filter(None, options.backbones.split(",")))
-    backbones = backbones or config.evaluate.backbones or (config.reranker.backbone,)
+    backbones = tuple(filter(None, options.backbones.split(","))) or config.evaluated_backbones
     for name in backbones:
         if name not in RERANKERS:
             raise UserError(f"--backbones {name}: no such backbone; known: {', '.join(RERANKERS)}")

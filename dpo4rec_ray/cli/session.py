@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.workers.placement import joined_cluster
 
 WORK_ENV = {
@@ -123,7 +123,7 @@ def user_mistake(error: BaseException) -> str | None:
     """The user's mistake inside an exception from the driver or a worker, or None when it is ours."""
     for inner in chain(error):
         if type(inner) is UserError:  # Ray's wrappers of one are instances too; their text is the traceback
-            return str(inner).split("\n", 1)[0]  # Ray Data adds advice of its own below
+            return first_line(inner)  # Ray Data adds advice of its own below
         if _disk_is_full(inner):
             return "no space left on the disk of the run folder; free some or change run.root, then run again"
         if isinstance(inner, PermissionError):

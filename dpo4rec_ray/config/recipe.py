@@ -65,6 +65,11 @@ class Config(Section):
         """Whether an LLM writes the texts that DPO can train; other sources are only sampled."""
         return self.llm.source == "vllm"
 
+    @property
+    def evaluated_backbones(self) -> tuple[str, ...]:
+        """The backbones that `evaluate` trains and measures."""
+        return self.evaluate.backbones or (self.reranker.backbone,)
+
     def section_hash(self, *parts: str) -> str:
         """Hash of the run seed and of the named parts: what a stage's output depends on.
 

@@ -43,17 +43,8 @@ class PromptSection(Section):
 class OpenAISection(Section):
     """An OpenAI-compatible endpoint, for llm.source = "openai". The key comes from the environment, never from here."""
 
-    placement = frozenset(
-        {
-            "base_url",
-            "api_key_env",
-            "max_concurrency",
-            "max_retries",
-            "timeout_s",
-            "input_price",
-            "output_price",
-        }
-    )
+    placement = frozenset({"base_url", "api_key_env", "max_concurrency", "max_retries", "timeout_s", "input_price",
+                           "output_price"})  # fmt: skip
     base_url: str = "http://127.0.0.1:8000/v1"
     """Address of the API."""
     model: str = ""
@@ -92,21 +83,9 @@ class TextsSection(Section):
 class GenerateSection(Section):
     """Sampling, and the pool of vLLM engines."""
 
-    placement = frozenset(
-        {
-            "num_engines",
-            "gpus_per_engine",
-            "cpus_per_engine",
-            "kv_cache_gib",
-            "gpu_memory_utilization",
-            "tensor_parallel_size",
-            "pipeline_parallel_size",
-            "max_num_seqs",
-            "stall_timeout_s",
-            "users_per_shard",
-            "keep_engines",
-        }
-    )
+    placement = frozenset({"num_engines", "gpus_per_engine", "cpus_per_engine", "kv_cache_gib", "gpu_memory_utilization",
+                           "tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "stall_timeout_s",
+                           "users_per_shard", "keep_engines"})  # fmt: skip
     num_samples: int = Field(default=10, ge=2)
     """N: texts per user."""
     user_frac: float = Field(default=1.0, gt=0, le=1)

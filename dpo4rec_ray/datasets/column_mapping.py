@@ -18,10 +18,10 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from dpo4rec_ray.datasets import files, parsing
+from dpo4rec_ray.datasets import files
 from dpo4rec_ray.datasets.cells import Column, converted, fits, is_text
-from dpo4rec_ray.datasets.parsing import Lines, Origin
-from dpo4rec_ray.datasets.readers import REFUSED, CsvReader, JsonReader
+from dpo4rec_ray.datasets.parsing import REFUSED, Origin, parsed_lines
+from dpo4rec_ray.datasets.readers import CsvReader, JsonReader
 from dpo4rec_ray.datasets.source import BadRows, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
@@ -191,7 +191,7 @@ def _json_schema(path: str, columns: tuple[Column, ...]) -> pa.Schema:
 def _json_type(value: Any) -> pa.DataType:
     try:
         return pa.array([value]).type
-    except (*REFUSED, OverflowError):  # a huge number, or a list of several types
+    except REFUSED:  # a huge number, or a list of several types
         return pa.null()
 
 
@@ -228,23 +228,10 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
 
 def parse_block(block: bytes, *, reader: CsvReader | JsonReader, finish: Finish) -> Parsed:
     """Parse a block of lines."""
-    whole, bad_rows = Lines(block), BadRows()
-    table, rows = parsing.parse_lines(whole, _refusing(reader.read), reader.why, bad_rows)
+    table, origin = parsed_lines(block, reader.read, reader.why)
     if not table.num_rows:
         table = converted(pa.table({c.name: pa.nulls(0) for c in reader.columns}), reader.columns)
-    return finish(*_set_aside(table, Origin(rows, len(whole), bad_rows, whole.line)))
-
-
-def _refusing(read: Callable[[bytes], pa.Table]) -> Callable[[bytes], pa.Table]:
-    """`read`, with every error that a bad line can raise turned into pyarrow.ArrowInvalid."""
-
-    def fast(block: bytes) -> pa.Table:
-        try:
-            return read(block)
-        except REFUSED as error:
-            raise pa.ArrowInvalid(str(error)) from None
-
-    return fast
+    return finish(*_set_aside(table, origin))
 
 
 def parse_rows(table: pa.Table, *, columns: tuple[Column, ...], finish: Finish) -> Parsed:

@@ -16,7 +16,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.datasets.source import DataFile
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 
 # Text without compression: what one parser holds at a time.
 BLOCK_BYTES = 32 * 2**20
@@ -61,7 +61,6 @@ class Split:
 class Block:
     """Whole lines of one split. `order` grows in file order, by at least one per line."""
 
-    file: int
     order: int
     content: bytes
 
@@ -205,12 +204,8 @@ def _failures(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{path}: cannot be read, or is truncated or damaged ({_first_line(error)}); download it again"
+            f"{path}: cannot be read, or is truncated or damaged ({first_line(error)}); download it again"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n", 1)[0]
 
 
 def read_blocks(split: Split, file: DataFile, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
@@ -242,7 +237,7 @@ def read_blocks(split: Split, file: DataFile, block_bytes: int = BLOCK_BYTES) ->
                         f"{split.path}: the file is truncated: it ends within the line {tail!r}; download or unpack it "
                         "again"
                     )
-                yield Block(split.file, order, piece)
+                yield Block(order, piece)
                 order += len(piece)
 
 

@@ -20,14 +20,13 @@ from dpo4rec_ray.datasets.parsing import (
     BAD_NUMBER,
     FIELD_COUNT,
     UNREADABLE,
-    Lines,
     parse_events,
     parse_items,
-    parse_lines,
+    parsed_lines,
     why_fields,
 )
 from dpo4rec_ray.datasets.readers import read_csv
-from dpo4rec_ray.datasets.source import ITEMS, USERS, BadRows, DataFile, Parsed, Source
+from dpo4rec_ray.datasets.source import ITEMS, USERS, DataFile, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
 BAD_PROFILE = "bad profile"
@@ -141,10 +140,10 @@ def parse_movies(block: bytes, read: Read) -> Parsed:
 
 def parse_users(block: bytes, read: Read) -> Parsed:
     """One block of users; `read` makes the row of a line."""
-    lines, bad_rows = Lines(block), BadRows()
     fast, why = partial(_read_all, read=read, schema=USERS), partial(_why, read=read)
-    table, rows = parse_lines(lines, fast, why, bad_rows)
-    return Parsed(table if len(rows) else USERS.empty_table(), len(lines), bad_rows, row_of=rows)
+    table, origin = parsed_lines(block, fast, why)
+    table = table if len(origin.rows) else USERS.empty_table()
+    return Parsed(table, origin.rows_read, origin.bad_rows, row_of=origin.rows)
 
 
 def _read_all(lines: bytes, read: Read, schema: pa.Schema) -> pa.Table:

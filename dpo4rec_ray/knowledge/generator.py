@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineLoop, EngineStats, Request
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
@@ -40,11 +41,6 @@ class VLLMGenerator:
         self._num_loras = 0
         self.use(*spec.weights)
 
-    @property
-    def max_prompt(self) -> int:
-        """Tokens that a prompt may have."""
-        return self._spec.max_prompt
-
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
     ) -> list[Answer]:
@@ -72,7 +68,7 @@ class VLLMGenerator:
             return
         from vllm.lora.request import LoRARequest
 
-        with self._loop.gate.alone():
+        with self._loop.lock.alone():
             if wanted == self._serving:  # another thread was first
                 return
             if model != self._serving.model:
@@ -94,8 +90,9 @@ class VLLMGenerator:
         self._loop.reset_stats()
 
     def _request(self, prompt: list[int], seed: int, count: int) -> Request | Answer:
-        if len(prompt) > self.max_prompt:
-            return Answer([], "prompt_too_long", f"{len(prompt)} tokens, room for {self.max_prompt}")
+        room = max_prompt_tokens(self._spec.llm, self._spec.generate)
+        if len(prompt) > room:
+            return Answer([], "prompt_too_long", f"{len(prompt)} tokens, room for {room}")
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 

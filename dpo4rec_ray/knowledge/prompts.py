@@ -21,40 +21,13 @@ if TYPE_CHECKING:
 # Raise it with any change of wording: texts of two versions are not comparable.
 PROMPT_VERSION = 2
 FACTORS = {
-    "movies": [
-        "genre",
-        "director/actors",
-        "time period/country",
-        "character",
-        "plot/theme",
-        "mood/tone",
-        "critical acclaim/award",
-        "production quality",
-        "soundtrack",
-    ],
-    "books": [
-        "genre",
-        "author",
-        "writing style",
-        "theme",
-        "setting",
-        "length and complexity",
-        "time period",
-        "literary quality",
-        "critical acclaim",
-    ],
+    "movies": ["genre", "director/actors", "time period/country", "character", "plot/theme", "mood/tone",
+               "critical acclaim/award", "production quality", "soundtrack"],
+    "books": ["genre", "author", "writing style", "theme", "setting", "length and complexity", "time period",
+              "literary quality", "critical acclaim"],
     "short": ["genre", "era", "creator"],  # few words, for small LLMs
-    "generic": [
-        "category",
-        "brand or maker",
-        "style",
-        "purpose",
-        "features",
-        "quality",
-        "price",
-        "popularity",
-    ],
-}
+    "generic": ["category", "brand or maker", "style", "purpose", "features", "quality", "price", "popularity"],
+}  # fmt: skip
 _AS_JSON = " Answer with one JSON object that has these words as keys and a string as each value."
 # Marks that chat formats put between turns, whether or not this tokenizer has them as tokens: <|x|>, <s>,
 # <x_of_turn>, [INST], [SEP], <<SYS>>, <think>. The name inside stays, so that a title that is such a mark does not vanish.

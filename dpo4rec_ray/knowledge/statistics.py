@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo4rec_ray.knowledge.completions import Completion
+from dpo4rec_ray.knowledge.completions import Answer, Completion
 from dpo4rec_ray.knowledge.prompts import clean_text
 
 STATISTICS_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
@@ -84,13 +84,13 @@ class StatisticsGenerator:
         ratings: Sequence[Sequence[float]],
         seeds: Sequence[int],
         num_samples: Sequence[int],
-    ) -> list[list[Completion]]:
+    ) -> list[Answer]:
         """Texts of B users. A single text counts the whole history; each of several texts counts a random half.
 
         item_ids, ratings: each user's knowledge history in time order; seeds, num_samples: one per user. The samples have
         no token ids: nothing is trained on these texts.
         """
-        answers: list[list[Completion]] = []
+        answers: list[Answer] = []
         for items, stars, seed, count in zip(item_ids, ratings, seeds, num_samples, strict=True):
             titles, attributes = [self._titles[i] for i in items], [self._attributes[i] for i in items]
             rng = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ class StatisticsGenerator:
                 statistical_text(titles, stars, attributes, self._like_at, rng if count > 1 else None)
                 for _ in range(count)
             ]
-            answers.append([Completion([], text, "stop") for text in texts])
+            answers.append(Answer([Completion([], text, "stop") for text in texts]))
         return answers
 
 

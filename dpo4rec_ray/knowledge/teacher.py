@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,14 +24,6 @@ DEFAULT_MIX = {"attentive": 0.4, "hasty": 0.35, "generic": 0.25}
 PHRASES = {"genre": "enjoys {}", "era": "films of the {}", "creator": "by {}"}
 # Most values of a facet in one text.
 MAX_NAMED = {"genre": 2, "era": 1, "creator": 2}
-
-
-@dataclass(frozen=True)
-class TeacherText:
-    """One knowledge text and its kind (a key of OPENINGS)."""
-
-    kind: str
-    text: str
 
 
 def popular_values(attributes: Sequence[Sequence[str]]) -> dict[str, list[str]]:
@@ -50,7 +41,7 @@ def teacher_text(
     popular: Mapping[str, Sequence[str]],
     rng: np.random.Generator,
     mix: Mapping[str, float] | None = None,
-) -> TeacherText:
+) -> str:
     """A text about one user from the knowledge history: attributes and stars per event, in time order.
 
     popular: from `popular_values` of the catalogue; mix: kind -> weight, default DEFAULT_MIX.
@@ -74,7 +65,7 @@ def teacher_text(
         named = {
             f: [values[i] for i in rng.permutation(min(4, len(values)))] for f, values in popular.items()
         }
-    return TeacherText(kind, _word(kind, named))
+    return _word(kind, named)
 
 
 def _attentive(attributes: Sequence[Sequence[str]], ratings: Sequence[float]) -> dict[str, list[str]]:
@@ -104,11 +95,6 @@ def _word(kind: str, named: Mapping[str, Sequence[str]]) -> str:
 def _split(item: Sequence[str]) -> list[tuple[str, str]]:
     """("facet", "value") of each "facet: value" string."""
     return [(facet, value) for facet, _, value in (attribute.partition(": ") for attribute in item)]
-
-
-def kind_of(text: str) -> str | None:
-    """The teacher kind whose opening the text begins with, or None."""
-    return next((kind for kind, opening in OPENINGS.items() if text.startswith(opening)), None)
 
 
 def named_values(text: str, vocabulary: Sequence[str]) -> set[str]:

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.core.keys import keys_of
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 
 JSON_LINES, KLG = (".jsonl", ".ndjson"), (".klg", ".json")
 ANSWERS = ("ans", "answer")  # the key of the text in KAR's files, and in later ones
@@ -44,7 +44,7 @@ Rows = list[tuple[Any, Any, str]]  # id and text as found, and where
 
 
 @dataclass
-class Tally:
+class TextCounts:
     """What was in a file. left_out: reason -> rows; shown: reason -> the first places, in words."""
 
     texts: int = 0
@@ -80,7 +80,7 @@ def check_text_file(key: str, path: str, id_column: str, text_column: str) -> No
         try:
             found = pq.read_schema(file).names
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{key} {path}: not a Parquet file ({_first_line(error)})") from None
+            raise UserError(f"{key} {path}: not a Parquet file ({first_line(error)})") from None
     elif file.suffix in JSON_LINES:
         found: list[str] = []
         for number, (_, line) in enumerate(_lines(file)):
@@ -109,7 +109,7 @@ def place_texts(
     subject_ids: np.ndarray,
     target: Path,
     identity: str,
-) -> Tally | None:
+) -> TextCounts | None:
     """Write the texts of known ids to `target`, where a `TextTable` finds them; None where that was done before.
 
     Args:
@@ -123,7 +123,7 @@ def place_texts(
     """
     if _identity_of(target) == identity:
         return None
-    tally = Tally()
+    counts = TextCounts()
     known_keys = keys_of(raw_ids)
     order = np.argsort(known_keys)
     sorted_keys = known_keys[order]
@@ -131,27 +131,27 @@ def place_texts(
     schema = _SCHEMA.with_metadata({_IDENTITY: identity.encode()})
     with new_file(target) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for rows in _batches(Path(source).expanduser(), columns, tally):
-                ids, texts, places = _usable(rows, tally)
+            for rows in _batches(Path(source).expanduser(), columns, counts):
+                ids, texts, places = _usable(rows, counts)
                 keys = keys_of(pa.array(ids, pa.string()))
                 found = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
                 known = sorted_keys[found] == keys
                 for at in np.flatnonzero(~known):
-                    tally.leave_out(UNKNOWN, f"{places[at]}: {ids[at][:40]!r}")
+                    counts.leave_out(UNKNOWN, f"{places[at]}: {ids[at][:40]!r}")
                 numbers = subject_ids[order[found[known]]]
                 batch = [
                     pa.array(numbers, pa.int64()),
                     pa.array(texts, pa.large_string()).filter(pa.array(known)),
                 ]
-                tally.texts += len(numbers)
+                counts.texts += len(numbers)
                 writer.write_batch(pa.record_batch(batch, schema=schema))
-        if not tally.texts:
+        if not counts.texts:
             hint = f"; the data has ids such as {', '.join(map(repr, raw_ids.slice(0, 3).to_pylist()))}"
             raise UserError(
-                f"{source}: holds no text that can be used: {tally.words or 'it is empty'}"
-                + (hint if tally.left_out[UNKNOWN] else "")
+                f"{source}: holds no text that can be used: {counts.words or 'it is empty'}"
+                + (hint if counts.left_out[UNKNOWN] else "")
             )
-    return tally
+    return counts
 
 
 class TextTable:
@@ -171,7 +171,7 @@ class TextTable:
         return [self._texts[int(row)].as_py() for row in self._rows[low : min(high, low + count)]]
 
 
-def _usable(rows: Rows, tally: Tally) -> tuple[list[str], list[str], list[str]]:
+def _usable(rows: Rows, counts: TextCounts) -> tuple[list[str], list[str], list[str]]:
     """Ids, texts and places of the rows that hold both."""
     ids: list[str] = []
     texts: list[str] = []
@@ -179,9 +179,9 @@ def _usable(rows: Rows, tally: Tally) -> tuple[list[str], list[str], list[str]]:
     for raw_id, text, where in rows:
         name = str(raw_id) if isinstance(raw_id, int) and not isinstance(raw_id, bool) else raw_id
         if not _is_text(name):
-            tally.leave_out(NO_ID, where)
+            counts.leave_out(NO_ID, where)
         elif not _is_text(text):
-            tally.leave_out(NO_TEXT, where)
+            counts.leave_out(NO_TEXT, where)
         else:
             ids.append(name)
             texts.append(text)
@@ -200,8 +200,8 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def _batches(file: Path, columns: Sequence[str], tally: Tally) -> Iterator[Rows]:
-    """All rows of a file, in batches; lines that are not rows are counted in the tally.
+def _batches(file: Path, columns: Sequence[str], counts: TextCounts) -> Iterator[Rows]:
+    """All rows of a file, in batches; lines that are not rows are counted.
 
     Raises:
         UserError: it cannot be read.
@@ -210,7 +210,7 @@ def _batches(file: Path, columns: Sequence[str], tally: Tally) -> Iterator[Rows]
         if file.suffix == ".parquet":
             yield from _parquet_batches(file, columns)
             return
-        rows = _klg_rows(file) if file.suffix in KLG else _json_rows(file, columns, tally)
+        rows = _klg_rows(file) if file.suffix in KLG else _json_rows(file, columns, counts)
         batch: Rows = []
         for row in rows:
             batch.append(row)
@@ -219,7 +219,7 @@ def _batches(file: Path, columns: Sequence[str], tally: Tally) -> Iterator[Rows]
                 batch = []
         yield batch
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read, or is damaged ({_first_line(error)})") from None
+        raise UserError(f"{file}: cannot be read, or is damaged ({first_line(error)})") from None
 
 
 def _parquet_batches(file: Path, columns: Sequence[str]) -> Iterator[Rows]:
@@ -247,7 +247,7 @@ def _values(column: pa.Array) -> list[Any]:
     return found
 
 
-def _json_rows(file: Path, columns: Sequence[str], tally: Tally) -> Iterator[tuple[Any, Any, str]]:
+def _json_rows(file: Path, columns: Sequence[str], counts: TextCounts) -> Iterator[tuple[Any, Any, str]]:
     for number, line in _lines(file):
         try:
             row = json.loads(line)
@@ -256,14 +256,14 @@ def _json_rows(file: Path, columns: Sequence[str], tally: Tally) -> Iterator[tup
         if isinstance(row, dict):
             yield row.get(columns[0]), row.get(columns[1]), f"line {number}"
         else:
-            tally.leave_out(NOT_JSON, f"line {number}")
+            counts.leave_out(NOT_JSON, f"line {number}")
 
 
 def _klg_rows(file: Path) -> Iterator[tuple[Any, Any, str]]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({_first_line(error)})") from None
+        raise UserError(f"{file}: not JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f'{file}: KAR\'s layout is one JSON object of id -> {{"prompt", "ans"}}')
     for raw_id, value in content.items():
@@ -289,7 +289,3 @@ def _identity_of(target: Path) -> str:
             return (pa.ipc.open_file(source).schema.metadata or {}).get(_IDENTITY, b"").decode()
     except (OSError, pa.ArrowException):
         return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n", 1)[0]

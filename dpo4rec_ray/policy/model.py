@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo4rec_ray.config.training import DPOSection
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = first_line(error)[:160]
         raise UserError(
             f"llm.path {path}: no tokenizer could be loaded ({reason}); the folder needs tokenizer.json beside config.json"
         ) from None
@@ -163,7 +163,7 @@ def add_lora(model: PreTrainedModel, section: DPOSection) -> Any:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"dpo.lora_targets = {names}: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(f"dpo.lora_targets = {names}: {first_line(error)[:200]}") from None
 
 
 def load_lora(model: PreTrainedModel, lora: str) -> Any:

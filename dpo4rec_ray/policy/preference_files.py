@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.policy.chat_codec import ChatCodec
 from dpo4rec_ray.policy.preference_rows import (
     EMPTY,
@@ -69,8 +69,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Fields | None, bytes]]:
         for number, row, line in rows:
             yield f"{file}:{number}", row, line
     except (OSError, pa.ArrowException) as error:
-        reason = (str(error) or type(error).__name__).split("\n", 1)[0]
-        raise UserError(f"{file}: cannot be read, or is damaged ({reason})") from None
+        raise UserError(f"{file}: cannot be read, or is damaged ({first_line(error)})") from None
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Fields | None, bytes]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dpo4rec_ray.atomic import new_file
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 
 Metrics = dict[str, float]
 PROJECT = "dpo4rec-ray"  # W&B's project, MLflow's experiment, unless the environment names another
@@ -265,5 +265,4 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _reason(error: Exception) -> str:
     """An error's first line, without the user names and passwords in its addresses."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"//[^/@\s]*@", "//", lines[0])[:200]
+    return re.sub(r"//[^/@\s]*@", "//", first_line(error))[:200]

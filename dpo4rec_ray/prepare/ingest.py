@@ -130,10 +130,10 @@ def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any) -> Iter
         for row in batch.to_pylist():
             split = Split(**row)
             if files[split.file].kind != "lines":
-                yield _block_table(split.file, split.order, b"", split)
+                yield _block_table(split, split.order, b"")
                 continue
             for block in read_blocks(split, files[split.file]):
-                yield _block_table(block.file, block.order, block.content, split)
+                yield _block_table(split, block.order, block.content)
 
     context = ray.data.DataContext.get_current()
     usual = context.target_max_block_size
@@ -147,10 +147,10 @@ def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any) -> Iter
         context.target_max_block_size = usual
 
 
-def _block_table(file: int, order: int, content: bytes, split: Split) -> pa.Table:
+def _block_table(split: Split, order: int, content: bytes) -> pa.Table:
     return pa.table(
         {
-            "file": [file],
+            "file": [split.file],
             "order": [order],
             "content": pa.array([content], pa.large_binary()),
             "split": [json.dumps(asdict(split))],

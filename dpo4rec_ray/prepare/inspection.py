@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.datasets import Source, SourceSections, load_source
+from dpo4rec_ray.datasets import Source, load_source
 from dpo4rec_ray.datasets.files import without_query
 from dpo4rec_ray.store.artifacts import RunDir
 
 # A table may have thousands of files.
 MAX_NAMES = 20
 # The last answer of `inspect_source` until the stage prepare has used it.
-_found: list[tuple[SourceSections, Source]] = []
+_found: list[tuple[tuple[object, ...], Source]] = []
 
 
 def inspect_source(config: Config) -> Source:
@@ -25,8 +25,7 @@ def inspect_source(config: Config) -> Source:
     Raises:
         UserError: as `load_source`.
     """
-    sections = _sections(config)
-    _found[:] = [(sections, load_source(sections))]
+    _found[:] = [(_sections(config), load_source(config))]
     return _found[0][1]
 
 
@@ -55,5 +54,6 @@ def file_names(source: Source) -> list[str]:
     return [PurePosixPath(without_query(file.path)).name for file in files[:MAX_NAMES]]
 
 
-def _sections(config: Config) -> SourceSections:
-    return SourceSections(config.data, config.table, config.logged, config.sample, config.run.seed)
+def _sections(config: Config) -> tuple[object, ...]:
+    """The sections that say what the data is, and the seed of the sample world's users."""
+    return config.data, config.table, config.logged, config.sample, config.run.seed

@@ -170,8 +170,6 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
             seen = slice(low, low + knowledge_cut(high - low, config.data.max_history))
             history, ratings = users.item_index[seen].tolist(), users.rating[seen].tolist()
             lesson.prompts.append(prompts.user("", history, ratings))
-            lesson.texts.append(
-                teacher_text([attributes[item] for item in history], ratings, popular, rng).text
-            )
+            lesson.texts.append(teacher_text([attributes[item] for item in history], ratings, popular, rng))
             progress.at(len(lesson.texts))
     return lesson

@@ -21,7 +21,7 @@ from dpo4rec_ray.texts.sampling import ItemSampler, TextSampler, text_pool
 from dpo4rec_ray.texts.sources import describes_items
 from dpo4rec_ray.texts.throughput import stream_texts
 from dpo4rec_ray.texts.vectors import ItemTexts, VectorWriter, encoder_pool
-from dpo4rec_ray.workers.shards import Pool, begin_shards, finished_shards, shard_ranges
+from dpo4rec_ray.workers.shards import Pool, resume_parts, shard_ranges
 
 ITEMS_PER_SHARD = 2048
 DESCRIBED_PER_SHARD = 256  # items that an LLM describes: minutes of work, not seconds
@@ -30,10 +30,7 @@ DESCRIBED_PER_SHARD = 256  # items that an LLM describes: minutes of work, not s
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `knowledge` of the round: users always, items in round 0. Items come first; their parts after the users'."""
     folder, size = store.path("knowledge", round_id), config.generate.users_per_shard
-    fingerprint = f"{store.fingerprint} {size}"
-    done = finished_shards(folder, fingerprint)
-    store.start("knowledge", round_id, keep=bool(done))
-    begin_shards(folder, fingerprint)
+    done = resume_parts(folder, f"{store.fingerprint} {size}")
     num_users = store.require("users").rows
     ranges = shard_ranges(num_users, size)
     stats: dict[str, Any] = {}

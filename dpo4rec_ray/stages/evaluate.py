@@ -31,7 +31,7 @@ from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import popularity, read_catalogue, read_list_data, read_vectors, training_facts
-from dpo4rec_ray.workers.shards import begin_shards, finished_shards
+from dpo4rec_ray.workers.shards import resume_parts
 from dpo4rec_ray.workers.tasks import run_tasks
 
 EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the former name
@@ -50,14 +50,12 @@ def system_name(config: Config, knowledge: int | None) -> str:
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `per_list`: every system's metrics on every test list, the fitted rerankers, and the tables."""
     folder = store.path("per_list")
-    finished = finished_shards(folder, store.fingerprint)
-    store.start("per_list", keep=bool(finished))
-    begin_shards(folder, store.fingerprint)
+    finished = resume_parts(folder, store.fingerprint)
     # The slow ones first, so that no CPU waits at the end: fits with knowledge take longest.
     jobs = [
         (backbone, knowledge, seed)
         for knowledge in [*range(round_id, -1, -1), None]
-        for backbone in config.evaluate.backbones or (config.reranker.backbone,)
+        for backbone in config.evaluated_backbones
         for seed in range(config.evaluate.num_seeds)
     ]
     todo = [job for job in jobs if _part(config, *job) not in finished]
@@ -130,7 +128,7 @@ def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: in
 
 def _part(config: Config, backbone: str, knowledge: int | None, seed: int) -> int:
     """The number of the file that a fit writes."""
-    backbones = config.evaluate.backbones or (config.reranker.backbone,)
+    backbones = config.evaluated_backbones
     system = 0 if knowledge is None else knowledge + 1
     return (system * len(backbones) + backbones.index(backbone)) * config.evaluate.num_seeds + seed
 

@@ -20,7 +20,7 @@ from dpo4rec_ray.store.reading import users_per_shard
 from dpo4rec_ray.texts.accounts import cost_of, failure_reasons, generation_counts
 from dpo4rec_ray.texts.sampling import ShardGenerator, text_pool
 from dpo4rec_ray.texts.throughput import stream_texts
-from dpo4rec_ray.workers.shards import begin_shards, finished_shards, shard_ranges
+from dpo4rec_ray.workers.shards import resume_parts, shard_ranges
 
 SPLITS = ("train", "valid")
 
@@ -37,10 +37,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         )
     ranges = shard_ranges(store.require("users").rows, section.users_per_shard)
     folder = store.path("generations", round_id)
-    fingerprint = f"{store.fingerprint} {section.users_per_shard}"
-    done = finished_shards(folder, fingerprint)
-    store.start("generations", round_id, keep=bool(done))
-    begin_shards(folder, fingerprint)
+    done = resume_parts(folder, f"{store.fingerprint} {section.users_per_shard}")
     already = int(wanted[sorted(done)].sum())
     if done:
         say(f"  generate: {already} users kept from an interrupted run")

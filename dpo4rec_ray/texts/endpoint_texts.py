@@ -16,7 +16,7 @@ from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.remote import ApiKey, Endpoint, requests_at_once
 from dpo4rec_ray.knowledge.structured import json_schema
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
+from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
 
 
 class EndpointTexts(TextWriter):
@@ -58,12 +58,12 @@ class EndpointTexts(TextWriter):
             )
 
     @classmethod
-    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+    def placement(cls, config: Config, store: RunDir, policy_round: int) -> WriterPlacement:
         section, num_samples = config.openai, config.generate.num_samples
         # The key is an argument because Ray writes the environment of its workers into its logs.
         key = ApiKey(os.environ.get(section.api_key_env, ""))
         samples = min(section.samples_per_request or num_samples, num_samples)
-        return Source(cls, {"key": key}, batch=requests_at_once(section, config.generate) * samples)
+        return WriterPlacement(cls, {"key": key}, batch=requests_at_once(section, config.generate) * samples)
 
     def __init__(self, config: Config, store: RunDir, *, key: ApiKey):
         self._prompts = CataloguePrompts(

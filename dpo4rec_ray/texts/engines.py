@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.errors import first_line
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
@@ -98,7 +99,7 @@ class KeptGenerator:
         try:
             return ray.get(generate.remote(self._weights, prompts, seeds, num_samples))
         except ray.exceptions.RayActorError as error:
-            raise EngineDied(f"the engine's process ended: {str(error).splitlines()[0]}") from None
+            raise EngineDied(f"the engine's process ended: {first_line(error)}") from None
 
     def stats(self) -> EngineStats:
         """Of the engine since the stage began; the last known ones if the engine does not answer."""

@@ -11,11 +11,13 @@ from dpo4rec_ray.datasets.files import absolute, file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.completions import Answer, Completion
 from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION, StatisticsGenerator
-from dpo4rec_ray.knowledge.template import TEMPLATE_VERSION, TemplateGenerator
 from dpo4rec_ray.knowledge.text_table import KLG, TextTable, check_text_file, place_texts
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
+from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
+
+TEMPLATE_VERSION = 1
+MOODS = ("quiet", "fast", "dark", "warm", "strange", "classic", "recent", "light")
 
 
 class StatisticsTexts(TextWriter):
@@ -35,22 +37,28 @@ class StatisticsTexts(TextWriter):
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         items, ratings = ([row[name] for row in rows] for name in ("history_item_ids", "history_ratings"))
-        return [Answer(samples) for samples in self._generator.generate(items, ratings, seeds, counts)]
+        return self._generator.generate(items, ratings, seeds, counts)
 
 
 class TemplateTexts(TextWriter):
-    """Filled-in sentences: simulated."""
+    """Filled-in sentences, for tests and for simulating scale: they do not depend on any taste. The same for the same seed."""
 
     @classmethod
     def identity(cls, config: Config, store: RunDir) -> str:
         return f"template {TEMPLATE_VERSION}"
 
     def __init__(self, config: Config, store: RunDir):
-        self._generator = TemplateGenerator()
+        pass
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
-        items = [row["history_item_ids"] for row in rows]
-        return [Answer(samples) for samples in self._generator.generate(items, seeds, counts)]
+        answers = []
+        for row, seed, count in zip(rows, seeds, counts, strict=True):
+            last = row["history_item_ids"][-1] if len(row["history_item_ids"]) else 0
+            texts = (
+                f"Simulated: {MOODS[(seed + i) % 8]} things like item {last}, take {i}." for i in range(count)
+            )
+            answers.append(Answer([Completion([], text, "stop") for text in texts]))
+        return answers
 
 
 class TableTexts(TextWriter):
@@ -85,7 +93,7 @@ class TableTexts(TextWriter):
             )
 
     @classmethod
-    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+    def placement(cls, config: Config, store: RunDir, policy_round: int) -> WriterPlacement:
         """Writes the files' texts into the run folder, where actors on any machine find them; says what was left out."""
         section, folder = config.texts, store.root / "texts"
         files: dict[str, Path] = {}
@@ -99,7 +107,7 @@ class TableTexts(TextWriter):
             columns = (column, section.text)
             made_from = (file_identity(absolute(path)), *columns, store.require(f"{subject}s").produced)
             files[f"{subject}s"] = folder / f"{subject}s.arrow"
-            tally = place_texts(
+            counts = place_texts(
                 path,
                 columns,
                 known["raw_id"].combine_chunks(),
@@ -107,9 +115,9 @@ class TableTexts(TextWriter):
                 files[f"{subject}s"],
                 "\n".join(made_from),
             )
-            if tally is not None and tally.left_out:
-                say(f"  texts.{subject}s {path}: {tally.texts} texts, left out: {tally.words}")
-        return Source(cls, {"files": files})
+            if counts is not None and counts.left_out:
+                say(f"  texts.{subject}s {path}: {counts.texts} texts, left out: {counts.words}")
+        return WriterPlacement(cls, {"files": files})
 
     def __init__(self, config: Config, store: RunDir, *, files: dict[str, Path]):
         """files: "users", "items" -> where their texts are."""

@@ -21,7 +21,7 @@ from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path, merges_lora, model_identity, policy_weights
 from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines
-from dpo4rec_ray.texts.text_source import Row, Source, TextWriter, catalogue
+from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
 from dpo4rec_ray.workers.placement import engine_env
 
 
@@ -85,7 +85,7 @@ class PolicyTexts(TextWriter):
         return model_identity(base_llm_path(config, store))
 
     @classmethod
-    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+    def placement(cls, config: Config, store: RunDir, policy_round: int) -> WriterPlacement:
         """Policy `policy_round` in an engine of the actor's own, or in one that outlives the stage (keep_engines)."""
         section = config.generate
         spec = engine_spec(config, served_weights(config, store, policy_round))
@@ -93,8 +93,10 @@ class PolicyTexts(TextWriter):
         if section.keep_engines:
             # The actor itself only makes prompts and writes files.
             arguments["engines"] = kept_engines(config, spec, store.root)
-            return Source(open_policy, arguments, num_cpus=0.1, batch=section.max_num_seqs, dies=True)
-        return Source(
+            return WriterPlacement(
+                open_policy, arguments, num_cpus=0.1, batch=section.max_num_seqs, dies=True
+            )
+        return WriterPlacement(
             open_policy,
             arguments,
             num_gpus=section.gpus_per_engine,

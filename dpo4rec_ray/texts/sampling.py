@@ -52,18 +52,14 @@ class UserSampler:
         return self.writer.write(shard, rows, seeds, [self._num_samples[row["split"]] for row in rows])
 
 
-class ShardGenerator:
+class ShardGenerator(UserSampler):
     """Commits a shard's samples as one part of `generations`. Users without all their samples are only in `failed`."""
 
-    def __init__(self, **arguments: Any):
-        """Arguments of `UserSampler`."""
-        self._sampler = UserSampler(**arguments)
-
     def __call__(self, row: Row) -> Row:
-        shard, job, writer = int(row["shard"]), self._sampler.job, self._sampler.writer
+        shard, job, writer = int(row["shard"]), self.job, self.writer
         if part_file(job.folder, shard).exists():  # an actor died after it had written the part
             return {"shard": shard, **part_notes(part_file(job.folder, shard))[1], **writer.engine_row()}
-        found = self._sampler.sample(shard, int(row["low"]), int(row["high"]))
+        found = self.sample(shard, int(row["low"]), int(row["high"]))
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMAS["generations"].names}
         for user_id, one, count in zip(found.ids, found.answers, found.counts, strict=True):
             if one.reason:
@@ -80,16 +76,12 @@ class ShardGenerator:
         return {"shard": shard, **found.totals, **writer.engine_row()}
 
 
-class TextSampler:
+class TextSampler(UserSampler):
     """Passes a shard's texts on to the pool of encoders."""
-
-    def __init__(self, **arguments: Any):
-        """Arguments of `UserSampler`."""
-        self._sampler = UserSampler(**arguments)
 
     def __call__(self, row: Row) -> Row:
         shard = int(row["shard"])
-        found = self._sampler.sample(shard, int(row["low"]), int(row["high"]))
+        found = self.sample(shard, int(row["low"]), int(row["high"]))
         columns: dict[str, list[Any]] = {"subject_ids": [], "sample_ids": [], "texts": []}
         for user_id, one, count in zip(found.ids, found.answers, found.counts, strict=True):
             # Every user needs a vector. A missing text is encoded as an empty one, and the user is in `failed`.
@@ -97,7 +89,7 @@ class TextSampler:
             columns["texts"] += own + [""] * (count - len(own))
             columns["subject_ids"] += [user_id] * count
             columns["sample_ids"] += range(count)
-        return {"shard": shard, **columns, "totals": {**found.totals, **self._sampler.writer.engine_row()}}
+        return {"shard": shard, **columns, "totals": {**found.totals, **self.writer.engine_row()}}
 
 
 class ItemSampler:
@@ -142,19 +134,20 @@ def text_pool(
     worker: ShardGenerator, TextSampler or ItemSampler; arguments: what it takes beside the job.
     samples_per_shard: about how many samples a shard needs.
     """
-    section, source = config.generate, SOURCES[config.llm.source].source(config, store, policy_round)
+    section, writer = config.generate, SOURCES[config.llm.source]
+    placement = writer.placement(config, store, policy_round)
     seed = seed_of(config.run.seed, stage, policy_round)
-    job = WritingJob(config, store, source, round_id, folder, seed, start_id=uuid.uuid4().hex)
+    job = WritingJob(config, store, placement, round_id, folder, seed, start_id=uuid.uuid4().hex)
     # Enough shards for two batches of samples, and two more: a shard ends with its longest sample, and until then there
     # must be other shards to work on.
-    shards = math.ceil(2 * source.batch / max(1, samples_per_shard))
+    shards = math.ceil(2 * placement.batch / max(1, samples_per_shard))
     return Pool(
         worker,
         {"job": job, **arguments},
         size=section.num_engines,
-        num_cpus=section.cpus_per_engine if source.num_cpus is None else source.num_cpus,
-        num_gpus=source.num_gpus,
-        env=source.env,
-        shards_at_once=min(max(shards, 2) + 2, MAX_SHARDS_AT_ONCE) if source.batch else 1,
-        max_restarts=-1 if source.dies else 3,  # -1: `attempts` decides when there were too many
+        num_cpus=section.cpus_per_engine if placement.num_cpus is None else placement.num_cpus,
+        num_gpus=placement.num_gpus,
+        env=placement.env,
+        shards_at_once=min(max(shards, 2) + 2, MAX_SHARDS_AT_ONCE) if placement.batch else 1,
+        max_restarts=-1 if placement.dies else 3,  # -1: `attempts` decides when there were too many
     )

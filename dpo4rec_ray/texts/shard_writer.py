@@ -17,12 +17,12 @@ import pyarrow as pa
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.completions import Answer
-from dpo4rec_ray.knowledge.gate import Gate
+from dpo4rec_ray.knowledge.shared_lock import SharedLock
 from dpo4rec_ray.knowledge.structured import json_factors, read_samples
 from dpo4rec_ray.store.artifacts import RunDir, part_file, write_part
 from dpo4rec_ray.texts.attempts import Attempt, Start, reason_file
 from dpo4rec_ray.texts.gauges import Gauges
-from dpo4rec_ray.texts.text_source import Row, Source
+from dpo4rec_ray.texts.text_source import Row, WriterPlacement
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class WritingJob:
 
     config: Config
     store: RunDir
-    source: Source
+    placement: WriterPlacement
     round_id: int
     folder: str
     seed: int
@@ -72,15 +72,15 @@ class ShardWriter:
         self._job, self._subject = job, subject
         self._factors = json_factors(job.config.prompt, job.config.generate)
         self._engine = f"{socket.gethostname()}-{os.getpid()}"
-        self._gate = Gate()
-        source, arguments = job.source, dict(job.source.arguments)
-        if source.dies:
+        self._lock = SharedLock()
+        placement, arguments = job.placement, dict(job.placement.arguments)
+        if placement.dies:
             start = Start(job.folder, job.start_id, self._engine, job.config.generate.num_engines)
             arguments["reason_file"] = reason_file(job.folder, self._engine)
-            self._writer = source.writer(job.config, job.store, **arguments)
+            self._writer = placement.writer(job.config, job.store, **arguments)
             start.done()
         else:
-            self._writer = source.writer(job.config, job.store, **arguments)
+            self._writer = placement.writer(job.config, job.store, **arguments)
         self._write = self._writer.users if subject == "user" else self._writer.items
         self._gauges = Gauges(self._engine)
 
@@ -116,7 +116,7 @@ class ShardWriter:
         counts: Sequence[int],
     ) -> list[Answer]:
         """The texts of all at once. If engines died at this shard while it was alone, of one after the other."""
-        if not self._job.source.dies:
+        if not self._job.placement.dies:
             return self._write(rows, seeds, counts)
         attempt = Attempt.begin(self._job.folder, shard, self._job.start_id, self._engine)
         if attempt.one_by_one:
@@ -125,12 +125,12 @@ class ShardWriter:
                 if attempt.is_poison(subject_id):
                     found.append(Answer([], "engine_died", attempt.reason or "its engine died twice"))
                     continue
-                with self._gate.alone():  # so that a death can have no other cause
+                with self._lock.alone():  # so that a death can have no other cause
                     attempt.enter(subject_id)
                     found += self._write([row], [seed], [count])
                     attempt.leave()
         else:
-            with self._gate.alone() if attempt.deaths else self._gate.shared():
+            with self._lock.alone() if attempt.deaths else self._lock.shared():
                 attempt.enter()
                 found = self._write(rows, seeds, counts)
         attempt.end()

@@ -39,13 +39,13 @@ class TextWriter:
         raise NotImplementedError
 
     @classmethod
-    def source(cls, config: Config, store: RunDir, policy_round: int) -> Source:
+    def placement(cls, config: Config, store: RunDir, policy_round: int) -> WriterPlacement:
         """How actors build this writer, for the texts of policy `policy_round`. Runs in the driver.
 
         Raises:
             UserError: the source cannot be used as the recipe says.
         """
-        return Source(cls)
+        return WriterPlacement(cls)
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         """For each row of the table `users`, as many texts as `counts` says."""
@@ -61,7 +61,7 @@ class TextWriter:
 
 
 @dataclass(frozen=True)
-class Source:
+class WriterPlacement:
     """How an actor builds its `TextWriter`, and what the actor occupies.
 
     Attributes:

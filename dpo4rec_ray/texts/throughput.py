@@ -11,18 +11,8 @@ from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.shards import Pool, Row, run_shards
 
 # Counts of a shard. They stay in the notes of its part, so that a resumed run knows those of the shards it keeps.
-COUNTS = (
-    "users",
-    "samples",
-    "tokens",
-    "prompt_tokens",
-    "clipped",
-    "shortened",
-    "invalid_json",
-    "failed",
-    "requests",
-    "retries",
-)
+COUNTS = ("users", "samples", "tokens", "prompt_tokens", "clipped", "shortened", "invalid_json", "failed",
+          "requests", "retries")  # fmt: skip
 ENGINE_STATS = ("busy", "running", "kv_cache", "prefix_hits", "start_s", "span_s", "engine_tokens")
 # An engine without an answer for so many seconds is not shown: it may have been replaced.
 _RECENT_S = 60.0

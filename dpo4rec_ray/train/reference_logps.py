@@ -17,7 +17,7 @@ from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
 from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of, write_part
 from dpo4rec_ray.store.policies import model_identity
 from dpo4rec_ray.store.progress import Progress
-from dpo4rec_ray.workers.shards import Pool, Row, begin_shards, finished_shards, part_number, run_shards
+from dpo4rec_ray.workers.shards import Pool, Row, part_number, resume_parts, run_shards
 
 
 def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -> Path:
@@ -30,8 +30,7 @@ def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -
     )
     folder = store.path("pairs", round_id) / "reference" / fingerprint
     files = {part_number(file): file for file in store.files("pairs", round_id)}
-    done = finished_shards(folder, fingerprint)
-    begin_shards(folder, fingerprint)
+    done = resume_parts(folder, fingerprint)
     pool = Pool(
         ShardReference,
         {

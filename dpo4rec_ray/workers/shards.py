@@ -8,6 +8,7 @@ finished ids into memory.)
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,23 +56,25 @@ def part_number(file: str | Path) -> int:
     return int(Path(file).stem.removeprefix("part-"))
 
 
-def finished_shards(folder: Path, fingerprint: str) -> set[int]:
-    """Shards that an interrupted run of the same work has committed; none if the artifact is complete or another's."""
-    note = folder / "shards.fingerprint"
-    if (folder / MANIFEST).exists() or not note.exists() or note.read_text() != fingerprint:
-        return set()
-    return {part_number(file) for file in folder.glob("part-*.parquet")}
+def resume_parts(folder: Path, fingerprint: str) -> set[int]:
+    """Open a folder for parts, before the first is written, and note which work they belong to.
 
-
-def begin_shards(folder: Path, fingerprint: str) -> None:
-    """Write down which work the folder's parts belong to, before the first part is written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("*.tmp*"):  # from writers that were killed
-        left.unlink(missing_ok=True)
+    Returns:
+        The shards that an interrupted run of the same work has committed; their parts stay. If there are none, or the
+        artifact is complete or another's, the folder is emptied.
+    """
     note = folder / "shards.fingerprint"
-    if not note.exists() or note.read_text() != fingerprint:
+    same = not (folder / MANIFEST).exists() and note.exists() and note.read_text() == fingerprint
+    done = {part_number(file) for file in folder.glob("part-*.parquet")} if same else set[int]()
+    if not done:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the artifact is not complete
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with new_file(note) as temporary:  # a half-written fingerprint would cost every finished shard
             temporary.write_text(fingerprint)
+    for left in folder.glob("*.tmp*"):  # from writers that were killed
+        left.unlink(missing_ok=True)
+    return done
 
 
 def run_shards(

@@ -142,8 +142,8 @@ def test_a_refused_request_costs_only_itself(
 
 
 def test_the_longest_prompt_that_leaves_room_is_taken_and_no_longer_one(generator: VLLMGenerator) -> None:
-    assert generator.max_prompt == MAX_MODEL_LEN - SAMPLING.max_new_tokens
-    fits, too_long = [1, *[10] * (generator.max_prompt - 1)], [1, *[10] * generator.max_prompt]
+    room = MAX_MODEL_LEN - SAMPLING.max_new_tokens
+    fits, too_long = [1, *[10] * (room - 1)], [1, *[10] * room]
     taken, refused = generator.generate([fits, too_long], [0, 0], [2, 2])
     assert len(taken.samples) == 2
     assert refused == Answer([], "prompt_too_long", "225 tokens, room for 224")
@@ -276,7 +276,7 @@ def test_a_long_history_is_shortened_to_the_token(
     )
     prompts = TokenizedPrompts(tokenizer, catalogue(store), config.llm, config.prompt, config.generate)
     texts = PolicyTexts(prompts, generator, tmp_path / "reason.txt")
-    room = generator.max_prompt
+    room = MAX_MODEL_LEN - SAMPLING.max_new_tokens
 
     def ids(row: dict[str, Any], skip: int) -> list[int]:
         kept = row["history_item_ids"][skip:]

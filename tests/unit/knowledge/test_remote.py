@@ -353,10 +353,10 @@ def test_a_refusal_is_an_empty_text(server: Server) -> None:
 def test_a_key_does_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is among the arguments of an actor."""
     monkeypatch.setenv("TOY_KEY", KEY)
-    source = EndpointTexts.source(default_config(["openai.api_key_env=TOY_KEY"]), RunDir(tmp_path), 0)
-    key = source.arguments["key"]
-    assert KEY not in repr(source) and KEY not in str(key) and KEY not in f"{key}"
-    assert cloudpickle.loads(cloudpickle.dumps(source)).arguments["key"].reveal() == KEY
+    placement = EndpointTexts.placement(default_config(["openai.api_key_env=TOY_KEY"]), RunDir(tmp_path), 0)
+    key = placement.arguments["key"]
+    assert KEY not in repr(placement) and KEY not in str(key) and KEY not in f"{key}"
+    assert cloudpickle.loads(cloudpickle.dumps(placement)).arguments["key"].reveal() == KEY
 
 
 @pytest.mark.parametrize("content", ["\ud83d broken", ["a", "list"], 7, {"text": "x"}])

@@ -115,8 +115,8 @@ def test_every_text_is_bounded(events: list[tuple[str, list[str]]], seed: int) -
 def test_one_text_is_of_the_whole_history_and_several_are_of_halves() -> None:
     generator = StatisticsGenerator(TITLES, ATTRIBUTES, like_at=4)
     items, stars = [2, 0, 4, 1], [5.0, 4.0, 5.0, 2.0]
-    ((one,),) = generator.generate([items], [stars], [7], [1])
-    (samples,) = generator.generate([items], [stars], [7], [6])
+    (one,) = generator.generate([items], [stars], [7], [1])[0].samples
+    samples = generator.generate([items], [stars], [7], [6])[0].samples
     expected = statistical_text([TITLES[i] for i in items], stars, [ATTRIBUTES[i] for i in items], like_at=4)
     assert (
         one.text
@@ -134,13 +134,13 @@ def test_samples_depend_on_the_seed_and_on_nothing_else() -> None:
     alone = generator.generate([[0, 1, 2, 3, 4]], [RATINGS], [7], [5])[0]
     together = generator.generate([[1], [0, 1, 2, 3, 4]], [[3.0], RATINGS], [9, 7], [2, 5])
     assert together[1] == alone
-    assert [len(samples) for samples in together] == [2, 5]
+    assert [len(answer.samples) for answer in together] == [2, 5]
     assert generator.generate([[0, 1, 2, 3, 4]], [RATINGS], [8], [5])[0] != alone
 
 
 def test_catalogue_text_is_cleaned() -> None:
     generator = StatisticsGenerator(['A\n"B" [SEP]'], [["genre: x\ty"]])
     assert (
-        generator.generate([[0]], [[1.0]], [0], [1])[0][0].text
+        generator.generate([[0]], [[1.0]], [0], [1])[0].samples[0].text
         == "This user likes x y (1). Liked: A 'B' SEP."
     )

@@ -13,13 +13,13 @@ import pytest
 
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge import text_table
-from dpo4rec_ray.knowledge.text_table import Tally, TextTable, check_text_file, place_texts
+from dpo4rec_ray.knowledge.text_table import TextCounts, TextTable, check_text_file, place_texts
 
 COLUMNS = ("user", "text")
 RAW = ["u7", "12", "3", "none"]  # raw ids of users 0 to 3
 
 
-def place(source: Path, target: Path, identity: str = "1") -> Tally | None:
+def place(source: Path, target: Path, identity: str = "1") -> TextCounts | None:
     return place_texts(str(source), COLUMNS, pa.array(RAW), np.arange(len(RAW)), target, identity)
 
 
@@ -51,8 +51,8 @@ def test_samples_in_file_order(tmp_path: Path, kind: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(text_table, "_BATCH", 2)  # texts of one user lie in several batches
     source, target = write(kind, tmp_path), tmp_path / "laid" / "users.arrow"
     check_text_file("texts.users", str(source), *COLUMNS)
-    tally = place(source, target)
-    assert tally is not None and tally.texts == 5 and not tally.left_out
+    counts = place(source, target)
+    assert counts is not None and counts.texts == 5 and not counts.left_out
     table = TextTable(target)
     assert {user: table.of(user, 9) for user in FOUND} == FOUND
     assert table.of(0, 2) == ["first", "second"]
@@ -73,10 +73,10 @@ def test_klg(tmp_path: Path, name: str, indent: int | None) -> None:
     }
     source.write_text(json.dumps(content, indent=indent))
     check_text_file("texts.users", str(source), *COLUMNS)
-    tally = place(source, target)
-    assert tally is not None and tally.texts == 2
-    assert tally.left_out == {"no text": 2, "unknown id": 1}
-    assert tally.words == "2 x no text (id 'u7', id 'none'), 1 x unknown id (id '99': '99')"
+    counts = place(source, target)
+    assert counts is not None and counts.texts == 2
+    assert counts.left_out == {"no text": 2, "unknown id": 1}
+    assert counts.words == "2 x no text (id 'u7', id 'none'), 1 x unknown id (id '99': '99')"
     table = TextTable(target)
     assert [table.of(user, 1) for user in range(4)] == [
         [],
@@ -110,13 +110,13 @@ def test_what_is_no_text_is_left_out_and_named(tmp_path: Path) -> None:
         row("3", "good"),
     )
     target = tmp_path / "users.arrow"
-    tally = place(source, target)
-    assert tally is not None and tally.texts == 2
-    assert tally.left_out == {"no text": 5, "not a JSON object": 5, "no id": 4, "unknown id": 2}
-    assert "5 x no text (line 3, line 5, line 6, ...)" in tally.words
-    assert "5 x not a JSON object (line 4, line 8, line 13, ...)" in tally.words
-    assert "4 x no id (line 9, line 10, line 11, ...)" in tally.words
-    assert "2 x unknown id (line 16: 'who', line 17: 'who')" in tally.words
+    counts = place(source, target)
+    assert counts is not None and counts.texts == 2
+    assert counts.left_out == {"no text": 5, "not a JSON object": 5, "no id": 4, "unknown id": 2}
+    assert "5 x no text (line 3, line 5, line 6, ...)" in counts.words
+    assert "5 x not a JSON object (line 4, line 8, line 13, ...)" in counts.words
+    assert "4 x no id (line 9, line 10, line 11, ...)" in counts.words
+    assert "2 x unknown id (line 16: 'who', line 17: 'who')" in counts.words
     table = TextTable(target)
     assert [table.of(user, 5) for user in range(4)] == [[], ["an integer is its digits"], ["good"], []]
 
@@ -126,8 +126,8 @@ def test_parquet_of_other_types(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"\xff", None, b"again"])
     texts = pa.Array.from_buffers(pa.string(), 4, raw.cast(pa.binary()).buffers())
     pq.write_table(pa.table({"user": [12, 12, 3, 3], "text": texts}), tmp_path / "t.parquet")
-    tally = place(tmp_path / "t.parquet", tmp_path / "users.arrow")
-    assert tally is not None and tally.words == "2 x no text (row 2, row 3)"
+    counts = place(tmp_path / "t.parquet", tmp_path / "users.arrow")
+    assert counts is not None and counts.words == "2 x no text (row 2, row 3)"
     assert [TextTable(tmp_path / "users.arrow").of(user, 5) for user in (1, 2)] == [["good"], ["again"]]
 
 

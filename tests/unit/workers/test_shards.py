@@ -10,9 +10,8 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.shards import (
     Pool,
-    begin_shards,
-    finished_shards,
     part_number,
+    resume_parts,
     run_shards,
     shard_ranges,
 )
@@ -76,13 +75,19 @@ def test_ranges_cover_every_user_once() -> None:
 
 
 def test_finished_shards_count_only_for_the_same_work(tmp_path: Path) -> None:
-    begin_shards(tmp_path, "abc")
-    (tmp_path / "part-00001.parquet").touch()
-    (tmp_path / "part-00004.parquet").touch()
-    assert finished_shards(tmp_path, "abc") == {1, 4}
-    assert finished_shards(tmp_path, "other") == set()
+    def two_parts() -> None:
+        assert resume_parts(tmp_path, "abc") == set()
+        for number in (1, 4):
+            (tmp_path / f"part-0000{number}.parquet").touch()
+        (tmp_path / "part-00005.parquet.tmp7").touch()
+
+    two_parts()
+    assert resume_parts(tmp_path, "abc") == {1, 4} and not list(tmp_path.glob("*.tmp*"))
+    assert resume_parts(tmp_path, "other") == set() and not list(tmp_path.glob("part-*"))
+    two_parts()
     (tmp_path / "manifest.json").write_text("{}")
-    assert finished_shards(tmp_path, "abc") == set(), "a complete artifact is redone from the start"
+    assert resume_parts(tmp_path, "abc") == set(), "a complete artifact is redone from the start"
+    assert [file.name for file in tmp_path.iterdir()] == ["shards.fingerprint"]
 
 
 def test_seeds_are_stable_and_differ() -> None:

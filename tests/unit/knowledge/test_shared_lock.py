@@ -4,20 +4,25 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from dpo4rec_ray.knowledge.gate import Gate
+from dpo4rec_ray.knowledge.shared_lock import SharedLock
 
 
-def test_the_gate_lets_many_in_or_one_alone() -> None:
-    gate, inside, most, lock = Gate(), {"shared": 0, "alone": 0}, {"shared": 0, "alone": 0}, threading.Lock()
+def test_the_lock_lets_many_in_or_one_alone() -> None:
+    lock, inside, most, counting = (
+        SharedLock(),
+        {"shared": 0, "alone": 0},
+        {"shared": 0, "alone": 0},
+        threading.Lock(),
+    )
 
     def enter(how: str) -> None:
-        with gate.alone() if how == "alone" else gate.shared():
-            with lock:
+        with lock.alone() if how == "alone" else lock.shared():
+            with counting:
                 inside[how] += 1
                 most[how] = max(most[how], inside[how])
                 assert not inside["alone"] or inside == {"shared": 0, "alone": 1}
             time.sleep(0.02)
-            with lock:
+            with counting:
                 inside[how] -= 1
 
     with ThreadPoolExecutor(12) as pool:
@@ -26,8 +31,8 @@ def test_the_gate_lets_many_in_or_one_alone() -> None:
 
 
 def test_who_is_alone_may_still_ask() -> None:
-    gate = Gate()
-    with gate.alone(), gate.shared():
+    lock = SharedLock()
+    with lock.alone(), lock.shared():
         pass
-    with gate.shared():
+    with lock.shared():
         pass

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 
-class Gate:
+class SharedLock:
     """Any number of threads in `shared`, or one thread in `alone`. The thread in `alone` may enter `shared` as well."""
 
     def __init__(self) -> None:
