@@ -14,7 +14,7 @@ import torch
 from dpo4rec_ray.config import default_config
 from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
 from dpo4rec_ray.core.losses import RANKING_LOSSES
-from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import (
     RERANKERS,
@@ -142,7 +142,7 @@ def test_masked_places_never_win(case, small):
     assert mask[0, scores[0].argmax()] and mask[1, scores[1].argmax()]
     # Only padding is relevant: no ranking of the real candidates can earn anything.
     labels = (~mask).float().numpy()
-    assert np.all(metric_by_name("ndcg@5")(scores.detach().numpy(), labels, mask.numpy()) == 0)
+    assert np.all(list_metrics(scores.detach().numpy(), labels, ["ndcg@5"], mask.numpy())["ndcg@5"] == 0)
 
 
 @every_case

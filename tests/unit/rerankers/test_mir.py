@@ -8,7 +8,7 @@ import torch
 from conftest import build
 
 from dpo4rec_ray.core.losses import pointwise_bce
-from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers import Catalogue, ListHistory, with_history
 
 
@@ -112,7 +112,7 @@ def test_learns_what_only_the_history_tells():
                 optimizer.step()
         with torch.no_grad():
             scores = model(batch(valid, histories)).numpy()
-        ndcg[histories] = metric_by_name("ndcg@5")(scores, labels[valid].numpy()).mean()
+        ndcg[histories] = list_metrics(scores, labels[valid].numpy(), ["ndcg@5"])["ndcg@5"].mean()
     assert ndcg[True] > ndcg[False] + 0.3, ndcg
 
 
