@@ -30,7 +30,7 @@ from dpo4rec_ray.core.losses import RANKING_LOSSES
 from dpo4rec_ray.core.metrics import list_metrics, parse_metric
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import build_reranker
-from dpo4rec_ray.rerankers.base import Reranker, with_history
+from dpo4rec_ray.rerankers.base import Reranker
 from dpo4rec_ray.rerankers.card import CARD_FILE, card_text, read_card
 from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, Histories, TensorRows, tensor_of
 from dpo4rec_ray.rerankers.scorer import ListScorer
@@ -141,10 +141,8 @@ def fit(
         loss_sum = torch.zeros((), device=device)
         for index in torch.randperm(len(lists), generator=shuffle).to(device).tensor_split(num_steps):
             some = lists.select(index)
-            batch = catalogue.batch(some.item_ids, None if is_full else some.mask, vectors, some.user_rows)
-            if some.histories is not None:
-                seen = some.histories
-                batch = with_history(batch, catalogue, seen.item_ids, seen.mask, seen.ratings)
+            mask = None if is_full else some.mask
+            batch = catalogue.batch(some.item_ids, mask, vectors, some.user_rows, some.histories)
             loss = loss_of(model(batch) / temperature, some.labels, some.mask)
             optimizer.zero_grad()
             loss.backward()

@@ -13,8 +13,7 @@ import torch
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import Catalogue
-from dpo4rec_ray.rerankers.catalogue import Histories
+from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories
 from dpo4rec_ray.rerankers.fit import ListData, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.rerankers.text_rewards import SampleScorer
