@@ -31,7 +31,7 @@ from dpo4rec_ray.evaluation.table_formats import to_csv, to_latex, to_markdown
 
 
 def summarise(
-    per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int = 2000, paper: str | None = None
+    per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int, paper: str | None = None
 ) -> dict[str, Any]:
     """Everything the tables show, ready for JSON: "evaluation", "systems", "comparisons", "breakdown", "paper".
 
@@ -102,7 +102,7 @@ def systems_table(rows: Sequence[Row]) -> list[Row]:
     return table
 
 
-def comparisons(per_list: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
+def comparisons(per_list: pd.DataFrame, num_resamples: int) -> list[Row]:
     """Paired differences on identical lists and seeds, one row per pair of systems and metric.
 
     Per backbone: each knowledge system minus the backbone, each round minus the base knowledge, and the backbone minus
