@@ -225,11 +225,11 @@ def redraw_negatives(
     num_lists, num_candidates = candidate_item_ids.shape
     _check_catalogue(num_items, num_candidates)
     positive = labels > 0
-    sample = (
-        (lambda rows, _: rng.integers(num_items, size=(len(rows), num_candidates)))  # all are equally likely
-        if weights is None
-        else _weighted_sampler(weights, num_items, num_candidates, rng)
-    )
+
+    def uniform(rows: IntArray, attempt: int) -> IntArray:
+        return rng.integers(num_items, size=(len(rows), num_candidates))
+
+    sample = uniform if weights is None else _weighted_sampler(weights, num_items, num_candidates, rng)
     ids = np.empty((num_redraws, num_lists, num_candidates), dtype=np.int64)
     for redraw in ids:  # one redraw of all lists at a time bounds the memory of the drawing
         redraw[:] = candidate_item_ids
