@@ -29,7 +29,8 @@ from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.evaluation.systems import METRIC_NAMES
 from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.pipeline import Selection, run_pipeline
-from dpo4rec_ray.rerankers import Catalogue, Reranker, with_history
+from dpo4rec_ray.rerankers import Reranker
+from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.rerankers.fit import ListData, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.rerankers.text_rewards import SampleScorer
@@ -180,10 +181,9 @@ def plain_loop(
     for user, vector in zip(user_ids, torch.from_numpy(vectors), strict=True):
         values = []
         for row in torch.nonzero(lists.user_ids == int(user)).squeeze(1).tolist():
-            histories = lists.histories.select(slice(row, row + 1)) if lists.histories else None
-            batch = catalogue.batch(lists.item_ids[row : row + 1], None, vector[None])
-            if model.uses_history and histories is not None:
-                batch = with_history(batch, catalogue, histories.item_ids, histories.mask, histories.ratings)
+            read = model.uses_history and lists.histories
+            histories = lists.histories.select(slice(row, row + 1)) if read else None
+            batch = catalogue.batch(lists.item_ids[row : row + 1], None, vector[None], histories=histories)
             with torch.inference_mode():
                 scores = model(batch)[0].tolist()
             ranked = sorted(zip(scores, lists.labels[row].tolist(), strict=True), key=lambda pair: -pair[0])

@@ -13,10 +13,10 @@ from typing import Any
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.ranking import RerankerSection
-from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.core.metrics import parse_metric
 from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, SMOOTHED
-from dpo4rec_ray.core.rewards import reward_by_name
+from dpo4rec_ray.core.rewards import check_reward
 from dpo4rec_ray.datasets import DATASETS
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
@@ -104,10 +104,10 @@ def _check_names(config: Config) -> None:
         _known("reranker.per_backbone", backbone, RERANKERS)
     for where, section in _reranker_sections(config).items():
         _known(f"{where}.adapter", section.adapter, ADAPTERS)
-        _by_name(f"{where}.metric", section.metric, metric_by_name)
+        _by_name(f"{where}.metric", section.metric, parse_metric)
     for metric in (config.reward.metric, *config.reward.compare):
         key = "reward.metric" if metric == config.reward.metric else "reward.compare"
-        _by_name(key, metric, reward_by_name)
+        _by_name(key, metric, check_reward)
     if len(set(config.evaluate.backbones)) < len(config.evaluate.backbones):
         raise UserError(f"evaluate.backbones = {list(config.evaluate.backbones)} names one twice")
     _known("pair.rule", config.pair.rule, PAIRINGS)

@@ -34,8 +34,8 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.ranking import RerankerSection
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import Catalogue, build_reranker
-from dpo4rec_ray.rerankers.catalogue import tensor_of
+from dpo4rec_ray.rerankers import build_reranker
+from dpo4rec_ray.rerankers.catalogue import Catalogue, tensor_of
 from dpo4rec_ray.rerankers.fit import ListData, fit
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import Progress, say

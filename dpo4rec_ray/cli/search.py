@@ -53,25 +53,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--trials",
+        dest="num_trials",
         type=int,
-        default=0,
         metavar="N",
         help="per backbone, drawn at random from the grid; 0, the default: the whole grid",
     )
     parser.add_argument(
         "--scheduler",
         choices=("asha", "none"),
-        default="asha",
-        help="asha: from half of the epochs on, trials that lag behind end",
+        help="asha, the default: from half of the epochs on, trials that lag behind end",
     )
     parser.add_argument(
-        "--concurrent",
-        type=int,
-        default=0,
-        metavar="C",
-        help="trials at a time; 0, the default: one per CPU",
+        "--concurrent", type=int, metavar="C", help="trials at a time; 0, the default: one per CPU"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw and of every trial")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the draw and of every trial")
     parser.add_argument("--verbose", action="store_true", help="show Ray's logs, and tracebacks")
     return parser.parse_intermixed_args(arguments)
 
@@ -81,9 +76,9 @@ def run(options: argparse.Namespace) -> int:
     from dpo4rec_ray.config import load_config
 
     config = load_config(options.recipe, options.changes)
-    for flag in ("trials", "concurrent"):
-        if getattr(options, flag) < 0:
-            raise UserError(f"--{flag} {getattr(options, flag)}: must be 0 or more")
+    for flag, value in (("trials", options.num_trials), ("concurrent", options.concurrent)):
+        if value is not None and value < 0:
+            raise UserError(f"--{flag} {value}: must be 0 or more")
     folder = session.open_run(config, options.verbose)
     from dpo4rec_ray import checks, grid_search
     from dpo4rec_ray.rerankers import RERANKERS
@@ -93,13 +88,11 @@ def run(options: argparse.Namespace) -> int:
     for name in backbones:
         if name not in RERANKERS:
             raise UserError(f"--backbones {name}: no such backbone; known: {', '.join(RERANKERS)}")
+    given = {name: getattr(options, name) for name in ("num_trials", "scheduler", "concurrent", "seed")}
     plan = grid_search.SearchPlan(
         backbones=tuple(dict.fromkeys(backbones)),
         knowledge=options.knowledge == "base",
-        num_trials=options.trials,
-        scheduler=options.scheduler,
-        concurrent=options.concurrent,
-        seed=options.seed,
+        **{name: value for name, value in given.items() if value is not None},
     )
     checks.check_all(config, "" if plan.knowledge else "prepare")
     store = RunDir(folder)

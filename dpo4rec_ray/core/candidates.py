@@ -225,11 +225,11 @@ def redraw_negatives(
     num_lists, num_candidates = candidate_item_ids.shape
     _check_catalogue(num_items, num_candidates)
     positive = labels > 0
-    sample = (
-        _uniform_sampler(num_items, num_candidates, rng)
-        if weights is None
-        else _weighted_sampler(weights, num_items, num_candidates, rng)
-    )
+
+    def uniform(rows: IntArray, attempt: int) -> IntArray:
+        return rng.integers(num_items, size=(len(rows), num_candidates))
+
+    sample = uniform if weights is None else _weighted_sampler(weights, num_items, num_candidates, rng)
     ids = np.empty((num_redraws, num_lists, num_candidates), dtype=np.int64)
     for redraw in ids:  # one redraw of all lists at a time bounds the memory of the drawing
         redraw[:] = candidate_item_ids
@@ -250,14 +250,9 @@ def split_users(
     and within each split. A user's split depends on the set of ids and not on their order.
 
     Raises:
-        UserError: a share is outside [0, 1), num_folds < 1, or no training user is left.
+        UserError: no training user is left.
         ValueError: a user id occurs twice.
     """
-    if not 0 <= test_frac < 1 or not 0 <= valid_frac < 1 or num_folds < 1:
-        raise UserError(
-            f"test_frac = {test_frac} and valid_frac = {valid_frac} must lie in [0, 1), "
-            f"num_folds = {num_folds} must be at least 1"
-        )
     num_users = len(user_ids)
     if len(np.unique(user_ids)) != num_users:
         raise ValueError("a user id occurs twice: split_users wants one entry per user")
@@ -288,13 +283,6 @@ def _check_catalogue(num_items: int, num_candidates: int) -> None:
             f"a list of {num_candidates} distinct candidates cannot be drawn from a catalogue of {num_items} "
             "items: lower num_candidates or use more items"
         )
-
-
-def _uniform_sampler(
-    num_items: int, num_candidates: int, rng: np.random.Generator
-) -> Callable[[IntArray, int], IntArray]:
-    """Draws for `_draw_distinct`: all items are equally likely."""
-    return lambda rows, _: rng.integers(num_items, size=(len(rows), num_candidates))
 
 
 def _weighted_sampler(

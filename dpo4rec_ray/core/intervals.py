@@ -67,7 +67,7 @@ def ratio_bootstrap(
 
 
 def bootstrap_columns(
-    numerators: Array, denominators: Array, num_resamples: int = 2000, seed: int = 0
+    numerators: Array, denominators: Array, num_resamples: int, seed: int = 0
 ) -> list[Interval]:
     """Ratios of sums over groups with 95 % percentile intervals, of many columns at once: [G, C], [G] -> C intervals.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,6 @@ FloatArray = npt.NDArray[np.float64]
 
 # Candidates ranked at once: bounds the memory (some 8 MB per array) and keeps it in the cache.
 _MAX_CANDIDATES_AT_ONCE = 1_000_000
-
-
-class Metric(Protocol):
-    """A metric with a fixed cut-off: scores, labels [B, L] -> [B]."""
-
-    def __call__(self, scores: Array, labels: Array, mask: Array | None = None) -> FloatArray: ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ def list_metrics(
         UserError: a name is not "<metric>@<k>" with a metric of `METRICS` and k >= 1.
         ValueError: shapes differ, or a real candidate's score is NaN.
     """
-    wanted = {name: _parse(name) for name in names}
+    wanted = {name: parse_metric(name) for name in names}
     real = check_lists(scores, labels, mask)
     num_lists, length = scores.shape
     found = {name: np.zeros(num_lists) for name in wanted}
@@ -130,20 +124,6 @@ def list_metrics(
         for name, (base, k) in wanted.items():
             found[name][part] = curves[base][:, min(k, length) - 1]
     return found
-
-
-def metric_by_name(name: str) -> Metric:
-    """The metric called e.g. "ndcg@5": (scores, labels, mask=None) -> [B]; `list_metrics` of this one name.
-
-    Raises:
-        UserError: the name is not "<metric>@<k>" with a metric of `METRICS` and k >= 1.
-    """
-    _parse(name)
-
-    def metric(scores: Array, labels: Array, mask: Array | None = None) -> FloatArray:
-        return list_metrics(scores, labels, [name], mask)[name]
-
-    return metric
 
 
 def check_lists(scores: Array, labels: Array, mask: Array | None) -> npt.NDArray[np.bool_]:
@@ -163,8 +143,8 @@ def check_lists(scores: Array, labels: Array, mask: Array | None) -> npt.NDArray
     return real
 
 
-def _parse(name: str) -> tuple[str, int]:
-    """("ndcg", 5) of "ndcg@5"."""
+def parse_metric(name: str) -> tuple[str, int]:
+    """("ndcg", 5) of "ndcg@5". Raises UserError for any other form than "<metric>@<k>" with a metric of `METRICS`, k >= 1."""
     base, _, cut = name.partition("@")
     if base not in METRICS or not (cut.isascii() and cut.isdigit()) or int(cut) < 1:
         known = ", ".join(f"{metric}@k" for metric in METRICS)

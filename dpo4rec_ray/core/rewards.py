@@ -9,7 +9,7 @@ removes the part of the spread that is luck.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo4rec_ray.core.intervals import Interval, ratio_bootstrap
-from dpo4rec_ray.core.metrics import METRICS, Metric, check_lists, list_metrics, metric_by_name
+from dpo4rec_ray.core.metrics import METRICS, check_lists, list_metrics, parse_metric
 from dpo4rec_ray.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -47,7 +47,9 @@ def log_likelihood_reward(scores: Array, labels: Array, mask: Array | None = Non
 
 
 # Rewards that are no ranking metric: scores, labels, mask [B, L] -> [B], NaN for a list without a positive.
-_OF_SCORES: dict[str, Metric] = {"log_likelihood": log_likelihood_reward}
+_OF_SCORES: dict[str, Callable[[Array, Array, Array | None], FloatArray]] = {
+    "log_likelihood": log_likelihood_reward
+}
 
 REWARDS = (*(f"{metric}@k" for metric in METRICS), *_OF_SCORES)  # k is any whole number from 1
 
@@ -65,7 +67,7 @@ def list_rewards(
         ValueError: shapes differ or a real candidate's score is NaN.
     """
     for name in names:
-        _check_name(name)
+        check_reward(name)
     real = check_lists(scores, labels, mask)
     has_positive = ((labels > 0) & real).any(axis=1)
     ranked = list_metrics(scores, labels, [name for name in names if name not in _OF_SCORES], mask)
@@ -75,20 +77,6 @@ def list_rewards(
         else np.where(has_positive, ranked[name], np.nan)
         for name in names
     }
-
-
-def reward_by_name(name: str) -> Metric:
-    """The reward called e.g. "ndcg@5" or "log_likelihood": (scores, labels, mask=None) -> [B].
-
-    Raises:
-        UserError: no reward has this name; `REWARDS` lists them.
-    """
-    _check_name(name)
-
-    def reward(scores: Array, labels: Array, mask: Array | None = None) -> FloatArray:
-        return list_rewards(scores, labels, [name], mask)[name]
-
-    return reward
 
 
 class TieRates(NamedTuple):
@@ -256,7 +244,7 @@ def carry_over(
     )
 
 
-def carried_share(found: CarryOver, num_resamples: int = 2000, seed: int = 0) -> Interval:
+def carried_share(found: CarryOver) -> Interval:
     """The part of the best-worst gap that carries over: mean held-out gap over mean in-sample gap, with its interval.
 
     A ratio of means, not a mean of the users' ratios: there a user whose samples hardly differ would weigh as much as one
@@ -265,15 +253,15 @@ def carried_share(found: CarryOver, num_resamples: int = 2000, seed: int = 0) ->
     Raises:
         ValueError: no user, or an in-sample gap is negative (gaps measured by another reward have no such share).
     """
-    users = np.arange(len(found.kept))
-    return ratio_bootstrap(found.gap_held_out, found.gap_in_sample, users, num_resamples, seed)
+    return ratio_bootstrap(found.gap_held_out, found.gap_in_sample, np.arange(len(found.kept)))
 
 
-def _check_name(name: str) -> None:
+def check_reward(name: str) -> None:
+    """Raises UserError if no reward has this name; `REWARDS` lists them."""
     if name in _OF_SCORES:
         return
     try:
-        metric_by_name(name)
+        parse_metric(name)
     except UserError:
         raise UserError(
             f"unknown reward '{name}'. Known: {', '.join(REWARDS)}, k a whole number from 1, e.g. 'ndcg@5'"

@@ -13,7 +13,7 @@ from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, Row, System, comp
 NUM_BUCKETS = 3
 
 
-def breakdown(per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
+def breakdown(per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int) -> list[Row]:
     """HEADLINE of every system by length of the user's history, by the user's number of lists, and by popularity.
 
     The buckets are thirds of the users; for popularity they are thirds of the lists. The knowledge history is capped, so it

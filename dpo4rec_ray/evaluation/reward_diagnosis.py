@@ -63,25 +63,14 @@ def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray)
 
 # The numbers of the metric that pairs are made of which stand at the top of the manifest.
 _TOP = (
-    "mean_reward",
-    "spread",
-    "users_in_carry_over",
-    "gap_in_sample",
-    "gap_held_out",
-    "gap_held_out_ci95",
-    "carried",
-    "rank_correlation",
+    *("mean_reward", "spread", "users_in_carry_over", "gap_in_sample", "gap_held_out", "gap_held_out_ci95"),
+    *("carried", "rank_correlation"),
 )
 # Unknown where no user has two lists with a positive: None, and for intervals [NaN, NaN].
 _NEED_TWO_LISTS = (
     *("gap_in_sample", "gap_held_out", "gap_held_out_ci95", "carried", "carried_ci95", "shrunk_gap"),
-    *(
-        "carried_of_shrunk",
-        "carried_of_shrunk_ci95",
-        "yardstick_gap",
-        "yardstick_gap_ci95",
-        "rank_correlation",
-    ),
+    *("carried_of_shrunk", "carried_of_shrunk_ci95", "yardstick_gap", "yardstick_gap_ci95"),
+    "rank_correlation",
 )
 
 

@@ -1,4 +1,4 @@
-"""A run's table in the paper's layout, as CSV, Markdown and LaTeX."""
+"""A run's table in the paper's layout, as Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ import pandas as pd
 
 from dpo4rec_ray.evaluation.paper_table import layout
 from dpo4rec_ray.evaluation.systems import HEADLINE, TITLES, Row, label
-
-
-def to_csv(table: Sequence[Row], comparisons: Sequence[Row], paper: str | None = None) -> str:
-    """`paper_table.layout` as CSV with all digits; empty where there is no value."""
-    return pd.DataFrame(layout(table, comparisons, paper)).to_csv(index=False, lineterminator="\n")
 
 
 def to_markdown(table: Sequence[Row], comparisons: Sequence[Row], paper: str | None = None) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from dpo4rec_ray.evaluation.breakdown import breakdown
+from dpo4rec_ray.evaluation.paper_table import layout
 from dpo4rec_ray.evaluation.per_list import PerList, interval_stats
 from dpo4rec_ray.evaluation.systems import (
     DETAILED,
@@ -27,11 +28,11 @@ from dpo4rec_ray.evaluation.systems import (
     compared_pairs,
     table_order,
 )
-from dpo4rec_ray.evaluation.table_formats import to_csv, to_latex, to_markdown
+from dpo4rec_ray.evaluation.table_formats import to_latex, to_markdown
 
 
 def summarise(
-    per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int = 2000, paper: str | None = None
+    per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int, paper: str | None = None
 ) -> dict[str, Any]:
     """Everything the tables show, ready for JSON: "evaluation", "systems", "comparisons", "breakdown", "paper".
 
@@ -102,7 +103,7 @@ def systems_table(rows: Sequence[Row]) -> list[Row]:
     return table
 
 
-def comparisons(per_list: pd.DataFrame, num_resamples: int = 2000) -> list[Row]:
+def comparisons(per_list: pd.DataFrame, num_resamples: int) -> list[Row]:
     """Paired differences on identical lists and seeds, one row per pair of systems and metric.
 
     Per backbone: each knowledge system minus the backbone, each round minus the base knowledge, and the backbone minus
@@ -143,12 +144,13 @@ def write_tables(folder: str | Path, summary: dict[str, Any]) -> list[Path]:
     """Write the tables of `summarise` into an existing folder; return the files.
 
     table.csv: every metric of every system; table1.csv, table.md, table.tex: the paper's Table I for this run;
-    comparisons.csv and breakdown.csv. In CSV an interval is two columns, "<name>_low" and "<name>_high".
+    comparisons.csv and breakdown.csv. CSV has all digits, is empty where there is no value, and an interval is two columns,
+    "<name>_low" and "<name>_high".
     """
     systems, compared, paper = summary["systems"], summary["comparisons"], summary["paper"]
     contents = {
         "table.csv": _csv(systems),
-        "table1.csv": to_csv(systems, compared, paper),
+        "table1.csv": _csv(layout(systems, compared, paper)),
         "table.md": to_markdown(systems, compared, paper),
         "table.tex": to_latex(systems, compared, paper),
         "comparisons.csv": _csv(compared),

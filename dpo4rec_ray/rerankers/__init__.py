@@ -6,8 +6,8 @@ import torch
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers.base import HistoryBatch, ListHistory, Reranker, with_history
-from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, RerankBatch
+from dpo4rec_ray.rerankers.base import Reranker
+from dpo4rec_ray.rerankers.catalogue import CatalogueShape
 from dpo4rec_ray.rerankers.dlcm import DLCM
 from dpo4rec_ray.rerankers.mir import MIR
 from dpo4rec_ray.rerankers.prm import PRM
@@ -37,16 +37,3 @@ def build_reranker(
         model = RERANKERS[name](shape, knowledge, architecture)
         model.init_weights()
     return model
-
-
-__all__ = [
-    "RERANKERS",
-    "Catalogue",
-    "CatalogueShape",
-    "HistoryBatch",
-    "ListHistory",
-    "RerankBatch",
-    "Reranker",
-    "build_reranker",
-    "with_history",
-]

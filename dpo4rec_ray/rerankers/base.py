@@ -19,25 +19,10 @@ from torch.nn import functional as F
 from dpo4rec_ray.config.ranking import RerankerArchitecture
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers.adapter import ADAPTERS, KnowledgeAdapter
-from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, RerankBatch
+from dpo4rec_ray.rerankers.catalogue import CatalogueShape, Histories, RerankBatch
 
 HEAD_DIMS = (200, 80)  # KAR's final MLP
 NO_VECTORS = "this reranker uses knowledge: pass user_vectors, with zeros for a user without a text"
-
-
-@dataclass(frozen=True)
-class HistoryBatch(RerankBatch):
-    """Lists with what their users saw before them, oldest first; made by `with_history`.
-
-    The items of the histories are in the same tables as the candidates, so that each is embedded once.
-    """
-
-    # [B, H] long: row of each item in the item tables; any row at padding
-    history_index: Tensor | None = None
-    # [B, H] bool: True is a real item; None: all are
-    history_mask: Tensor | None = None
-    # [B, H] float; None: unknown
-    history_ratings: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,31 +33,12 @@ class ListHistory:
     mask: Tensor | None = None  # [B, H] bool: True is a real item; None: all are
     ratings: Tensor | None = None  # [B, H] float; None: unknown
 
-
-def with_history(
-    batch: RerankBatch,
-    catalogue: Catalogue,
-    item_ids: Tensor,
-    mask: Tensor | None = None,
-    ratings: Tensor | None = None,
-) -> HistoryBatch:
-    """Add the lists' histories to a batch. item_ids, mask, ratings: [B, H]; any valid id at padding."""
-    distinct, index = torch.unique(item_ids, return_inverse=True)
-    vectors = batch.item_vectors
-    if vectors is not None and catalogue.item_vectors is not None:
-        vectors = torch.cat([vectors, catalogue.item_vectors[distinct]])
-    tables = {
-        # Appended: an item that is a candidate and in a history has two rows, which costs less than finding it.
-        "item_ids": torch.cat([batch.item_ids, distinct]),
-        "attribute_ids": torch.cat([batch.attribute_ids, catalogue.attribute_ids[distinct]]),
-        "item_vectors": vectors,
-    }
-    return HistoryBatch(
-        **vars(batch) | tables,
-        history_index=index + len(batch.item_ids),
-        history_mask=mask,
-        history_ratings=ratings,
-    )
+    @classmethod
+    def of(cls, items: Tensor, histories: Histories | None) -> ListHistory | None:
+        """items: [M, width], the rows that `histories.item_ids` name."""
+        if histories is None:
+            return None
+        return cls(F.embedding(histories.item_ids, items), histories.mask, histories.ratings)
 
 
 class ListEmbedding(nn.Module):
@@ -174,19 +140,15 @@ class ListEmbedding(nn.Module):
         """features [..., n] as the columns from `start` of zeros [..., width]."""
         return F.pad(features, (start, self.width - start - features.shape[-1]))
 
-    def sides(self, batch: RerankBatch) -> tuple[Tensor, Tensor | None]:
-        """The item part [M, width] and, with knowledge, the user part [S, width] of a batch."""
+    def forward(self, batch: RerankBatch) -> tuple[Tensor, Tensor]:
+        """-> the candidates [B, L, width], and the item part of the whole batch [M, width]."""
         users = None
         if self.knowledge:
             if batch.user_vectors is None:
                 raise UserError(NO_VECTORS)
             users = self.user_side(batch.user_vectors)
-        return self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors), users
-
-    def forward(self, batch: RerankBatch) -> Tensor:
-        """-> [B, L, width]."""
-        items, users = self.sides(batch)
-        return self.combine(items, batch.index, users, batch.user_rows, batch.similarity)
+        items = self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors)
+        return self.combine(items, batch.index, users, batch.user_rows, batch.similarity), items
 
 
 def score_head(in_dim: int) -> nn.Sequential:
@@ -207,7 +169,7 @@ class Reranker(nn.Module):
     loss = "pointwise_bce"
     # False: permuting the candidates permutes the scores and changes none of them.
     order_matters = True
-    # True: `rank` takes a ListHistory as third argument, and works without one.
+    # True: `rank` reads the histories, and works without them.
     uses_history = False
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
@@ -220,25 +182,17 @@ class Reranker(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.xavier_normal_(module.weight)
-                for name, parameter in module.named_parameters(recurse=False):
-                    if name == "bias":
-                        nn.init.zeros_(parameter)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
-    def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    def rank(self, inputs: Tensor, mask: Tensor | None, history: ListHistory | None = None) -> Tensor:
         """inputs [B, L, width], mask [B, L] or None -> finite logits [B, L]. Padding must not change a score."""
         raise NotImplementedError
 
     def forward(self, batch: RerankBatch) -> Tensor:
         """Logits [B, L], finite everywhere (meaningless at padding). A batch without histories is one of empty histories."""
-        if not self.uses_history:
-            return self.rank(self.embedding(batch), batch.mask)
-        items, users = self.embedding.sides(batch)
-        inputs = self.embedding.combine(items, batch.index, users, batch.user_rows, batch.similarity)
-        history = None
-        if isinstance(batch, HistoryBatch) and batch.history_index is not None:
-            seen = F.embedding(batch.history_index, items)
-            history = ListHistory(seen, batch.history_mask, batch.history_ratings)
-        return self.rank(inputs, batch.mask, history)
+        inputs, items = self.embedding(batch)
+        return self.rank(inputs, batch.mask, ListHistory.of(items, batch.histories))
 
     def score(self, batch: RerankBatch) -> Tensor:
         """Logits [B, L] with -inf at padding, so that padding is always ranked last."""

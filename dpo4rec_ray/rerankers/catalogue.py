@@ -71,14 +71,18 @@ class CatalogueShape:
 class Histories(TensorRows):
     """What the users of n lists saw before them, oldest first, padded to the longest."""
 
-    item_ids: Tensor  # [n, H] int64, 0 at padding
-    mask: Tensor  # [n, H] bool: True is a real item
-    ratings: Tensor  # [n, H] float32, 0 at padding
+    item_ids: Tensor  # [n, H] int64; any valid id at padding
+    mask: Tensor | None = None  # [n, H] bool: True is a real item; None: all are
+    ratings: Tensor | None = None  # [n, H] float32; None: unknown
 
 
 @dataclass(frozen=True)
 class RerankBatch:
-    """B lists over tables of their M distinct items and S distinct users; made by `Catalogue.batch`."""
+    """B lists over tables of their M items and S distinct users; made by `Catalogue.batch`.
+
+    The items of the histories follow the candidates in the tables, so that each is embedded once. An item that is a
+    candidate and in a history has two rows, which costs less than finding it.
+    """
 
     index: Tensor  # [B, L] long: row of each candidate in the item tables; any row at padding
     mask: Tensor | None  # [B, L] bool: True is a real candidate; None: all are
@@ -88,6 +92,7 @@ class RerankBatch:
     user_vectors: Tensor | None = None  # [S, D] float32
     user_rows: Tensor | None = None  # [B] long: row of each list in user_vectors
     similarity: Tensor | None = None  # [B, L] standardised cosine
+    histories: Histories | None = None  # its item_ids are rows in the item tables
 
 
 @dataclass(frozen=True)
@@ -150,10 +155,7 @@ class Catalogue:
 
     def to(self, device: torch.device | str) -> Catalogue:
         """The same catalogue with its tensors on `device`."""
-        tensors = ("attribute_ids", "item_vectors", "directions", "covariance")
-        moved = {
-            name: None if (value := getattr(self, name)) is None else value.to(device) for name in tensors
-        }
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def check_ids(self, item_ids: Tensor) -> None:
@@ -190,6 +192,7 @@ class Catalogue:
         mask: Tensor | None = None,
         user_vectors: Tensor | None = None,
         user_rows: Tensor | None = None,
+        histories: Histories | None = None,
     ) -> RerankBatch:
         """Lists as a batch.
 
@@ -198,9 +201,14 @@ class Catalogue:
             mask: [B, L] bool, True is a real candidate; None: all are.
             user_vectors: [S, D] float32, or None without knowledge.
             user_rows: [B] long, each list's row in user_vectors; None: list i has row i (S = B).
+            histories: of the B lists, for the backbones that read them.
         """
         distinct, index = torch.unique(item_ids, return_inverse=True)
-        batch = RerankBatch(index, mask, distinct, self.attribute_ids[distinct])
+        items = distinct
+        if histories is not None:
+            seen, rows = torch.unique(histories.item_ids, return_inverse=True)
+            items, histories = torch.cat([items, seen]), replace(histories, item_ids=rows + len(items))
+        batch = RerankBatch(index, mask, items, self.attribute_ids[items], histories=histories)
         if user_vectors is None or self.item_vectors is None:
             return batch
         if user_rows is None:
@@ -211,7 +219,7 @@ class Catalogue:
         users = self.standardise_users(user_vectors)
         return replace(
             batch,
-            item_vectors=self.item_vectors[distinct],
+            item_vectors=self.item_vectors[items],
             user_vectors=user_vectors,
             user_rows=user_rows,
             similarity=dot_places(users, user_rows, self.directions[distinct], index),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
-from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker
+from dpo4rec_ray.rerankers.base import CatalogueShape, ListHistory, Reranker
 
 
 def gru_states(gru: nn.GRU, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -59,8 +59,6 @@ def normalised(norm: nn.BatchNorm1d, states: Tensor, mask: Tensor | None) -> Ten
 class DLCM(Reranker):
     """DLCM with one GRU layer of `hidden_dim` units."""
 
-    loss = "pointwise_bce"
-
     def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
         super().__init__(shape, knowledge, architecture)
         width, dim = self.embedding.width, architecture.hidden_dim
@@ -76,7 +74,7 @@ class DLCM(Reranker):
         self.context = nn.Linear(dim, dim)  # W, b
         self.weights = nn.Linear(dim, 1)  # V, and a bias
 
-    def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    def rank(self, inputs: Tensor, mask: Tensor | None, history: ListHistory | None = None) -> Tensor:
         """inputs [B, L, width], mask [B, L] or None -> logits [B, L]."""
         states, last = gru_states(self.gru, inputs if self.norm is None else self.norm(inputs), mask)
         if self.norm_states is not None and self.norm_last is not None:

@@ -27,10 +27,10 @@ from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
 from dpo4rec_ray.config.section import first_mistake
 from dpo4rec_ray.core.candidates import redraw_negatives
 from dpo4rec_ray.core.losses import RANKING_LOSSES
-from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.core.metrics import list_metrics, parse_metric
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import build_reranker
-from dpo4rec_ray.rerankers.base import Reranker, with_history
+from dpo4rec_ray.rerankers.base import Reranker
 from dpo4rec_ray.rerankers.card import CARD_FILE, card_text, read_card
 from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, Histories, TensorRows, tensor_of
 from dpo4rec_ray.rerankers.scorer import ListScorer
@@ -93,7 +93,7 @@ def fit(
         raise UserError(
             f"fit needs lists: {len(train)} for training, {len(valid)} for validation; check the split"
         )
-    metric = metric_by_name(section.metric)
+    parse_metric(section.metric)
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     distributed = bare is not model
     device = next(bare.parameters()).device
@@ -141,10 +141,8 @@ def fit(
         loss_sum = torch.zeros((), device=device)
         for index in torch.randperm(len(lists), generator=shuffle).to(device).tensor_split(num_steps):
             some = lists.select(index)
-            batch = catalogue.batch(some.item_ids, None if is_full else some.mask, vectors, some.user_rows)
-            if some.histories is not None:
-                seen = some.histories
-                batch = with_history(batch, catalogue, seen.item_ids, seen.mask, seen.ratings)
+            mask = None if is_full else some.mask
+            batch = catalogue.batch(some.item_ids, mask, vectors, some.user_rows, some.histories)
             loss = loss_of(model(batch) / temperature, some.labels, some.mask)
             optimizer.zero_grad()
             loss.backward()
@@ -161,7 +159,8 @@ def fit(
         scores = ListScorer([bare], catalogue).score(
             valid.item_ids, valid.mask, valid_vectors, valid_rows, valid.histories
         )
-        value = float(np.mean(metric(scores, valid_labels, valid_mask)))
+        measured = list_metrics(scores, valid_labels, [section.metric], valid_mask)
+        value = float(np.mean(measured[section.metric]))
         if distributed:
             # One value for all ranks, so that all of them stop after the same epoch.
             value = _reduce(value, dist.ReduceOp.MIN, device)

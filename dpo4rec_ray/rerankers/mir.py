@@ -22,12 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
-from dpo4rec_ray.rerankers.base import (
-    CatalogueShape,
-    ListHistory,
-    Reranker,
-    score_head,
-)
+from dpo4rec_ray.rerankers.base import CatalogueShape, ListHistory, Reranker, score_head
 from dpo4rec_ray.rerankers.dlcm import gru_states
 from dpo4rec_ray.rerankers.prm import SelfAttention, padding_bias
 
@@ -63,7 +58,6 @@ class SetToList(nn.Module):
 class MIR(Reranker):
     """MIR with `num_heads` heads and a GRU of as many units as the input layer is wide."""
 
-    loss = "pointwise_bce"
     order_matters = False
     uses_history = True
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
-from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker, score_head
+from dpo4rec_ray.rerankers.base import CatalogueShape, ListHistory, Reranker, score_head
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,8 +78,6 @@ class EncoderLayer(SelfAttention):
 class PRM(Reranker):
     """PRM with `num_layers` encoder layers of `num_heads` heads and a 200-80 head."""
 
-    loss = "pointwise_bce"
-
     def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
         super().__init__(shape, knowledge, architecture)
         dim = self.embedding.width
@@ -88,12 +86,14 @@ class PRM(Reranker):
         )
         self.head = score_head(dim)
 
-    def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    def rank(self, inputs: Tensor, mask: Tensor | None, history: ListHistory | None = None) -> Tensor:
         """inputs [B, L, width], mask [B, L] or None -> logits [B, L]."""
         _, length, dim = inputs.shape
-        # Xavier inputs are about ten times smaller than the positions. Without the sqrt(dim) of Vaswani et al.
-        # (section 3.4), the items would hardly count.
-        x = inputs * math.sqrt(dim) + sinusoidal_positions(length, dim, inputs.device)
+        # Xavier inputs are about ten times smaller than the positions, and too small for attention to tell them apart.
+        # Without the sqrt(dim) of Vaswani et al. (section 3.4), the items would hardly count.
+        x = inputs * math.sqrt(dim)
+        if self.order_matters:
+            x = x + sinusoidal_positions(length, dim, inputs.device)
         bias = padding_bias(mask, x.dtype)
         for layer in self.layers:
             x = layer(x, bias)

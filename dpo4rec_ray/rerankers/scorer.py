@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers.base import NO_VECTORS, ListHistory, Reranker
@@ -112,8 +111,6 @@ class ListScorer:
             self.catalogue.check_ids(histories.item_ids)
         return self._scores(ids, real, known, rows, histories).cpu().numpy()
 
-    __call__ = score
-
     @torch.inference_mode()
     def score_aligned(
         self, item_ids: Tensor, mask: Tensor | None, users: UserParts | None, histories: Histories | None
@@ -162,13 +159,7 @@ class ListScorer:
         logits = []
         for model, items, side in zip(self.models, self._item_sides, sides, strict=True):
             inputs = model.embedding.combine(items, ids, side, rows, similarity)
-            if model.uses_history and histories is not None:
-                history = ListHistory(
-                    F.embedding(histories.item_ids, items), histories.mask, histories.ratings
-                )
-                logits.append(model.rank(inputs, real, history))
-            else:
-                logits.append(model.rank(inputs, real))
+            logits.append(model.rank(inputs, real, ListHistory.of(items, histories)))
         scores = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
         return scores if real is None else scores.masked_fill_(~real, float("-inf"))
 

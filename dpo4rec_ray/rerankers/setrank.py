@@ -9,34 +9,11 @@ its seeds never learn.
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor, nn
-
-from dpo4rec_ray.config.ranking import RerankerArchitecture
-from dpo4rec_ray.rerankers.base import CatalogueShape, Reranker, score_head
-from dpo4rec_ray.rerankers.prm import EncoderLayer, padding_bias
+from dpo4rec_ray.rerankers.prm import PRM
 
 
-class SetRank(Reranker):
-    """SetRank with `num_layers` blocks of `num_heads` heads."""
+class SetRank(PRM):
+    """PRM's layers and head, without positions: `num_layers` blocks of `num_heads` heads."""
 
     loss = "listwise_softmax"
     order_matters = False
-
-    def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
-        super().__init__(shape, knowledge, architecture)
-        dim = self.embedding.width
-        self.layers = nn.ModuleList(
-            EncoderLayer(dim, architecture.num_heads) for _ in range(architecture.num_layers)
-        )
-        self.head = score_head(dim)
-
-    def rank(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """inputs [B, L, width], mask [B, L] or None -> logits [B, L]."""
-        # As in PRM: xavier inputs are too small for attention to tell them apart.
-        x = inputs * math.sqrt(inputs.shape[-1])
-        bias = padding_bias(mask, x.dtype)
-        for layer in self.layers:
-            x = layer(x, bias)
-        return self.head(x).squeeze(-1)

@@ -53,7 +53,7 @@ class SampleScorer:
             scorers: one per fold; a user of fold k is scored by scorers[k].
             lists: in any order; those without a positive give no reward and are left out.
             folds: [num_users] fold of each user id.
-            metrics: names that `core.rewards.reward_by_name` knows, or YARDSTICK.
+            metrics: names that `core.rewards.check_reward` knows, or YARDSTICK.
             num_redraws: 0 keeps the lists as they are. Lists that are shorter than the longest are never redrawn.
             negative_weights: [num_items] how likely an item is drawn as a negative; None: all are equally likely.
         """

@@ -71,9 +71,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         file=folder / METRICS,
         total=sum(config.reranker.of(backbone).epochs for backbone, _, _ in todo),
     )
-    store.write("per_list", _simple_systems(config, store), part=len(jobs))
+    test, num_items = read_list_data(store, "test"), store.require("items").rows
+    popular = popularity(read_list_data(store, "train"), num_items)[test.item_ids.numpy()]
+    store.write("per_list", _simple_systems(config, store, test, popular), part=len(jobs))
     per_list = pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
-    _summarise(config, store, per_list.to_pandas())
+    _summarise(config, store, per_list.to_pandas(), _list_properties(store, test, popular))
     return Outcome(
         rows_in=store.require("lists").rows, rows_out=len(per_list), stats={"last_round": round_id}
     )
@@ -133,16 +135,11 @@ def _part(config: Config, backbone: str, knowledge: int | None, seed: int) -> in
     return (system * len(backbones) + backbones.index(backbone)) * config.evaluate.num_seeds + seed
 
 
-def _simple_systems(config: Config, store: RunDir) -> pa.Table:
-    """Random order, popularity among the training positives, and the labels themselves."""
-    train, test = read_list_data(store, "train"), read_list_data(store, "test")
-    counts = popularity(train, store.require("items").rows)
+def _simple_systems(config: Config, store: RunDir, test: ListData, popular: np.ndarray) -> pa.Table:
+    """Random order, popularity among the training positives [n, L], and the labels themselves."""
     rng = np.random.default_rng(seed_of(config.run.seed, "random"))
-    systems = {
-        "random": rng.random(test.item_ids.shape),
-        "popularity": counts[test.item_ids.numpy()],
-        "upper-bound": test.labels.numpy(),
-    }
+    random = rng.random(test.item_ids.shape)
+    systems = {"random": random, "popularity": popular, "upper-bound": test.labels.numpy()}
     return pa.concat_tables(
         [_measured(store, test, scores, name, "none", 0) for name, scores in systems.items()]
     )
@@ -151,9 +148,8 @@ def _simple_systems(config: Config, store: RunDir) -> pa.Table:
 def _measured(
     store: RunDir, test: ListData, scores: np.ndarray, system: str, backbone: str, seed: int
 ) -> pa.Table:
-    list_ids = store.read("lists", split="test", columns=["split", "list_id"])["list_id"].to_numpy()
     columns: dict[str, Any] = {
-        "list_id": list_ids,
+        "list_id": _list_ids(store),
         "user_id": test.user_ids.numpy(),
         "system": [system] * len(test),
         "backbone": [backbone] * len(test),
@@ -162,31 +158,33 @@ def _measured(
     return pa.table(columns | list_metrics(scores, test.labels.numpy(), METRIC_NAMES, test.mask.numpy()))
 
 
-def _list_properties(store: RunDir) -> pd.DataFrame:
-    """What the test lists are grouped by: length of the user's history, popularity of the list's positives."""
-    train, test = read_list_data(store, "train"), read_list_data(store, "test")
-    counts = popularity(train, store.require("items").rows)[test.item_ids.numpy()]
+def _list_ids(store: RunDir) -> np.ndarray:
+    return store.read("lists", split="test", columns=["split", "list_id"])["list_id"].to_numpy()
+
+
+def _list_properties(store: RunDir, test: ListData, popular: np.ndarray) -> pd.DataFrame:
+    """What the test lists are grouped by: length of the user's history, popularity [n, L] of the list's positives."""
     positive = test.labels.numpy() > 0
     hits = positive.sum(axis=1)
     histories = store.read("users", columns=["history_item_ids"])["history_item_ids"]
     lengths = np.array([len(history) for history in histories])
     return pd.DataFrame(
         {
-            "list_id": store.read("lists", split="test", columns=["split", "list_id"])["list_id"].to_numpy(),
+            "list_id": _list_ids(store),
             "history_length": lengths[test.user_ids.numpy()],
             "popularity": np.divide(
-                (counts * positive).sum(axis=1), hits, out=np.full(len(hits), np.nan), where=hits > 0
+                (popular * positive).sum(axis=1), hits, out=np.full(len(hits), np.nan), where=hits > 0
             ),
         }
     )
 
 
-def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame) -> None:
+def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame, about: pd.DataFrame) -> None:
     """Write the tables, and metrics.json with the content of all of them, which the report reads."""
     # With logged lists or a sample of the users, the data is not the paper's.
     is_other_data = config.logged.file or config.data.max_users
     paper = None if is_other_data else paper_table.key_of(config.data.dataset, files_of_run(config, store))
-    summary = tables.summarise(per_list, _list_properties(store), config.evaluate.num_resamples, paper)
+    summary = tables.summarise(per_list, about, config.evaluate.num_resamples, paper)
     folder = store.path("per_list")
     write_json(folder / EVALUATION, summary)
     written = tables.write_tables(folder, summary)

@@ -19,7 +19,7 @@ import torch
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.core.keys import seed_of
-from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import Reranker, build_reranker
 from dpo4rec_ray.rerankers.fit import ListData, fit, load_reranker, save_reranker
@@ -169,7 +169,6 @@ def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
     catalogue, valid = read_catalogue(store), read_list_data(store, "valid")
     vectors = read_vectors(store, 0, "user")[1]
     other = another_user(np.unique(valid.user_ids.numpy()), len(vectors), seed_of(config.run.seed, "shuffle"))
-    metric = metric_by_name("ndcg@5")
     labels, mask = valid.labels.numpy(), valid.mask.numpy()
 
     def measured(names: list[str], source: np.ndarray | None) -> float:
@@ -177,7 +176,7 @@ def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
         for name in names:
             scorer = ListScorer([load_reranker(store.path("reward") / name, catalogue)], catalogue)
             scores = scorer.score(valid.item_ids, mask, source, valid.user_rows, valid.histories)
-            found.append(metric(scores, labels, mask).mean())
+            found.append(list_metrics(scores, labels, ["ndcg@5"], mask)["ndcg@5"].mean())
         return float(np.mean(found))
 
     folds = fold_names(config)

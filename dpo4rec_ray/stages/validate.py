@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -49,22 +50,24 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     found = sample_scorer(config, store, [config.reward.metric]).rewards(
         user_ids, vectors_of(texts["vector"])
     )
-    means = [
-        _mean_per_user(before["user_id"].to_numpy(), before["reward"].to_numpy().astype(np.float64)),
-        _mean_per_user(user_ids, found.reward[:, 0]),
-    ]
-    users = sorted(means[0].keys() & means[1].keys())
-    if not users:
+    means = {
+        "before": _mean_per_user(
+            before["user_id"].to_numpy(), before["reward"].to_numpy().astype(np.float64)
+        ),
+        "after": _mean_per_user(user_ids, found.reward[:, 0]),
+    }
+    both = pd.concat(means, axis=1, join="inner").sort_index()
+    users, reward_before, reward_after = both.index.to_numpy(), *both.to_numpy().T
+    if not len(users):
         raise UserError(
             "no validation user has a reward both before and after; raise data.valid_frac, or see which users "
             "generate could not sample (the manifest of generations counts them)"
         )
-    reward_before, reward_after = (np.array([mean[user] for user in users]) for mean in means)
-    delta = paired_bootstrap(reward_after - reward_before, np.array(users))
+    delta = paired_bootstrap(reward_after - reward_before, users)
     table = pa.table(
         {
             "round": np.full(len(users), round_id, np.int32),
-            "user_id": np.array(users),
+            "user_id": users,
             "reward_before": reward_before.astype(np.float32),
             "reward_after": reward_after.astype(np.float32),
         }
@@ -80,12 +83,10 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     return table, stats
 
 
-def _mean_per_user(user_ids: np.ndarray, rewards: np.ndarray) -> dict[int, float]:
-    """User -> mean reward over its samples. Users whose lists have no positive have no reward and are left out."""
-    order = np.argsort(user_ids, kind="stable")
-    users, starts = np.unique(user_ids[order], return_index=True)
-    samples = zip(users.tolist(), np.split(rewards[order], starts[1:]), strict=True)
-    return {user: float(own.mean()) for user, own in samples if np.isfinite(own).all()}
+def _mean_per_user(user_ids: np.ndarray, rewards: np.ndarray) -> pd.Series:
+    """Mean reward over each user's samples. Users whose lists have no positive have no reward and are left out."""
+    means = pd.Series(rewards).groupby(user_ids).agg(lambda own: own.to_numpy().mean())
+    return means[np.isfinite(means)]
 
 
 def _text_stats(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) -> dict[str, float]:
@@ -103,36 +104,30 @@ def _text_stats(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) 
         ("before", before["user_id"], before["text"]),
         ("after", after["subject_id"], after["text"]),
     ):
-        per_user: dict[int, list[str]] = {}
-        for user, text in zip(ids.to_pylist(), texts.to_pylist(), strict=True):
-            per_user.setdefault(user, []).append(text)
-        stats[f"distinct_texts_{name}"] = float(
-            np.mean([len(set(own)) / len(own) for own in per_user.values()])
-        )
+        per_user = pd.Series(texts.to_pylist()).groupby(ids.to_numpy(), sort=False).agg(list)
+        stats[f"distinct_texts_{name}"] = float(np.mean([len(set(own)) / len(own) for own in per_user]))
         if tastes:
-            accuracy, chance = text_accuracy(list(per_user.values()), [tastes[user] for user in per_user])
+            accuracy, chance = text_accuracy(per_user.tolist(), [tastes[user] for user in per_user.index])
             stats |= {f"text_accuracy_{name}": accuracy, f"text_chance_{name}": chance}
     return stats
 
 
 def rounds_have_peaked(store: RunDir, round_id: int, patience: int) -> bool:
     """Whether the last `patience` rounds brought no better held-out reward than the best one before them."""
-    manifests = [store.manifest("heldout", r) for r in range(1, round_id + 1)]
-    rewards = [manifest.stats["heldout_reward_after"] for manifest in manifests if manifest is not None]
-    first = store.manifest("heldout", 1)
-    if first is None or len(rewards) < patience:
+    if any(store.manifest("heldout", one) is None for one in range(1, round_id + 1)):
         return False
-    rewards = [first.stats["heldout_reward_before"], *rewards]
-    return max(rewards[-patience:]) <= max(rewards[:-patience])
+    rewards = _heldout_rewards(store, round_id)
+    return round_id >= patience and max(rewards[-patience:]) <= max(rewards[:-patience])
 
 
 def best_round(store: RunDir, last_round: int) -> int:
     """The round with the highest held-out reward; 0 when no round improved on the base LLM."""
-    best, best_reward = 0, -np.inf
-    for round_id in range(1, last_round + 1):
-        stats = store.require("heldout", round_id).stats
-        if round_id == 1:
-            best_reward = stats["heldout_reward_before"]
-        if stats["heldout_reward_after"] > best_reward:
-            best, best_reward = round_id, stats["heldout_reward_after"]
-    return best
+    rewards = _heldout_rewards(store, last_round)
+    return rewards.index(max(rewards))
+
+
+def _heldout_rewards(store: RunDir, last_round: int) -> list[float]:
+    """Of the base LLM (-inf without a round) and of each round's policy."""
+    stats = [store.require("heldout", round_id).stats for round_id in range(1, last_round + 1)]
+    before = stats[0]["heldout_reward_before"] if stats else float("-inf")
+    return [before, *(one["heldout_reward_after"] for one in stats)]

@@ -13,8 +13,7 @@ import torch
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import Catalogue
-from dpo4rec_ray.rerankers.catalogue import Histories
+from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories
 from dpo4rec_ray.rerankers.fit import ListData, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.rerankers.text_rewards import SampleScorer
@@ -25,27 +24,11 @@ from dpo4rec_ray.store.schemas import SCHEMAS
 _LIST_COLUMNS = ["user_id", "split", "candidate_item_ids", "labels", "history_item_ids", "history_ratings"]
 
 
-def read_vectors(
-    store: RunDir,
-    round_id: int,
-    subject: str,
-    sample_id: int | None = 0,
-    subject_ids: Sequence[int] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Subject ids [S] and their vectors [S, D] of one round, in id order.
-
-    Args:
-        subject: "user" or "item".
-        sample_id: None: all samples.
-        subject_ids: None: all subjects.
-    """
-    where: list[tuple[str, str, object]] = [("subject", "=", subject)]
-    if sample_id is not None:
-        where.append(("sample_id", "=", sample_id))
-    if subject_ids is not None:
-        where.append(("subject_id", "in", subject_ids))
-    table = store.read("knowledge", round_id, where=where, columns=["subject_id", "sample_id", "vector"])
-    table = table.sort_by([("subject_id", "ascending"), ("sample_id", "ascending")]).combine_chunks()
+def read_vectors(store: RunDir, round_id: int, subject: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [S] of all subjects ("user" or "item") and the vectors [S, D] of their first texts of one round, in id order."""
+    where = [("subject", "=", subject), ("sample_id", "=", 0)]
+    table = store.read("knowledge", round_id, where=where, columns=["subject_id", "vector"])
+    table = table.sort_by("subject_id").combine_chunks()
     return table["subject_id"].to_numpy(), vectors_of(table["vector"])
 
 

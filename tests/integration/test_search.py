@@ -16,7 +16,7 @@ import pytest
 from dpo4rec_ray import grid_search
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import Catalogue
+from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import read_list_data
 from tests.conftest import DEMO, ROOT, TINY, run_job

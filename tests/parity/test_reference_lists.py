@@ -19,7 +19,8 @@ import torch
 
 from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
 from dpo4rec_ray.core.metrics import list_metrics
-from dpo4rec_ray.rerankers import Catalogue, build_reranker
+from dpo4rec_ray.rerankers import build_reranker
+from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.rerankers.fit import ListData, fit
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.store.artifacts import RunDir

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
-from dpo4rec_ray.rerankers import CatalogueShape, ListHistory, Reranker, build_reranker
+from dpo4rec_ray.rerankers import CatalogueShape, Reranker, build_reranker
 from dpo4rec_ray.rerankers.adapter import HybridExpertAdapter
+from dpo4rec_ray.rerankers.base import ListHistory
 
 Array = np.ndarray
 DIM, HEADS = 8, 2

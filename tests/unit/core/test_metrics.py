@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo4rec_ray.core.metrics import METRICS, list_metrics, metric_by_name
+from dpo4rec_ray.core.metrics import METRICS, list_metrics, parse_metric
 from dpo4rec_ray.errors import UserError
 
 DESCENDING = np.array([[5.0, 4.0, 3.0, 2.0, 1.0]])  # candidate order is rank order
@@ -16,7 +16,7 @@ DESCENDING = np.array([[5.0, 4.0, 3.0, 2.0, 1.0]])  # candidate order is rank or
 def one(name: str, scores: object, labels: object, mask: object = None) -> float:
     """The metric of a single list."""
     real = None if mask is None else np.array([mask])
-    return float(metric_by_name(name)(np.array([scores]), np.array([labels]), real)[0])
+    return float(list_metrics(np.array([scores]), np.array([labels]), [name], real)[name][0])
 
 
 def test_ndcg_by_hand() -> None:
@@ -104,15 +104,15 @@ def test_padding_below_a_real_minus_infinity() -> None:
 def test_wholly_padded_list_and_empty_batch(name: str) -> None:
     """Nothing real to rank counts 0.0; no list gives no value."""
     assert one(name, [1.0, 2.0], [1, 1], [False, False]) == 0.0
-    assert metric_by_name(name)(np.empty((0, 3)), np.empty((0, 3))).shape == (0,)
-    assert metric_by_name(name)(np.empty((2, 0)), np.empty((2, 0))).tolist() == [0.0, 0.0]
+    assert list_metrics(np.empty((0, 3)), np.empty((0, 3)), [name])[name].shape == (0,)
+    assert list_metrics(np.empty((2, 0)), np.empty((2, 0)), [name])[name].tolist() == [0.0, 0.0]
 
 
 def test_float32_and_integer_inputs_give_float64() -> None:
     """Labels arrive as float32 or int; the metric is float64 and the same."""
     scores = DESCENDING.astype(np.float32)
     for labels in (np.array([[0, 1, 0, 1, 0]]), np.array([[0, 1, 0, 1, 0]], dtype=np.float32)):
-        value = metric_by_name("ndcg@5")(scores, labels)
+        value = list_metrics(scores, labels, ["ndcg@5"])["ndcg@5"]
         assert value.dtype == np.float64
         assert value[0] == pytest.approx(0.650921, abs=1e-6)
 
@@ -123,7 +123,7 @@ def test_bad_arrays_raise() -> None:
         one("ndcg@5", [np.nan, 1.0], [1, 0])
     assert one("ndcg@5", [np.nan, 1.0], [1, 1], [False, True]) == 1.0
     with pytest.raises(ValueError, match="one shape"):
-        metric_by_name("map@5")(np.zeros((1, 2)), np.zeros((1, 3)))
+        list_metrics(np.zeros((1, 2)), np.zeros((1, 3)), ["map@5"])
     with pytest.raises(ValueError, match="one shape"):
         list_metrics(np.zeros((1, 2)), np.zeros((1, 2)), ["map@5"], np.ones((1, 3), bool))
 
@@ -133,7 +133,7 @@ def test_bad_arrays_raise() -> None:
 )
 def test_unknown_metric_names_the_known_ones(name: str) -> None:
     with pytest.raises(UserError, match="ndcg@k, map_paper@k, map@k, mrr@k, hr@k"):
-        metric_by_name(name)
+        parse_metric(name)
     with pytest.raises(UserError, match=f"unknown metric '{re.escape(name)}'"):
         list_metrics(np.zeros((1, 2)), np.zeros((1, 2)), ["ndcg@5", name])
 

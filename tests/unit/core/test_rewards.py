@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from dpo4rec_ray.core.metrics import METRICS, metric_by_name
+from dpo4rec_ray.core.metrics import METRICS, list_metrics
 from dpo4rec_ray.core.rewards import (
     REWARDS,
     carried_share,
     carry_over,
+    check_reward,
     list_noise,
     list_rewards,
     log_likelihood_reward,
     rank_agreement,
-    reward_by_name,
     shrink,
     tie_rates,
 )
@@ -35,9 +35,9 @@ def test_rewards_of_metrics_by_hand() -> None:
     found = list_rewards(scores, labels, list(expected))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], [value, np.nan, 0.0])
-        np.testing.assert_array_equal(reward_by_name(name)(scores, labels), found[name])
-        assert metric_by_name(name)(scores, labels)[1] == 0.0
-    assert reward_by_name("mrr@6")(scores, labels)[2] == pytest.approx(1 / 6)
+        np.testing.assert_array_equal(list_rewards(scores, labels, [name])[name], found[name])
+        assert list_metrics(scores, labels, [name])[name][1] == 0.0
+    assert list_rewards(scores, labels, ["mrr@6"])["mrr@6"][2] == pytest.approx(1 / 6)
 
 
 def test_list_rewards_are_the_single_ones() -> None:
@@ -49,7 +49,7 @@ def test_list_rewards_are_the_single_ones() -> None:
     found = list_rewards(scores, labels, names, mask)
     assert list(found) == names
     for name in names:
-        np.testing.assert_array_equal(reward_by_name(name)(scores, labels, mask), found[name])
+        np.testing.assert_array_equal(list_rewards(scores, labels, [name], mask)[name], found[name])
 
 
 def test_known_rewards_and_unknown_ones() -> None:
@@ -59,7 +59,7 @@ def test_known_rewards_and_unknown_ones() -> None:
         with pytest.raises(
             UserError, match=f"unknown reward '{name}'. Known: ndcg@k, .*hr@k, log_likelihood"
         ):
-            reward_by_name(name)
+            check_reward(name)
         with pytest.raises(UserError, match="unknown reward"):
             list_rewards(np.zeros((1, 2)), np.ones((1, 2)), ["ndcg@5", name])
 
@@ -84,20 +84,19 @@ def test_rewards_ignore_padding(name: str) -> None:
 
     A list whose only positive is padding has none: NaN.
     """
-    reward = reward_by_name(name)
-    plain = reward(np.array([[0.5, 1.5]]), np.array([[1, 0]]), None)
+    plain = list_rewards(np.array([[0.5, 1.5]]), np.array([[1, 0]]), [name])[name]
     scores = np.array([[9.0, 0.5, 1.5], [-np.inf, 0.5, 1.5], [9.0, 0.5, 1.5], [1.0, 2.0, 3.0]])
     labels = np.array([[1, 1, 0], [0, 1, 0], [1, 0, 0], [1, 1, 1]])
     mask = np.array([[False, True, True]] * 3 + [[False] * 3])
     with np.errstate(all="raise"):
-        value = reward(scores, labels, mask)
+        value = list_rewards(scores, labels, [name], mask)[name]
     np.testing.assert_allclose(value, [plain[0], plain[0], np.nan, np.nan])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rewards_refuse_nan_scores(name: str) -> None:
     with pytest.raises(ValueError, match="NaN"):
-        reward_by_name(name)(np.array([[np.nan, 0.0]]), np.array([[1, 0]]), None)
+        list_rewards(np.array([[np.nan, 0.0]]), np.array([[1, 0]]), [name])
 
 
 def test_carry_over_by_hand() -> None:

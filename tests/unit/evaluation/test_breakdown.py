@@ -75,10 +75,10 @@ def test_breakdown_against_the_bootstrap_per_list() -> None:
 def test_about_must_know_every_list_once() -> None:
     per_list = frame(SIMPLE | DLCM)
     with pytest.raises(ValueError, match="misses 1 of 4 lists, such as 13"):
-        breakdown(per_list, ABOUT[:3])
+        breakdown(per_list, ABOUT[:3], 100)
     with pytest.raises(ValueError, match="a list twice"):
-        breakdown(per_list, pd.concat([ABOUT, ABOUT[:1]]))
+        breakdown(per_list, pd.concat([ABOUT, ABOUT[:1]]), 100)
     with pytest.raises(ValueError, match="without a history_length"):
-        breakdown(per_list, ABOUT.assign(history_length=[1, 2, 3, np.nan]))
+        breakdown(per_list, ABOUT.assign(history_length=[1, 2, 3, np.nan]), 100)
     none = breakdown(per_list, ABOUT.assign(popularity=np.nan), 100)
     assert {row["by"] for row in none} == {"history length", "lists of the user"}

@@ -55,13 +55,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
         seed_rows(pd.concat([good[good["backbone"] == "dlcm"], good]))
     random = good[good["system"] == "random"]
     with pytest.raises(ValueError, match=r"'none', 'random', .* not measured on the lists of the other fits"):
-        comparisons(good.drop(random.index[0]))
+        comparisons(good.drop(random.index[0]), 100)
     with pytest.raises(ValueError, match="not measured on the lists"):
-        comparisons(good.assign(user_id=np.where(good["system"] == "random", 9, good["user_id"])))
+        comparisons(good.assign(user_id=np.where(good["system"] == "random", 9, good["user_id"])), 100)
     with pytest.raises(ValueError, match="no rows of upper-bound"):
         seed_rows(good[good["system"] != "upper-bound"])
     with pytest.raises(ValueError, match="not finite"):
-        comparisons(good.assign(**{"hr@3": np.where(good["seed"] == 1, np.nan, 0.0)}))
+        comparisons(good.assign(**{"hr@3": np.where(good["seed"] == 1, np.nan, 0.0)}), 100)
 
 
 def test_systems_table_by_hand() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
-from dpo4rec_ray.rerankers import Catalogue, CatalogueShape, Reranker, build_reranker
+from dpo4rec_ray.rerankers import CatalogueShape, Reranker, build_reranker
+from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.store.reading import list_data
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import Catalogue, catalogue
+from dpo4rec_ray.rerankers import catalogue
+from dpo4rec_ray.rerankers.catalogue import Catalogue
 
 
 def test_attribute_ids_by_hand():

@@ -14,17 +14,11 @@ import torch
 from dpo4rec_ray.config import default_config
 from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
 from dpo4rec_ray.core.losses import RANKING_LOSSES
-from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import (
-    RERANKERS,
-    Catalogue,
-    RerankBatch,
-    Reranker,
-    build_reranker,
-    with_history,
-)
+from dpo4rec_ray.rerankers import RERANKERS, Reranker, build_reranker
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
+from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories, RerankBatch
 from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
 
 
@@ -49,16 +43,16 @@ class Case:
         lists = world.train.select(rows)
         vectors = torch.from_numpy(world.user_vectors) if self.adapter else None
         ids = lists.item_ids if item_ids is None else item_ids
-        batch = world.catalogue.batch(ids, mask, vectors, lists.user_rows)
         if not self.history:
-            return batch
+            return world.catalogue.batch(ids, mask, vectors, lists.user_rows)
         rng = np.random.default_rng(0)  # the same history for the same list
         shape = (len(world.train), 4)
         seen = torch.from_numpy(rng.integers(0, world.catalogue.shape.num_items, shape))[rows]
         real = torch.from_numpy(rng.random(shape) < 0.7)
         real[1] = False  # a user without history
         stars = torch.from_numpy(rng.integers(1, 6, shape)).float()
-        return with_history(batch, world.catalogue, seen, real[rows], stars[rows])
+        histories = Histories(seen, real[rows], stars[rows])
+        return world.catalogue.batch(ids, mask, vectors, lists.user_rows, histories)
 
 
 INPUT_LAYERS = get_args(RerankerArchitecture.model_fields["input_layer"].annotation)
@@ -142,7 +136,7 @@ def test_masked_places_never_win(case, small):
     assert mask[0, scores[0].argmax()] and mask[1, scores[1].argmax()]
     # Only padding is relevant: no ranking of the real candidates can earn anything.
     labels = (~mask).float().numpy()
-    assert np.all(metric_by_name("ndcg@5")(scores.detach().numpy(), labels, mask.numpy()) == 0)
+    assert np.all(list_metrics(scores.detach().numpy(), labels, ["ndcg@5"], mask.numpy())["ndcg@5"] == 0)
 
 
 @every_case

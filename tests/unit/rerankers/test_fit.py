@@ -10,7 +10,7 @@ from conftest import build, make_lists
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo4rec_ray.config.ranking import FitSection
-from dpo4rec_ray.core.metrics import metric_by_name
+from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers.fit import fit
 from dpo4rec_ray.rerankers.scorer import ListScorer
@@ -30,7 +30,7 @@ def valid_ndcg(model, world) -> float:
     scores = ListScorer([model], world.catalogue).score(
         lists.item_ids, lists.mask, world.user_vectors, lists.user_rows
     )
-    return float(metric_by_name("ndcg@5")(scores, lists.labels.numpy(), lists.mask.numpy()).mean())
+    return float(list_metrics(scores, lists.labels.numpy(), ["ndcg@5"], lists.mask.numpy())["ndcg@5"].mean())
 
 
 def test_planted_signal_is_learned_through_the_similarity(planted):

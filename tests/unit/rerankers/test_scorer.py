@@ -39,7 +39,7 @@ def test_equals_forward_over_chunks(name, knowledge, small, monkeypatch):
 
 
 def test_numpy_in_and_one_vector_per_list(small):
-    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue)
+    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue).score
     lists = small.train
     by_rows = score(lists.item_ids.numpy(), lists.mask.numpy(), small.user_vectors, lists.user_rows.numpy())
     per_list = score(lists.item_ids, None, small.user_vectors[lists.user_rows])
@@ -54,7 +54,7 @@ def test_read_only_arrays_are_taken_without_a_warning(small):
     read_only = [array.copy() for array in arrays]
     for array in read_only:
         array.setflags(write=False)
-    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue)
+    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue).score
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = score(*read_only)
@@ -72,7 +72,7 @@ def test_mean_over_models(small):
 
 
 def test_mistakes_are_named(small):
-    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue)
+    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue).score
     ids = small.train.item_ids[:3]
     with pytest.raises(UserError, match="pass user_vectors"):
         score(ids)
@@ -88,7 +88,7 @@ def test_mistakes_are_named(small):
 
 def test_fast_enough(small):
     """About 40,000 lists per CPU second on the reference machine; the bound only catches a slow path."""
-    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue)
+    score = ListScorer([build("prm", small.catalogue.shape, True)], small.catalogue).score
     rng = np.random.default_rng(0)
     ids = rng.integers(0, small.catalogue.shape.num_items, (8000, 10))
     rows = np.repeat(np.arange(20), 400)
