@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 from pathlib import Path
+
+import tomli_w
 
 from dpo4rec_ray.cli import session
 from dpo4rec_ray.config import Config, is_fragment, load_config, read_config
@@ -137,10 +138,7 @@ def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {folder}: a file is in its place; name a folder") from None
     values = {"run": {"root": str(folder.parent), "name": folder.name}, "llm": {"path": path}}
-    text = "# written by jobs/pairs.py import\n"
-    for section, keys in values.items():
-        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in keys.items())
-        text += f"[{section}]\n" + "".join(lines)
+    text = "# written by jobs/pairs.py import\n" + tomli_w.dumps(values)
     (folder / RECIPE).write_text(text, encoding="utf-8")
     config = load_config(folder / RECIPE, changes)
     for section, keys in values.items():
