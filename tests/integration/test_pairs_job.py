@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.exchange.preference_files import read_row
+from dpo4rec_ray.exchange.preference_rows import OWN
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer, read_policy
-from dpo4rec_ray.policy.preference_files import read_row
-from dpo4rec_ray.policy.preference_rows import OWN
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.store.schemas import SCHEMAS
 from tests.conftest import ROOT, Finished
