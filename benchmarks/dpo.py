@@ -18,7 +18,14 @@ from dpo4rec_ray.serving.haproxy import free_ports
 SHAPES = {"600/150": (600, 150), "300/150": (300, 150)}
 ALL_ON = {"prefix_sharing": True, "packing": True, "length_sorted": True, "chunk_tokens": 512}
 PLAIN = {"prefix_sharing": False, "packing": False, "length_sorted": False, "chunk_tokens": 0}
-COMMON = {"batch_size": 2, "gradient_accumulation_steps": 4, "beta": 0.1, "loss": "sigmoid", "lr": 5e-5}
+COMMON = {
+    "batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "beta": 0.1,
+    "loss": "sigmoid",
+    "lr": 5e-5,
+    "zero_stage": 0,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,8 +222,8 @@ def gpu(bench: Bench) -> list[Row]:
     weights = 8.03e9
     found: list[Row] = []
     for tuning, more, flops in (
-        ("lora", {"zero_stage": 0}, 4),
-        ("full", {"zero_stage": 3, "offload": True, "checkpointing": True}, 8),
+        ("lora", {}, 4),
+        ("full", {"zero_stage": 3, "offload_optimizer": True, "activation_checkpointing": True}, 8),
     ):
         for name, on in (
             ("all on", ALL_ON),

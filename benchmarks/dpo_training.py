@@ -35,7 +35,7 @@ SHAPES = {
     },
     "8b": LLAMA_8B,
 }
-LORA = DPOSection(lora_rank=8, lora_alpha=16)
+LORA = {"lora_rank": 8, "lora_alpha": 16}
 # The first word's id: those before are <pad> <s> </s> <unk>.
 WORDS = 4
 
@@ -96,43 +96,20 @@ def make(spec: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": sum(p.numel() for p in model.parameters()), "rows": len(rows)}
 
 
-def lora_model(spec: dict[str, Any]) -> Any:
-    import torch
-
-    from dpo4rec_ray.policy.model import add_lora, load_model
-
-    model = load_model(spec["folder"], "float32")
-    torch.manual_seed(0)
-    return add_lora(model, LORA)
-
-
-def step_order(spec: dict[str, Any], lengths: Any = None) -> Any:
-    from dpo4rec_ray.policy.order import StepOrder
-
-    rows = pq.read_metadata(Path(spec["folder"]) / "pairs.parquet").num_rows
-    return StepOrder(
-        rows, spec["batch_size"] * spec["gradient_accumulation_steps"], 1, seed=0, lengths=lengths
-    )
-
-
 def run_reference(spec: dict[str, Any]) -> dict[str, Any]:
     """Write reference.parquet beside the pairs."""
     from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
 
     folder, began = Path(spec["folder"]), time.monotonic()
     dtype = "bfloat16" if spec.get("shape") == "8b" else "float32"
-    section = DPOSection(
-        gpus_per_worker=float(dtype == "bfloat16")
-    )  # prefix_sharing, packing and chunks are the default
+    section = DPOSection(gpus_per_worker=float(dtype == "bfloat16"))  # all switches on
     pairs = pq.read_table(folder / "pairs.parquet")
     pq.write_table(ReferenceScorer(str(folder), dtype, section)(pairs), folder / "reference.parquet")
     return {"pairs": len(pairs), "seconds": round(time.monotonic() - began, 1)}
 
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Args of spec: folder, batch_size, gradient_accumulation_steps, steps, beta, loss, label_smoothing, tuning, zero_stage,
-    offload, checkpointing; the switches prefix_sharing, packing, length_sorted, chunk_tokens; rank, world and port for several
-    workers."""
+    """Args of spec: folder, steps; keys of [dpo]; rank, world and port for several workers; weights: where to save them."""
     rank, world, gpu = spec.get("rank", 0), spec.get("world", 1), spec.get("shape") == "8b"
     os.environ.update(
         **({} if gpu else {"DS_ACCELERATOR": "cpu"}),
@@ -152,7 +129,8 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
     from dpo4rec_ray.policy.logps import CompletionLogps
     from dpo4rec_ray.policy.model import add_lora, checkpoint_activations, gathered_state, load_model
-    from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
+    from dpo4rec_ray.policy.objectives import DPOObjective
+    from dpo4rec_ray.policy.reference_scorer import batch_layout
     from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths, with_reference
     from dpo4rec_ray.policy.trainer import Trainer
 
@@ -160,34 +138,26 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world)
     folder = Path(spec["folder"])
     pairs = pq.read_table(folder / "pairs.parquet")
-    layout = BatchLayout(0, spec["prefix_sharing"], spec["packing"], multiple_of=128 if gpu else 1)
     dtype = "bfloat16" if gpu else "float32"
     section = DPOSection(
-        lr=spec["lr"],
         schedule="constant",
         epochs=1,
-        batch_size=spec["batch_size"],
-        gradient_accumulation_steps=spec["gradient_accumulation_steps"],
+        warmup_frac=0.0,
         num_workers=world,
         gpus_per_worker=float(gpu),
-        warmup_frac=0.0,
-        max_grad_norm=1.0,
-        zero_stage=spec.get("zero_stage", 0),
-        offload_optimizer=spec.get("offload", False),
-        beta=spec["beta"],
-        loss=spec["loss"],
-        label_smoothing=spec.get("label_smoothing", 0.0),
-        lora_rank=LORA.lora_rank,
-        lora_alpha=LORA.lora_alpha,
+        **LORA,
+        **{key: value for key, value in spec.items() if key in DPOSection.model_fields},
     )
+    layout = batch_layout(str(folder), section)
+    lengths = pair_lengths(pairs)[0]
     zero3 = deepspeed_config(section, dtype, 1, {}) if section.zero_stage == 3 else None
     inner: Any = load_model(str(folder), dtype, zero3=zero3)
-    if spec.get("tuning", "lora") == "lora":
+    if section.tuning == "lora":
         torch.manual_seed(0)
         inner = add_lora(inner, section)
-    if spec.get("checkpointing"):
+    if section.activation_checkpointing:
         checkpoint_activations(inner)
-    model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=spec["chunk_tokens"])
+    model = CompletionLogps(inner, grouped=layout.grouped, chunk_tokens=section.chunk_tokens)
     trainer = Trainer(
         model,
         ArrowRows(with_reference(pairs, pq.read_table(folder / "reference.parquet"))),
@@ -195,7 +165,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         section,
         dtype=dtype,
         seed=0,
-        lengths=pair_lengths(pairs)[0] if spec["length_sorted"] else None,
+        lengths=lengths if section.length_sorted else None,
     )
     steps: list[dict[str, float]] = []
     times = [time.monotonic()]
@@ -214,8 +184,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         if rank == 0:
             save_file(state, spec["weights"])
     tokens = float(np.median([one["tokens_per_s"] for one in steps[1:] or steps]))
-    lengths = pair_lengths(pairs)[0]
-    order = trainer.order.steps(spec["batch_size"], rank, world, 0)
+    order = trainer.order.steps(section.batch_size, rank, world, 0)
     work = [lengths[step.rows].mean() / lengths.mean() for step in order]
     return {
         **rates(spec, times, work),
@@ -236,9 +205,13 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
+    from dpo4rec_ray.policy.model import add_lora, load_model
+    from dpo4rec_ray.policy.order import StepOrder
+
     tokenizer = AutoTokenizer.from_pretrained(spec["folder"])
     pairs = pq.read_table(Path(spec["folder"]) / "pairs.parquet").to_pylist()
-    order = [row for step in step_order(spec).steps(spec["batch_size"], 0, 1) for row in step.rows]
+    steps = StepOrder(len(pairs), spec["batch_size"] * spec["gradient_accumulation_steps"], 1, seed=0)
+    order = [row for step in steps.steps(spec["batch_size"], 0, 1) for row in step.rows]
 
     def text(ids: list[int]) -> str:
         return " ".join(f"w{i}" for i in ids if i >= WORDS)
@@ -304,15 +277,18 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(
-            r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type=TaskType.CAUSAL_LM
+            r=LORA["lora_rank"],
+            lora_alpha=LORA["lora_alpha"],
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type=TaskType.CAUSAL_LM,
         ),
         callbacks=[Clock()],
     )
-    same = {
-        name.removeprefix("module."): value
-        for name, value in lora_model(spec).state_dict().items()
-        if "lora_" in name
-    }
+    plain = load_model(spec["folder"], "float32")
+    torch.manual_seed(0)
+    ours = add_lora(plain, DPOSection(**LORA)).state_dict()
+    same = {name: value for name, value in ours.items() if "lora_" in name}
     missing = trainer.model.load_state_dict(same, strict=False).unexpected_keys
     assert not missing, missing
     assert trainer.train_dataset["prompt_ids"][0] == pairs[order[0]]["prompt_token_ids"]

@@ -201,9 +201,7 @@ def dcg(gains: list[float]) -> float:
 def profiled(config: Config, store: RunDir) -> Row:
     """The stage's two actors over all shards, one after the other: the share of time in the encoder and the forward pass."""
     shards = [int(Path(file).stem.removeprefix("part-")) for file in store.files("generations", 1)]
-    section = config.encoder
-    settings = {"path": section.path, "batch_size": section.batch_size, "max_tokens": section.max_tokens}
-    encoder = ShardEncoder(str(store.path("generations", 1)), **settings)
+    encoder = ShardEncoder(config.encoder, str(store.path("generations", 1)))
     scorer = ShardScorer(config, store, 1)
     for name in ("scores", "metric_scores"):
         store.start(name, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import FACTORS
 from dpo4rec_ray.knowledge.structured import factor_schema
 from dpo4rec_ray.policy.deepspeed_config import read_extra
-from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.policy.model import check_bitsandbytes, load_tokenizer
 from dpo4rec_ray.policy.small_llm import MAX_VOCAB_SIZE, small_llama_config
 from dpo4rec_ray.policy.trackers import check_tracker
 from dpo4rec_ray.prepare.inspection import inspect_source
@@ -153,8 +152,8 @@ def check_training(config: Config) -> None:
     section = config.dpo
     for name in section.trackers:
         check_tracker(name)
-    if section.quantize == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError('dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set "none"')
+    if section.quantize == "4bit":
+        check_bitsandbytes()
     for where, one in (("dpo", section), ("bootstrap", config.bootstrap)):
         read_extra(one, config.llm.dtype, where)
         _check_storage(f"{where}.storage_path", one.storage_path)

@@ -24,15 +24,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 from pathlib import Path
 
+import tomli_w
+
 from dpo4rec_ray.cli import session
 from dpo4rec_ray.config import Config, is_fragment, load_config, read_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.preference_files import FORMATS
+from dpo4rec_ray.exchange.preference_files import FORMATS
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 
 SPLITS = ("train", "valid")
@@ -77,8 +78,9 @@ def _share(text: str) -> float:
 def export_command(options: argparse.Namespace) -> int:
     """Write one split of a round's pairs."""
     os.environ.update({key: value for key, value in session.QUIET_ENV.items() if key not in os.environ})
-    from dpo4rec_ray.exchange import codec_of
+    from dpo4rec_ray.exchange.chat_codec import ChatCodec
     from dpo4rec_ray.exchange.exporting import export_pairs, round_with_pairs
+    from dpo4rec_ray.policy.model import load_tokenizer
     from dpo4rec_ray.store.policies import base_llm_path
 
     store, target = RunDir(options.run), Path(options.out)
@@ -86,7 +88,7 @@ def export_command(options: argparse.Namespace) -> int:
         raise UserError(f"--out {target}: cannot be written; name a file in a folder that is there")
     config = read_config(store.root)
     round_id = round_with_pairs(store, options.round)
-    codec = codec_of(base_llm_path(config, store))
+    codec = ChatCodec(load_tokenizer(base_llm_path(config, store)))
     export_pairs(store, round_id, options.split, codec, options.format, target)
     return 0
 
@@ -137,10 +139,7 @@ def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {folder}: a file is in its place; name a folder") from None
     values = {"run": {"root": str(folder.parent), "name": folder.name}, "llm": {"path": path}}
-    text = "# written by jobs/pairs.py import\n"
-    for section, keys in values.items():
-        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in keys.items())
-        text += f"[{section}]\n" + "".join(lines)
+    text = "# written by jobs/pairs.py import\n" + tomli_w.dumps(values)
     (folder / RECIPE).write_text(text, encoding="utf-8")
     config = load_config(folder / RECIPE, changes)
     for section, keys in values.items():

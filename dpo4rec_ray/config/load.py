@@ -11,9 +11,8 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from dpo4rec_ray.config.merge import merged
 from dpo4rec_ray.config.recipe import Config
-from dpo4rec_ray.config.section import Section, first_mistake, nearest
+from dpo4rec_ray.config.section import Section, first_mistake, merged, nearest
 from dpo4rec_ray.errors import UserError
 
 Table = dict[str, Any]  # of a TOML file

@@ -70,6 +70,11 @@ class Config(Section):
         """The backbones that `evaluate` trains and measures."""
         return self.evaluate.backbones or (self.reranker.backbone,)
 
+    @property
+    def max_pair_tokens(self) -> int:
+        """Most tokens of prompt and text of a pair that is trained on."""
+        return self.dpo.max_length or self.llm.max_model_len
+
     def section_hash(self, *parts: str) -> str:
         """Hash of the run seed and of the named parts: what a stage's output depends on.
 

@@ -1,9 +1,9 @@
-"""What every section of a recipe shares."""
+"""What every section of a recipe shares, and the merging of nested tables."""
 
 from __future__ import annotations
 
 import difflib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,3 +29,18 @@ def nearest(name: str, known: list[str]) -> str:
     """A hint behind an unknown name: the nearest known one, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def merged(base: dict[str, Any], over: dict[str, Any], *, unset: Any = None) -> dict[str, Any]:
+    """`base` with the values of `over`; where both hold a table, these are merged in the same way.
+
+    unset: a value in `over` that stands for "as in base".
+    """
+    found = dict(base)
+    for key, value in over.items():
+        mine = found.get(key)
+        if isinstance(mine, dict) and isinstance(value, dict):
+            found[key] = merged(mine, value, unset=unset)
+        elif unset is None or value != unset:
+            found[key] = value
+    return found

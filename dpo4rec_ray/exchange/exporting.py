@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.chat_codec import ChatCodec
-from dpo4rec_ray.policy.preference_files import write_rows
-from dpo4rec_ray.policy.preference_rows import NOT_ONE_TURN, BadRow
+from dpo4rec_ray.exchange.chat_codec import ChatCodec
+from dpo4rec_ray.exchange.preference_files import write_rows
+from dpo4rec_ray.exchange.preference_rows import NOT_ONE_TURN, BadRow
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.schemas import SCHEMA_VERSION

@@ -17,11 +17,11 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.datasets.files import absolute, file_identity
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.exchange import codec_of
+from dpo4rec_ray.exchange.chat_codec import ChatCodec
+from dpo4rec_ray.exchange.preference_files import read_row, read_rows
+from dpo4rec_ray.exchange.preference_rows import NOT_AN_OBJECT, BadRow, Fields
 from dpo4rec_ray.knowledge.text_table import TextCounts
-from dpo4rec_ray.policy.chat_codec import ChatCodec
-from dpo4rec_ray.policy.preference_files import read_row, read_rows
-from dpo4rec_ray.policy.preference_rows import NOT_AN_OBJECT, BadRow, Fields
+from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.policies import base_llm_path
@@ -40,7 +40,7 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
     Raises:
         UserError: a file cannot be read, or no row gives a pair to train on.
     """
-    max_length = config.dpo.max_length or config.llm.max_model_len
+    max_length = config.max_pair_tokens
     llm = PolicyTexts.identity(config, store)
     identities = [file_identity(absolute(str(file))) for file in files]
     fingerprint = fingerprint_of(
@@ -53,7 +53,7 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
     began = time.monotonic()
     say("import(1): started")
     store.start("pairs", 1)
-    codec = codec_of(base_llm_path(config, store))
+    codec = ChatCodec(load_tokenizer(base_llm_path(config, store)))
     counts, skipped = Counter[str](), TextCounts()
 
     def split_of(row: int) -> str:

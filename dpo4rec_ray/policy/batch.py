@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Self
 
 import torch
 
-DataclassT = TypeVar("DataclassT")
+
+class OnDevice:
+    """A dataclass of tensors, and of others of its kind."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy with all tensors on the device."""
+        own = vars(self).items()
+        return replace(  # type: ignore[type-var]
+            self,
+            **{name: value.to(device) for name, value in own if isinstance(value, torch.Tensor | OnDevice)},
+        )
 
 
 @dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(OnDevice):
     """B sequences of T tokens; the completion of each lies within its last `num_completion` columns."""
 
     token_ids: torch.Tensor  # [B, T] long
@@ -33,17 +43,6 @@ class TokenBatch:
     def num_tokens(self) -> int:
         """Tokens that the model computes, padding excluded."""
         return int(self.attention_mask.sum())
-
-    def to(self, device: torch.device | str) -> TokenBatch:
-        return moved(self, device)
-
-
-def moved(batch: DataclassT, device: torch.device | str, **changes: Any) -> DataclassT:
-    """A copy of a dataclass with all its tensors on the device, and with other values of some fields."""
-    tensors = {
-        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
-    }
-    return replace(batch, **tensors, **changes)  # type: ignore[type-var]
 
 
 def collate(

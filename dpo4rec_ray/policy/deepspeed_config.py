@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_ray.config.merge import merged
+from dpo4rec_ray.config.section import merged
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.errors import UserError
 

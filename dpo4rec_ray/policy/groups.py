@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dpo4rec_ray.policy.batch import moved
+from dpo4rec_ray.policy.batch import OnDevice
 
 TokenIds = Sequence[int]
 
@@ -46,22 +46,19 @@ class GroupSpan:
 
 
 @dataclass
-class GroupLayout:
+class GroupLayout(OnDevice):
     """What attention must know about a batch of groups: which token may see which."""
 
     spans: list[GroupSpan]
     positions: torch.Tensor  # [R, T] position of each token in its own sequence (prompt + completion)
     group_ids: torch.Tensor  # [R, T] running number of the group, -1 for padding
     part_ids: torch.Tensor  # [R, T] 0 for the prompt, 1.. for the completions
-    # masks by (kind, span, window): the same in every layer
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    def to(self, device: torch.device | str) -> GroupLayout:
-        return moved(self, device, cache={})
+    # masks by (kind, span, window): the same in every layer; a copy on another device has its own
+    cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 @dataclass(frozen=True)
-class GroupBatch:
+class GroupBatch(OnDevice):
     """S completions in R rows of T columns, and which hidden states predict which of their M tokens.
 
     Completions are numbered in the order of the groups, and within a group in its own order.
@@ -78,9 +75,6 @@ class GroupBatch:
     def num_tokens(self) -> int:
         """Tokens that the model computes, padding excluded."""
         return sum(span.stop - span.start for span in self.layout.spans)
-
-    def to(self, device: torch.device | str) -> GroupBatch:
-        return moved(self, device, layout=self.layout.to(device))
 
 
 def collate_groups(

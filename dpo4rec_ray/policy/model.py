@@ -6,6 +6,7 @@ weights (reference "previous") or the base LLM itself (reference "base").
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -123,16 +124,23 @@ def load_model(
     return model
 
 
-def _four_bits(dtype: str) -> Any:
-    import importlib.util
+def check_bitsandbytes() -> None:
+    """Check that it is installed.
 
-    import torch
-    from transformers import BitsAndBytesConfig
-
+    Raises:
+        UserError: it is not.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             'dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set dpo.quantize = "none"'
         )
+
+
+def _four_bits(dtype: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    check_bitsandbytes()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -199,8 +207,13 @@ def gathered_state(model: torch.nn.Module, rank: int, *, trained_only: bool) -> 
     return found
 
 
-def save_lora(model: Any, state: dict[str, torch.Tensor], tokenizer_path: str, target: Path) -> None:
-    """Save a peft model's LoRA from its gathered weights. A killed save leaves no folder that looks complete."""
+def save_model(
+    model: Any, tokenizer_path: str, target: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Save a model, or a peft model's LoRA, with its tokenizer. A killed save leaves no folder that looks complete.
+
+    state: its weights by name, where the model itself holds only parts of them.
+    """
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=state)
@@ -220,20 +233,12 @@ def save_merged(base: str, lora: str, target: Path, dtype: str) -> None:
 def save_complete(
     model: PreTrainedModel, tokenizer_path: str, target: Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Save a model and its tokenizer. A killed save leaves no folder that looks complete.
-
-    state: its weights by name, where the model itself holds only parts of them.
-    """
+    """`save_model` of a complete model, with its stop tokens as all that is said of sampling."""
     from transformers import GenerationConfig
 
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     # save_pretrained refuses inconsistent sampling settings, and the recipe has its own; the stop tokens must stay
     stops = model.generation_config or model.config
     model.generation_config = GenerationConfig(
         bos_token_id=stops.bos_token_id, eos_token_id=stops.eos_token_id, pad_token_id=stops.pad_token_id
     )
-    model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
-    load_tokenizer(tokenizer_path).save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    save_model(model, tokenizer_path, target, state)

@@ -13,12 +13,12 @@ import torch
 
 from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, Ratios, chosen_nll
-from dpo4rec_ray.policy.batch import TokenBatch, collate, moved
+from dpo4rec_ray.policy.batch import OnDevice, TokenBatch, collate
 from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps
 
 TrainingRow = dict[str, Any]
-Sums = dict[str, float]
+Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,12 @@ class BatchLayout:
 
 
 @dataclass
-class Batch:
+class Batch(OnDevice):
     """A micro-batch: what the model reads, and what the loss needs beside it."""
 
     tokens: TokenBatch | GroupBatch
     counts: list[int]  # completions per row
     reference: torch.Tensor | None = None  # [S] log-probabilities, where they are stored
-
-    def to(self, device: torch.device | str) -> Batch:
-        return moved(self, device, tokens=self.tokens.to(device))
 
 
 class SupervisedObjective:
@@ -65,7 +62,7 @@ class SupervisedObjective:
         groups = [Group(row["prompt_token_ids"], [row["completion_token_ids"]]) for row in rows]
         return Batch(self._layout.collate(groups), [1] * len(rows))
 
-    def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Sums]:
+    def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         losses = -model(batch.tokens) / batch.tokens.lengths
         return losses.sum(), {"loss": losses.sum().item()}
 
@@ -88,7 +85,7 @@ class DPOObjective:
             reference = torch.tensor(stored, dtype=torch.float64)
         return Batch(self._layout.collate(groups), [len(group.completions) for group in groups], reference)
 
-    def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Sums]:
+    def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         policy = model(batch.tokens)
         reference = batch.reference
         if reference is None:
@@ -105,7 +102,7 @@ class DPOObjective:
     @torch.no_grad()
     def _metrics(
         self, ratios: Ratios, policy: torch.Tensor, losses: torch.Tensor, starts: torch.Tensor
-    ) -> Sums:
+    ) -> Metrics:
         beta = self._section.beta
         mask = ratios.mask
         per_pair = mask.sum(dim=1)

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError, first_line
+from dpo4rec_ray.policy.objectives import Metrics
 
-Metrics = dict[str, float]
 PROJECT = "dpo4rec-ray"  # W&B's project, MLflow's experiment, unless the environment names another
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class MLflow(_Run):
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         run_id = self._client.create_run(experiment, run_name=run_name).info.run_id
-        params = [self._mlflow.entities.Param(key, value) for key, value in _flat(settings).items()]
+        params = [self._mlflow.entities.Param(key, str(value)) for key, value in settings.items()]
         self._client.log_batch(run_id, params=params)
         return run_id
 
@@ -251,16 +251,6 @@ def check_tracker(tracker: str) -> None:
             f"dpo.trackers: {tracker} needs the package {module}, which is not installed; "
             f'pip install {module}, or pip install "dpo4rec-ray[tracking]" for all trackers'
         )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested tables as {"table.key": value}; MLflow's parameters are strings."""
-    found: dict[str, str] = {}
-    for key, value in settings.items():
-        found |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
-        )
-    return found
 
 
 def _reason(error: Exception) -> str:

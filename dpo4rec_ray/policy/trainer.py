@@ -20,10 +20,9 @@ from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.deepspeed_config import deepspeed_config
 from dpo4rec_ray.policy.logps import CompletionLogps
-from dpo4rec_ray.policy.objectives import Objective, TrainingRow
+from dpo4rec_ray.policy.objectives import Metrics, Objective, TrainingRow
 from dpo4rec_ray.policy.order import StepOrder
 
-Metrics = dict[str, float]
 LOWER_LR = 'lower lr, or set llm.dtype = "float32"'
 
 
@@ -141,7 +140,13 @@ class Trainer:
             if not math.isfinite(mean["loss"]):
                 raise UserError(f"step {step.index + 1}: the loss is {mean['loss']}; {LOWER_LR}")
             if step.index == 0 and expect_first_loss is not None:
-                _check_first_loss(mean["loss"], *expect_first_loss)
+                expected, tolerance = expect_first_loss
+                if abs(mean["loss"] - expected) > tolerance:
+                    raise UserError(
+                        f"the first DPO loss is {mean['loss']:.6f}, not ln 2 = {expected:.6f}: policy and reference differ "
+                        "before training; a wrong base folder, stale reference log-probabilities or a LoRA that does not "
+                        "start at zero would do that"
+                    )
             mean["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
             # with float16 DeepSpeed skips a step whose gradients overflow, and lowers its loss scale
             if not math.isfinite(mean["grad_norm"]) and self._dtype != "float16":
@@ -193,14 +198,6 @@ class Trainer:
         dist.all_gather_object(everyone, sums)
         names = max(everyone, key=len)
         return {name: math.fsum(one.get(name, 0.0) for one in everyone) for name in names}
-
-
-def _check_first_loss(loss: float, expected: float, tolerance: float) -> None:
-    if abs(loss - expected) > tolerance:
-        raise UserError(
-            f"the first DPO loss is {loss:.6f}, not ln 2 = {expected:.6f}: policy and reference differ before training; "
-            "a wrong base folder, stale reference log-probabilities or a LoRA that does not start at zero would do that"
-        )
 
 
 def _unname_buffers(rank: int) -> None:

@@ -33,7 +33,7 @@ from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.train.launch import launch
-from dpo4rec_ray.train.supervised_loop import SupervisedTask, supervised_loop
+from dpo4rec_ray.train.supervised_loop import MODEL, ROWS, TOKENIZER, WORK, SupervisedTask, supervised_loop
 from dpo4rec_ray.workers.placement import engine_env
 from dpo4rec_ray.workers.tasks import in_worker
 
@@ -55,37 +55,26 @@ class Lesson:
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `base_llm`: a model folder with its tokenizer."""
     section, folder = config.bootstrap, store.start("base_llm")
-    work = folder / "work"
-    work.mkdir()
+    (folder / WORK).mkdir()
     say(f"  bootstrap: writing {section.num_users} lessons over {store.require('items').rows} items")
     lesson = _lesson(config, store, section.num_users, seed_of(config.run.seed, "lessons"))
     tokenizer = build_tokenizer(
-        lesson.prompts[:TOKENIZER_LESSONS] + lesson.texts[:TOKENIZER_LESSONS], work / "tokenizer"
+        lesson.prompts[:TOKENIZER_LESSONS] + lesson.texts[:TOKENIZER_LESSONS], folder / TOKENIZER
     )
     prompt_ids, text_ids = supervised_rows(tokenizer, lesson.prompts, lesson.texts)
     pq.write_table(
-        pa.table({"prompt_token_ids": prompt_ids, "completion_token_ids": text_ids}), work / "rows.parquet"
+        pa.table({"prompt_token_ids": prompt_ids, "completion_token_ids": text_ids}), folder / ROWS
     )
     task = SupervisedTask(
         config=config,
         seed=seed_of(config.run.seed, "bootstrap"),
         deepspeed=read_extra(section, "float32", "bootstrap"),
-        tokenizer=str(work / "tokenizer"),
-        rows=str(work / "rows.parquet"),
-        folder=str(folder),
-        target=str(work / "model"),
-    )
-    launch(
-        supervised_loop,
-        {"task": task},
         folder=folder,
-        section=section,
-        label="bootstrap",
-        unit="steps",
     )
-    for file in (work / "model").iterdir():
+    launch(supervised_loop, {"task": task}, folder=folder, section=section, label="bootstrap", unit="steps")
+    for file in (folder / MODEL).iterdir():
         file.rename(folder / file.name)
-    shutil.rmtree(work)
+    shutil.rmtree(folder / WORK)
     steps = read_metrics(folder)
     stats: dict[str, Any] = {
         "first_loss": steps[0]["loss"],

@@ -73,17 +73,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         in_worker(save_merged, base, weights.lora, folder / "merged", config.llm.dtype)
         weights = PolicyWeights(base=base, lora=weights.lora, merged=str(folder / "merged"))
     stats = _stats(config, store, round_id)
-    write_policy(
-        folder,
-        weights,
-        {
-            "round": round_id,
-            "base_hash": model_identity(base),
-            "pairs": store.require("pairs", round_id).fingerprint,
-            "settings": section.model_dump(mode="json"),
-            "stats": stats,
-        },
-    )
+    write_policy(folder, weights, {"base_hash": model_identity(base)})
     pairs = stats["pairs"]
     return Outcome(rows_in=pairs["train"] + pairs["train_too_long"], rows_out=stats["steps"], stats=stats)
 

@@ -14,8 +14,9 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.preference import SMOOTHED
 from dpo4rec_ray.core.watch import Watch
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.policy.objectives import Metrics
 from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths, with_reference
-from dpo4rec_ray.policy.trainer import LOWER_LR, Metrics, Trainer
+from dpo4rec_ray.policy.trainer import LOWER_LR, Trainer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.train.heldout import HELDOUT, HeldoutEvaluations
 from dpo4rec_ray.train.reference_logps import read_reference
@@ -140,7 +141,7 @@ def _save(task: DPOTask, trainer: Trainer, rank: int) -> None:
     """Save the policy as it is; every worker takes part."""
     import torch.distributed as dist
 
-    from dpo4rec_ray.policy.model import gathered_state, save_complete, save_lora
+    from dpo4rec_ray.policy.model import gathered_state, save_complete, save_model
 
     model, full = trainer.engine.module.model, task.config.dpo.tuning == "full"
     state = gathered_state(model, rank, trained_only=not full)
@@ -148,7 +149,7 @@ def _save(task: DPOTask, trainer: Trainer, rank: int) -> None:
         if full:
             save_complete(model, task.base, task.folder / FULL, state)
         else:
-            save_lora(model, state, task.base, task.folder / LORA)
+            save_model(model, task.base, task.folder / LORA, state)
     dist.barrier()
 
 
@@ -180,7 +181,7 @@ def _pairs(task: DPOTask) -> tuple[dict[str, pa.Table], dict[str, np.ndarray], d
     pairs = task.store.read("pairs", task.round_id, columns=columns)
     if task.reference:
         pairs = with_reference(pairs, read_reference(task.reference))
-    max_length = task.config.dpo.max_length or task.config.llm.max_model_len
+    max_length = task.config.max_pair_tokens
     total, longest = pair_lengths(pairs)
     splits = np.asarray(pairs["split"])
     tables, lengths, counts = {}, {}, {}

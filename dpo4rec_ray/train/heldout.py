@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dpo4rec_ray.policy.trainer import Metrics
+from dpo4rec_ray.policy.objectives import Metrics
 
 HELDOUT = "heldout"  # key of an evaluation in its step's line of metrics.jsonl
 
@@ -32,11 +32,5 @@ class HeldoutEvaluations:
 
     def stopped(self, patience: int) -> bool:
         """Whether the last `patience` evaluations brought no lower loss. patience 0: never."""
-        return bool(patience and self.losses) and self.since_best >= patience
-
-    @property
-    def since_best(self) -> int:
-        """Evaluations after the one with the lowest loss; of equal ones the first counts."""
-        steps = list(self.losses)
-        best = min(steps, key=lambda step: (self.losses[step], step))
-        return len(steps) - 1 - steps.index(best)
+        losses = list(self.losses.values())
+        return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

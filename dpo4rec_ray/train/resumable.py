@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config.training import TrainerSection
-from dpo4rec_ray.policy.trainer import Metrics, Trainer
+from dpo4rec_ray.policy.objectives import Metrics
+from dpo4rec_ray.policy.trainer import Trainer
 from dpo4rec_ray.store.metrics_file import MetricsFile, read_metrics
 from dpo4rec_ray.train.state import read_state, update_state
 

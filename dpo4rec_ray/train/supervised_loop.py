@@ -9,26 +9,19 @@ from typing import Any
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.train.resumable import Observer, quiet_deepspeed, run_resumable
 
+# Below a task's folder: the tokenizer, a Parquet file with the columns prompt_token_ids and completion_token_ids, and the
+# model, which rank 0 writes.
+WORK, TOKENIZER, ROWS, MODEL = "work", "work/tokenizer", "work/rows.parquet", "work/model"
+
 
 @dataclass(frozen=True)
 class SupervisedTask:
-    """What a supervised worker needs to know.
-
-    Attributes:
-        deepspeed: content of the user's DeepSpeed file.
-        tokenizer: its folder.
-        rows: Parquet file with the columns prompt_token_ids and completion_token_ids.
-        folder: of the state and the metrics.
-        target: the model's folder, written by rank 0.
-    """
+    """What a supervised worker needs to know. deepspeed: content of the user's DeepSpeed file; folder: of the state too."""
 
     config: Config
     seed: int
     deepspeed: dict[str, Any]
-    tokenizer: str
-    rows: str
-    folder: str
-    target: str
+    folder: Path
 
 
 def supervised_loop(arguments: dict[str, Any]) -> None:
@@ -49,19 +42,19 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
     task: SupervisedTask = arguments["task"]
     section = task.config.bootstrap
     rank = train.get_context().get_world_rank()
-    tokenizer = load_tokenizer(task.tokenizer)
+    tokenizer = load_tokenizer(str(task.folder / TOKENIZER))
     torch.manual_seed(task.seed)  # every worker starts from the same weights
     model = AutoModelForCausalLM.from_config(small_llama_config(len(tokenizer), section))
     trainer = Trainer(
         CompletionLogps(model),
-        ArrowRows(pq.read_table(task.rows)),
+        ArrowRows(pq.read_table(task.folder / ROWS)),
         SupervisedObjective(BatchLayout(tokenizer.pad_token_id)),
         section,
         dtype="float32",
         seed=task.seed,
         extra=task.deepspeed,
     )
-    run_resumable(trainer, section, Path(task.folder), f"{task.config.run.name}-bootstrap", Observer())
+    run_resumable(trainer, section, task.folder, f"{task.config.run.name}-bootstrap", Observer())
     state = gathered_state(model, rank, trained_only=False)
     if rank == 0:
-        save_complete(model, task.tokenizer, Path(task.target), state)
+        save_complete(model, str(task.folder / TOKENIZER), task.folder / MODEL, state)

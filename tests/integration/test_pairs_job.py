@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.exchange import codec_of
+from dpo4rec_ray.exchange.chat_codec import ChatCodec
+from dpo4rec_ray.exchange.preference_files import read_row
+from dpo4rec_ray.exchange.preference_rows import OWN
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.policy.model import load_tokenizer, read_policy
-from dpo4rec_ray.policy.preference_files import read_row
-from dpo4rec_ray.policy.preference_rows import OWN
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.store.schemas import SCHEMAS
 from tests.conftest import ROOT, Finished
@@ -437,7 +437,7 @@ def test_pairs_that_vllm_sampled(tiny_run: Finished, tmp_path: Path, main: Calla
     """Every pair of a real run is written, and its lines are taken for what was sampled."""
     target = tmp_path / "pairs.jsonl"
     good(main("export", str(tiny_run.folder), "--format", "trl", "--out", str(target)))
-    codec = codec_of(str(BUNDLED))
+    codec = ChatCodec(load_tokenizer(str(BUNDLED)))
     lines = iter(lines_of(target))
     for pair in RunDir(tiny_run.folder).read("pairs", 1, split="train").to_pylist():
         for rejected in pair["rejected_token_ids"]:

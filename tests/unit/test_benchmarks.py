@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.config import default_config
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.store.schemas import SCHEMAS
 from tests.conftest import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -80,6 +83,27 @@ def test_the_synthetic_users_of_generate(harness: Any, tmp_path: Path) -> None:
     users = RunDir(tmp_path).read("users")
     assert users["user_id"].to_pylist() == list(range(50))
     assert {len(history) for history in users["history_item_ids"].to_pylist()} == {8}
+
+
+def test_the_profiled_actors_of_score(harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder as the stage makes it; the rerankers need a trained run."""
+    import score
+
+    encoded: list[dict[str, Any]] = []
+    monkeypatch.setattr(score, "ShardScorer", lambda *_: encoded.append)
+    store, config = RunDir(tmp_path), default_config()
+    store.start("generations", 1)
+    columns = [
+        pa.array([value], field.type)
+        for value, field in zip(
+            (1, 7, 0, [1], [2], "likes books", "stop"), SCHEMAS["generations"], strict=True
+        )
+    ]
+    store.write("generations", pa.table(columns, schema=SCHEMAS["generations"]), 1)
+    store.finish(Manifest("generations", "", 1), 1)
+    assert score.profiled(config, store)["redraws"] == config.reward.num_redraws
+    (row,) = encoded
+    assert row["user_ids"].tolist() == [7] and row["vectors"].shape == (1, 384)
 
 
 def test_the_pandas_peer_of_prepare(harness: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.config import Config, default_config, load_config, read_config
-from dpo4rec_ray.config.merge import merged
+from dpo4rec_ray.config.section import merged
 from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.errors import UserError
 

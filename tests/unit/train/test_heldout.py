@@ -25,7 +25,7 @@ def test_the_best_evaluation_and_when_to_stop(tmp_path: Path) -> None:
         return best
 
     assert [add(step, loss) for step, loss in ((1, 0.7), (2, 0.6), (3, 0.65))] == [True, True, False]
-    assert evaluations.since_best == 1 and not evaluations.stopped(2) and not evaluations.stopped(0)
+    assert evaluations.stopped(1) and not evaluations.stopped(2) and not evaluations.stopped(0)
     assert not add(4, 0.61) and evaluations.stopped(2)
     assert evaluations.kept == {"loss": 0.6}
     MetricsFile(tmp_path, rank=1).write(
@@ -40,7 +40,8 @@ def test_the_best_evaluation_and_when_to_stop(tmp_path: Path) -> None:
 def test_of_equal_losses_the_last_policy_is_kept_and_the_first_counts() -> None:
     evaluations = HeldoutEvaluations()
     assert [evaluations.add(step, {"loss": 0.5, "margin": step}) for step in (1, 2)] == [True, True]
-    assert evaluations.kept["margin"] == 2 and evaluations.since_best == 1
+    assert evaluations.kept["margin"] == 2
+    assert evaluations.stopped(1) and not evaluations.stopped(2)
 
 
 def test_without_held_out_pairs_the_last_policy_is_the_one() -> None:

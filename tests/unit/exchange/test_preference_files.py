@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.prompts import TEMPLATE_SWITCHES, control_tokens, encode_chat
-from dpo4rec_ray.policy.chat_codec import ChatCodec
-from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.policy.preference_files import FORMATS, read_row, read_rows, write_rows
-from dpo4rec_ray.policy.preference_rows import (
+from dpo4rec_ray.exchange.chat_codec import ChatCodec
+from dpo4rec_ray.exchange.preference_files import FORMATS, read_row, read_rows, write_rows
+from dpo4rec_ray.exchange.preference_rows import (
     CONTROL,
     EMPTY,
     EQUAL,
@@ -38,6 +36,8 @@ from dpo4rec_ray.policy.preference_rows import (
     BadRow,
     Preference,
 )
+from dpo4rec_ray.knowledge.prompts import TEMPLATE_SWITCHES, control_tokens, encode_chat
+from dpo4rec_ray.policy.model import load_tokenizer
 from tests.unit.knowledge.conftest import BUNDLED, FAMILIES
 
 QUESTION, GOOD, WORSE = "What color is the sky?", "It is blue.", "It is green."
@@ -67,9 +67,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
 @functools.cache
 def codec_of(name: str) -> ChatCodec:
-    tokenizer = tokenizer_of(name)
-    encode = functools.partial(encode_chat, tokenizer)
-    return ChatCodec(tokenizer, encode, control_tokens(tokenizer), TEMPLATE_SWITCHES)
+    return ChatCodec(tokenizer_of(name))
 
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any], list[dict[str, str]]]] = {
@@ -325,8 +323,7 @@ def test_control_tokens_in_texts_stay_text(name: str) -> None:
 def test_a_control_token_that_cannot_be_broken_up() -> None:
     tokenizer = copy.deepcopy(tokenizer_of("llama"))
     tokenizer.add_tokens(["|"], special_tokens=True)
-    encode = functools.partial(encode_chat, tokenizer)
-    codec = ChatCodec(tokenizer, encode, control_tokens(tokenizer), TEMPLATE_SWITCHES)
+    codec = ChatCodec(tokenizer)
     codec.encode(Preference([USER], GOOD, [WORSE]))
     for prompt, chosen in ((f"{QUESTION}|", GOOD), (QUESTION, f"{GOOD}|")):
         with pytest.raises(BadRow, match=CONTROL):
@@ -348,7 +345,7 @@ def test_a_tokenizer_without_an_end() -> None:
     tokenizer = copy.deepcopy(tokenizer_of("no template"))
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="how an answer ends"):
-        ChatCodec(tokenizer, functools.partial(encode_chat, tokenizer), [], {})
+        ChatCodec(tokenizer)
 
 
 def pair_of(name: str, *rejected: list[int], chosen: list[int] | None = None) -> dict[str, Any]:

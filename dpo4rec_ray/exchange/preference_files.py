@@ -24,10 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.errors import UserError, first_line
-from dpo4rec_ray.policy.chat_codec import ChatCodec
-from dpo4rec_ray.policy.preference_rows import (
+from dpo4rec_ray.exchange.chat_codec import ChatCodec
+from dpo4rec_ray.exchange.preference_rows import (
     EMPTY,
     EQUAL,
+    IDS,
     NO_PROMPT,
     NOT_TEXT,
     OWN,
@@ -41,6 +42,7 @@ from dpo4rec_ray.policy.preference_rows import (
     Preference,
     Stored,
 )
+from dpo4rec_ray.knowledge.prompts import TEMPLATE_SWITCHES
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 _ROWS_AT_ONCE = 256  # of a Parquet file
@@ -184,7 +186,7 @@ def _preference(row: Fields, prompt: list[Message], chosen: str, *rejected: str)
 
 
 def _stored(row: Fields) -> Stored | None:
-    ids = [row.get(f"{name}_token_ids") for name in ("prompt", "chosen", "rejected")]
+    ids = [row.get(name) for name in IDS]
     if not all(isinstance(one, list) and one and all(type(i) is int and i >= 0 for i in one) for one in ids):
         return None
     user, split = row.get("user_id"), row.get("split")
@@ -298,7 +300,7 @@ def _text_fields(prompt: str, chosen: str, rejected: str, codec: ChatCodec, form
     if not codec.has_template:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     # TRL passes the switches to the template
-    return {"prompt": asked, "chosen": best, "rejected": other, "chat_template_kwargs": codec.switches}
+    return {"prompt": asked, "chosen": best, "rejected": other, "chat_template_kwargs": TEMPLATE_SWITCHES}
 
 
 def _finite(reward: float | None) -> float | None:

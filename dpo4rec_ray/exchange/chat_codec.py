@@ -6,13 +6,13 @@ Texts are not trusted: what looks like a control token inside a text is broken u
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.preference_rows import (
+from dpo4rec_ray.exchange.preference_rows import (
     CONTROL,
     EMPTY,
     EQUAL,
@@ -26,6 +26,7 @@ from dpo4rec_ray.policy.preference_rows import (
     TokenIds,
     TokenPair,
 )
+from dpo4rec_ray.knowledge.prompts import TEMPLATE_SWITCHES, control_tokens, encode_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,31 +41,20 @@ class ChatCodec:
     after that token (ChatML: a line break) is left out, because the LLM never generates it.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        encode_user: Callable[[str], list[int]],
-        control_tokens: Sequence[str],
-        switches: Mapping[str, Any],
-    ):
-        """encode_user: token ids of one user turn, ready for the answer; control_tokens: what a template may shape chats with;
-        switches: arguments for the template.
-
-        Raises:
-            UserError: neither the tokenizer nor the template says how an answer ends.
-        """
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        """Raises UserError: neither the tokenizer nor the template says how an answer ends."""
         self.has_template = bool(tokenizer.chat_template)
-        self.switches = dict(switches)
-        self._tokenizer, self._encode_user = tokenizer, encode_user
+        self._tokenizer = tokenizer
+        shaping = control_tokens(tokenizer)
         self._control = {
             *tokenizer.all_special_ids,
-            *tokenizer.convert_tokens_to_ids([token for token in control_tokens if token]),
+            *tokenizer.convert_tokens_to_ids([token for token in shaping if token]),
         } - {tokenizer.unk_token_id, None}
-        marks = sorted((token for token in control_tokens if len(token) > 1), key=len, reverse=True)
+        marks = sorted((token for token in shaping if len(token) > 1), key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
         self._lead, self._trims, self._end = self._answer_shape()
         self._ends = {self._end, tokenizer.eos_token_id}
-        self._head, _, self._tail = self._decode(encode_user(_PROBE)).partition(_PROBE)
+        self._head, _, self._tail = self._decode(encode_chat(tokenizer, _PROBE)).partition(_PROBE)
         self._num_control: dict[tuple[str, ...], int] = {}
 
     def encode(self, preference: Preference) -> TokenPair:
@@ -105,7 +95,7 @@ class ChatCodec:
         """
         try:
             if [turn["role"] for turn in turns] == ["user"]:
-                return self._encode_user(turns[0]["content"])
+                return encode_chat(self._tokenizer, turns[0]["content"])
             if not self.has_template:
                 raise BadRow(REFUSED)
             text = self._render(turns, add_generation_prompt=True)
@@ -174,7 +164,7 @@ class ChatCodec:
         return lead, trims, end
 
     def _render(self, turns: list[Message], **arguments: Any) -> str:
-        return self._tokenizer.apply_chat_template(turns, tokenize=False, **self.switches, **arguments)
+        return self._tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_SWITCHES, **arguments)
 
     def _decode(self, token_ids: TokenIds) -> str:
         return self._tokenizer.decode(

@@ -12,15 +12,8 @@ Fields = Mapping[str, Any]  # a row of a file
 TokenIds = Sequence[int]
 
 # Columns of an exported row beside the fields of its format.
-OWN = (
-    "user_id",
-    "split",
-    "prompt_token_ids",
-    "chosen_token_ids",
-    "rejected_token_ids",
-    "chosen_reward",
-    "rejected_reward",
-)
+IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+OWN = ("user_id", "split", *IDS, "chosen_reward", "rejected_reward")
 
 EMPTY, NOT_TEXT, NOT_UNICODE = "a text is empty", "a field holds no text", "a text holds half a character"
 NOT_AN_OBJECT, UNKNOWN_LAYOUT = "not a JSON object", "a layout that is not known"
