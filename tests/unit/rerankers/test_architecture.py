@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import build
 
 from dpo4rec_ray.config import ranking
 from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture, RerankerSection
@@ -14,6 +13,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers import fit as fit_module
 from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
+from tests.unit.rerankers.builders import build
 
 # As releases before 0.2 wrote them.
 OLD_SETTINGS = {

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
 from huggingface_hub import ModelCard
 
 from dpo4rec_ray.config.ranking import FitSection
@@ -15,6 +14,7 @@ from dpo4rec_ray.rerankers.card import read_card
 from dpo4rec_ray.rerankers.catalogue import Histories
 from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
+from tests.unit.rerankers.builders import build
 
 INFO = {
     "system": "base-llm",

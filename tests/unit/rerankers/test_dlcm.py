@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import torch
-from conftest import build
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dpo4rec_ray.rerankers.dlcm import gru_states, normalised
+from tests.unit.rerankers.builders import build
 
 
 def test_states_equal_those_of_packed_sequences():

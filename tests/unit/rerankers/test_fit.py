@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import build, make_lists
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo4rec_ray.config.ranking import FitSection
@@ -14,6 +13,7 @@ from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers.fit import fit
 from dpo4rec_ray.rerankers.scorer import ListScorer
+from tests.unit.rerankers.builders import build, make_lists
 
 SHORT = FitSection(epochs=3, batch_size=32, resample_negatives=False)
 

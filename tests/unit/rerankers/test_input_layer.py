@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build
 from torch import Tensor
 
 from dpo4rec_ray.rerankers.base import ListEmbedding
+from tests.unit.rerankers.builders import build
 
 
 def layer_of(world, **settings) -> ListEmbedding:

@@ -6,12 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import build
 
 from dpo4rec_ray.core.losses import pointwise_bce
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers.base import ListHistory
 from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories
+from tests.unit.rerankers.builders import build
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import build
 from torch import nn
 
 from dpo4rec_ray.rerankers.prm import sinusoidal_positions
+from tests.unit.rerankers.builders import build
 
 
 def positions_by_hand(length: int, dim: int) -> torch.Tensor:

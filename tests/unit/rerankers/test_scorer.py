@@ -6,11 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import build
 
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import RERANKERS, scorer
 from dpo4rec_ray.rerankers.scorer import ListScorer
+from tests.unit.rerankers.builders import build
 
 every_backbone = pytest.mark.parametrize("name", sorted(RERANKERS))
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from conftest import build
 
 from dpo4rec_ray.config.ranking import FitSection
 from dpo4rec_ray.core.losses import listwise_softmax
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers.fit import fit
+from tests.unit.rerankers.builders import build
 
 
 def test_no_seed_dies(planted):

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_lists
 
 from dpo4rec_ray.rerankers import text_rewards
 from dpo4rec_ray.rerankers.catalogue import Histories
 from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleScorer, _random_halves, _std_errors
+from tests.unit.rerankers.builders import make_lists
 
 
 class FixedScorer:
