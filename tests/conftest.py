@@ -14,8 +14,9 @@ import pytest
 from hypothesis import settings
 
 # The gate draws the same examples every time; `make fuzz` draws new ones.
-settings.register_profile("fixed", derandomize=True, database=None)
-settings.register_profile("fuzz", print_blob=True)
+# No deadline: how long an example takes must not decide a test.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.register_profile("fuzz", print_blob=True, deadline=None)
 settings.load_profile("fixed")
 
 pytest_plugins = ["tests.serving_world"]  # fixtures of the tests that serve
