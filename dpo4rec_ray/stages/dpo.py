@@ -17,7 +17,7 @@ from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.policies import merges_lora, model_identity, policy_weights
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.train.dpo_loop import FULL, LORA, WARNINGS, DPOTask, dpo_loop
+from dpo4rec_ray.train.dpo_loop import FULL, LORA, MERGED, WARNINGS, DPOTask, dpo_loop
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.reference_logps import cached_reference
 from dpo4rec_ray.train.state import begin, read_state, remove_checkpoints
@@ -70,8 +70,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if section.tuning == "full":
         weights = PolicyWeights(base=str(folder / FULL))
     elif merges_lora(config):
-        in_worker(save_merged, base, weights.lora, folder / "merged", config.llm.dtype)
-        weights = PolicyWeights(base=base, lora=weights.lora, merged=str(folder / "merged"))
+        weights = PolicyWeights(base=base, lora=weights.lora, merged=str(folder / MERGED))
     stats = _stats(config, store, round_id)
     write_policy(folder, weights, {"base_hash": model_identity(base)})
     pairs = stats["pairs"]

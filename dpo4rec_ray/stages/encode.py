@@ -34,10 +34,20 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     num_users = store.require("users").rows
     ranges = shard_ranges(num_users, size)
     stats: dict[str, Any] = {}
+    todo = [(shard, *ranges[shard]) for shard in range(len(ranges)) if shard not in done]
+    # First, because engines that are kept start meanwhile.
+    writers = _user_texts(config, store, folder, round_id) if todo else None
     if round_id == 0:
         stats["items"] = _encode_items(config, store, folder, len(ranges), done)
-    todo = [(shard, *ranges[shard]) for shard in range(len(ranges)) if shard not in done]
-    stats["this_run"] = _encode_users(config, store, folder, round_id, todo, num_users)
+    already = num_users - sum(high - low for _, low, high in todo)
+    if already:
+        say(f"  encode: {already} users kept from an interrupted run")
+    stats["this_run"] = {}
+    if writers:
+        encoders = encoder_pool(
+            config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0
+        )
+        stats["this_run"] = stream_texts("encode", "users", todo, [writers, encoders], num_users, already)
     rows, counts = knowledge_counts(folder)
     _say(counts)
     users, items = counts["user"], counts["item"]
@@ -48,22 +58,10 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     return Outcome(rows_in=num_users, rows_out=rows, stats=stats)
 
 
-def _encode_users(
-    config: Config,
-    store: RunDir,
-    folder: Path,
-    round_id: int,
-    todo: list[tuple[int, int, int]],
-    num_users: int,
-) -> dict[str, Any]:
-    """Write the texts and vectors of these shards; the stats of their engines."""
-    already = num_users - sum(high - low for _, low, high in todo)
-    if already:
-        say(f"  encode: {already} users kept from an interrupted run")
-    if not todo:  # no engine is started
-        return {}
+def _user_texts(config: Config, store: RunDir, folder: Path, round_id: int) -> Pool:
+    """The pool that writes the users' texts."""
     num_valid = config.generate.num_samples if round_id else 1
-    writers = text_pool(
+    return text_pool(
         config,
         store,
         TextSampler,
@@ -74,10 +72,6 @@ def _encode_users(
         samples_per_shard=config.generate.users_per_shard,
         num_samples={"train": 1, "valid": num_valid, "test": 1},
     )
-    encoders = encoder_pool(
-        config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0
-    )
-    return stream_texts("encode", "users", todo, [writers, encoders], num_users, already)
 
 
 def _encode_items(

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,30 @@ _running: dict[str, tuple[Any, list[Any]]] = {}
 
 
 class KeptEngine:
-    """One engine with its watchdog, as an actor of the driver."""
+    """One engine with its watchdog, as an actor of the driver. The engine starts with the first call that needs it."""
 
     def __init__(self, spec: EngineSpec):
-        watchdog = Watchdog(spec.generate.stall_timeout_s)
-        self._generator = VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
-        self._owner, self._lock = "", threading.Lock()
+        self._spec, self._owner = spec, ""
+        self._lock, self._starting = threading.Lock(), threading.Lock()
+
+    @cached_property
+    def _generator(self) -> VLLMGenerator:
+        watchdog = Watchdog(self._spec.generate.stall_timeout_s)
+        return VLLMGenerator(self._spec, alive=watchdog.alive, idle=watchdog.idle)
+
+    @property
+    def _engine(self) -> VLLMGenerator:
+        with self._starting:
+            return self._generator
+
+    def start(self) -> None:
+        """Start the engine if it does not run."""
+        _ = self._engine
 
     def begin_stage(self) -> None:
         """Forget the last stage's owner and stats."""
         self._owner = ""
-        self._generator.reset_stats()
+        self._engine.reset_stats()
 
     def claim(self, owner: str) -> bool:
         """Whether this engine is the owner's now; the same owner may ask again."""
@@ -58,15 +72,15 @@ class KeptEngine:
     ) -> list[Answer]:
         """As `VLLMGenerator.generate`, with these weights."""
         try:
-            self._generator.use(*weights)
-            return self._generator.generate(prompts, seeds, num_samples)
+            self._engine.use(*weights)
+            return self._engine.generate(prompts, seeds, num_samples)
         except EngineDied:
             os._exit(
                 1
             )  # Ray starts the process again; a dead engine in a living process would fail every call
 
     def stats(self) -> EngineStats:
-        return self._generator.stats()
+        return self._engine.stats()
 
 
 class KeptGenerator:
@@ -80,10 +94,11 @@ class KeptGenerator:
         """
         import ray
 
-        mine = [engine for engine in engines if ray.get(engine.claim.remote(owner))][:1]
-        if not mine:
+        # One claim at a time: whoever asks on after it has an engine takes another's.
+        mine = next((engine for engine in engines if ray.get(engine.claim.remote(owner))), None)
+        if mine is None:
             raise RuntimeError(f"none of {len(engines)} engines is free for {owner}")
-        (self._engine,) = mine
+        self._engine = mine
         self._weights, self._last = weights, EngineStats()
 
     def generate(
@@ -112,7 +127,7 @@ class KeptGenerator:
 
 
 def kept_engines(config: Config, spec: EngineSpec, folder: Path) -> list[Any]:
-    """Actors of the run's engines, without owners. They are started if there are none, or none that can serve `spec`.
+    """Actors of the run's engines. They are started if there are none, or none that can serve `spec`; call `begin_stage` next.
 
     Raises:
         UserError: this machine has too few CPUs or GPUs.
@@ -124,9 +139,13 @@ def kept_engines(config: Config, spec: EngineSpec, folder: Path) -> list[Any]:
     known, actors = _running.get(str(folder), (None, []))
     if known != wanted:
         release_engines()
+        # An idle engine holds a GPU, but no CPU: on CPUs the sampling actors hold them while an engine works. Ray places an
+        # actor without num_cpus where a CPU is free, and counts none once it is there.
+        where: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
+        if section.gpus_per_engine:
+            where = {"num_cpus": section.cpus_per_engine, "num_gpus": section.gpus_per_engine}
         actor = ray.remote(KeptEngine).options(
-            num_cpus=section.cpus_per_engine,
-            num_gpus=section.gpus_per_engine,
+            **where,
             max_restarts=MAX_RESTARTS,
             max_task_retries=-1,
             max_concurrency=CALLS_AT_ONCE,
@@ -137,10 +156,19 @@ def kept_engines(config: Config, spec: EngineSpec, folder: Path) -> list[Any]:
         check_room(f"{section.num_engines} engines", num_cpus, num_gpus)
         base = replace(spec, weights=ServedWeights(spec.weights.model))
         actors = [actor.remote(base) for _ in range(section.num_engines)]
+        for one in actors:
+            one.start.remote()  # nobody waits for it yet
         _running[str(folder)] = (wanted, actors)
-        reserve_room(num_cpus, num_gpus)
-    ray.get([one.begin_stage.remote() for one in actors])  # waits until they are ready
+        if num_gpus:
+            reserve_room(num_cpus, num_gpus)
     return actors
+
+
+def begin_stage(engines: Sequence[Any]) -> None:
+    """Wait until these engines are ready, and leave them without an owner."""
+    import ray
+
+    ray.get([engine.begin_stage.remote() for engine in engines])
 
 
 def release_engines() -> None:

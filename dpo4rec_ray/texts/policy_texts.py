@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path, merges_lora, model_identity, policy_weights
-from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines
+from dpo4rec_ray.texts.engines import KeptGenerator, begin_stage, kept_engines
 from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
 from dpo4rec_ray.workers.placement import engine_env
 
@@ -91,10 +92,15 @@ class PolicyTexts(TextWriter):
         spec = engine_spec(config, served_weights(config, store, policy_round))
         arguments = {"spec": spec, "tokenizer": policy_weights(config, store, policy_round).base}
         if section.keep_engines:
-            # The actor itself only makes prompts and writes files.
-            arguments["engines"] = kept_engines(config, spec, store.root)
+            # The actor itself only makes prompts and writes files; on CPUs it holds its engine's share of them.
+            arguments["engines"] = engines = kept_engines(config, spec, store.root)
             return WriterPlacement(
-                open_policy, arguments, num_cpus=0.1, batch=section.max_num_seqs, dies=True
+                open_policy,
+                arguments,
+                num_cpus=0.1 if section.gpus_per_engine else None,
+                batch=section.max_num_seqs,
+                dies=True,
+                prepare=partial(begin_stage, engines),
             )
         return WriterPlacement(
             open_policy,

@@ -149,5 +149,6 @@ def text_pool(
         num_gpus=placement.num_gpus,
         env=placement.env,
         shards_at_once=min(max(shards, 2) + 2, MAX_SHARDS_AT_ONCE) if placement.batch else 1,
+        prepare=placement.prepare,
         max_restarts=-1 if placement.dies else 3,  # -1: `attempts` decides when there were too many
     )

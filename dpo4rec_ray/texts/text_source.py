@@ -70,6 +70,7 @@ class WriterPlacement:
         env: environment variables of the actor.
         batch: samples that the writer works on at the same time. 0: the samples of one shard.
         dies: whether the writer may end the actor's process. The reason is then written to `reason_file`.
+        prepare: called before the actors start.
     """
 
     writer: Callable[..., TextWriter]
@@ -79,6 +80,7 @@ class WriterPlacement:
     env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
     batch: int = 0
     dies: bool = False
+    prepare: Callable[[], None] | None = None
 
 
 def catalogue(store: RunDir) -> pa.Table:

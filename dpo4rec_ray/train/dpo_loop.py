@@ -18,12 +18,13 @@ from dpo4rec_ray.policy.objectives import Metrics
 from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths, with_reference
 from dpo4rec_ray.policy.trainer import LOWER_LR, Trainer
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.policies import merges_lora
 from dpo4rec_ray.train.heldout import HELDOUT, HeldoutEvaluations
 from dpo4rec_ray.train.reference_logps import read_reference
 from dpo4rec_ray.train.resumable import Observer, quiet_deepspeed, run_resumable
 from dpo4rec_ray.train.state import update_state
 
-LORA, FULL = "lora", "full"  # folders of the saved weights
+LORA, FULL, MERGED = "lora", "full", "merged"  # folders of the saved weights
 WARNINGS = "warnings"  # key of a step's warnings in its line of metrics.jsonl
 # How far a text's log-ratio may be from 0 before training, in nats. It is rounding: sums over hundreds of tokens, in batches
 # of another shape. Times beta it is how far the first loss may be from ln 2.
@@ -63,6 +64,7 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     from ray import train
 
     from dpo4rec_ray.policy.logps import check_grouped
+    from dpo4rec_ray.policy.model import save_merged
     from dpo4rec_ray.policy.objectives import DPOObjective
     from dpo4rec_ray.policy.reference_scorer import batch_layout
 
@@ -101,6 +103,9 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
         expect_first_loss=(math.log(2), noise) if exact else None,
     )
     if rank == 0:
+        if section.tuning == "lora" and merges_lora(task.config):
+            # Here, as this process has imported all that it takes.
+            save_merged(task.base, str(task.folder / LORA), task.folder / MERGED, dtype)
         result = {
             "pairs": counts,
             "max_length": max_length,

@@ -34,6 +34,7 @@ class Pool:
         size: number of actors.
         shards_at_once: calls that an actor works on at the same time, each in a thread of its own.
         max_restarts: of an actor. -1: the worker itself says when it has died too often.
+        prepare: called before the actors start.
     """
 
     worker: type[Callable[[Row], Row]]
@@ -44,6 +45,7 @@ class Pool:
     env: dict[str, str] = field(default_factory=lambda: WORKER_ENV)
     shards_at_once: int = 1
     max_restarts: int = MAX_RESTARTS
+    prepare: Callable[[], None] | None = None
 
 
 def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
@@ -130,6 +132,9 @@ def run_shards(
             )
     done = already
     with progress:
+        for pool in pools:
+            if pool.prepare:
+                pool.prepare()
         for row in dataset.iter_rows():
             done += row["users"]
             progress.at(done, extra(row) if extra else "")

@@ -11,7 +11,7 @@ from dpo4rec_ray.config import load_config
 from dpo4rec_ray.knowledge.engine_loop import EngineDied
 from dpo4rec_ray.knowledge.engine_spec import ServedWeights
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.texts.engines import KeptGenerator, kept_engines, release_engines
+from dpo4rec_ray.texts.engines import KeptGenerator, begin_stage, kept_engines, release_engines
 from dpo4rec_ray.texts.policy_texts import engine_spec, served_weights
 from tests.conftest import DEMO, ROOT, TINY, Finished, run_job
 
@@ -36,6 +36,20 @@ def local_ray() -> Iterator[None]:
     yield
     release_engines()
     ray.shutdown()
+
+
+class Spare:
+    """An engine's actor that only notes whether anyone asked for it."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def claim(self, owner: str) -> bool:
+        self._asked = True
+        return True
+
+    def asked(self) -> bool:
+        return self._asked
 
 
 def other_policy(folder: Path) -> str:
@@ -69,15 +83,21 @@ def test_a_warm_engine_switches_and_a_killed_one_comes_back(local_ray: None, tmp
         return KeptGenerator(engines, ServedWeights(model), owner)
 
     engines = kept_engines(config, spec, store.root)
+    begin_stage(engines)
     base = texts(kept(base_model))
     assert kept(base_model).stats().samples == 4
     assert kept_engines(config, spec, store.root) == engines
+    begin_stage(engines)
     assert kept(base_model).stats().samples == 0, "every stage has its own figures"
     changed = texts(kept(other))
     assert changed != base
     assert texts(kept(base_model)) == base
     with pytest.raises(RuntimeError, match="none of 1 engines is free for another"):
         kept(base_model, owner="another")
+    begin_stage(engines)
+    spare = ray.remote(num_cpus=0)(Spare).remote()
+    KeptGenerator([*engines, spare], ServedWeights(base_model), "stage")
+    assert not ray.get(spare.asked.remote()), "one engine each: the next one is another owner's"
 
     generator = kept(other)
     ray.kill(engines[0], no_restart=False)

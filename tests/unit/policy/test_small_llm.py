@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dpo4rec_ray.config.training import BootstrapSection
+from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.policy.small_llm import (
     ASSISTANT,
     BOS,
@@ -35,6 +39,21 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def test_loading_it_imports_no_model_and_gives_the_same_tokenizer(folder, tokenizer):
+    script = (
+        "import sys; from dpo4rec_ray.policy.model import load_tokenizer\n"
+        "print(load_tokenizer(sys.argv[1]).encode(sys.argv[2]), 'transformers.models.auto' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, folder, PROMPT], capture_output=True, text=True)
+    assert done.stdout.strip() == f"{tokenizer.encode(PROMPT)} False", done.stderr
+    mine = load_tokenizer(str(folder))
+    assert type(mine) is type(tokenizer)
+    assert (
+        mine.chat_template == tokenizer.chat_template
+        and mine.special_tokens_map == tokenizer.special_tokens_map
+    )
 
 
 @pytest.mark.parametrize("word", ["Silent", "Harbor", "Sci-Fi", "Children's", "1980s", "Okafor", "Judging"])
