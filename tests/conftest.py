@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -21,6 +24,8 @@ settings.load_profile("fixed")
 
 pytest_plugins = ["tests.serving_world"]  # fixtures of the tests that serve
 
+# Tiny tensors on two cores: a second thread only waits, and with other work on the machine a test takes ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
     "HF_HUB_DISABLE_TELEMETRY", "1"
 )  # TRL's trainer, the peer, would report each of its runs
@@ -38,6 +43,7 @@ TINY = [
     "evaluate.num_seeds=2",
     "evaluate.num_resamples=200",
 ]
+AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")  # beginnings: the kernel cuts names short, psutil may not
 ENGINES = {"vllm", "deepspeed", "ray"}
 
 
@@ -70,6 +76,32 @@ def run_job(folder: Path, *arguments: str, timeout: int = 500) -> Finished:
         timeout=timeout,
     )
     return Finished(folder / "run", done.returncode, done.stdout, done.stderr)
+
+
+def kill_driver(process: subprocess.Popen[Any]) -> None:
+    """Kill a job's driver and wait until its workers have ended by themselves.
+
+    Ray's two agents may outlive their raylet; they hold nothing of ours and are killed.
+    """
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    agents = [child for child in children if still_runs(child) and child.name().startswith(AGENTS)]
+    workers = [child for child in children if child not in agents]
+    deadline = time.monotonic() + 60
+    while (alive := [child for child in workers if still_runs(child)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for child in [*agents, *alive]:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    assert not alive, f"still there a minute after the driver's death: {alive}"
+
+
+def still_runs(process: psutil.Process) -> bool:
+    """A zombie is dead; it waits for a parent that may never ask."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.fixture(scope="session")

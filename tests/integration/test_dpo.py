@@ -25,7 +25,7 @@ from dpo4rec_ray.policy.rows import ArrowRows
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.train.state import read_state
-from tests.conftest import DEMO, ROOT, TINY, Finished, command, run_job
+from tests.conftest import DEMO, ROOT, TINY, Finished, command, kill_driver, run_job
 
 pytestmark = pytest.mark.ray
 
@@ -279,10 +279,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
         worker.send_signal(signal.SIGKILL)
     wait_for(process, lambda: continued_after(tmp_path) != [])
     wait_for_steps(process, tmp_path, steps_done(tmp_path) + 2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    psutil.wait_procs(children, timeout=60)
+    kill_driver(process)
     done = run_job(tmp_path, DEMO, *TINY, *SMALL, *ONE, *STEP)
     assert done.code == 0, done.stderr
     continued = stats(done)["continued_after"]

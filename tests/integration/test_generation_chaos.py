@@ -26,6 +26,7 @@ RECIPE = [
     DEMO,
     "generate.users_per_shard=4",
     "generate.num_engines=1",
+    "generate.keep_engines=false",
     "generate.max_num_seqs=64",  # a slow engine, so that there is time to kill it
     f"generate.num_samples={NUM_SAMPLES}",
     "generate.stall_timeout_s=10",

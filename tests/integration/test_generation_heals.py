@@ -21,6 +21,7 @@ RECIPE = [
     "generate.num_samples=3",
     "generate.users_per_shard=8",
     "generate.num_engines=2",
+    "generate.keep_engines=false",
     "generate.stall_timeout_s=6",
     'generate.engine_args={logits_processors = ["tests.integration.poison:Poison"]}',
 ]

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dpo4rec_ray.store.artifacts import RunDir
-from tests.conftest import DEMO, ROOT, TINY, command, run_job
+from tests.conftest import DEMO, ROOT, TINY, command, kill_driver, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
-AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")  # beginnings: the kernel cuts names short, psutil may not
-RECIPE = [DEMO, *TINY, "generate.num_samples=10", "generate.users_per_shard=3", "generate.num_engines=1"]
+RECIPE = [
+    DEMO,
+    *TINY,
+    "generate.num_samples=10",
+    "generate.users_per_shard=3",
+    "generate.num_engines=1",
+    "generate.keep_engines=false",
+]
 
 
 def kill_when(folder: Path, arguments: list[str], ready: Path, pattern: str) -> None:
@@ -38,26 +41,7 @@ def kill_when(folder: Path, arguments: list[str], ready: Path, pattern: str) -> 
         )
         assert time.monotonic() < deadline, f"no {pattern} in {ready}"
         time.sleep(0.02)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    # The workers notice by themselves. Ray's two agents may outlive their raylet; they hold nothing of ours.
-    agents = [child for child in children if still_runs(child) and child.name().startswith(AGENTS)]
-    workers = [child for child in children if child not in agents]
-    deadline = time.monotonic() + 60
-    while (alive := [child for child in workers if still_runs(child)]) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for child in [*agents, *alive]:
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    assert not alive, f"still there a minute after the driver's death: {alive}"
-
-
-def still_runs(process: psutil.Process) -> bool:
-    """A zombie is dead; it waits for a parent that may never ask."""
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+    kill_driver(process)
 
 
 def test_generate_killed(tmp_path: Path) -> None:
