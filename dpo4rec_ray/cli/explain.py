@@ -63,16 +63,12 @@ def _readable(found: Sequence[Key]) -> str:
     for key in found:
         if key.section != section:
             section = key.section
-            lines += [
-                "",
-                f"[{section}]",
-                *textwrap.wrap(reference.about(section), width, initial_indent="# ", subsequent_indent="# "),
-            ]
+            lines += ["", f"[{section}]", *_wrapped(reference.about(section), "# ", width)]
         kept = "" if key.changes_results else " A change of it keeps complete stages."
         text = f"({reference.described(key)}) {key.meaning}{kept}"
-        lines += [
-            "",
-            f"{key.name} = {key.default}",
-            *textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    "),
-        ]
+        lines += ["", f"{key.name} = {key.default}", *_wrapped(text, "    ", width)]
     return "\n".join(lines[1:])
+
+
+def _wrapped(text: str, indent: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)

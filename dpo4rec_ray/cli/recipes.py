@@ -6,6 +6,7 @@ import argparse
 
 from dpo4rec_ray.cli import session
 from dpo4rec_ray.cli.arguments import Formatter, examples
+from dpo4rec_ray.errors import UserError, nearest
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +38,8 @@ def show(options: argparse.Namespace) -> int:
     from dpo4rec_ray.config import bundled_recipes as bundled
 
     if options.action == "show":
+        if options.name not in bundled.names():
+            raise UserError(f"no bundled recipe {options.name!r}{nearest(options.name, bundled.names())}")
         print(bundled.recipe_file(options.name).read_text(encoding="utf-8"), end="")
         return 0
     width = max(map(len, bundled.names()))

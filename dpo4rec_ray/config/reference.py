@@ -24,6 +24,7 @@ KINDS: dict[Any, str] = {
     str: "text",
     Any: "anything",
 }
+NUMBERS = (KINDS[int], KINDS[float])
 # Unit -> what the name of a key, or the meaning of a number, looks like. The first that fits is taken.
 UNITS = {
     "seconds": r"_s$|^Seconds ",
@@ -120,13 +121,12 @@ def _all_keys() -> Iterator[Key]:
     for section, kind in sections().items():
         for name, field in kind.model_fields.items():
             meaning = " ".join((field.description or "").split())
-            number = field.annotation in (int, float)
             yield Key(
                 section=section,
                 name=name,
                 kind=_kind(field),
                 default=_toml(field.get_default(call_default_factory=True)),
-                unit=_unit(name, meaning) if number else "",
+                unit=_unit(name, meaning) if _in_words(field.annotation) in NUMBERS else "",
                 meaning=meaning,
                 changes_results=name not in kind.placement,
             )
