@@ -16,6 +16,7 @@ import pytest
 
 import dpo4rec_ray
 from dpo4rec_ray.config import bundled_recipes
+from dpo4rec_ray.store import versions
 from tests.conftest import ROOT
 
 SOURCES = ("dpo4rec_ray", "pyproject.toml", "README.md", "LICENSE")
@@ -94,12 +95,22 @@ def test_commands_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     assert Path(where.strip()).is_relative_to(installed.parent)
     listed = run([installed / "dpo4rec", "recipes", "list"], tmp_path)
     assert [line.split()[0] for line in listed.splitlines()] == bundled_recipes.names()
-    versions = run([installed / "dpo4rec", "version"], tmp_path)
-    assert versions.split()[:2] == ["dpo4rec-ray", dpo4rec_ray.__version__]
+    printed = run([installed / "dpo4rec", "version"], tmp_path)
+    assert printed.split()[:2] == ["dpo4rec-ray", dpo4rec_ray.__version__]
     assert "prepare(0)      would run: not there yet" in run(
         [installed / "dpo4rec", "run", "demo", "--dry-run"], tmp_path
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commit_of_another_checkout_is_not_taken_for_ours(installed: Path, tmp_path: Path) -> None:
+    """As where a project keeps its environment inside its own checkout."""
+    git = ["git", "-C", installed.parent, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    script = "from dpo4rec_ray.store import versions; print(repr(versions.commit()))"
+    assert run([installed / "python", "-c", script], tmp_path) == "''\n"
+    assert len(versions.commit()) == 40 or not (ROOT / ".git").exists()
 
 
 @pytest.mark.ray

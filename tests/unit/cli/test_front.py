@@ -89,6 +89,10 @@ def test_no_argument_is_help() -> None:
         (["config", "data.usr_core"], "error: data.usr_core: [data] has no key 'usr_core'; did you mean 'user_core'?"),
         (["config", "data."], "error: data.: [data] has no key ''; known: dataset, "),
         (["config", ".seed"], "error: .seed: a recipe has no section ''; known: run, "),
+        (["sample", "x", "dpo.lr=1"], "error: 'dpo.lr=1': only sample.key=value and run.seed=N can be set here"),
+        (["sample", "/proc/x"], "error: /proc/x: cannot be written to (No such file or directory); name another folder"),
+        (["sample", "pyproject.toml"], "error: pyproject.toml: cannot be written to (File exists); name another folder"),
+        (["run", "demo", "data.user_core=abc"], "error: recipe demo: data.user_core = 'abc': "),
         (["sample", "x", "sample.num_users=1"], "error: the defaults: sample.num_users = 1: "),
     ],
 )  # fmt: skip
@@ -97,6 +101,13 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(words)
+
+
+def test_only_what_is_missing_is_asked_for() -> None:
+    assert (
+        dpo4rec("run").stderr.splitlines()[-1]
+        == "dpo4rec run: error: the following arguments are required: RECIPE"
+    )
 
 
 @pytest.mark.parametrize(
