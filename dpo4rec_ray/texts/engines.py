@@ -21,6 +21,8 @@ from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.watchdog import Watchdog
+from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.phases import READY, phase, starting
 from dpo4rec_ray.workers.placement import check_room, engine_env, release_room, reserve_room
 
 CALLS_AT_ONCE = 32  # threads of an engine's actor: running calls, claims and stats
@@ -30,12 +32,22 @@ MAX_RESTARTS = 50  # of one engine in a run
 _running: dict[str, tuple[Any, list[Any]]] = {}
 
 
+def start_engine(spec: EngineSpec, reason_file: Path | None = None) -> VLLMGenerator:
+    """An engine in this process with a watchdog beside it, which writes into `reason_file` why it ends the process."""
+    watchdog = Watchdog(spec.generate.stall_timeout_s, reason_file)
+    phase("importing vLLM")
+    import vllm  # noqa: F401
+
+    phase(f"loading {Path(spec.weights.model).name}")
+    return VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
+
+
 class KeptEngine:
     """One engine with its watchdog, as an actor of the driver."""
 
     def __init__(self, spec: EngineSpec):
-        watchdog = Watchdog(spec.generate.stall_timeout_s)
-        self._generator = VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
+        self._generator = start_engine(spec)
+        phase(READY)
         self._owner, self._lock = "", threading.Lock()
 
     def begin_stage(self) -> None:
@@ -121,6 +133,8 @@ def kept_engines(config: Config, spec: EngineSpec, folder: Path) -> list[Any]:
 
     section = spec.generate
     wanted = (spec.fixed, section.num_engines)
+    progress = Progress("engines", section.num_engines, "engines")
+    progress.starting = starting(section.num_engines, section.cpus_per_engine, section.gpus_per_engine)
     known, actors = _running.get(str(folder), (None, []))
     if known != wanted:
         release_engines()
@@ -139,7 +153,8 @@ def kept_engines(config: Config, spec: EngineSpec, folder: Path) -> list[Any]:
         actors = [actor.remote(base) for _ in range(section.num_engines)]
         _running[str(folder)] = (wanted, actors)
         reserve_room(num_cpus, num_gpus)
-    ray.get([one.begin_stage.remote() for one in actors])  # waits until they are ready
+    with progress:
+        ray.get([one.begin_stage.remote() for one in actors])  # waits until they are ready
     return actors
 
 
