@@ -30,7 +30,7 @@ MISTAKES = {
     r"Could not find any running Ray instance": (
         "RAY_ADDRESS names no Ray that runs; start one (ray start --head), or unset it to run on this machine alone"
     ),
-    r"AuthenticationError|authentication token|AuthToken|Unauthenticated": f"the cluster wants a token; {_TOKEN}",
+    r"AuthenticationError|authentication token|AuthToken|Unauthenticated": f"the cluster wants a token, and not what this job has; {_TOKEN}",
     r"exceeds /dev/shm size": "Ray's object store does not fit into /dev/shm; enlarge it (docker run --shm-size=2g)",
     r"No module named '?(dpo4rec_ray\b[\w.]*)": (
         "a node of the cluster has no {0}; install this version of the package on every node, or submit with "
@@ -77,10 +77,10 @@ MISTAKES = {
         "the LLM is quantized with {1}, which cannot run in llm.dtype ({0}), only in {2}; change llm.dtype, or set llm.path to "
         "weights that are not quantized"
     ),
-    r"There is no module or parameter named '(\S+?)' in (\w+)": (
-        "the LLM's weights do not belong to its config.json: {1} has no {0}; download the folder again"
-    ),
     r"SafetensorError: (.*)": "a *.safetensors file of the LLM or encoder is damaged ({0}); download it again",
+    r"vllm/[\s\S]*, in load_model\n[\s\S]*\n((?:\w+\.)*\w+Error\b.*)|(RuntimeError: .*ignore_mismatched_sizes)": (
+        "the LLM's weights do not fit its config.json ({0}); download the folder again, or set llm.path to another model"
+    ),
 }
 
 

@@ -24,6 +24,8 @@ WORK_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# One try to reach a cluster's head takes half a minute; a wrong token would be tried twenty times.
+JOIN_ENV = {"RAY_gcs_server_port_wait_time_s": "1"}
 QUIET_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -118,6 +120,8 @@ def start_ray(verbose: bool) -> None:
     own = {"address": "local", "include_dashboard": False, "object_store_memory": 512 * 2**20}
     level = logging.INFO if verbose else logging.ERROR
     _check_address(os.environ.get("RAY_ADDRESS", ""))
+    if joined_cluster():
+        set_defaults(JOIN_ENV)
     try:
         ray.init(log_to_driver=verbose, logging_level=level, **({} if joined_cluster() else own))
     except Exception as error:  # nothing of ours has run yet
