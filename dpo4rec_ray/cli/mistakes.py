@@ -15,7 +15,6 @@ DISK_IS_FULL = "no space left on the disk of the run folder; free some or change
 _OUT_OF_MEMORY = "lower generate.kv_cache_gib, the number of engines and workers or dpo.batch_size, or take a larger machine"
 _GPU_MEMORY = "lower generate.gpu_memory_utilization, or end what else is on the GPU (nvidia-smi)"
 _OTHER_LLM = "set llm.path to another one, or update the environment"
-_TOKEN = "set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
 
 # What an error's text holds -> what it becomes; {0} is its first group. The first that fits counts.
 MISTAKES = {
@@ -30,7 +29,10 @@ MISTAKES = {
     r"Could not find any running Ray instance": (
         "RAY_ADDRESS names no Ray that runs; start one (ray start --head), or unset it to run on this machine alone"
     ),
-    r"AuthenticationError|authentication token|AuthToken|Unauthenticated": f"the cluster wants a token, and not what this job has; {_TOKEN}",
+    r"AuthenticationError|authentication token|AuthToken|Unauthenticated": (
+        "the cluster wants a token, and not what this job has; set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN (or "
+        "RAY_AUTH_TOKEN_PATH)"
+    ),
     r"exceeds /dev/shm size": "Ray's object store does not fit into /dev/shm; enlarge it (docker run --shm-size=2g)",
     r"No module named '?(dpo4rec_ray\b[\w.]*)": (
         "a node of the cluster has no {0}; install this version of the package on every node, or submit with "
@@ -60,7 +62,7 @@ MISTAKES = {
         f"this machine is out of memory; {_OUT_OF_MEMORY}"
     ),
     # devices
-    r"Failed to infer device type|Found no NVIDIA driver|No CUDA GPUs are available|NVMLError|CUDA driver version": (
+    r"Failed to infer device type|Torch not compiled with CUDA|Found no NVIDIA driver|No CUDA GPUs|NVMLError|CUDA driver": (
         "a worker found no GPU that it can use; look at nvidia-smi there (driver, container), or set gpus_per_* = 0"
     ),
     # the LLM
