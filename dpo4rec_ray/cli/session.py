@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo4rec_ray.cli.mistakes import user_mistake
 from dpo4rec_ray.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -25,7 +26,13 @@ WORK_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-QUIET_ENV = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+# One try to reach a cluster's head takes half a minute; a wrong token would be tried twenty times.
+JOIN_ENV = {"RAY_gcs_server_port_wait_time_s": "1"}
+QUIET_ENV = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+}
 
 
 def set_defaults(env: Mapping[str, str]) -> None:
@@ -121,43 +128,29 @@ def start_ray(verbose: bool) -> None:
         return
     own = {"address": "local", "include_dashboard": False, "object_store_memory": 512 * 2**20}
     level = logging.INFO if verbose else logging.ERROR
-    ray.init(log_to_driver=verbose, logging_level=level, **({} if joined_cluster() else own))
+    _check_address(os.environ.get("RAY_ADDRESS", ""))
+    if joined_cluster():
+        set_defaults(JOIN_ENV)
+    try:
+        ray.init(log_to_driver=verbose, logging_level=level, **({} if joined_cluster() else own))
+    except Exception as error:  # nothing of ours has run yet
+        reason = user_mistake(error) or f"Ray could not be started or joined: {first_line(error)}"
+        raise UserError(f"{reason} (--verbose shows more)") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not verbose:
         for name in ("ray", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def user_mistake(error: BaseException) -> str | None:
-    """The user's mistake inside an exception from the driver or a worker, or None when it is ours."""
-    for inner in chain(error):
-        if type(inner) is UserError:  # Ray's wrappers of one are instances too; their text is the traceback
-            return first_line(inner)  # Ray Data adds advice of its own below
-        if _disk_is_full(inner):
-            return "no space left on the disk of the run folder; free some or change run.root, then run again"
-        if isinstance(inner, PermissionError):
-            return f"{inner.filename}: not allowed to write here; set run.root to a folder of yours"
-    return None
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """By number, or by text: errors from workers and from safetensors reach us without the number."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(words in str(error) for words in ("[Errno 28]", "os error 28", "No space left on device"))
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what caused it, through Ray's own wrappers."""
-    seen: set[int] = set()
-    todo = [error]
-    while todo:
-        inner = todo.pop(0)
-        if inner is None or id(inner) in seen:
-            continue
-        seen.add(id(inner))
-        yield inner
-        failures = getattr(inner, "worker_failures", None)
-        todo += list(failures.values()) if isinstance(failures, dict) else []
-        todo += [getattr(inner, name, None) for name in ("cause", "_base_exc", "__cause__", "__context__")]
-        todo = [item for item in todo if item is None or isinstance(item, BaseException)]
+def _check_address(address: str) -> None:
+    """Ray itself waits for minutes for a cluster that is gone, and then ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # also "auto" and "local"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS = {address!r}: no Ray answers there ({error}); correct it, start the cluster (ray start --head), or "
+            "unset RAY_ADDRESS to run on this machine alone"
+        ) from None

@@ -83,9 +83,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return _tokenizer_class(path).from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         reason = first_line(error)[:160]
-        raise UserError(
-            f"llm.path {path}: no tokenizer could be loaded ({reason}); the folder needs tokenizer.json beside config.json"
-        ) from None
+        if Path(path).is_dir():
+            hint = "the folder needs tokenizer.json beside config.json"
+        else:
+            hint = (
+                "is this a folder here, or a hub name that this machine can reach or has in its cache (HF_HOME)? A gated "
+                "model needs HF_TOKEN"
+            )
+        raise UserError(f"llm.path {path}: no tokenizer could be loaded ({reason}); {hint}") from None
 
 
 def _tokenizer_class(path: str) -> Any:

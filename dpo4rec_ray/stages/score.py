@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.evaluation.reward_diagnosis import reward_diagnosis
-from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
 from dpo4rec_ray.store.artifacts import RunDir, part_file
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
-from dpo4rec_ray.texts.vectors import encoder_pool
+from dpo4rec_ray.texts.vectors import encoder_pool, open_encoder
+from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
 
 
@@ -74,7 +74,7 @@ class ShardEncoder:
     """Reads one part of `generations` and encodes its texts."""
 
     def __init__(self, encoder: EncoderSection, folder: str):
-        self._encoder = TextEncoder(encoder)
+        self._encoder = open_encoder(encoder)
         self._folder = folder
 
     def __call__(self, row: Row) -> Row:
@@ -94,7 +94,9 @@ class ShardScorer:
 
     def __init__(self, config: Config, store: RunDir, round_id: int):
         self._metrics = metric_names(config)
+        phase("loading the rerankers")
         self._scorer = sample_scorer(config, store, self._metrics)
+        phase(READY)
         self._store, self._round = store, round_id
 
     def __call__(self, row: Row) -> Row:

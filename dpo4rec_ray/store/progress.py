@@ -1,37 +1,66 @@
-"""Lines on the terminal: single ones, and a line every few seconds while work is done."""
+"""What the person at the terminal sees: single lines, and a bar while work is done; without a terminal, a line now and then."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
 
 EVERY_S = 5.0  # between two lines of a Progress
+BAR_WIDTH = 24
+_bars: list[Live] = []  # those on the terminal now
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+    """One line for the person at the terminal; above the bar, where there is one."""
+    line = f"[{time.strftime('%H:%M:%S')}] {text}"
+    if not _bars:
+        return print(line, flush=True)
+    from rich.text import Text
+
+    _bars[-1].console.print(Text(line), soft_wrap=True)
+
+
+def draws_bars() -> bool:
+    """Whether standard output is a terminal that can take back what was printed; CI's are not read live."""
+    able = os.environ.get("TERM") not in ("dumb", "unknown")
+    return sys.stdout.isatty() and able and not os.environ.get("CI")
 
 
 class Progress:
-    """A line every few seconds while it is open: done of total, rate, time left; before that, for how long it starts."""
+    """While it is open: done of total, rate and time left; before the first result, for how long the workers start.
+
+    On a terminal a bar, which goes when it is closed; elsewhere a line every few seconds.
+    """
 
     def __init__(self, label: str, total: int, unit: str, *, already: int = 0):
-        """`already` units were done by an earlier run: they count as done, but not in the rate. total 0: not known."""
+        """`already` units were done by an earlier run: they count as done, but not in the rate. total 0: not known.
+
+        `starting` may be set to what tells why there is no result yet; it is called often, and not after the first one.
+        """
         self._label, self._total, self._unit = label, total, unit
         self._done, self._extra = already, ""
         self._opened = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first result came: workers start up before it
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._display: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        self.starting: Callable[[], str] = lambda: ""
 
     def __enter__(self) -> Progress:
-        self._thread.start()
+        self._display = self._bar() if draws_bars() else self._lines()
+        self._display.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._display.__exit__(None, None, None)
 
     def at(self, done: int, extra: str = "", *, total: int | None = None) -> None:
         """`done` units are complete; `total` where it was not known before."""
@@ -40,19 +69,66 @@ class Progress:
             self._first = (time.monotonic(), done)
         self._done, self._extra = done, extra
 
-    def _tick(self) -> None:
-        while not self._stop.wait(EVERY_S):
-            if self._first is None or self._done < self._total or not self._total:
-                say(f"  {self._label}: {self._line()}")
+    @contextlib.contextmanager
+    def _lines(self) -> Iterator[None]:
+        stop = threading.Event()
 
-    def _line(self) -> str:
+        def tick() -> None:
+            while not stop.wait(EVERY_S):
+                if self._first is None or self._done < self._total or not self._total:
+                    say(f"  {self._label}: {self._line(', ', ', ')}")
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    @contextlib.contextmanager
+    def _bar(self) -> Iterator[None]:
+        from rich.console import Console
+        from rich.live import Live
+
+        live = Live(
+            console=_bars[-1].console if _bars else Console(),
+            get_renderable=self._row,
+            transient=True,
+            redirect_stderr=sys.stderr.isatty(),  # otherwise errors in a file would go to the terminal
+        )
+        with live:
+            live.console.show_cursor()  # rich hides it, and a killed process could not show it again
+            _bars.append(live)
+            try:
+                yield
+            finally:
+                _bars.remove(live)
+
+    def _row(self) -> Table:
+        """Label, bar and numbers; what does not fit into one line is cut off."""
+        from rich.markup import escape
+        from rich.progress_bar import ProgressBar
+        from rich.table import Column, Table
+
+        open_end = self._first is None or not self._total
+        bar = ProgressBar(None if open_end else self._total, self._done, width=BAR_WIDTH)
+        cut = {"no_wrap": True, "overflow": "ellipsis"}
+        row = Table.grid(Column(no_wrap=True), Column(min_width=BAR_WIDTH), Column(**cut), padding=(0, 1))
+        row.add_row(f"  {escape(self._label)}", bar, escape(self._line("  ", " · ")))
+        return row
+
+    def _line(self, gap: str, before_extra: str) -> str:
         now = time.monotonic()
         if self._first is None:
-            return f"workers are starting, {now - self._opened:.0f} s"
+            waits = self.starting()
+            return f"workers are starting, {now - self._opened:.0f} s" + (f": {waits}" if waits else "")
         since, base = self._first
-        line = f"{self._done}/{self._total} {self._unit}" if self._total else f"{self._done:,} {self._unit}"
+        of = f"/{self._total:,}" if self._total else ""
+        numbers = [f"{self._done:,}{of} {self._unit}"]
         if self._done > base:
             rate = (self._done - base) / (now - since)
-            line += f", {rate:.1f}/s"
-            line += f", {(self._total - self._done) / rate:.0f} s left" if self._total else ""
-        return f"{line}, {self._extra}" if self._extra else line
+            numbers.append(f"{rate:,.1f}/s")
+            if self._total:
+                numbers.append(f"{timedelta(seconds=round((self._total - self._done) / rate))} left")
+        return gap.join(numbers) + (f"{before_extra}{self._extra}" if self._extra else "")

@@ -22,6 +22,8 @@ from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.watchdog import Watchdog
+from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.phases import READY, phase, starting
 from dpo4rec_ray.workers.placement import check_room, engine_env, release_room, reserve_room
 
 CALLS_AT_ONCE = 32  # threads of an engine's actor: running calls, claims and stats
@@ -29,6 +31,16 @@ MAX_RESTARTS = 50  # of one engine in a run
 
 # Run folder -> what its engines cannot change, and their actors.
 _running: dict[str, tuple[Any, list[Any]]] = {}
+
+
+def start_engine(spec: EngineSpec, reason_file: Path | None = None) -> VLLMGenerator:
+    """An engine in this process with a watchdog beside it, which writes into `reason_file` why it ends the process."""
+    watchdog = Watchdog(spec.generate.stall_timeout_s, reason_file)
+    phase("importing vLLM")
+    import vllm  # noqa: F401
+
+    phase(f"loading {Path(spec.weights.model).name}")
+    return VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
 
 
 class KeptEngine:
@@ -40,8 +52,9 @@ class KeptEngine:
 
     @cached_property
     def _generator(self) -> VLLMGenerator:
-        watchdog = Watchdog(self._spec.generate.stall_timeout_s)
-        return VLLMGenerator(self._spec, alive=watchdog.alive, idle=watchdog.idle)
+        generator = start_engine(self._spec)
+        phase(READY)
+        return generator
 
     @property
     def _engine(self) -> VLLMGenerator:
@@ -168,7 +181,10 @@ def begin_stage(engines: Sequence[Any]) -> None:
     """Wait until these engines are ready, and leave them without an owner."""
     import ray
 
-    ray.get([engine.begin_stage.remote() for engine in engines])
+    progress = Progress("engines", len(engines), "engines")
+    progress.starting = starting(len(engines))
+    with progress:
+        ray.get([engine.begin_stage.remote() for engine in engines])
 
 
 def release_engines() -> None:

@@ -17,11 +17,10 @@ from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.structured import json_schema
-from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path, merges_lora, model_identity, policy_weights
-from dpo4rec_ray.texts.engines import KeptGenerator, begin_stage, kept_engines
+from dpo4rec_ray.texts.engines import KeptGenerator, begin_stage, kept_engines, start_engine
 from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
 from dpo4rec_ray.workers.placement import engine_env
 
@@ -66,8 +65,7 @@ def open_policy(
         owner = ray.get_runtime_context().get_actor_id() or "driver"  # the same after a restart
         generator: VLLMGenerator | KeptGenerator = KeptGenerator(engines, spec.weights, owner)
     else:
-        watchdog = Watchdog(config.generate.stall_timeout_s, reason_file)
-        generator = VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
+        generator = start_engine(spec, reason_file)
     return PolicyTexts(prompts, generator, reason_file)
 
 

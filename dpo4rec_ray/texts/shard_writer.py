@@ -23,6 +23,7 @@ from dpo4rec_ray.store.artifacts import RunDir, part_file, write_part
 from dpo4rec_ray.texts.attempts import Attempt, Start, reason_file
 from dpo4rec_ray.texts.gauges import Gauges
 from dpo4rec_ray.texts.text_source import Row, WriterPlacement
+from dpo4rec_ray.workers.phases import FIRST_WORK, phase
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class ShardWriter:
             self._writer = placement.writer(job.config, job.store, **arguments)
         self._write = self._writer.users if subject == "user" else self._writer.items
         self._gauges = Gauges(self._engine)
+        phase(FIRST_WORK)
 
     def write(
         self, shard: int, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]

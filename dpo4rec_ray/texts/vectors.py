@@ -13,6 +13,7 @@ from dpo4rec_ray.knowledge.encoder import TextEncoder
 from dpo4rec_ray.knowledge.prompts import item_text
 from dpo4rec_ray.store.artifacts import RunDir, write_part
 from dpo4rec_ray.texts.throughput import COUNTS
+from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.shards import Pool, Row
 
 
@@ -34,12 +35,20 @@ class ItemTexts:
         }
 
 
+def open_encoder(section: EncoderSection) -> TextEncoder:
+    """The encoder of this worker."""
+    phase("loading the text encoder")
+    encoder = TextEncoder(section)
+    phase(READY)
+    return encoder
+
+
 class VectorWriter:
     """Encodes a shard's texts and commits them as one part of `knowledge`."""
 
     def __init__(self, encoder: EncoderSection, folder: str, round_id: int, subject: str, first_part: int):
         """subject: "user" or "item"; first_part: number of the part that shard 0 becomes."""
-        self._encoder = TextEncoder(encoder)
+        self._encoder = open_encoder(encoder)
         self._folder, self._round, self._subject, self._first_part = folder, round_id, subject, first_part
 
     def __call__(self, row: Row) -> Row:

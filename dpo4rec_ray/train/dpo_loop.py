@@ -23,6 +23,7 @@ from dpo4rec_ray.train.heldout import HELDOUT, HeldoutEvaluations
 from dpo4rec_ray.train.reference_logps import read_reference
 from dpo4rec_ray.train.resumable import Observer, quiet_deepspeed, run_resumable
 from dpo4rec_ray.train.state import update_state
+from dpo4rec_ray.workers.phases import FIRST_WORK, phase
 
 LORA, FULL, MERGED = "lora", "full", "merged"  # folders of the saved weights
 WARNINGS = "warnings"  # key of a step's warnings in its line of metrics.jsonl
@@ -63,6 +64,7 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     """Train, and write what the training came to into the state."""
     from ray import train
 
+    phase("importing DeepSpeed")
     from dpo4rec_ray.policy.logps import check_grouped
     from dpo4rec_ray.policy.model import save_merged
     from dpo4rec_ray.policy.objectives import DPOObjective
@@ -77,6 +79,7 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     del pairs  # a copy in many pieces
     if section.patience and not len(rows["valid"]):
         raise UserError("dpo.patience needs held-out pairs, and there are none; set dpo.patience = 0")
+    phase(f"loading {Path(task.base).name}")
     trainer = Trainer(
         _policy(task, layout.grouped),
         rows["train"],
@@ -94,6 +97,7 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     noise = FIRST_LOSS_NOISE[dtype] * max(section.beta, 0.1)
     rank = train.get_context().get_world_rank()
     observer = _DPOObserver(task, trainer, rows["valid"], rank)
+    phase(FIRST_WORK)
     run_resumable(
         trainer,
         section,

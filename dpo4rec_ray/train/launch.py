@@ -17,6 +17,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.metrics_file import METRICS
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.train.state import checkpoint_storage, read_state, remove_checkpoints, update_state
+from dpo4rec_ray.workers.phases import starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room, joined_cluster
 
 LAST_LINES = 8192  # bytes at the end of metrics.jsonl that hold its last line
@@ -66,8 +67,10 @@ def launch(
             worker_runtime_env={"env_vars": worker_env},
         ),
     )
+    progress = Progress(label, 0, unit)
+    progress.starting = starting(num_workers, 1, section.gpus_per_worker)
     stop = threading.Event()
-    follower = threading.Thread(target=_follow, args=(folder / METRICS, label, unit, stop), daemon=True)
+    follower = threading.Thread(target=_follow, args=(folder / METRICS, progress, stop), daemon=True)
     follower.start()
     try:
         trainer.fit()
@@ -123,9 +126,9 @@ def _trainer_class() -> type:
     return LocalTrainer
 
 
-def _follow(file: Path, label: str, unit: str, stop: threading.Event) -> None:
+def _follow(file: Path, progress: Progress, stop: threading.Event) -> None:
     """Print the newest step of metrics.jsonl every few seconds."""
-    with Progress(label, 0, unit) as progress:
+    with progress:
         while not stop.wait(1.0):
             try:
                 with open(file, "rb") as lines:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.train.resumable import Observer, quiet_deepspeed, run_resumable
+from dpo4rec_ray.workers.phases import FIRST_WORK, phase
 
 # Below a task's folder: the tokenizer, a Parquet file with the columns prompt_token_ids and completion_token_ids, and the
 # model, which rank 0 writes.
@@ -26,6 +27,7 @@ class SupervisedTask:
 
 def supervised_loop(arguments: dict[str, Any]) -> None:
     """Train on the rows, and save the complete model."""
+    phase("importing DeepSpeed")
     import pyarrow.parquet as pq
     import torch
     from ray import train
@@ -42,6 +44,7 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
     task: SupervisedTask = arguments["task"]
     section = task.config.bootstrap
     rank = train.get_context().get_world_rank()
+    phase(FIRST_WORK)
     tokenizer = load_tokenizer(str(task.folder / TOKENIZER))
     torch.manual_seed(task.seed)  # every worker starts from the same weights
     model = AutoModelForCausalLM.from_config(small_llama_config(len(tokenizer), section))

@@ -20,6 +20,7 @@ import pyarrow as pa
 from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.store.artifacts import MANIFEST
 from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.phases import starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
 
 Row = dict[str, Any]
@@ -130,6 +131,11 @@ def run_shards(
                 max_restarts=pool.max_restarts,
                 max_task_retries=pool.max_restarts,
             )
+    progress.starting = starting(
+        sum(pool.size for pool in pools),
+        min(pool.num_cpus for pool in pools),
+        max(pool.num_gpus for pool in pools),
+    )
     done = already
     with progress:
         for pool in pools:

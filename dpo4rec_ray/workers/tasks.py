@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.phases import FIRST_WORK, phase, starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
 
 T = TypeVar("T")
@@ -46,13 +47,20 @@ def run_tasks(
     import ray
 
     check_room(f"the tasks of {label}", 1, gpus)
-    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(work)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": WORKER_ENV})(_begun)
+    progress = Progress(label, total, "epochs")
+    progress.starting = starting(1, 1, gpus)
     reference = ray.put(shared)
-    waiting = [task.remote(reference, *job) for job in jobs]
-    with Progress(label, total, "epochs") as progress:
+    waiting = [task.remote(work, reference, *job) for job in jobs]
+    with progress:
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1.0)
             ray.get(done)
             if file.exists():
                 with open(file, "rb") as lines:
                     progress.at(sum(1 for _ in lines))
+
+
+def _begun(work: Callable[..., None], *arguments: Any) -> None:
+    phase(FIRST_WORK)
+    work(*arguments)
