@@ -92,10 +92,10 @@ class KeptGenerator:
         """
         import ray
 
-        mine = [engine for engine in engines if ray.get(engine.claim.remote(owner))][:1]
-        if not mine:
+        # Only the first that is free: whoever claims them all leaves none for the other actors.
+        self._engine = next((engine for engine in engines if ray.get(engine.claim.remote(owner))), None)
+        if self._engine is None:
             raise RuntimeError(f"none of {len(engines)} engines is free for {owner}")
-        (self._engine,) = mine
         self._weights, self._last = weights, EngineStats()
 
     def generate(
