@@ -23,7 +23,7 @@ WORK_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_task_oom_retries": "8",  # a few minutes; otherwise Ray starts for ever what does not fit into memory
+    "RAY_task_oom_retries": "15",  # otherwise Ray starts for ever what does not fit into memory
     "TOKENIZERS_PARALLELISM": "false",
 }
 # One try to reach a cluster's head takes half a minute; a wrong token would be tried twenty times.
