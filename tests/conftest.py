@@ -65,12 +65,12 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "jobs/run.py", *arguments]
 
 
-def run_job(folder: Path, *arguments: str, timeout: int = 500) -> Finished:
-    """Run jobs/run.py with its run folder at folder/run."""
+def run_job(folder: Path, *arguments: str, timeout: int = 500, **env: str) -> Finished:
+    """Run jobs/run.py with its run folder at folder/run; env: variables beside those of this process."""
     done = subprocess.run(
         command(*arguments, f"run.root={folder}", "run.name=run"),
         cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": ""},
+        env={**os.environ, "RAY_ADDRESS": "", **env},
         capture_output=True,
         text=True,
         timeout=timeout,

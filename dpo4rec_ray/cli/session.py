@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo4rec_ray.cli.mistakes import user_mistake
+from dpo4rec_ray.cli.nodes import check_nodes
 from dpo4rec_ray.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ WORK_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_task_oom_retries": "15",  # otherwise Ray starts for ever what does not fit into memory
     "TOKENIZERS_PARALLELISM": "false",
 }
 # One try to reach a cluster's head takes half a minute; a wrong token would be tried twenty times.
@@ -128,12 +130,17 @@ def start_ray(verbose: bool) -> None:
         return
     own = {"address": "local", "include_dashboard": False, "object_store_memory": 512 * 2**20}
     level = logging.INFO if verbose else logging.ERROR
-    _check_address(os.environ.get("RAY_ADDRESS", ""))
-    if joined_cluster():
+    joined = joined_cluster()
+    if joined:
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
         set_defaults(JOIN_ENV)
     try:
-        ray.init(log_to_driver=verbose, logging_level=level, **({} if joined_cluster() else own))
-    except Exception as error:  # nothing of ours has run yet
+        ray.init(log_to_driver=verbose, logging_level=level, **({} if joined else own))
+        if joined:
+            check_nodes()
+    except UserError:
+        raise
+    except Exception as error:  # no work of ours has begun
         reason = user_mistake(error) or f"Ray could not be started or joined: {first_line(error)}"
         raise UserError(f"{reason} (--verbose shows more)") from error
     ray.data.DataContext.get_current().enable_progress_bars = False

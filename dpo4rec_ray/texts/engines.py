@@ -107,11 +107,10 @@ class KeptGenerator:
         """
         import ray
 
-        # One claim at a time: whoever asks on after it has an engine takes another's.
-        mine = next((engine for engine in engines if ray.get(engine.claim.remote(owner))), None)
-        if mine is None:
+        # Only the first that is free: whoever claims them all leaves none for the other actors.
+        self._engine = next((engine for engine in engines if ray.get(engine.claim.remote(owner))), None)
+        if self._engine is None:
             raise RuntimeError(f"none of {len(engines)} engines is free for {owner}")
-        self._engine = mine
         self._weights, self._last = weights, EngineStats()
 
     def generate(

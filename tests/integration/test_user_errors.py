@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -174,3 +179,86 @@ def test_a_model_too_short_for_the_prompts(tmp_path: Path) -> None:
 
 def test_a_bootstrap_that_cannot_be_built(tmp_path: Path, raw: Path) -> None:
     one_line(movielens(tmp_path, raw, "bootstrap.hidden_size=100"), "100")
+
+
+def test_weights_that_are_cut_off(tmp_path: Path) -> None:
+    """As a download leaves them that broke off."""
+    folder = tmp_path / "llm"
+    shutil.copytree(BUNDLED, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100_000])
+    one_line(run_job(tmp_path, DEMO, f"llm.path={folder}"), "llm.path", str(file), "damaged")
+
+
+@pytest.mark.ray
+def test_an_engine_without_enough_memory(tmp_path: Path) -> None:
+    done = run_job(tmp_path, DEMO, *TINY, "generate.kv_cache_gib=900000")
+    assert done.code == 2, done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and "900000.0 GiB" in done.stderr
+        and "generate.kv_cache_gib" in done.stderr
+    )
+    assert "prepare(0)" in done.stdout and not (done.folder / "rounds/00/knowledge/manifest.json").exists()
+
+
+def joining(tmp_path: Path, address: str, **env: str) -> Finished:
+    """A job that joins a cluster, with a home folder of its own: Ray leaves tokens there."""
+    own = {"HOME": str(tmp_path), "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
+    return run_job(tmp_path, DEMO, *TINY, timeout=200, **{**own, **env})
+
+
+def test_a_cluster_that_is_gone(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
+        one_line(joining(tmp_path, address), "RAY_ADDRESS", address, "unset RAY_ADDRESS")
+
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(24)}
+
+
+@pytest.fixture(scope="module")
+def bare_cluster() -> Iterator[str]:
+    """The address of a cluster that wants TOKEN and whose only node has no dpo4rec_ray: its folder is empty there."""
+    folder = Path(tempfile.mkdtemp(prefix="bare"))  # a short name: sockets lie below it
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    inner = (
+        f"mount -t tmpfs none {ROOT / 'dpo4rec_ray'} && cd / && exec {Path(sys.executable).parent / 'ray'} start --head "
+        f"--node-ip-address=127.0.0.1 --port={port} --num-cpus=2 --include-dashboard=false --object-store-memory=100000000 "
+        "--block"
+    )
+    own = ["unshare", "-rmpf", "--kill-child", "--mount-proc"]
+    if subprocess.run([*own, "mount", "-t", "tmpfs", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("namespaces are not allowed here")
+    env = {
+        **os.environ,
+        **TOKEN,
+        "HOME": str(folder),
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    with open(folder / "head.log", "wb") as log:
+        head = subprocess.Popen([*own, "sh", "-c", inner], env=env, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in (folder / "head.log").read_text():
+            assert head.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
+            time.sleep(0.5)
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.kill()
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+def test_a_cluster_that_wants_a_token(tmp_path: Path, bare_cluster: str) -> None:
+    one_line(joining(tmp_path, bare_cluster), "token", "RAY_AUTH_TOKEN")
+
+
+@pytest.mark.ray
+def test_a_node_without_the_package(tmp_path: Path, bare_cluster: str) -> None:
+    one_line(joining(tmp_path, bare_cluster, **TOKEN), "node", "dpo4rec_ray", "on every node")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import Selection, before_rounds, check_selection
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.texts.sources import SOURCES
-from tests.conftest import DEMO
+from tests.conftest import DEMO, ROOT
 
 STATISTICS = 'llm.source="statistics"'
 
@@ -233,3 +235,48 @@ def test_names_of_losses_and_sources_come_from_their_registries(overrides: list[
     with pytest.raises(UserError, match=re.escape(words)):
         check(*overrides)
     check("dpo.loss=robust", "dpo.label_smoothing=0.1")
+
+
+BUNDLED = ROOT / "dpo4rec_ray" / "policy" / "bundled"
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> Path:
+    """A copy of the bundled LLM."""
+    return Path(shutil.copytree(BUNDLED, tmp_path / "llm"))
+
+
+def test_a_whole_llm_folder_is_accepted(llm: Path) -> None:
+    check(f"llm.path={llm}")
+
+
+@pytest.mark.parametrize("key", ["llm.path", "encoder.path"])
+@pytest.mark.parametrize("content", [b"", b"\x80" * 4096], ids=["empty", "garbage"])
+def test_a_damaged_file_of_weights(llm: Path, key: str, content: bytes) -> None:
+    (llm / "more.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=rf"{key}: .*more.safetensors is damaged .*download it again"):
+        check(f"{key}={llm}")
+
+
+def test_a_part_that_the_index_names_is_missing(llm: Path) -> None:
+    weights = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (llm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing"):
+        check(f"llm.path={llm}")
+
+
+@pytest.mark.parametrize("name", ["WonderForCausalLM", "BertForMaskedLM"])
+def test_an_architecture_that_cannot_be_trained(llm: Path, name: str) -> None:
+    """Where nothing is trained, the engine decides."""
+    file = llm / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": [name]}))
+    with pytest.raises(UserError, match=rf"llm.path .*architectures = \['{name}'\]"):
+        check(f"llm.path={llm}")
+    check(f"llm.path={llm}", "run.num_rounds=0")
+
+
+def test_a_hub_name_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint is about the hub, not about files of a folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"llm.path no-one/no-such-llm: .*hub name.*HF_HOME.*HF_TOKEN"):
+        check("llm.path=no-one/no-such-llm")

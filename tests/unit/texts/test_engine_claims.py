@@ -1,0 +1,51 @@
+"""Which kept engine a sampling actor gets: one each, and after a restart the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from dpo4rec_ray.knowledge.engine_spec import ServedWeights
+from dpo4rec_ray.texts.engines import KeptEngine, KeptGenerator
+
+
+def without_llm() -> type:
+    """Made inside a function, so that it travels to Ray's workers by value."""
+
+    class WithoutLLM(KeptEngine):
+        def __init__(self):
+            self._owner, self._lock = "", threading.Lock()
+
+    return WithoutLLM
+
+
+@pytest.fixture
+def ray_local() -> Iterator[None]:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=80 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_one_engine_for_each_owner(ray_local: None) -> None:
+    """An owner that comes early takes one engine, however late the others are."""
+    import ray
+
+    actor = ray.remote(without_llm()).options(num_cpus=0)
+    engines = [actor.remote(), actor.remote()]
+    first, second, again = (
+        KeptGenerator(engines, ServedWeights("m"), name)._engine for name in ("a", "b", "a")
+    )
+    assert [first, second, again] == [engines[0], engines[1], engines[0]]
+    with pytest.raises(RuntimeError, match="none of 2 engines is free for c"):
+        KeptGenerator(engines, ServedWeights("m"), "c")
