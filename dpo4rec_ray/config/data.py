@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import codecs
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from dpo4rec_ray.config.section import Section
 
-TimestampUnit = Literal["s", "ms", "us", "iso"]
+# A text with % is a format of strptime.
+TimestampUnit = Literal["s", "ms", "us", "iso"] | Annotated[str, StringConstraints(pattern="%")]
 MIN_CANDIDATES, MAX_CANDIDATES = 2, 200
 
 
@@ -57,7 +59,35 @@ class DataSection(Section):
         return self
 
 
-class TableSection(Section):
+class TextFilesSection(Section):
+    """How the CSV and TSV files of a section are written. (Other formats say it themselves.)"""
+
+    delimiter: str = Field(default="", max_length=1)
+    """What separates the fields: one character. "": "," in CSV and a tab in TSV, else whichever of , ; | and tab gives the columns."""
+    encoding: str = ""
+    """Encoding of the text, such as "cp1252", "latin-1" or "utf-16". "": UTF-8, or what a byte order mark says."""
+    quote: str = Field(default='"', max_length=1)
+    """What quotes a field: one character, doubled within the field. "": nothing does."""
+    escape: str = Field(default="", max_length=1)
+    """What escapes a quote within a field, such as a backslash. "": nothing does."""
+    decimal: Literal[".", ","] = "."
+    """What begins the fraction of a rating or label. With ",", dots may group thousands."""
+
+    @field_validator("delimiter", mode="before")
+    @classmethod
+    def _tab(cls, value: object) -> object:
+        return "\t" if value in ("\\t", "tab") else value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            return codecs.lookup(value).name if value else ""
+        except LookupError:
+            raise ValueError('no such encoding; "utf-8", "cp1252", "latin-1" and "utf-16" are some') from None
+
+
+class TableSection(TextFilesSection):
     """Your own interactions, items and users, for data.dataset = "table". Files and patterns are below data.raw_dir."""
 
     interactions: str = ""
@@ -69,9 +99,10 @@ class TableSection(Section):
     rating: str = "rating"
     """Column of the rating. "": implicit feedback, every event counts as rated 1."""
     timestamp: str = "timestamp"
-    """Column of the time."""
+    """Column of the time. "": no times, events are in the order of the file."""
     timestamp_unit: TimestampUnit = "s"
-    """Unit of the times: seconds, milliseconds or microseconds since 1970, or ISO 8601 text. Times in Parquet need none."""
+    """Unit of the times: seconds, milliseconds or microseconds since 1970, ISO 8601 text, or a format of strptime such as
+    "%m/%d/%Y %I:%M:%S %p". Times in Parquet need none."""
     min_rating: float = 0.0
     """Least rating; a row with a lower one is bad."""
     max_rating: float = 5.0
@@ -94,7 +125,7 @@ class TableSection(Section):
     """Columns of the users that the prompt shows, as "age: 25, country: NL"."""
 
 
-class LoggedSection(Section):
+class LoggedSection(TextFilesSection):
     """Your own candidate lists with labels, on top of any dataset. No list is drawn then."""
 
     file: str = ""

@@ -50,7 +50,7 @@ def describe(path_or_uri: str, section: LoggedSection) -> tuple[DataFile, ...]:
         Column("logged.history_ratings", s.history_ratings, "numbers", "history_ratings", optional=True),
     )
     folder, slash, pattern = path_or_uri.rpartition("/")
-    return data_files(folder + slash, pattern, "logged.file", columns, _finish_lists)
+    return data_files(folder + slash, pattern, "logged.file", columns, _finish_lists, s)
 
 
 def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:

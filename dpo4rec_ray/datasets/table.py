@@ -46,8 +46,17 @@ def describe(raw_dir: str, section: TableSection) -> Source:
     event_columns = (
         Column("table.user", s.user, "id", "user"),
         Column("table.item", s.item, "id", "item"),
-        Column("table.rating", s.rating, "number", "rating", optional=True),
-        Column("table.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit),
+        Column(
+            "table.rating",
+            s.rating,
+            "number",
+            "rating",
+            optional=True,
+            decimal=s.decimal,
+            least=s.min_rating,
+            most=s.max_rating,
+        ),
+        Column("table.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit, optional=True),
     )
     item_columns = (
         Column("table.item_id", s.item_id, "id", "raw_id"),
@@ -61,21 +70,22 @@ def describe(raw_dir: str, section: TableSection) -> Source:
         Column("table.user_id", s.user_id, "id", "raw_id"),
         *(Column("table.profile", name, "text", f"profile {name}") for name in s.profile),
     )
-    ratings = (s.min_rating, s.max_rating) if s.rating else None
-    finish_events = partial(_finish_events, ratings=ratings)
+    finish_events = partial(_finish_events, implicit=not s.rating)
     finish_items = partial(_finish_items, facets=tuple(s.attributes))
     finish_users = partial(_finish_users, profile=s.profile)
     return Source(
-        events=data_files(raw_dir, s.interactions, "table.interactions", event_columns, finish_events),
-        items=data_files(raw_dir, s.items, "table.items", item_columns, finish_items) if s.items else (),
-        users=data_files(raw_dir, s.users, "table.users", user_columns, finish_users) if s.users else (),
+        events=data_files(raw_dir, s.interactions, "table.interactions", event_columns, finish_events, s),
+        items=data_files(raw_dir, s.items, "table.items", item_columns, finish_items, s) if s.items else (),
+        users=data_files(raw_dir, s.users, "table.users", user_columns, finish_users, s) if s.users else (),
     )
 
 
-def _finish_events(table: pa.Table, origin: Origin, *, ratings: tuple[float, float] | None) -> Parsed:
-    if ratings is None:  # implicit feedback
+def _finish_events(table: pa.Table, origin: Origin, *, implicit: bool) -> Parsed:
+    if implicit:
         table = table.append_column("rating", pa.array(np.ones(table.num_rows)))
-    return parsing.checked_events(table, origin, ratings=ratings or (1.0, 1.0))
+    if "timestamp_s" not in table.column_names:
+        table = table.append_column("timestamp_s", pa.array(np.zeros(table.num_rows, np.int64)))
+    return parsing.checked_events(table, origin, ratings=(-np.inf, np.inf))  # the column has its own range
 
 
 def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -> Parsed:

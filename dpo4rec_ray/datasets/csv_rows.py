@@ -1,0 +1,115 @@
+"""Rows of CSV that span lines, because a quoted field holds line breaks (RFC 4180), become one line each.
+
+Everything else reads lines: files are cut, parsed and repaired by them. A line break within a row becomes the byte JOINT, and
+the reader of the row puts it back. A row is joined only if it follows the rules strictly and has the header's number of
+fields. So a quote that is never closed costs its own line: it cannot swallow those after it.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dpo4rec_ray.datasets.source import BadRows, Parsed
+
+# The record separator of ASCII, which no text has a use for.
+JOINT = b"\x1e"
+
+
+def csv_reader(lines: Iterable[str], delimiter: str, quote: str, escape: str) -> Iterator[list[str]]:
+    """Python's strict reader; quote, escape: "" for none."""
+    quoting = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
+    return csv.reader(
+        lines,
+        delimiter=delimiter,
+        quotechar=quote or None,
+        quoting=quoting,
+        escapechar=escape or None,
+        strict=True,
+    )
+
+
+@dataclass(frozen=True)
+class RowJoiner:
+    """Joins the rows of a file whose rows have `num_fields` fields. The other fields are as in CsvForm, and quote is not ""."""
+
+    num_fields: int
+    delimiter: str
+    quote: str
+    escape: str
+
+    def __call__(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Pieces of whole lines -> pieces of whole lines, each of them a row."""
+        rest = b""
+        for piece in pieces:
+            text = piece.replace(JOINT, b" ") if JOINT in piece else piece
+            joined, rest = self._joined(rest + text.replace(b"\r\n", b"\n"), last=False)
+            if joined:
+                yield joined
+        if rest:
+            yield self._joined(rest, last=True)[0]
+
+    def finds_any(self, block: bytes) -> bool:
+        """Whether a row of the block spans lines, or may do so beyond its end."""
+        joined, rest = self._joined(block, last=False)
+        return JOINT in joined or bool(rest)
+
+    def _joined(self, text: bytes, *, last: bool) -> tuple[bytes, bytes]:
+        """The text with one line per row, and the last lines, if their row is not complete yet."""
+        if self.quote.encode() not in text:
+            return text, b""
+        lines = text.removesuffix(b"\n").split(b"\n")
+        rows: list[bytes] = []
+        at = 0
+        while at < len(lines):
+            size = self._row_size(lines, at, last=last) if self._is_open(lines[at]) else 1
+            if not size:
+                break
+            rows.append(JOINT.join(lines[at : at + size]))
+            at += size
+        end = b"\n" if text.endswith(b"\n") else b""
+        joined = b"\n".join(rows) + (b"\n" if at < len(lines) and rows else end if rows else b"")
+        return joined, b"\n".join(lines[at:]) + end if at < len(lines) else b""
+
+    def _is_open(self, line: bytes) -> bool:
+        """Whether a quote may be open at the end of a line that begins a row."""
+        quote = self.quote.encode()
+        if self.escape:
+            escape = self.escape.encode()
+            line = line.replace(escape * 2, b"").replace(escape + quote, b"")
+        return line.count(quote) % 2 == 1
+
+    def _row_size(self, lines: list[bytes], at: int, *, last: bool) -> int:
+        """Lines of the row that begins at a line; 0: it goes on beyond the last line."""
+        fed = 0
+
+        def feed() -> Iterator[str]:
+            nonlocal fed
+            for place in range(at, len(lines)):
+                fed += 1
+                yield lines[place].decode("utf-8", "surrogateescape") + "\n"
+
+        try:
+            fields = next(csv_reader(feed(), self.delimiter, self.quote, self.escape))
+        except csv.Error:  # a strange quote, or a field of more than csv.field_size_limit() characters
+            return 0 if not last and at + fed == len(lines) else 1
+        return fed if len(fields) == self.num_fields else 1
+
+
+def lines_counted(parsed: Parsed, block: bytes) -> Parsed:
+    """`parsed` of a block of joined rows, with places in lines in place of rows."""
+    signs = np.frombuffer(block, np.uint8)
+    before = np.concatenate([[0], np.cumsum(signs == JOINT[0])])
+    ends = np.flatnonzero(signs == ord("\n")) + 1
+    line_of = np.arange(len(ends) + 1) + before[np.concatenate([[0], ends])]
+    bad = parsed.quarantined
+    shown = [
+        replace(one, row=int(line_of[one.row]), text=one.text.replace(JOINT.decode(), "\n"))
+        for one in bad.shown
+    ]
+    rows = np.arange(parsed.table.num_rows) if parsed.row_of is None else parsed.row_of
+    num_lines = parsed.rows_read + int(before[-1])
+    return replace(parsed, quarantined=BadRows(bad.counts, shown), row_of=line_of[rows], num_lines=num_lines)
