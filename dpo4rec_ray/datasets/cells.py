@@ -26,7 +26,7 @@ _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 # The elements of the roles that are lists.
 _ELEMENT: dict[str, Role] = {"values": "text", "ids": "id", "numbers": "number"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_TRUE, _FALSE = pa.array(["true", "yes", "t", "y"]), pa.array(["false", "no", "f", "n"])
+_TRUE, _FALSE = pa.array(["true", "t"]), pa.array(["false", "f"])
 _TRUTHS = pa.concat_arrays([_TRUE, _FALSE])
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.I)
 
@@ -62,6 +62,8 @@ def fits(column: Column, kind: pa.DataType) -> bool:
     if column.role in _ELEMENT:
         if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
             return _fits_scalar(_ELEMENT[column.role], column.unit, kind.value_type)
+        if column.role != "values" and is_text(kind):
+            return column.separator != ""
         return pt.is_null(kind) or (column.role == "values" and _fits_scalar("text", column.unit, kind))
     return _fits_scalar(column.role, column.unit, kind)
 
@@ -128,6 +130,9 @@ def _convert(array: pa.Array, column: Column) -> tuple[pa.Array, NDArray[np.bool
     if pt.is_null(array.type):
         array = array.cast(pa.list_(pa.string()))
     if not isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        if column.role != "values":
+            array = _parts(_strings(array), column.separator)
+            return _convert(array, column)
         texts = _scalars(array, element, column)
         bad = _unread(array, texts)
         if column.separator:
@@ -141,6 +146,16 @@ def _convert(array: pa.Array, column: Column) -> tuple[pa.Array, NDArray[np.bool
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     lists = pa.ListArray.from_arrays(offsets, values, mask=array.is_null())
     return lists, any_of(lists, _unread(flat, values))
+
+
+def _parts(texts: pa.StringArray, separator: str) -> pa.ListArray:
+    """The values in each text, without empty ones."""
+    lists = pc.split_pattern(texts, separator)
+    values = pc.utf8_trim_whitespace(lists.flatten())
+    kept = pc.greater(pc.binary_length(values), 0)
+    parents = pc.list_parent_indices(lists).filter(kept).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(parents, minlength=len(lists)))]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, values.filter(kept), mask=lists.is_null())
 
 
 def any_of(lists: pa.ListArray, elements: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -159,7 +174,7 @@ def _scalars(array: pa.Array, role: Role, column: Column) -> pa.Array:
         array = array.dictionary_decode()
     if role == "time":
         return _seconds(array, column.unit)
-    return _numbers(array, column.decimal) if role == "number" else _strings(array)
+    return numbers_of(array, column.decimal) if role == "number" else _strings(array)
 
 
 def _strings(array: pa.Array) -> pa.StringArray:
@@ -178,7 +193,8 @@ def _strings(array: pa.Array) -> pa.StringArray:
     return pc.if_else(pa.array(np.isfinite(numbers)), texts, None)
 
 
-def _numbers(array: pa.Array, decimal: str = ".") -> pa.DoubleArray:
+def numbers_of(array: pa.Array, decimal: str = ".") -> pa.DoubleArray:
+    """Numbers of any type, or texts of numbers or truth values; null where a text is none of these."""
     if not is_text(array.type):
         return array.cast(pa.float64(), safe=False)
     texts = pc.ascii_trim_whitespace(_strings(array))
@@ -215,7 +231,7 @@ def _seconds(array: pa.Array, unit: TimestampUnit) -> pa.Int64Array:
     if unit not in _PER_SECOND:
         times = partial(_formatted_times, form=unit), partial(_formatted_time, form=unit)
         return _row_safe(_strings(array), *times, pa.int64())
-    numbers = pc.fill_null(_numbers(array), np.nan).to_numpy() / _PER_SECOND[unit]
+    numbers = pc.fill_null(numbers_of(array), np.nan).to_numpy() / _PER_SECOND[unit]
     known = np.abs(numbers) < 2**53  # nan is not
     return pa.array(np.floor(np.where(known, numbers, 0)).astype(np.int64), mask=~known)
 

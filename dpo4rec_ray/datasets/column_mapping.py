@@ -33,6 +33,9 @@ _FORMATS = {
     ".csv": ",",
     ".tsv": "\t",
     ".txt": ",",
+    ".inter": "\t",
+    ".item": "\t",
+    ".user": "\t",
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
@@ -240,6 +243,8 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
         if not fits(column, kind):
             counted = column.role == "time" and pt.is_primitive(kind)
             advice = "; set timestamp_unit to s, ms or us" if counted else ""
+            if column.role in ("ids", "numbers") and is_text(kind):
+                advice = ", or set the separator of lists that are written as one text"
             raise UserError(
                 f"{path}: the column {column.name!r} ({column.key}) is of type {kind}; it must hold "
                 f"{_WANTED[column.role]}{advice}"

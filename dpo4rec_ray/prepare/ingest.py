@@ -40,6 +40,7 @@ class FileCounts:
     Attributes:
         bad_lines: the first quarantined rows, each with path, line, reason and text.
         spans_lines: rows of some file span lines, and the counts are of lines.
+        unwanted_ids: the first raw ids that were left out because nothing asked for them.
     """
 
     rows_read: int = 0
@@ -50,6 +51,7 @@ class FileCounts:
     cleaned: Counter[str] = field(default_factory=Counter[str])
     bad_lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     spans_lines: bool = False
+    unwanted_ids: list[str] = field(default_factory=list[str])
 
 
 def write_partitions(
@@ -110,9 +112,13 @@ def read_rows(
                 "order", pa.array(block["order"] + np.arange(len(keys)), pa.int64())
             )
             among = ray.get(wanted_ref)
+            unwanted: list[str] = []
             if among is not None:
-                chosen = chosen.filter(pa.array(contains(among, keys)))
-            tables.append(_with_counts(chosen, json.dumps(_counts(block, parsed, chosen.num_rows))))
+                asked = pa.array(contains(among, keys))
+                unwanted = chosen["raw_id"].filter(pc.invert(asked)).slice(0, MAX_SHOWN).to_pylist()
+                chosen = chosen.filter(asked)
+            counts = _counts(block, parsed, chosen.num_rows) | {"unwanted_ids": unwanted}
+            tables.append(_with_counts(chosen, json.dumps(counts)))
         return pa.concat_tables(tables)
 
     empty = schema.empty_table().append_column("key", pa.array([], pa.uint64()))
@@ -261,4 +267,5 @@ def _summed(counts: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCo
             total.bad_lines.append(found)
         line_of[block["file"]] = first + block["num_lines"]
         total.spans_lines |= block["spans_lines"]
+        total.unwanted_ids += block.get("unwanted_ids", [])
     return total

@@ -34,8 +34,8 @@ from dpo4rec_ray.datasets.parsing import (
     EMPTY_LINE,
     FIELD_COUNT,
     MISSING,
-    OUT_OF_RANGE,
     OPEN_QUOTE,
+    OUT_OF_RANGE,
     UNREADABLE,
     WRONG_ENCODING,
 )
