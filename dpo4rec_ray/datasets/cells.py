@@ -26,8 +26,7 @@ _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 # The elements of the roles that are lists.
 _ELEMENT: dict[str, Role] = {"values": "text", "ids": "id", "numbers": "number"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_TRUE, _FALSE = pa.array(["true", "t"]), pa.array(["false", "f"])
-_TRUTHS = pa.concat_arrays([_TRUE, _FALSE])
+_TRUTHS = {"true": 1.0, "t": 1.0, "false": 0.0, "f": 0.0}
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.I)
 
 
@@ -116,7 +115,7 @@ def _outside(cells: pa.Array, numbers: pa.DoubleArray, column: Column) -> pa.Boo
     if not outside.true_count or pt.is_boolean(cells.type):
         return outside if outside.true_count == 0 else pa.array(np.zeros(len(cells), np.bool_))
     if is_text(cells.type):
-        truths = pc.is_in(pc.ascii_lower(_strings(cells)), _TRUTHS)
+        truths = pc.is_in(pc.ascii_lower(_strings(cells)), pa.array(list(_TRUTHS)))
         outside = pc.and_(outside, pc.invert(truths))
     return outside
 
@@ -210,13 +209,13 @@ def _plain_numbers(texts: pa.StringArray) -> pa.DoubleArray:
     try:
         return texts.cast(pa.float64())
     except pa.ArrowInvalid:
-        words = pc.ascii_lower(texts)
-        texts = pc.if_else(pc.is_in(words, _TRUE), "1", pc.if_else(pc.is_in(words, _FALSE), "0", texts))
-        return texts.cast(pa.float64())
+        place = pc.index_in(pc.ascii_lower(texts), pa.array(list(_TRUTHS)))
+        truths = pa.array(list(_TRUTHS.values())).take(place)
+        return pc.coalesce(truths, pc.if_else(truths.is_valid(), None, texts).cast(pa.float64()))
 
 
 def _number(text: str) -> float | None:
-    return float(text) if _NUMBER.fullmatch(text) else None
+    return float(text) if _NUMBER.fullmatch(text) else _TRUTHS.get(text.lower())
 
 
 def _seconds(array: pa.Array, unit: TimestampUnit) -> pa.Int64Array:

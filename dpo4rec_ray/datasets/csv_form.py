@@ -81,7 +81,7 @@ def find_form(
         UserError: the first line is no header, its fields are not as many as `columns`, or the text is not UTF-8.
     """
     head = files.read_head(path)
-    encoding = section.encoding or next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+    encoding = section.encoding or _found_encoding(head)
     text = _decoded(head, encoding)
     # Splitting bytes at line ends needs an encoding with those of ASCII, and files of old Macs have none.
     streamed = "\n".encode(encoding) != b"\n" or ("\n" not in text and "\r" in text)
@@ -128,6 +128,14 @@ def find_form(
     return replace(form, spans_lines=spans)
 
 
+def _found_encoding(head: bytes) -> str:
+    """By the byte order mark; without one, UTF-16 shows by the zeros of its first sign, which is of a name."""
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    return {0: "utf-16-be", 1: "utf-16-le"}.get(head[:2].find(b"\0"), "utf-8")
+
+
 def _decoded(head: bytes, encoding: str) -> str:
     """The text without its mark; bytes that are not in the encoding become surrogates."""
     errors = "surrogateescape" if "\n".encode(encoding) == b"\n" else "replace"
@@ -135,10 +143,10 @@ def _decoded(head: bytes, encoding: str) -> str:
 
 
 def _check_encoding(path: str, section_name: str, encoding: str, lines: list[str]) -> None:
-    """Raises UserError where the encoding is wrong, not a line or two. A wrong one is not replaced by a guess: it would show
-    in every text."""
+    """Raises UserError where the header or most lines are not in the encoding; others are damaged lines, which are
+    quarantined. A wrong encoding is not replaced by a guess, which would show in every text."""
     strange = [line for line in lines if any("\udc80" <= sign <= "\udcff" for sign in line)]
-    if len(strange) <= max(1, len(lines) // 100) and lines[0] not in strange:
+    if len(strange) <= len(lines) // 2 and lines[0] not in strange:
         return
     raw = strange[0].encode(encoding, "surrogateescape")
     header = (

@@ -131,6 +131,7 @@ class DataReport:
             "quantiles": {name: _quantiles(histogram) for name, histogram in histograms.items()},
             "files": self.files,
             "rows_read": events.rows_read,
+            "lines_read": events.num_lines,
             "rows_kept": kept,
             "quarantined": dict(quarantined),
             "filtered": dict(filtered),

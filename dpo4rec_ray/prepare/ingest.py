@@ -38,12 +38,14 @@ class FileCounts:
     """What happened to the rows of some files, over all their blocks.
 
     Attributes:
+        num_lines: more than `rows_read` where rows span lines.
         bad_lines: the first quarantined rows, each with path, line, reason and text.
         spans_lines: rows of some file span lines, and the counts are of lines.
         unwanted_ids: the first raw ids that were left out because nothing asked for them.
     """
 
     rows_read: int = 0
+    num_lines: int = 0
     rows_kept: int = 0
     num_blocks: int = 0
     quarantined: Counter[str] = field(default_factory=Counter[str])
@@ -258,6 +260,7 @@ def _summed(counts: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCo
     for block in sorted(counts, key=lambda block: block["order"]):
         total.num_blocks += 1
         total.rows_read += block["rows_read"]
+        total.num_lines += block["num_lines"]
         total.rows_kept += block["rows_kept"]
         for name in ("quarantined", "filtered", "cleaned"):
             getattr(total, name).update(block[name])
