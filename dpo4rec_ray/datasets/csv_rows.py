@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpo4rec_ray.datasets.source import BadRows, Parsed
 
 # The record separator of ASCII, which no text has a use for.
 JOINT = b"\x1e"
+Places = NDArray[np.int64]
 
 
 def csv_reader(lines: Iterable[str], delimiter: str, quote: str, escape: str) -> Iterator[list[str]]:
@@ -59,57 +61,59 @@ class RowJoiner:
 
     def _joined(self, text: bytes, *, last: bool) -> tuple[bytes, bytes]:
         """The text with one line per row, and the last lines, if their row is not complete yet."""
-        if self.quote.encode() not in text:
+        quote, escape = self.quote.encode(), self.escape.encode()
+        if quote not in text:
             return text, b""
-        lines = text.removesuffix(b"\n").split(b"\n")
-        rows: list[bytes] = []
-        at = 0
-        while at < len(lines):
-            size = self._row_size(lines, at, last=last) if self._is_open(lines[at]) else 1
+        plain = text.replace(escape * 2, b"  ").replace(escape + quote, b"  ") if escape else text
+        ends = _places(plain, b"\n") + 1
+        if not text.endswith(b"\n"):
+            ends = np.append(ends, len(text))
+        starts = np.concatenate([[0], ends[:-1]])
+        quotes = np.searchsorted(_places(plain, quote), np.append(starts, len(text)))
+        joined, done = bytearray(text), 0
+        # A row that begins in a line goes on behind it only if the line holds an odd number of quotes.
+        for line in np.flatnonzero(np.diff(quotes) % 2).tolist():
+            if line < done:
+                continue
+            size = self._row_size(text, starts, ends, line, last=last)
             if not size:
-                break
-            rows.append(JOINT.join(lines[at : at + size]))
-            at += size
-        end = b"\n" if text.endswith(b"\n") else b""
-        joined = b"\n".join(rows) + (b"\n" if at < len(lines) and rows else end if rows else b"")
-        return joined, b"\n".join(lines[at:]) + end if at < len(lines) else b""
+                return bytes(joined[: starts[line]]), text[starts[line] :]
+            for end in ends[line : line + size - 1].tolist():
+                joined[end - 1] = JOINT[0]
+            done = line + size
+        return bytes(joined), b""
 
-    def _is_open(self, line: bytes) -> bool:
-        """Whether a quote may be open at the end of a line that begins a row."""
-        quote = self.quote.encode()
-        if self.escape:
-            escape = self.escape.encode()
-            line = line.replace(escape * 2, b"").replace(escape + quote, b"")
-        return line.count(quote) % 2 == 1
-
-    def _row_size(self, lines: list[bytes], at: int, *, last: bool) -> int:
+    def _row_size(self, text: bytes, starts: Places, ends: Places, line: int, *, last: bool) -> int:
         """Lines of the row that begins at a line; 0: it goes on beyond the last line."""
         fed = 0
 
         def feed() -> Iterator[str]:
             nonlocal fed
-            for place in range(at, len(lines)):
+            for place in range(line, len(ends)):
                 fed += 1
-                yield lines[place].decode("utf-8", "surrogateescape") + "\n"
+                yield text[starts[place] : ends[place]].decode("utf-8", "surrogateescape")
 
         try:
             fields = next(csv_reader(feed(), self.delimiter, self.quote, self.escape))
         except csv.Error:  # a strange quote, or a field of more than csv.field_size_limit() characters
-            return 0 if not last and at + fed == len(lines) else 1
+            return 0 if not last and line + fed == len(ends) else 1
         return fed if len(fields) == self.num_fields else 1
+
+
+def _places(text: bytes, sign: bytes) -> Places:
+    return np.flatnonzero(np.frombuffer(text, np.uint8) == sign[0])
 
 
 def lines_counted(parsed: Parsed, block: bytes) -> Parsed:
     """`parsed` of a block of joined rows, with places in lines in place of rows."""
-    signs = np.frombuffer(block, np.uint8)
-    before = np.concatenate([[0], np.cumsum(signs == JOINT[0])])
-    ends = np.flatnonzero(signs == ord("\n")) + 1
-    line_of = np.arange(len(ends) + 1) + before[np.concatenate([[0], ends])]
+    joints, ends = _places(block, JOINT), _places(block, b"\n") + 1
+    starts = np.concatenate([[0], ends])
+    line_of = np.arange(len(starts)) + np.searchsorted(joints, starts)
     bad = parsed.quarantined
     shown = [
         replace(one, row=int(line_of[one.row]), text=one.text.replace(JOINT.decode(), "\n"))
         for one in bad.shown
     ]
     rows = np.arange(parsed.table.num_rows) if parsed.row_of is None else parsed.row_of
-    num_lines = parsed.rows_read + int(before[-1])
+    num_lines = len(ends) + (not block.endswith(b"\n")) + len(joints)
     return replace(parsed, quarantined=BadRows(bad.counts, shown), row_of=line_of[rows], num_lines=num_lines)

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -188,7 +187,7 @@ class CsvReader:
         if form.padded:
             table = _each(table, pc.utf8_trim_whitespace)
         if self.joined and JOINT in block:
-            table = _each(table, partial(pc.replace_substring, pattern=JOINT.decode(), replacement="\n"))
+            table = _each(table, _with_line_breaks)
         return converted(table, self.columns)
 
     def why(self, line: bytes) -> str:
@@ -209,6 +208,13 @@ class CsvReader:
 
 def _each(table: pa.Table, function: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> pa.Table:
     return pa.table({name: function(table[name]) for name in table.column_names})
+
+
+def _with_line_breaks(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    joint = JOINT.decode()
+    if not pc.any(pc.match_substring(texts, joint)).as_py():
+        return texts
+    return pc.replace_substring(texts, joint, "\n")
 
 
 @dataclass(frozen=True)
