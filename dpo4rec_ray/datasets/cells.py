@@ -148,7 +148,9 @@ def _convert(array: pa.Array, column: Column) -> tuple[pa.Array, NDArray[np.bool
 
 
 def _parts(texts: pa.StringArray, separator: str) -> pa.ListArray:
-    """The values in each text, without empty ones."""
+    """The values in each text, without empty ones. Brackets and quotes go: pandas writes a list as "['a', 'b']"."""
+    bracketed = pc.and_(pc.starts_with(texts, "["), pc.ends_with(texts, "]"))
+    texts = pc.if_else(bracketed, pc.replace_substring_regex(texts, r"[\[\]'\"]", ""), texts)
     lists = pc.split_pattern(texts, separator)
     values = pc.utf8_trim_whitespace(lists.flatten())
     kept = pc.greater(pc.binary_length(values), 0)

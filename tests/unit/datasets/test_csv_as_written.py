@@ -139,6 +139,21 @@ def test_rows_over_several_lines_wherever_the_file_is_cut(
     assert bad == [(2 + 6 + sum(title.count("\n") for title in titles), "wrong field count")]
 
 
+def test_rows_over_lines_with_escapes_and_as_excel_writes_them(tmp_path: Path):
+    """Excel ends rows with \\r\\n, and lines within a cell with \\n."""
+    content = b'item_id,title,tags\r\n7,"a\nb",t\r\n8,c,t\r\n'
+    assert items_of(tmp_path, content) == ([["7", "a b", "t"], ["8", "c", "t"]], [])
+    content = rb"""item_id,title,tags
+7,"say \"hi\"
+and \\",t
+8,"a \" b",t
+"""
+    assert items_of(tmp_path, content, escape="\\") == (
+        [["7", 'say "hi" and \\', "t"], ["8", 'a " b', "t"]],
+        [],
+    )
+
+
 def test_a_row_over_lines_far_behind_the_sample_is_found_while_reading(tmp_path: Path):
     rows = [[str(n), f"Title number {n}", "t"] for n in range(5000)]
     rows[4000][1] = "first line\nsecond line"

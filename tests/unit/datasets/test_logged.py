@@ -189,6 +189,24 @@ def test_lists_as_text_in_every_format(tmp_path: Path, name: str):
     assert bad_rows(parsed) == [(1, BAD_NUMBER), (2, LENGTHS_DIFFER)]
 
 
+@pytest.mark.parametrize(
+    ("shown", "clicks", "separator"),
+    [
+        ("['a', 'b']", "[1, 0]", ","),  # a column of lists, as pandas writes it
+        ('["a","b"]', "[1.0,0.0]", ","),
+        ("[a b]", "[1 0]", " "),  # an array, as numpy writes it
+        ("a|b", "1|0", "|"),
+        ("a, b,", "1, 0,", ","),
+        ("a b", "true false", " "),
+    ],
+)
+def test_ways_to_write_a_list_as_text(tmp_path: Path, shown: str, clicks: str, separator: str):
+    pq.write_table(pa.table({"user": ["u"], "shown": [shown], "clicks": [clicks]}), tmp_path / "l.parquet")
+    section = LoggedSection(user="user", candidates="shown", labels="clicks", separator=separator)
+    (row,) = read(describe(f"{tmp_path}/l.parquet", section)).table.to_pylist()
+    assert (row["candidates"], row["labels"]) == (["a", "b"], [1.0, 0.0])
+
+
 def test_text_without_a_separator_is_told(tmp_path: Path):
     (tmp_path / "l.csv").write_text("user_id,candidate_item_ids,labels\nu,a b,1 0\n")
     with pytest.raises(UserError, match=r"logged\.candidates\) .*lists of .*or set the separator of lists"):
