@@ -167,7 +167,7 @@ def _data_file(
         partial(parse_block, reader=CsvReader(csv_form, columns), finish=finish),
         header=csv_form.has_header,
         stream_encoding=csv_form.stream_encoding,
-        note=f"{name.name}: {csv_form.note}" if csv_form.note else "",
+        note=csv_form.note,
     )
     if not csv_form.joiner:
         return file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Bytes that could not be decoded.
+_STRANGE = re.compile("[\udc80-\udcff]")
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
@@ -91,12 +94,9 @@ def find_form(
         lines = lines[: max(1, len(lines) - 1)]  # the last one is cut off
     _check_encoding(path, section_name, encoding, lines)
 
-    tried = [section.delimiter] if section.delimiter else list(dict.fromkeys((usual, *DELIMITERS)))
-    first = {delimiter: _fields(lines[0], delimiter, section) for delimiter in tried}
-    good = (one for one in tried if (len(first[one]) == len(columns) if columns else suits(first[one])))
-    delimiter = next(good, tried[0])
-    names = columns or first[delimiter]
-    if len(first[delimiter]) != len(names) or (lines[0].strip() and not names):
+    delimiter, header = _split_header(lines[0], usual, section, columns, suits)
+    names = columns or header
+    if len(header) != len(names) or (lines[0].strip() and not names):
         wanted = (
             f"the {len(columns)} columns that the recipe names" if columns else "a header of column names"
         )
@@ -128,6 +128,22 @@ def find_form(
     return replace(form, spans_lines=spans)
 
 
+def _split_header(
+    line: str,
+    usual: str,
+    section: TextFilesSection,
+    columns: tuple[str, ...],
+    suits: Callable[[tuple[str, ...]], bool],
+) -> tuple[str, tuple[str, ...]]:
+    """The delimiter, and the fields of the first line with it: as set, else the first that gives what is needed."""
+    tried = [section.delimiter] if section.delimiter else list(dict.fromkeys((usual, *DELIMITERS)))
+    for delimiter in tried:
+        found = _fields(line, delimiter, section)
+        if len(found) == len(columns) if columns else suits(tuple(name.strip() for name in found)):
+            return delimiter, found
+    return tried[0], _fields(line, tried[0], section)
+
+
 def _found_encoding(head: bytes) -> str:
     """By the byte order mark; without one, UTF-16 shows by the zeros of its first sign, which is of a name."""
     for mark, name in _MARKS:
@@ -145,7 +161,7 @@ def _decoded(head: bytes, encoding: str) -> str:
 def _check_encoding(path: str, section_name: str, encoding: str, lines: list[str]) -> None:
     """Raises UserError where the header or most lines are not in the encoding; others are damaged lines, which are
     quarantined. A wrong encoding is not replaced by a guess, which would show in every text."""
-    strange = [line for line in lines if any("\udc80" <= sign <= "\udcff" for sign in line)]
+    strange = [line for line in lines if _STRANGE.search(line)]
     if len(strange) <= len(lines) // 2 and lines[0] not in strange:
         return
     raw = strange[0].encode(encoding, "surrogateescape")

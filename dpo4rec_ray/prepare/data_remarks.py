@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.datasets.parsing import DUPLICATE, EMPTY_LINE
 
 # Shares above (or below) which something is said.
 FEW_LEFT, MANY_BAD, MOST = 0.01, 0.05, 0.5
@@ -67,9 +68,10 @@ def _about_ratings(config: Config, stats: dict[str, Any]) -> list[str]:
 
 
 def _about_rows(config: Config, stats: dict[str, Any]) -> list[str]:
-    read, data = stats["rows_read"], config.data
-    repeated = stats["repeated_events"]
-    bad = sum(stats["quarantined"].values()) - (0 if data.keeps_repeated_events else repeated)
+    read, repeated, data = stats["rows_read"], stats["repeated_events"], config.data
+    left_out = 0 if data.keeps_repeated_events else repeated
+    no_damage = (EMPTY_LINE, DUPLICATE)
+    bad = sum(number for reason, number in stats["quarantined"].items() if reason not in no_damage)
     found = []
     if bad > MANY_BAD * read:
         found.append(
@@ -82,7 +84,7 @@ def _about_rows(config: Config, stats: dict[str, Any]) -> list[str]:
             "(data.repeated_events)"
         )
     core = stats["in_core"]
-    if core < FEW_LEFT * (read - bad - repeated):
+    if core < FEW_LEFT * (read - bad - left_out):
         found.append(
             f"the k-core leaves {core:,} of {read:,} events; lower data.user_core = {data.user_core} or data.item_core = "
             f"{data.item_core}"

@@ -36,7 +36,7 @@ from dpo4rec_ray.prepare.assemble import (
 from dpo4rec_ray.prepare.data_remarks import remarks
 from dpo4rec_ray.prepare.data_report import DataReport, check_splits
 from dpo4rec_ray.prepare.ingest import write_partitions
-from dpo4rec_ray.prepare.inspection import file_names, take_source
+from dpo4rec_ray.prepare.inspection import file_names, file_notes, take_source
 from dpo4rec_ray.prepare.logged_lists import (
     EventIds,
     build_logged,
@@ -57,10 +57,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Read the dataset and write users, items, truth (empty unless it is known), lists, and data/report.json."""
     source = take_source(config)
     section = "table" if config.data.dataset == "table" else ""
-    report = DataReport(file_names(source), config.data.max_bad_fraction, section)
-    report.notes = [
-        file.note for file in (*source.events, *source.items, *source.users, *source.lists) if file.note
-    ]
+    section = "table" if config.data.dataset == "table" else ""
+    report = DataReport(file_names(source), config.data.max_bad_fraction, section, notes=file_notes(source))
     folders = {name: store.start(name) for name in ARTIFACTS}
     data_folder = folders["lists"].parent
     for leftover in data_folder.glob("work-*"):  # of a run that was killed

@@ -129,9 +129,7 @@ def test_case_semicolon_latin1(tmp_path: Path) -> None:
         "genre: Vert",
         "genre: Bleu",
     ]
-    assert run.report["remarks"] == [
-        f"{name}.csv: fields are separated by semicolons" for name in ("interactions", "items")
-    ]
+    assert run.report["remarks"] == ["interactions.csv, items.csv: fields are separated by semicolons"]
 
 
 def test_case_float_ids(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_nothing_is_said_about_sound_data():
         said({"ratings": (1.0, 1.0), "positive_events": 1000}, positive_rating=1) == []
     )  # implicit feedback
     assert said({"times": (NOW_S - 10, NOW_S + 3600)}) == []
-    assert said({"quarantined": {"bad number": 50}}) == []
+    assert said({"quarantined": {"bad number": 50, "empty line": 900}}) == []
 
 
 @pytest.mark.parametrize(
