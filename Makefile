@@ -29,7 +29,7 @@ export SSL_CERT_FILE := $(PIP_CERT)
 endif
 endif
 
-.PHONY: help install demo test slow chaos fuzz bench lint types format lock docs clean
+.PHONY: help install demo test slow chaos fuzz bench lint types format lock wheel docs clean
 
 help:
 	@echo "make demo    the whole method on the sample world, two CPU cores"
@@ -39,7 +39,7 @@ help:
 	@echo "make bench   every stage that has a bench against its peer; takes hours"
 	@echo "make lint    ruff                        make types   pyright, strict on core, config and schemas"
 	@echo "make format  let ruff rewrite            make lock    resolve requirements/*.txt again"
-	@echo "make docs    the documentation as a site in site/"
+	@echo "make wheel   the package as a wheel in dist/    make docs   the documentation as a site in site/"
 	@echo "make install the environment alone       make clean   remove caches and build leftovers, not .venv or runs"
 
 install: $(STAMP)
@@ -57,7 +57,7 @@ $(STAMP): $(LOCK)
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python jobs/run.py jobs/recipes/demo.toml
+	$(BIN)/python -m dpo4rec_ray run demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -102,6 +102,11 @@ COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile pyproject.toml
 lock: $(STAMP)
 	$(COMPILE) --extra cpu --override requirements/overrides-cpu.txt $(TORCH_SRC) -o requirements/cpu.txt
 	$(COMPILE) --extra gpu -o requirements/gpu.txt
+
+# Built by the environment's own setuptools, from a clean build folder: an older one would put removed files into the wheel.
+wheel: $(STAMP)
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

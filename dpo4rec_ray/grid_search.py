@@ -324,8 +324,8 @@ def table(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
 
 
 def fragment(trials: Sequence[Trial], about: Sequence[str]) -> str:
-    """The best settings of each backbone as TOML, to be merged over a recipe: jobs/run.py RECIPE.toml found.toml."""
-    lines = ["# Found by jobs/search.py; merge it over the recipe: jobs/run.py RECIPE.toml found.toml"]
+    """The best settings of each backbone as TOML, to be merged over a recipe: dpo4rec run RECIPE found.toml."""
+    lines = ["# Found by `dpo4rec search`; merge it over the recipe: dpo4rec run RECIPE found.toml"]
     lines += [f"# {line}" for line in about]
     for backbone in dict.fromkeys(trial.backbone for trial in trials):
         own = [trial for trial in trials if trial.backbone == backbone]

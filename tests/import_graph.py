@@ -42,6 +42,7 @@ ROOMS = (
     "pipeline",
     "grid_search",
     "cli",
+    "__main__",
 )
 
 

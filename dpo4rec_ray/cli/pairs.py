@@ -1,8 +1,8 @@
 """Preference pairs for other trainers, and DPO on preference sets from elsewhere.
 
-python jobs/pairs.py export RUN_FOLDER --format trl|nemo|sharegpt --out FILE.jsonl [--round N] [--split train|valid]
-python jobs/pairs.py import FILE ... --llm PATH --out RUN_FOLDER [--format auto|trl|nemo|sharegpt] [--heldout SHARE]
-                            [FRAGMENT.toml | section.key=value ...]
+dpo4rec pairs export RUN_FOLDER --format trl|nemo|sharegpt --out FILE.jsonl [--round N] [--split train|valid]
+dpo4rec pairs import FILE ... --llm PATH --out RUN_FOLDER [--format auto|trl|nemo|sharegpt] [--heldout SHARE]
+                     [FRAGMENT.toml | section.key=value ...]
 
 export writes one line per chosen and rejected text. The texts are decoded from the stored token ids, and those are kept beside
 them, so that an import of an export is exact; the last line printed counts texts that would be tokenised otherwise. What reads
@@ -27,29 +27,40 @@ import contextlib
 import os
 import re
 from pathlib import Path
-
-import tomli_w
+from typing import TYPE_CHECKING
 
 from dpo4rec_ray.cli import session
-from dpo4rec_ray.config import Config, is_fragment, load_config, read_config
+from dpo4rec_ray.cli.arguments import Formatter, examples
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.exchange.preference_files import FORMATS
-from dpo4rec_ray.store.artifacts import RunDir, write_json
+from dpo4rec_ray.exchange import FORMATS
+
+if TYPE_CHECKING:
+    from dpo4rec_ray.config import Config
 
 SPLITS = ("train", "valid")
 RECIPE = "import.toml"  # in the run folder: what it was made for
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="jobs/pairs.py", description="Export and import preference pairs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", help="write the pairs of a run for another trainer")
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="dpo4rec pairs",
+        description="Export and import preference pairs.",
+        epilog=examples(
+            ("dpo4rec pairs export runs/demo --format trl --out pairs.jsonl", "for another trainer"),
+            ("dpo4rec pairs import pairs.jsonl --llm MODEL --out runs/mine", "DPO on pairs from elsewhere"),
+        ),
+        formatter_class=Formatter,
+    )
+    commands = found.add_subparsers(dest="command", required=True)
+    text = "write the pairs of a run for another trainer"
+    out = commands.add_parser("export", help=text, description=text)
     out.add_argument("run", metavar="RUN_FOLDER")
     out.add_argument("--format", required=True, choices=FORMATS)
     out.add_argument("--out", required=True, metavar="FILE.jsonl")
     out.add_argument("--round", type=int, default=None, metavar="N", help="where the run has several")
     out.add_argument("--split", choices=SPLITS, default="train")
-    into = commands.add_parser("import", help="run DPO on a preference set")
+    text = "run DPO on a preference set"
+    into = commands.add_parser("import", help=text, description=text)
     into.add_argument("files", nargs="+", metavar="FILE | FRAGMENT.toml | section.key=value")
     into.add_argument("--llm", required=True, metavar="PATH", help="model folder or hub name")
     into.add_argument("--out", required=True, metavar="RUN_FOLDER")
@@ -59,9 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for command in (out, into):
         command.add_argument("--verbose", action="store_true", help="show all logs, and tracebacks")
-    options, more = parser.parse_known_args(arguments)  # overrides may stand behind the options
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    whole = parser()
+    options, more = whole.parse_known_args(arguments)  # overrides may stand behind the options
     if more and (options.command == "export" or any(text.startswith("-") for text in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        whole.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
         options.files += more
     call = export_command if options.command == "export" else import_command
@@ -78,9 +94,11 @@ def _share(text: str) -> float:
 def export_command(options: argparse.Namespace) -> int:
     """Write one split of a round's pairs."""
     os.environ.update({key: value for key, value in session.QUIET_ENV.items() if key not in os.environ})
+    from dpo4rec_ray.config import read_config
     from dpo4rec_ray.exchange.chat_codec import ChatCodec
     from dpo4rec_ray.exchange.exporting import export_pairs, round_with_pairs
     from dpo4rec_ray.policy.model import load_tokenizer
+    from dpo4rec_ray.store.artifacts import RunDir
     from dpo4rec_ray.store.policies import base_llm_path
 
     store, target = RunDir(options.run), Path(options.out)
@@ -95,6 +113,8 @@ def export_command(options: argparse.Namespace) -> int:
 
 def import_command(options: argparse.Namespace) -> int:
     """Make the run folder and its pairs, then run the dpo stage; what is complete is kept."""
+    from dpo4rec_ray.config import is_fragment
+
     folder = Path(options.out)
     changes = [text for text in options.files if is_fragment(text) or re.match(r"\w+\.[\w.]+=", text)]
     files = [Path(text).expanduser() for text in options.files if text not in changes]
@@ -109,6 +129,7 @@ def import_command(options: argparse.Namespace) -> int:
     from dpo4rec_ray.exchange.importing import import_pairs
     from dpo4rec_ray.pipeline import Runner, Selection
     from dpo4rec_ray.store import memory
+    from dpo4rec_ray.store.artifacts import RunDir, write_json
     from dpo4rec_ray.store.progress import say
 
     checks.check_all(config, "dpo")
@@ -125,6 +146,10 @@ def import_command(options: argparse.Namespace) -> int:
 
 def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
     """The configuration of a run that begins with an LLM and pairs."""
+    import tomli_w
+
+    from dpo4rec_ray.config import load_config
+
     if llm == "bootstrap":
         raise UserError(
             "--llm bootstrap: there is no catalogue to train on; name a model folder or a hub name"
@@ -139,7 +164,7 @@ def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {folder}: a file is in its place; name a folder") from None
     values = {"run": {"root": str(folder.parent), "name": folder.name}, "llm": {"path": path}}
-    text = "# written by jobs/pairs.py import\n" + tomli_w.dumps(values)
+    text = "# written by `dpo4rec pairs import`\n" + tomli_w.dumps(values)
     (folder / RECIPE).write_text(text, encoding="utf-8")
     config = load_config(folder / RECIPE, changes)
     for section, keys in values.items():

@@ -1,6 +1,6 @@
 """Run a recipe.
 
-python jobs/run.py RECIPE.toml [FRAGMENT.toml ...] [section.key=value ...] [--only STAGE] [--from STAGE] [--round R]
+dpo4rec run RECIPE [FRAGMENT.toml ...] [section.key=value ...] [--only STAGE] [--from STAGE] [--round R] [--dry-run]
 
 Reads the recipe, starts or joins Ray, and runs the stages of dpo4rec_ray/pipeline.py. Ends with code 0, or with code 2
 and one line when the recipe, the input or the machine is at fault.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
 from dpo4rec_ray.cli.session import guarded, open_run, ray_job
 from dpo4rec_ray.errors import UserError
 
@@ -20,29 +21,35 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(lambda: run(options), options.verbose)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/run.py", description="Run a DPO4Rec recipe; finished stages are skipped."
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="dpo4rec run",
+        description="Run a recipe. Stages that are complete, and whose inputs and keys are the same, are kept.",
+        epilog=examples(
+            ("dpo4rec run demo", "the whole method on the sample world"),
+            ("dpo4rec run demo run.seed=1 run.name=demo-1", "with other values, into runs/demo-1"),
+            ("dpo4rec run own_table data.raw_dir=FOLDER --only prepare", "what becomes of your data"),
+            ("dpo4rec run demo reward.metric=ndcg@5 --dry-run", "what a change would run again, and why"),
+        ),
+        formatter_class=Formatter,
     )
-    parser.add_argument("recipe", help="a TOML file, see jobs/recipes/")
-    parser.add_argument(
-        "changes",
-        nargs="*",
-        metavar="FRAGMENT.toml | section.key=value",
-        help="values that replace the recipe's: first those of TOML files, such as a search's found.toml, in order, "
-        "then single ones",
-    )
-    parser.add_argument(
+    found.add_argument("recipe", **RECIPE)
+    found.add_argument("changes", **CHANGES)
+    found.add_argument(
         "--only", default="", metavar="STAGE", help="run this stage alone, even if it is complete"
     )
-    parser.add_argument("--from", dest="since", default="", metavar="STAGE", help="run from this stage on")
-    parser.add_argument(
+    found.add_argument("--from", dest="since", default="", metavar="STAGE", help="run from this stage on")
+    found.add_argument(
         "--round", type=int, default=None, metavar="R", help="with --only or --from: in this round"
     )
-    parser.add_argument(
+    found.add_argument(
         "--verbose", action="store_true", help="show the logs of Ray, vLLM and DeepSpeed, and tracebacks"
     )
-    return parser.parse_intermixed_args(arguments)
+    return found
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    return parser().parse_intermixed_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:

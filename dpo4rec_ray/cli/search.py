@@ -1,11 +1,11 @@
 """Search a recipe's training settings of each backbone, on the validation lists.
 
-python jobs/search.py RECIPE.toml [FRAGMENT.toml ...] [section.key=value ...] [--backbones dlcm,prm]
+dpo4rec search RECIPE [FRAGMENT.toml ...] [section.key=value ...] [--backbones dlcm,prm]
     [--knowledge none|base] [--trials N] [--scheduler asha|none] [--concurrent C] [--seed S]
 
 Works in the recipe's run folder, where it runs the stages prepare and, with knowledge, encode(0) unless they are complete.
-Writes search/results.csv, results.md and found.toml there; `jobs/run.py RECIPE.toml RUN/search/found.toml` uses what was
-found. Ends like jobs/run.py: code 2 and one line for a user's mistake. A search that was interrupted is not continued: the
+Writes search/results.csv, results.md and found.toml there; `dpo4rec run RECIPE RUN/search/found.toml` uses what was
+found. Ends like `dpo4rec run`: code 2 and one line for a user's mistake. A search that was interrupted is not continued: the
 same command searches from the start, and keeps the finished stages.
 """
 
@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dpo4rec_ray.cli import session
+from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
 from dpo4rec_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,50 +30,55 @@ def main(arguments: list[str] | None = None) -> int:
     return session.guarded(lambda: run(options), options.verbose)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/search.py",
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="dpo4rec search",
         description="Search the paper's grid of training settings on the validation lists.",
-        epilog="The run folder's search/ holds the results of the last search alone; copy found.toml to keep it.",
+        epilog="The run folder's search/ holds the results of the last search alone; copy found.toml to keep it.\n\n"
+        + examples(
+            ("dpo4rec search demo --trials 8", "eight settings of each backbone that the recipe evaluates"),
+            ("dpo4rec search demo --backbones dlcm,prm --knowledge base", "with the base LLM's texts"),
+            ("dpo4rec run demo runs/demo/search/found.toml", "use what was found"),
+        ),
+        formatter_class=Formatter,
     )
-    parser.add_argument("recipe", help="a TOML file, see jobs/recipes/")
-    parser.add_argument(
-        "changes",
-        nargs="*",
-        metavar="FRAGMENT.toml | section.key=value",
-        help="values that replace the recipe's, as in jobs/run.py",
-    )
-    parser.add_argument(
+    found.add_argument("recipe", **RECIPE)
+    found.add_argument("changes", **CHANGES)
+    found.add_argument(
         "--backbones", default="", metavar="A,B", help="default: those that the recipe evaluates"
     )
-    parser.add_argument(
+    found.add_argument(
         "--knowledge",
         choices=("none", "base"),
         default="none",
         help="base: train with the base LLM's vectors, and search the adapter's experts too",
     )
-    parser.add_argument(
+    found.add_argument(
         "--trials",
         dest="num_trials",
         type=int,
         metavar="N",
         help="per backbone, drawn at random from the grid; 0, the default: the whole grid",
     )
-    parser.add_argument(
+    found.add_argument(
         "--scheduler",
         choices=("asha", "none"),
         help="asha, the default: from half of the epochs on, trials that lag behind end",
     )
-    parser.add_argument(
+    found.add_argument(
         "--concurrent", type=int, metavar="C", help="trials at a time; 0, the default: one per CPU"
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="of the draw and of every trial")
-    parser.add_argument("--verbose", action="store_true", help="show Ray's logs, and tracebacks")
-    return parser.parse_intermixed_args(arguments)
+    found.add_argument("--seed", type=int, metavar="S", help="of the draw and of every trial")
+    found.add_argument("--verbose", action="store_true", help="show Ray's logs, and tracebacks")
+    return found
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    return parser().parse_intermixed_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check what costs nothing first, as jobs/run.py does; then prepare what is missing, and search."""
+    """Check what costs nothing first, as `dpo4rec run` does; then prepare what is missing, and search."""
     from dpo4rec_ray.config import load_config
 
     config = load_config(options.recipe, options.changes)

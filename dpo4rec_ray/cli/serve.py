@@ -1,9 +1,9 @@
 """Publish finished runs and serve reranks.
 
-python jobs/serve.py run [RUN_FOLDER] [serving.key=value ...]     publish and promote it if that is new, and serve on this machine
-python jobs/serve.py publish RUN_FOLDER [--as NAME] [--model NAME] [--promote]
-python jobs/serve.py promote NAME | rollback | split NAME PERCENT | shadow NAME | status
-python jobs/serve.py config [serving.key=value ...]               a config file for `serve deploy`
+dpo4rec serve run [RUN_FOLDER] [serving.key=value ...]     publish and promote it if that is new, and serve on this machine
+dpo4rec serve publish RUN_FOLDER [--as NAME] [--model NAME] [--promote]
+dpo4rec serve promote NAME | rollback | split NAME PERCENT | shadow NAME | status
+dpo4rec serve config [serving.key=value ...]               a config file for `serve deploy`
 
 All take --registry FOLDER (default: runs/registry). A server follows its registry: within a second (serving.poll_s) it loads
 a promoted version beside the versions that answer, checks it against recorded requests, and replaces them. A broken version
@@ -15,42 +15,56 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dpo4rec_ray.cli import serve_actions as do
 from dpo4rec_ray.cli import session
+from dpo4rec_ray.cli.arguments import Formatter, examples
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and act. A mistake of the user becomes one line and exit code 2."""
     options = parse(arguments)
-    return session.guarded(lambda: options.act(options), options.verbose)
+    return session.guarded(lambda: act(options), options.verbose)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="jobs/serve.py", description="Publish finished runs and serve reranks."
+def act(options: argparse.Namespace) -> int:
+    from dpo4rec_ray.cli import serve_actions
+
+    return getattr(serve_actions, options.act)(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="dpo4rec serve",
+        description="Publish finished runs and serve reranks over HTTP.",
+        epilog=examples(
+            ("dpo4rec serve run runs/demo", "publish a run and answer on this machine"),
+            ("dpo4rec serve publish runs/demo --as v2", "make a version of a run"),
+            ("dpo4rec serve split v2 10", "let it answer a tenth of the users"),
+            ("dpo4rec serve status", "which versions there are, and which answer"),
+        ),
+        formatter_class=Formatter,
     )
-    actions = parser.add_subparsers(dest="action", required=True)
+    actions = found.add_subparsers(dest="action", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--registry", default="", metavar="FOLDER", help="default: serving.registry, runs/registry"
     )
     common.add_argument("--verbose", action="store_true", help="show Ray's logs, and tracebacks")
 
-    def action(name: str, act: Any, text: str) -> argparse.ArgumentParser:
+    def action(name: str, act: str, text: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, parents=[common], help=text, description=text)
         added.set_defaults(act=act)
         return added
 
-    changes = {
+    changes: dict[str, Any] = {
         "nargs": "*",
         "default": [],
         "metavar": "serving.key=value",
-        "help": "see ServingSection in dpo4rec_ray/config/serving.py",
+        "help": "`dpo4rec config serving` explains the keys",
     }
-    one = action("run", do.run, "publish and promote a run if that is new, and serve on this machine")
+    one = action("run", "run", "publish and promote a run if that is new, and serve on this machine")
     one.add_argument("run", nargs="?", default="", help="folder of a finished run; none: serve as promoted")
     one.add_argument("changes", **changes)
-    one = action("publish", do.publish, "make a version of a finished run")
+    one = action("publish", "publish", "make a version of a finished run")
     one.add_argument("run", help="folder of a finished run")
     one.add_argument(
         "--as", dest="name", default="", metavar="NAME", help="name of the version; default: run and time"
@@ -59,19 +73,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--model", default="", help="a folder of RUN/eval/rerankers; default: best on validation"
     )
     one.add_argument("--promote", action="store_true", help="and make it the current version")
-    action("promote", do.change, "make a version the current one, which answers").add_argument("name")
-    action("rollback", do.change, "return to the version before; a split and a shadow end")
-    one = action("split", do.change, "let a second version answer a share of the users; 0 ends it")
+    action("promote", "change", "make a version the current one, which answers").add_argument("name")
+    action("rollback", "change", "return to the version before; a split and a shadow end")
+    one = action("split", "change", "let a second version answer a share of the users; 0 ends it")
     one.add_argument("name")
     one.add_argument("percent", type=float)
-    one = action("shadow", do.change, "let a second version rank too, and measure how it differs")
+    one = action("shadow", "change", "let a second version rank too, and measure how it differs")
     one.add_argument("name", nargs="?", default="", help="none: end it")
-    action("status", do.status, "list the versions, and which of them answer")
-    action("config", do.config, "print a config file for `serve deploy`").add_argument("changes", **changes)
-    options, rest = parser.parse_known_args(arguments)
+    action("status", "status", "list the versions, and which of them answer")
+    action("config", "config", "print a config file for `serve deploy`").add_argument("changes", **changes)
+    return found
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    whole = parser()
+    options, rest = whole.parse_known_args(arguments)
     # argparse does not take positional arguments behind an option
     if rest and (not hasattr(options, "changes") or any(one.startswith("-") for one in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        whole.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.changes = [*options.changes, *rest]
     return options

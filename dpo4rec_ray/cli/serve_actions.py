@@ -1,4 +1,4 @@
-"""What each action of jobs/serve.py does (cli/serve.py)."""
+"""What each action of `dpo4rec serve` does (cli/serve.py)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     settings = serving_settings(options.changes, options.registry, options.run)
     if joined_cluster():
         raise UserError(
-            "run serves on a Ray of its own; on a running cluster: jobs/serve.py config > serve.yaml, serve deploy serve.yaml"
+            "run serves on a Ray of its own; on a running cluster: dpo4rec serve config > serve.yaml, serve deploy serve.yaml"
         )
     need_port(settings)
     registry = open_registry(options, settings.registry)

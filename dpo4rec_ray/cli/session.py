@@ -12,10 +12,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError, first_line
-from dpo4rec_ray.workers.placement import joined_cluster
+
+if TYPE_CHECKING:
+    from dpo4rec_ray.config import Config
 
 WORK_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -107,6 +109,8 @@ def be_quiet(log: Path) -> None:
 def start_ray(verbose: bool) -> None:
     """Join the cluster this job was submitted to, or start Ray on this machine alone."""
     import ray
+
+    from dpo4rec_ray.workers.placement import joined_cluster
 
     if ray.is_initialized():
         return

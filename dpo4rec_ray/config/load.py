@@ -11,9 +11,10 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from dpo4rec_ray.config.bundled_recipes import names, recipe_file
 from dpo4rec_ray.config.recipe import Config
-from dpo4rec_ray.config.section import Section, first_mistake, merged, nearest
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.config.section import Section, first_mistake, merged
+from dpo4rec_ray.errors import UserError, nearest
 
 Table = dict[str, Any]  # of a TOML file
 # Former keys and values -> what they are called now. A recipe is told the new name; the config.json of an old
@@ -29,14 +30,14 @@ def load_config(path: str | Path, changes: list[str] | None = None) -> Config:
     """Read a recipe, merge fragments over it in the order given, then apply overrides.
 
     Args:
-        path: the recipe; the run is named after it, unless run.name is set.
+        path: the recipe, a file or the name of a bundled one; the run is named after it, unless run.name is set.
         changes: fragments (names of TOML files, ending in .toml; tables are merged key by key) and overrides
             (`section.key=value`, or `section.key.key=value` inside a table).
 
     Raises:
         UserError: unreadable file, unknown key (the nearest known name is given), or a value out of range.
     """
-    path = Path(path)
+    path = recipe_file(path)
     fragments = [text for text in changes or [] if is_fragment(text)]
     raw = _read_toml("recipe", path)
     for fragment in fragments:
@@ -96,9 +97,8 @@ def _read_toml(what: str, path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"{what} {path}: cannot be read ({error.strerror}); see jobs/recipes/ for examples"
-        ) from None
+        hint = f"; bundled ones go by name: {', '.join(names())}" if what == "recipe" else ""
+        raise UserError(f"{what} {path}: cannot be read ({error.strerror}){hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path}: not valid TOML ({error})") from None
 

@@ -6,7 +6,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from dpo4rec_ray.config.section import Section, first_mistake, nearest
+from dpo4rec_ray.config.section import Section, first_mistake
+from dpo4rec_ray.errors import nearest
 
 
 class RerankerArchitecture(Section):
@@ -64,7 +65,7 @@ class RerankerSection(RerankerArchitecture, FitSection):
     """Backbone, adapter and training."""
 
     per_backbone: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Other values for one backbone, as `jobs/search.py` finds them: [reranker.per_backbone.dlcm] lr = 5e-4."""
+    """Other values for one backbone, as `dpo4rec search` finds them: [reranker.per_backbone.dlcm] lr = 5e-4."""
 
     @property
     def architecture(self) -> RerankerArchitecture:

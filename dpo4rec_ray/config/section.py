@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,12 +22,6 @@ def first_mistake(error: ValidationError) -> str:
     value = first.get("input")
     shown = f" = {value!r}" if not isinstance(value, dict) else ""
     return f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}"
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A hint behind an unknown name: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def merged(base: dict[str, Any], over: dict[str, Any], *, unset: Any = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ APPLICATION = "rerank"  # its name in Ray Serve, and that of its ingress deploym
 
 
 class ServingSection(Section):
-    """The server (jobs/serve.py)."""
+    """The server (`dpo4rec serve run`)."""
 
     registry: str = "runs/registry"
     """Folder of the published versions, on storage that every node sees."""

@@ -1,4 +1,4 @@
-"""Download a public dataset: python -m dpo4rec_ray.datasets.download NAME FOLDER   (--list: the names).
+"""Downloads public datasets.
 
 Shows the publisher's terms and asks for consent, continues an earlier download that was interrupted, checks size and
 checksum, and unpacks. A file or folder gets its name only when it is complete, so what has its name is not fetched again.
@@ -10,7 +10,6 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,48 +28,12 @@ _OVERRIDES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 with one line for what the user can fix, 130 when interrupted."""
-    options = _parse(arguments)
-    try:
-        _run(options)
-    except KeyboardInterrupt:
-        tell("interrupted; run the same command again to continue")
-        return 130
-    except UserError as error:
-        tell(f"error: {error}")
-        return 2
-    except OSError as error:
-        tell(f"error: {error.filename or options.folder}: {error.strerror or error}")
-        return 2
-    return 0
+def download(options: argparse.Namespace) -> None:
+    """What the options of `dpo4rec download` ask for (cli/download_dataset.py). Prints `data.raw_dir=FOLDER` for the recipe.
 
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dpo4rec_ray.datasets.download", description="Fetch a public dataset and unpack it."
-    )
-    parser.add_argument("name", nargs="?", help="a dataset, see --list")
-    parser.add_argument("folder", nargs="?", help="where to put it; made when it is missing")
-    parser.add_argument(
-        "--list", action="store_true", help="print the names and the addresses of their terms"
-    )
-    parser.add_argument("--yes", action="store_true", help="accept the terms without being asked")
-    parser.add_argument(
-        "--url", action="append", default=[], help="fetch from here instead; once per file of the dataset"
-    )
-    sums = parser.add_mutually_exclusive_group()
-    for option in ("--md5", "--sha256"):
-        sums.add_argument(
-            option, action="append", default=[], metavar="HEX", help="expect this; once per file"
-        )
-    options = parser.parse_args(arguments)
-    if not options.list and not options.folder:
-        parser.error("NAME and FOLDER are needed, or --list")
-    return options
-
-
-def _run(options: argparse.Namespace) -> None:
+    Raises:
+        UserError: an unknown name, terms that are not accepted, or a file that does not come or is not as published.
+    """
     if options.list:
         for name, dataset in PUBLISHED.items():
             print(f"{name:<42}{dataset.link}")
@@ -135,7 +98,3 @@ def _agree(dataset: PublishedDataset, yes: bool) -> None:
     print('Type "yes" to accept these terms: ', end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() != "yes":
         raise UserError("the terms were not accepted; nothing was downloaded")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

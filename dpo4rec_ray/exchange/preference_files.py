@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.errors import UserError, first_line
+from dpo4rec_ray.exchange import FORMATS
 from dpo4rec_ray.exchange.chat_codec import ChatCodec
 from dpo4rec_ray.exchange.preference_rows import (
     EMPTY,
@@ -249,12 +250,9 @@ def _num_shared(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ours, theirs, strict=False)))
 
 
-_READERS: dict[str, Callable[[Fields], Preference]] = {
-    "trl": _from_trl,
-    "nemo": _from_nemo,
-    "sharegpt": _from_sharegpt,
-}
-FORMATS = tuple(_READERS)
+_READERS: dict[str, Callable[[Fields], Preference]] = dict(
+    zip(FORMATS, (_from_trl, _from_nemo, _from_sharegpt), strict=True)
+)
 
 
 # Writing

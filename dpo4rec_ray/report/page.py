@@ -17,8 +17,8 @@ from dpo4rec_ray.stages.validate import best_round
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.memory import peak_rss_mb
 from dpo4rec_ray.store.metrics_file import read_metrics
-from dpo4rec_ray.store.outcome import versions
 from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.store.versions import versions
 
 _DETAIL = ("by user", "on lists with a positive")
 SHOWN = (*PRINTED, *(f"{name} {how}" for how in _DETAIL for name in HEADLINE))

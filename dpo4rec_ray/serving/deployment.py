@@ -1,4 +1,4 @@
-"""The Ray Serve application. jobs/serve.py runs `build`, and a config file for `serve deploy` names it."""
+"""The Ray Serve application. `dpo4rec serve run` runs `build`, and a config file for `serve deploy` names it."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def writer_application(settings: ServingSection) -> Application:
     registry = Registry(settings.registry)
     version = registry.routing().current
     if not version:
-        raise UserError(f"{registry.root}: no version is promoted; run jobs/serve.py publish and promote")
+        raise UserError(f"{registry.root}: no version is promoted; run `dpo4rec serve publish` and `promote`")
     setup = read_setup(registry, version, settings)
     return serve.deployment(
         WriterReplica,

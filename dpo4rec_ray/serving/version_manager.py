@@ -81,7 +81,7 @@ class VersionManager:
         routing = self._registry.routing()
         if not routing.current:
             raise UserError(
-                f"{self._registry.root}: no version is promoted; run jobs/serve.py publish and promote"
+                f"{self._registry.root}: no version is promoted; run `dpo4rec serve publish` and `promote`"
             )
         return routing
 

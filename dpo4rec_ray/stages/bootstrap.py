@@ -37,7 +37,7 @@ from dpo4rec_ray.train.supervised_loop import MODEL, ROWS, TOKENIZER, WORK, Supe
 from dpo4rec_ray.workers.placement import engine_env
 from dpo4rec_ray.workers.tasks import in_worker
 
-RECIPE_OF = {"sample": "jobs/recipes/demo.toml", "movielens": "jobs/recipes/ml1m_small.toml"}
+RECIPE_OF = {"sample": "demo", "movielens": "ml1m_small"}
 TOKENIZER_LESSONS = 5000  # hold every word of a catalogue's frequent items
 # Simulated users, none of them trained on, whose texts are compared with their true tastes.
 NUM_CHECK_USERS = 300
@@ -97,7 +97,7 @@ def _model_card(config: Config, stats: dict[str, Any]) -> str:
         layers=section.num_layers,
         width=section.hidden_size,
         dataset=dataset,
-        command=f"python jobs/train_llm.py {recipe} --out FOLDER run.seed={config.run.seed}",
+        command=f"dpo4rec train-llm {recipe} --out FOLDER run.seed={config.run.seed}",
         lessons=section.num_users,
         batch=f"{section.batch_size * section.gradient_accumulation_steps} x {section.num_workers} workers",
         lr=section.lr,

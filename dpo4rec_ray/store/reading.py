@@ -18,8 +18,8 @@ from dpo4rec_ray.rerankers.fit import ListData, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.rerankers.text_rewards import SampleScorer
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.store.outcome import commit, versions
 from dpo4rec_ray.store.schemas import SCHEMAS
+from dpo4rec_ray.store.versions import commit, versions
 
 _LIST_COLUMNS = ["user_id", "split", "candidate_item_ids", "labels", "history_item_ids", "history_ratings"]
 

@@ -108,7 +108,9 @@ def test_every_command_parses(page: str) -> None:
     text = (ROOT / "docs" / page if (ROOT / "docs" / page).exists() else ROOT / page).read_text("utf-8")
     for inline in re.findall(r"`(dpo4rec [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         for command in split(inline):
-            if command[1].islower():  # not `dpo4rec COMMAND`
+            if len(command) == 2:  # the name of a command
+                assert command[1] in {*front.COMMANDS, "COMMAND"}
+            elif command[1] != "COMMAND":
                 check(command)
 
 
@@ -156,7 +158,9 @@ def run(block: Block, folder: Path, environment: dict[str, str]) -> None:
 
 
 def runnable(page: str) -> list[Block]:
-    return [block for block in BLOCKS[page] if not block.needs and "make" not in [c[0] for c in block.commands]]
+    return [
+        block for block in BLOCKS[page] if not block.needs and "make" not in [c[0] for c in block.commands]
+    ]
 
 
 @pytest.mark.ray
@@ -181,7 +185,9 @@ def test_the_demo_and_what_needs_it(tmp_path: Path, environment: dict[str, str])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    start = next(block for block in wanted if block.needs == {"run", "server"} and block.page.name == "serving.md")
+    start = next(
+        block for block in wanted if block.needs == {"run", "server"} and block.page.name == "serving.md"
+    )
     command = [*start.commands[0], f"serving.port={port}"]
     server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     try:

@@ -14,7 +14,9 @@ import pytest
 
 from tests.import_graph import ROOT
 
-LOADS = re.compile(r"""<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
+LOADS = re.compile(
+    r"""<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+)
 CSS_LOADS = re.compile(r"""(?:url\(|@import\s*)\s*["']?((?:https?:)?//[^"')\s]+)""")
 SIZE = 200_000  # bytes of a picture, at most
 

