@@ -12,16 +12,15 @@ NOTE = "<!-- Written by docs/generate.py. Do not edit. -->"
 CONFIGURATION = f"""{NOTE}
 # Configuration
 
-A recipe is one TOML file with these sections; every key has a default. `dpo4rec config SECTION.KEY` prints the same in a terminal,
-`section.key=value` on the command line replaces a value, and an unknown key is refused with the nearest known one.
+A recipe is one TOML file with these sections; every key has a default. `dpo4rec config SECTION.KEY` prints the same in a
+terminal, `section.key=value` on the command line replaces a value, and an unknown key is refused with the nearest known one.
 
 """
 COMMANDS = f"""{NOTE}
 # Commands
 
-`dpo4rec COMMAND --help` prints the same in a terminal. From a checkout `jobs/run.py`, `jobs/serve.py`, `jobs/search.py`, `jobs/pairs.py` and
-`jobs/train_llm.py` are the same commands as files, for `ray job submit`. The exit code is 0, 2 with one line for what you can mend, 130
-when interrupted.
+`dpo4rec COMMAND --help` prints the same in a terminal. The files in `jobs/` of a checkout are the same commands, for
+`ray job submit`. The exit code is 0; 2, with one line, for what you can mend; 130 when interrupted.
 """
 
 
