@@ -1,4 +1,4 @@
-"""Identity of what a stage's result depends on from outside the run and its recipe: raw files, models, versions of texts."""
+"""What a stage's result depends on: its inputs, the recipe, and raw files, models and wordings from outside the run."""
 
 from __future__ import annotations
 
@@ -11,26 +11,38 @@ from dpo4rec_ray.datasets.files import file_identity
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.prompts import PROMPT_VERSION
 from dpo4rec_ray.prepare.inspection import source_of
+from dpo4rec_ray.store.artifacts import fingerprint_of
+from dpo4rec_ray.store.dependencies import Dependencies
 from dpo4rec_ray.store.policies import model_identity
 from dpo4rec_ray.texts.sources import SOURCES
 
 
-def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> str:
-    """Identity of what a stage uses from outside the run and its recipe: raw files, encoder weights, the prompt's wording."""
-    parts: list[str] = []
+def dependencies(
+    config: Config, stage: str, round_id: int, sections: tuple[str, ...], inputs: dict[str, str]
+) -> Dependencies:
+    """Of what a stage writes in a round. sections: as `Config.section_values` takes them; inputs: as in Dependencies."""
+    outside = outside_identity(config, stage, sections)
+    own, parts = config.section_hash(*sections), (f"{name}={made}" for name, made in inputs.items())
+    fingerprint = fingerprint_of(stage, str(round_id), own, " ".join(outside.values()), *parts)
+    return Dependencies(fingerprint, inputs, config.section_values(*sections), outside)
+
+
+def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> dict[str, str]:
+    """What a stage uses from outside the run and its recipe, in words, and its identity."""
+    parts: dict[str, str] = {}
     if stage == "prepare":
-        parts.append(_source_identity(config))
+        parts["raw files"] = _source_identity(config)
     if "encoder" in sections:
-        parts.append(model_identity(resolve_encoder(config.encoder.path)))
+        parts["text encoder"] = model_identity(resolve_encoder(config.encoder.path))
     if "llm" in sections and (own := SOURCES[config.llm.source].section):
-        parts.append(config.section_hash(own))
+        parts[f"text source [{own}]"] = config.section_hash(own)
     if any(name.startswith("prompt") for name in sections):
-        parts.append(f"prompt {PROMPT_VERSION}")
+        parts["wording of the prompts"] = f"prompt {PROMPT_VERSION}"
     trained: dict[str, TrainerSection] = {"dpo": config.dpo, "bootstrap": config.bootstrap}
     for name in trained.keys() & set(sections):
         if file := trained[name].deepspeed:
-            parts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16])
-    return " ".join(parts)
+            parts[f"file of {name}.deepspeed"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return parts
 
 
 def _source_identity(config: Config) -> str:

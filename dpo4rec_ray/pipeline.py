@@ -33,7 +33,8 @@ from dpo4rec_ray.stages import (
     train_reward,
     validate,
 )
-from dpo4rec_ray.store.artifacts import Manifest, RunDir, fingerprint_of, write_json
+from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
+from dpo4rec_ray.store.dependencies import Dependencies
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.engines import release_engines
@@ -42,6 +43,7 @@ from dpo4rec_ray.texts.sources import SOURCES
 logger = logging.getLogger(__name__)
 
 Artifact = tuple[str, int]  # name, round
+NOT_THERE = "not there yet"
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
 
 def _all_stages(runner: Runner) -> int:
     """Every stage in order; the last round that was trained."""
-    config, store = runner.config, runner.store
+    config = runner.config
     for name in before_rounds(config):
         runner.step(name, 0)
     last_round = 0
@@ -232,9 +234,7 @@ def _all_stages(runner: Runner) -> int:
         if not config.has_policy:
             break
         last_round = round_id
-        if round_id < config.run.num_rounds and validate.rounds_have_peaked(
-            store, round_id, config.run.patience
-        ):
+        if runner.peaked(round_id):
             say(f"round {round_id}: the held-out reward no longer improves; no further round")
             break
     runner.step("evaluate", last_round)
@@ -266,28 +266,32 @@ class Runner:
             self._note(stage, round_id, skipped=True)
             return
         self.matched = True
-        fingerprint, inputs = self._fingerprint(stage, round_id)
+        depends = self.depends(stage, round_id)
+        why = self.why(stage, round_id, depends)
         target = self.store.path(*stage.writes(round_id)[-1])
-        # asked for by name: do it, do not skip it
-        forced = name == (self.selection.only or self.selection.since)
-        if not forced and self._complete(stage, round_id, fingerprint):
+        if not why:
             manifest = self._note(stage, round_id, skipped=True)
             say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")
             return
         began = time.monotonic()
-        say(f"{name}({round_id}): started")
-        self.store.fingerprint = fingerprint
+        say(f"{name}({round_id}): started" + (f", {why}" if why != NOT_THERE else ""))
+        self.store.fingerprint = depends.fingerprint
         outcome = stage.run(self.config, self.store, round_id)
         seconds = round(time.monotonic() - began, 2)
         for artifact, artifact_round in stage.writes(round_id):
-            manifest = outcome.manifest(artifact, fingerprint, seconds, inputs, self.config.run.seed)
+            manifest = outcome.manifest(artifact, depends, seconds, self.config.run.seed)
             self.store.finish(manifest, artifact_round)
         self._note(stage, round_id, skipped=False)
         say(
             f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {seconds:.1f} s, {target}"
         )
 
-    def _fingerprint(self, stage: Stage, round_id: int) -> tuple[str, dict[str, str]]:
+    def peaked(self, round_id: int) -> bool:
+        """Whether the held-out reward no longer improves, so that no further round follows."""
+        run = self.config.run
+        return round_id < run.num_rounds and validate.rounds_have_peaked(self.store, round_id, run.patience)
+
+    def depends(self, stage: Stage, round_id: int) -> Dependencies:
         """What the step's output depends on: its config, what comes from outside, and which production of each input."""
         inputs: dict[str, str] = {}
         for name, input_round in stage.reads(round_id):
@@ -298,15 +302,20 @@ class Runner:
                 inputs[f"{name}/{input_round}"] = self.store.require(name, input_round).produced
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {error}") from None
-        own = self.config.section_hash(*stage.sections)
-        outside = identity.outside_identity(self.config, stage.name, stage.sections)
-        return fingerprint_of(
-            stage.name, str(round_id), own, outside, *(f"{k}={v}" for k, v in inputs.items())
-        ), inputs
+        return identity.dependencies(self.config, stage.name, round_id, stage.sections, inputs)
 
-    def _complete(self, stage: Stage, round_id: int, fingerprint: str) -> bool:
-        manifests = [self.store.manifest(name, r) for name, r in stage.writes(round_id)]
-        return all(manifest is not None and manifest.fingerprint == fingerprint for manifest in manifests)
+    def why(self, stage: Stage, round_id: int, depends: Dependencies) -> str:
+        """Why a selected step has to run; "" where what it writes can be kept."""
+        made = [self.store.manifest(name, r) for name, r in stage.writes(round_id)]
+        complete = [manifest for manifest in made if manifest is not None]
+        if len(complete) < len(made):
+            return NOT_THERE
+        if stage.name in (
+            self.selection.only,
+            self.selection.since,
+        ):  # asked for by name: it is done, not skipped
+            return f"forced by {'--only' if self.selection.only else '--from'}"
+        return next(filter(None, map(depends.changes_since, complete)), "")
 
     def _note(self, stage: Stage, round_id: int, *, skipped: bool) -> Manifest | None:
         """Log the step as its manifest has it, if there is one."""
@@ -323,3 +332,45 @@ class Runner:
                 }
             )
         return manifest
+
+
+class DryRun(Runner):
+    """Says what each step would do and why, and does nothing."""
+
+    def __init__(self, config: Config, store: RunDir, selection: Selection):
+        super().__init__(config, store, selection)
+        self._remade: dict[Artifact, str] = {}  # -> the step that would write it
+
+    def step(self, name: str, round_id: int) -> None:
+        stage, label = STAGES[name], f"{name}({round_id})"
+        if not self.selected(name, round_id):
+            self.tell(label, "not selected")
+            return
+        self.matched = True
+        before = [self._remade[artifact] for artifact in stage.reads(round_id) if artifact in self._remade]
+        why = f"after {before[0]}" if before else self.why(stage, round_id, self.depends(stage, round_id))
+        self.tell(label, f"would run: {why}" if why else "kept")
+        if why:
+            self._remade |= dict.fromkeys(stage.writes(round_id), label)
+            if name == "bootstrap":
+                self._remade["policy", 0] = label  # the LLM that it trains
+
+    def peaked(self, round_id: int) -> bool:
+        return ("heldout", round_id) not in self._remade and super().peaked(round_id)
+
+    def tell(self, label: str, what: str) -> None:
+        print(f"{label:<16}{what}")
+
+
+def dry_run(config: Config, store: RunDir, selection: Selection) -> None:
+    """Print what `run_pipeline` would do, step by step. Writes nothing and starts no Ray.
+
+    Raises:
+        UserError: as `run_pipeline`, as far as it is known without running a stage.
+    """
+    runner = DryRun(config, store, selection)
+    last_round = _all_stages(runner)
+    if runner.selected("report", last_round):
+        runner.tell("report", "would run: it sums up what is there")
+    elif not runner.matched:
+        raise selection.missing()

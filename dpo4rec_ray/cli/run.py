@@ -9,9 +9,11 @@ and one line when the recipe, the input or the machine is at fault.
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
-from dpo4rec_ray.cli.session import guarded, open_run, ray_job
+from dpo4rec_ray.cli.session import guarded, open_run, ray_job, set_up
 from dpo4rec_ray.errors import UserError
 
 
@@ -43,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
         "--round", type=int, default=None, metavar="R", help="with --only or --from: in this round"
     )
     found.add_argument(
+        "--dry-run", action="store_true", help="print what would run, and why; write nothing, start nothing"
+    )
+    found.add_argument(
         "--verbose", action="store_true", help="show the logs of Ray, vLLM and DeepSpeed, and tracebacks"
     )
     return found
@@ -57,9 +62,13 @@ def run(options: argparse.Namespace) -> int:
     from dpo4rec_ray.config import load_config
 
     config = load_config(options.recipe, options.changes)
-    folder = open_run(config, options.verbose)
+    if options.dry_run:
+        folder = Path(config.run.root) / config.run.name
+        set_up(Path(os.devnull), options.verbose)
+    else:
+        folder = open_run(config, options.verbose)
     from dpo4rec_ray import checks
-    from dpo4rec_ray.pipeline import STAGE_NAMES, Selection, check_selection, run_pipeline
+    from dpo4rec_ray.pipeline import STAGE_NAMES, Selection, check_selection, dry_run, run_pipeline
     from dpo4rec_ray.store.artifacts import RunDir
 
     for flag, stage in (("--only", options.only), ("--from", options.since)):
@@ -72,6 +81,9 @@ def run(options: argparse.Namespace) -> int:
     selection = Selection(options.only, options.since, options.round)
     check_selection(config, selection)
     checks.check_all(config, options.only)
+    if options.dry_run:
+        dry_run(config, RunDir(folder), selection)
+        return 0
     with ray_job(folder, options.verbose):
         run_pipeline(config, RunDir(folder), selection)
     return 0

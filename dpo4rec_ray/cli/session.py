@@ -56,10 +56,15 @@ def open_run(config: Config, verbose: bool) -> Path:
     """
     folder = Path(config.run.root) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
+    set_up(folder / "driver.log", verbose)
+    return folder
+
+
+def set_up(log: Path, verbose: bool) -> None:
+    """The environment of this process; what libraries say goes to `log`, unless verbose. As early as `open_run`."""
     set_defaults(WORK_ENV)
     if not verbose:
-        be_quiet(folder / "driver.log")
-    return folder
+        be_quiet(log)
 
 
 @contextlib.contextmanager

@@ -76,7 +76,12 @@ class Config(Section):
         return self.dpo.max_length or self.llm.max_model_len
 
     def section_hash(self, *parts: str) -> str:
-        """Hash of the run seed and of the named parts: what a stage's output depends on.
+        """Hash of `section_values`."""
+        chosen = self.section_values(*parts)
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+    def section_values(self, *parts: str) -> dict[str, Any]:
+        """The run seed ("seed") and the values of the named parts, as JSON has them: what a stage's output depends on.
 
         A part is "section" (all of its keys but those of placement), "section.key", or "-section.key", which leaves a key out.
         """
@@ -92,4 +97,4 @@ class Config(Section):
                 }
             elif not part.startswith("-"):
                 chosen[part] = values[key]
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return chosen

@@ -23,6 +23,7 @@ from dpo4rec_ray.exchange.preference_rows import NOT_AN_OBJECT, BadRow, Fields
 from dpo4rec_ray.knowledge.text_table import TextCounts
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of
+from dpo4rec_ray.store.dependencies import Dependencies
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.progress import Progress, say
@@ -96,7 +97,7 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
     }
     seconds = round(time.monotonic() - began, 2)
     outcome = Outcome(rows_in=counts["rows"], rows_out=counts["train"] + counts["valid"], stats=stats)
-    store.finish(outcome.manifest("pairs", fingerprint, seconds, {}, config.run.seed), 1)
+    store.finish(outcome.manifest("pairs", Dependencies(fingerprint), seconds, config.run.seed), 1)
     say(
         f"import(1): {counts['train']} training pairs, {counts['valid']} held out, {counts['tokenized']} tokenised, "
         f"the others by their stored token ids, {seconds:.1f} s, {store.path('pairs', 1)}"

@@ -54,6 +54,7 @@ class Manifest:
         fingerprint: hash of everything it depends on; equal to the present one means that it can be kept.
         produced: new with every production, so that what was made from an older production is redone.
         stats: whatever the stage measured on the way.
+        inputs, settings, outside: as in store.dependencies; empty where an older version made the artifact.
     """
 
     artifact: str
@@ -65,6 +66,8 @@ class Manifest:
     rows_in: int = 0
     stats: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     commit: str = ""

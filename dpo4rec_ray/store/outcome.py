@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo4rec_ray.store.artifacts import Manifest
+from dpo4rec_ray.store.dependencies import Dependencies
 from dpo4rec_ray.store.memory import peak_rss_mb
 from dpo4rec_ray.store.versions import commit, versions
 
@@ -20,17 +21,17 @@ class Outcome:
     stats: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)  # per artifact, where a stage writes several
 
-    def manifest(
-        self, artifact: str, fingerprint: str, seconds: float, inputs: dict[str, str], seed: int
-    ) -> Manifest:
+    def manifest(self, artifact: str, depends: Dependencies, seconds: float, seed: int) -> Manifest:
         return Manifest(
             artifact=artifact,
-            fingerprint=fingerprint,
+            fingerprint=depends.fingerprint,
             rows=self.rows.get(artifact, self.rows_out),
             seconds=seconds,
             rows_in=self.rows_in,
             stats=self.stats,
-            inputs=inputs,
+            inputs=depends.inputs,
+            settings=depends.settings,
+            outside=depends.outside,
             versions=versions(),
             seed=seed,
             commit=commit(),

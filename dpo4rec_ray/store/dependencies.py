@@ -1,0 +1,67 @@
+"""What an artifact depends on, and what of it is not as it was when the artifact was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo4rec_ray.store.artifacts import Manifest
+
+INPUTS = {"policy/0": "policy/0 (the base LLM or the source of texts)"}
+_SHOWN = 40  # characters of a value
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """Of one artifact. Its manifest keeps them.
+
+    Attributes:
+        fingerprint: hash of all of it; decides whether the artifact can be kept.
+        inputs: "name/round" -> which production of that artifact was read.
+        settings: values of the recipe by section, or by "section.key".
+        outside: in words what lies outside run and recipe -> its identity.
+    """
+
+    fingerprint: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
+
+    def changes_since(self, made: Manifest) -> str:
+        """What changed since an artifact was made, in words; "" where nothing did."""
+        if made.fingerprint == self.fingerprint:
+            return ""
+        found = [f"changed input {INPUTS.get(name, name)}" for name in _differing(made.inputs, self.inputs)]
+        if made.settings:
+            before, now = _by_key(made.settings), _by_key(self.settings)
+            found += [
+                f"changed key {key} ({_short(before, key)} -> {_short(now, key)})"
+                for key in _differing(before, now)
+            ]
+            found += [f"{name} changed" for name in _differing(made.outside, self.outside)]
+        return ", ".join(found) or "recipe, input or version of the code changed"
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        name for name in (now | before) if (name in before, before.get(name)) != (name in now, now.get(name))
+    ]
+
+
+def _by_key(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"data": {"file": ""}, "reward.metric": "ndcg@5"} -> {"data.file": "", "reward.metric": "ndcg@5"}."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict) and "." not in name
+        found |= {f"{name}.{key}": one for key, one in value.items()} if inner else {name: value}
+    return found
+
+
+def _short(settings: Mapping[str, Any], key: str) -> str:
+    if key not in settings:
+        return "not there"
+    text = json.dumps(settings[key], ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
