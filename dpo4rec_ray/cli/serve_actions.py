@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ SERVE_ENV = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",  # Ray's workers yield to all other processes by default; a server should not
 }
+LOG = "serve.log"  # in the registry: what libraries and Ray say
 IMPORT_PATH = "dpo4rec_ray.serving.deployment:build"
 
 
@@ -80,7 +82,6 @@ def run(options: argparse.Namespace) -> int:
         )
     need_port(settings)
     registry = open_registry(options, settings.registry)
-    from dpo4rec_ray.serving import haproxy
     from dpo4rec_ray.serving.version_check import load_version
 
     if options.run:
@@ -97,30 +98,40 @@ def run(options: argparse.Namespace) -> int:
             f"{registry.root}: no version is promoted; name a run folder, or publish and promote one"
         )
     load_version(registry.folder(routing.current))
-    stop = threading.Event()
-    folder = serve_environment(settings.request_timeout_s)
-    try:
-        start(settings, registry, options.verbose)
-        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
-            signal.signal(number, lambda *_: stop.set())
-        address = f"http://{settings.host}:{settings.port}"
-        if not settings.token_file:
-            from dpo4rec_ray.serving.deployment import NO_TOKEN
-
-            print(NO_TOKEN)
-        print(f"{routing.current} answers at {address}/v1/rerank; try it at {address}/, see {address}/docs")
-        sys.stdout.flush()
-        stop.wait()
-    finally:
-        import ray
-        from ray import serve
-
-        if ray.is_initialized():  # else serve.shutdown would start one
-            serve.shutdown()
-            ray.shutdown()
-        haproxy.end(folder)
+    serve_until_stopped(settings, registry, routing.current, options.verbose)
     print("stopped")
     return 0
+
+
+def serve_until_stopped(settings: ServingSection, registry: Registry, version: str, verbose: bool) -> None:
+    """Start the server and return after Ctrl-C or SIGTERM, when all its processes have ended. Raises as `start`."""
+    from dpo4rec_ray.serving import haproxy
+
+    stop, terminal = threading.Event(), sys.stdout
+    folder = serve_environment(settings.request_timeout_s)
+    # Ray prints what befalls its processes on standard output, and always one such line at the end: Serve's controller
+    # kills itself before it has answered the call that ends it.
+    with (registry.root / LOG).open("a") as log, redirect_stdout(terminal if verbose else log):
+        try:
+            start(settings, registry, verbose)
+            for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+                signal.signal(number, lambda *_: stop.set())
+            address = f"http://{settings.host}:{settings.port}"
+            if not settings.token_file:
+                from dpo4rec_ray.serving.deployment import NO_TOKEN
+
+                print(NO_TOKEN, file=terminal)
+            where = f"at {address}/v1/rerank; try it at {address}/, see {address}/docs"
+            print(f"{version} answers {where}", file=terminal, flush=True)
+            stop.wait()
+        finally:
+            import ray
+            from ray import serve
+
+            if ray.is_initialized():  # else serve.shutdown would start one
+                serve.shutdown()
+                ray.shutdown()
+            haproxy.end(folder)
 
 
 def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
@@ -223,7 +234,7 @@ def open_registry(options: argparse.Namespace, folder: str = "", log: bool = Tru
     registry = Registry(folder or serving_settings([], options.registry).registry)
     if log and not options.verbose:
         registry.root.mkdir(parents=True, exist_ok=True)
-        session.be_quiet(registry.root / "serve.log")
+        session.be_quiet(registry.root / LOG)
     return registry
 
 

@@ -40,6 +40,12 @@ class ServingSection(Section):
     """Seconds after which a request is answered 504."""
     token_file: str = ""
     """File of bearer tokens, one per line, on every node. "": no token is needed."""
+    query: Literal["user", "history", "text"] = "user"
+    """What `query` is in requests of other rerank APIs' clients: a user id; item ids, oldest first, between blanks or commas
+    or as a JSON list; or a text, which is encoded as if it were the text about a user."""
+    documents: Literal["ids", "titles"] = "ids"
+    """What the texts of their documents are: item ids, or titles. A title that several items have means the first of them in
+    the catalogue."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between reads of the registry."""
     online_llm: Literal["off", "async"] = "off"

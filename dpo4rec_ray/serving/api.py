@@ -1,10 +1,13 @@
-"""Requests and answers of the HTTP API, after the rerank APIs of Cohere, Jina and TEI."""
+"""Requests and answers of the HTTP API. Those of other rerank APIs are in rerank_shapes.py."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from dpo4rec_ray.errors import UserError
 
 MAX_CANDIDATES = 1000
 MAX_HISTORY = 10_000
@@ -49,7 +52,7 @@ class RerankRequest(Body):
     @model_validator(mode="after")
     def _has_user(self) -> RerankRequest:
         if not self.user_id and self.history is None:
-            raise ValueError("give user_id or history")
+            raise ValueError("give user_id or history, or in the shape of other rerank APIs: query")
         return self
 
 
@@ -64,7 +67,7 @@ class Result(BaseModel):
 
     index: int  # its place in the request, from 0
     item_id: str
-    relevance_score: float | None  # logit; None: the item is unknown
+    relevance_score: float | None = None  # logit; absent if the item is unknown
     known: bool
     document: Candidate | None = None  # only with return_documents
 
@@ -137,6 +140,7 @@ class Problem(BaseModel):
     """Why a request was not answered."""
 
     detail: str
+    message: str  # the same, where Cohere's clients look for it
 
 
 class Mistake(BaseModel):
@@ -151,3 +155,19 @@ class Mistakes(BaseModel):
     """The wrong fields of a request."""
 
     detail: list[Mistake]
+    message: str  # in one line
+
+
+class WrongField(UserError):
+    """A field that only shows to be wrong when the request is answered."""
+
+    def __init__(self, message: str, *field: str | int):
+        super().__init__(message)
+        self.field = field
+
+
+def in_one_line(detail: str | Sequence[Any]) -> str:
+    """A `detail`; of wrong fields: "history.3.rating: what is wrong; ..."."""
+    if isinstance(detail, str):
+        return detail
+    return "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in detail)

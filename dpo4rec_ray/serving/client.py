@@ -91,7 +91,7 @@ class Client:
         except (requests.RequestException, ValidationError) as error:
             raise Unavailable(f"{url}: {error}") from error
         try:
-            reason = _reason(answer.json()["detail"])
+            reason = api.in_one_line(answer.json()["detail"])
         except (ValueError, KeyError, TypeError):  # an error page of a proxy
             reason = answer.text[:200]
         message = f"{url}: {answer.status_code} {answer.reason}: {reason}"
@@ -113,11 +113,4 @@ def _checked(kind: type[BaseModel], **fields: Any) -> BaseModel:
     try:
         return kind(**fields)
     except ValidationError as error:
-        raise Refused(422, _reason(error.errors())) from None
-
-
-def _reason(detail: str | Sequence[Any]) -> str:
-    """Of wrong fields: "history.3.rating: what is wrong; ..."."""
-    if isinstance(detail, str):
-        return detail
-    return "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in detail)
+        raise Refused(422, api.in_one_line(error.errors())) from None

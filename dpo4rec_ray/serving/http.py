@@ -1,6 +1,6 @@
 """The HTTP application around a Service: FastAPI, without Ray.
 
-The two rerank routes read and write JSON with pydantic's core, because FastAPI's way of reading a body and writing an answer
+The rerank routes read and write JSON with pydantic's core, because FastAPI's way of reading a body and writing an answer
 costs more than ranking ten candidates. /docs has their schemas all the same.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.openapi.utils import get_openapi
@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
 from dpo4rec_ray.serving.api import (
@@ -31,20 +32,30 @@ from dpo4rec_ray.serving.api import (
     RerankResponse,
     UserKnowledge,
     VersionInfo,
+    WrongField,
+    in_one_line,
 )
 from dpo4rec_ray.serving.batcher import Overloaded
+from dpo4rec_ray.serving.rerank_shapes import (
+    BARE,
+    V1,
+    V2,
+    DocumentsRequest,
+    DocumentsResponse,
+    TextResult,
+    TextsRequest,
+    read_body,
+)
 from dpo4rec_ray.serving.service import Service
-from dpo4rec_ray.serving.version_manager import NotLoaded
 
-RERANK = "/v1/rerank"
+RERANK = frozenset({V1, V2, BARE})
 # A 422 names at most MAX_MISTAKES wrong fields, and none of them if there are more than TOO_MANY_MISTAKES.
 MAX_MISTAKES, TOO_MANY_MISTAKES = 20, 10_000
 PLAYGROUND = Path(__file__).parent / "playground.html"
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class DirectRerank:
-    """The ASGI application: calls the route of POST /v1/rerank itself, and leaves all other requests to FastAPI.
+    """The ASGI application: calls the route that ranks a list itself, and leaves all other requests to FastAPI.
 
     FastAPI's routing, dependencies and exception handlers cost about as much as ranking a list.
     """
@@ -53,7 +64,7 @@ class DirectRerank:
         self.api, self._rerank = api, rerank
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == RERANK and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["path"] in RERANK and scope["method"] == "POST":
             response = await self._rerank(Request(scope, receive))
             await response(scope, receive, send)
         else:
@@ -81,18 +92,19 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Direct
     api = FastAPI(title="dpo4rec_ray reranks", version="1", redoc_url=None)
     locked = [Depends(authorised)]
 
-    @api.exception_handler(NotLoaded)
-    async def mistaken(_: Request, error: NotLoaded) -> Response:
+    @api.exception_handler(WrongField)
+    @api.exception_handler(StarletteHTTPException)
+    async def mistaken(_: Request, error: Exception) -> Response:
         return problem(error, "query")
 
-    async def read(request: Request, model: type[Model]) -> Model:
-        """The body. Reads at most `max_body` bytes. Raises HTTPException 413 or ValidationError."""
+    async def content_of(request: Request) -> bytes:
+        """The body. Reads at most `max_body` bytes. Raises HTTPException 413."""
         content = b""
         async for chunk in request.stream():
             content += chunk
             if len(content) > max_body:
                 raise HTTPException(413, f"the body is larger than {max_body} bytes")
-        return model.model_validate_json(content)
+        return content
 
     def answered(
         route: Callable[[Request], Awaitable[Any]],
@@ -104,12 +116,12 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Direct
             try:
                 await authorised(request)
                 return Response(to_json(await route(request)), media_type="application/json")
-            except (Overloaded, ValidationError, NotLoaded, HTTPException) as error:
+            except (Overloaded, ValidationError, WrongField, HTTPException) as error:
                 return problem(error)
 
         return call
 
-    def described(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+    def described(body: Sequence[type[BaseModel]], answer: Any) -> dict[str, Any]:
         """What /docs says about a route that reads its body itself."""
         return {
             "response_model": None,
@@ -117,22 +129,29 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Direct
             "openapi_extra": {
                 "requestBody": {
                     "required": True,
-                    "content": {"application/json": {"schema": _reference(body)}},
+                    "content": {"application/json": {"schema": {"anyOf": [_reference(one) for one in body]}}},
                 }
             },
         }
 
-    @api.post(RERANK, **described(RerankRequest, RerankResponse))
     @answered
     async def rerank(request: Request) -> Any:
-        """Rank the candidates for a user."""
-        return await service.rerank(await read(request, RerankRequest))
+        """Rank the candidates for a user. Bodies of Cohere's, Jina's, vLLM's and TEI's clients get their shape of answer."""
+        body = read_body(await content_of(request))
+        if isinstance(body, RerankRequest):
+            return await service.rerank(body)
+        return await service.rerank_query(body, request.scope["path"])
 
-    @api.post(f"{RERANK}/batch", **described(BatchRequest, BatchResponse))
+    for path in RERANK:
+        api.post(path, **described(RERANK_BODIES, RerankResponse | DocumentsResponse | list[TextResult]))(
+            rerank
+        )
+
+    @api.post(f"{V1}/batch", **described([BatchRequest], BatchResponse))
     @answered
     async def rerank_batch(request: Request) -> Any:
         """Rank several lists. All are answered, or none."""
-        body = await read(request, BatchRequest)
+        body = BatchRequest.model_validate_json(await content_of(request))
         return {"responses": await asyncio.gather(*(service.rerank(one) for one in body.requests))}
 
     @api.get("/v1/users/{user_id:path}/knowledge", dependencies=locked, responses={401: DENIED, 404: DENIED})
@@ -181,6 +200,7 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Direct
     return DirectRerank(api, rerank)
 
 
+RERANK_BODIES = [RerankRequest, DocumentsRequest, TextsRequest]
 DENIED: dict[str, Any] = {"model": Problem}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "No token, or a wrong one"},
@@ -193,27 +213,29 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 def problem(error: Exception, place: str = "body") -> Response:
     """The response to an error. place: where the request has its `model`, "body" or "query"."""
     if isinstance(error, Overloaded):
-        return JSONResponse({"detail": "too many requests wait; try again"}, 503, {"Retry-After": "1"})
-    if isinstance(error, HTTPException):
-        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+        return _refusal(503, "too many requests wait; try again", {"Retry-After": "1"})
+    if isinstance(error, StarletteHTTPException):
+        return _refusal(error.status_code, error.detail, error.headers)
     if isinstance(error, ValidationError):
         count = error.error_count()
         if count > TOO_MANY_MISTAKES:  # to list them would take longer than to read the body
-            return JSONResponse(
-                {"detail": [{"loc": [place], "msg": f"{count} fields are wrong", "type": "too_many"}]}, 422
-            )
+            return _refusal(422, [{"loc": [place], "msg": f"{count} fields are wrong", "type": "too_many"}])
         found = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_MISTAKES]
-        return JSONResponse({"detail": [{**one, "loc": [place, *one["loc"]]} for one in found]}, 422)
-    return JSONResponse(
-        {"detail": [{"loc": [place, "model"], "msg": str(error), "type": "value_error"}]}, 422
-    )
+        return _refusal(422, [{**one, "loc": [place, *one["loc"]]} for one in found])
+    field = error.field if isinstance(error, WrongField) else ()
+    return _refusal(422, [{"loc": [place, *field], "msg": str(error), "type": "value_error"}])
+
+
+def _refusal(status: int, detail: Any, headers: Mapping[str, str] | None = None) -> Response:
+    """`message` is where Cohere's clients look for the reason."""
+    return JSONResponse({"detail": detail, "message": in_one_line(detail)}, status, headers)
 
 
 def _with_bodies(api: FastAPI) -> dict[str, Any]:
     """FastAPI's description, with the schemas of the bodies that routes read themselves."""
     if api.openapi_schema is None:
         whole = get_openapi(title=api.title, version=api.version, routes=api.routes)
-        wanted = [(RerankRequest, "validation"), (BatchRequest, "validation")]
+        wanted = [(one, "validation") for one in (*RERANK_BODIES, BatchRequest)]
         _, schemas = models_json_schema(wanted, ref_template="#/components/schemas/{model}")
         whole["components"]["schemas"] |= schemas["$defs"]
         api.openapi_schema = whole

@@ -28,6 +28,7 @@ from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.rerankers.fit import WEIGHTS_FILE, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.serving.version_files import (
+    ENCODER_FILE,
     ITEMS,
     RECORDED_FILE,
     TEXTS,
@@ -99,6 +100,7 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
         if knowledge:
             files = store.files("knowledge", round_id)
             vectors = _write_knowledge(files, temporary, num_users, scorer, list_users)
+            write_json(temporary / ENCODER_FILE, config.encoder.model_dump(mode="json"))
             if config.llm.source == "vllm":
                 _write_writer(config, store, temporary / WRITER_FOLDER, round_id)
         data = list_data(lists)

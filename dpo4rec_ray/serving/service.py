@@ -11,16 +11,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dpo4rec_ray.config.serving import ServingSection
-from dpo4rec_ray.serving.api import Candidate, Event, RerankRequest, SeenItem, UserKnowledge, VersionInfo
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.serving.api import (
+    Candidate,
+    Event,
+    RerankRequest,
+    SeenItem,
+    UserKnowledge,
+    VersionInfo,
+    WrongField,
+)
 from dpo4rec_ray.serving.batcher import Batcher, Overloaded
 from dpo4rec_ray.serving.fresh_texts import FreshTextLookup
 from dpo4rec_ray.serving.loaded_version import LoadedVersion, Ranking, RankTask
+from dpo4rec_ray.serving.query_texts import QueryTexts
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.request_metrics import ServingMetrics
+from dpo4rec_ray.serving.rerank_shapes import DocumentsRequest, TextsRequest, as_ours, as_theirs
 from dpo4rec_ray.serving.version_files import RECORDED_FILE, UNKNOWN, VersionFiles
 from dpo4rec_ray.serving.version_manager import VersionManager
 
+NO_ITEM = ""  # an id that no item has
 SHORT = 31  # lists of up to this many candidates are ranked together, whatever their sizes
 CANDIDATES_IN_LOOP = 8192  # ranked in the thread of the event loop; more would delay other requests
 MAX_SHADOWS = 64  # lists that wait for a shadow; further lists are not shadowed
@@ -37,10 +52,13 @@ class Service:
         metrics: ServingMetrics | None = None,
         fresh_texts: FreshTextLookup | None = None,
     ):
-        """Raises UserError if the registry has no version that can be loaded."""
+        """Raises UserError if the registry has no version that can be loaded, or its texts' encoder cannot be."""
         self.registry, self.settings = registry, settings or ServingSection()
         self.manager = VersionManager(registry, "cuda" if self.settings.gpus_per_replica else "cpu")
         self.metrics = metrics or ServingMetrics()
+        self._query_texts = QueryTexts(self.manager.device)
+        if self.settings.query == "text":  # load the encoder before the first request
+            self._query_texts.encoder(self.manager.version_for("", self.manager.loaded.routing.current).files)
         self.failed_in_a_row = 0  # lists
         self._fresh_texts = fresh_texts
         self._batcher = self._new_batcher(self.settings.max_waiting)
@@ -52,18 +70,33 @@ class Service:
     def _new_batcher(self, max_waiting: int) -> Batcher[QueuedTask, Ranking]:
         return Batcher(rank_together, self.settings.max_batch, max_waiting, _cost, CANDIDATES_IN_LOOP)
 
-    async def rerank(self, body: RerankRequest) -> dict[str, Any]:
+    async def rerank(
+        self, body: RerankRequest, titles: bool = False, text: str | None = None
+    ) -> dict[str, Any]:
         """A RerankResponse as a dict.
+
+        Args:
+            titles: candidates that are strings are titles, not ids.
+            text: in place of a user: what is to be read as the text about one.
 
         Raises:
             Overloaded: too many lists wait.
             NotLoaded: the version that `model` names is not loaded.
+            WrongField: the version that answers cannot read `text`.
         """
         began = time.perf_counter()
         user_id = body.user_id or ""
         version = self.manager.version_for(user_id, body.model)
         ids = [one if isinstance(one, str) else one.item_id for one in body.candidates]
-        task = await self._task(version.files, ids, user_id, body.history)
+        if titles:
+            known = version.files.ids_of_titles
+            ids = [
+                known.get(one, NO_ITEM) if isinstance(one, str) else one.item_id for one in body.candidates
+            ]
+        if text is None:
+            task = await self._task(version.files, ids, user_id, body.history)
+        else:
+            task = RankTask(ids, vector=await self._vector(version.files, text))
         try:
             ranking = await self._batcher((version, task))
         except Overloaded:
@@ -77,6 +110,15 @@ class Service:
         if body.model is None:
             self._shadow(version, task, ranking)
         return self._response(body, ids, ranking, version.files, began)
+
+    async def rerank_query(
+        self, body: DocumentsRequest | TextsRequest, path: str
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """The answer to a request of another rerank API's client, in its shape. Raises as `rerank`."""
+        query, documents = self.settings.query, self.settings.documents
+        ours = as_ours(body, query, self.manager.loaded.versions)
+        text = body.query if query == "text" else None
+        return as_theirs(await self.rerank(ours, documents == "titles", text), body, path)
 
     async def knowledge(self, user_id: str, model: str | None = None) -> UserKnowledge | None:
         """What the version that answers a user has stored of it, or the fresh text; None: nothing is known.
@@ -134,6 +176,12 @@ class Service:
             for one in recorded
         ]
 
+    async def _vector(self, version: VersionFiles, text: str) -> npt.NDArray[np.float32]:
+        try:
+            return await self._query_texts.vector(version, text)
+        except UserError as error:
+            raise WrongField(str(error), "query") from error
+
     async def _task(
         self, version: VersionFiles, ids: list[str], user_id: str, events: list[Event] | None
     ) -> RankTask:
@@ -183,16 +231,11 @@ class Service:
         version: VersionFiles,
         began: float,
     ) -> dict[str, Any]:
-        scores: list[Any] = ranking.scores.tolist()
-        if ranking.num_known < len(ids):
-            scores = [None if score != score else score for score in scores]
+        scores: list[float] = ranking.scores.tolist()
         results: list[dict[str, Any]] = [
-            {
-                "index": place,
-                "item_id": ids[place],
-                "relevance_score": scores[place],
-                "known": scores[place] is not None,
-            }
+            {"index": place, "item_id": ids[place], "relevance_score": scores[place], "known": True}
+            if scores[place] == scores[place]
+            else {"index": place, "item_id": ids[place], "known": False}
             for place in ranking.order[: body.top_n].tolist()
         ]
         if body.return_documents:
@@ -250,4 +293,6 @@ def _by_time(events: list[Event]) -> list[Event]:
 def _document(candidate: str | Candidate, version: VersionFiles) -> dict[str, Any]:
     item_id, text = (candidate, None) if isinstance(candidate, str) else (candidate.item_id, candidate.text)
     row = version.item_rows.get(item_id)
-    return {"item_id": item_id, "text": text if text is not None or row is None else version.title(row)}
+    if text is None and row is None:
+        return {"item_id": item_id}
+    return {"item_id": item_id, "text": version.title(row) if text is None else text}

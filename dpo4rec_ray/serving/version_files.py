@@ -26,6 +26,7 @@ from dpo4rec_ray.store.artifacts import write_json
 
 VERSION_FILE = "version.json"
 RECORDED_FILE = "recorded.json"
+ENCODER_FILE = "encoder.json"  # settings of the text encoder, if the version reads texts
 FORMAT = 1  # grows when the files change their meaning
 # Where the run has an LLM, this folder has what writes texts for unknown users (serving/writer.py): config.json, and the
 # weights that were in the run folder.
@@ -140,6 +141,12 @@ class VersionFiles:
     def item_vectors(self) -> np.ndarray | None:
         """[num_items, D] float32; None without knowledge."""
         return np.load(self.folder / "item_vectors.npy", allow_pickle=False) if self.card.knowledge else None
+
+    @cached_property
+    def ids_of_titles(self) -> dict[str, str]:
+        """Title -> raw id of the first item that has it."""
+        titles, ids = (self.items[name].to_pylist()[::-1] for name in ("title", "raw_id"))
+        return dict(zip(titles, ids, strict=True))
 
     @property
     def vector_dim(self) -> int:

@@ -10,10 +10,11 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.serving.api import WrongField
 from dpo4rec_ray.serving.loaded_version import LoadedVersion
 from dpo4rec_ray.serving.registry import Registry, Routing
 from dpo4rec_ray.serving.version_check import load_version
@@ -21,8 +22,11 @@ from dpo4rec_ray.serving.version_check import load_version
 FIRST_WAIT_S, LAST_WAIT_S = 1.0, 60.0  # before a refused state is tried again
 
 
-class NotLoaded(UserError):
+class NotLoaded(WrongField):
     """A request names a version that this replica has not loaded."""
+
+    def __init__(self, model: str, loaded: Iterable[str]):
+        super().__init__(f"model {model!r} is not loaded; there are: {', '.join(loaded)}", "model")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class VersionManager:
 
     def __init__(self, registry: Registry, device: str = "cpu"):
         """Raises UserError if no version is promoted, or if the current and all previous versions are broken."""
-        self._registry, self._device = registry, device
+        self._registry, self.device = registry, device
         self._loading = threading.Lock()
         self.refused = ""
         self._broken: Routing | None = None  # the refused state, which is tried again
@@ -99,7 +103,7 @@ class VersionManager:
         return LoadedVersions(routing, versions)
 
     def _version(self, name: str) -> LoadedVersion:
-        return load_version(self._registry.folder(name), self._device)
+        return load_version(self._registry.folder(name), self.device)
 
     def _last_sound(self, routing: Routing, refused: UserError) -> LoadedVersions:
         """For the start of a replica: the current version alone, or the newest previous version that can be loaded."""
@@ -121,7 +125,7 @@ class VersionManager:
         routing = loaded.routing
         if model:
             if model not in loaded.versions:
-                raise NotLoaded(f"model {model!r} is not loaded; there are: {', '.join(loaded.versions)}")
+                raise NotLoaded(model, loaded.versions)
             return loaded.versions[model]
         if routing.split:
             share = share_of(user_id, routing.split) if user_id else random.random()

@@ -55,7 +55,7 @@ def test_what_the_description_allows_and_what_it_does_not(
 
         check()
         called.append(operation.label)
-    assert {"POST /v1/rerank", "POST /v1/rerank/batch"} <= set(called)
+    assert {"POST /v1/rerank", "POST /v2/rerank", "POST /rerank", "POST /v1/rerank/batch"} <= set(called)
 
 
 VALUES: list[Any] = [
@@ -76,6 +76,7 @@ NAMES = [
     "rating",
 ]
 NAMES += ["timestamp", "text", "requests", "", "__class__", "constructor"]
+NAMES += ["query", "texts", "top_k", "rank_fields", "id", "raw_scores", "return_text"]
 
 
 def anything(draw: random.Random, depth: int = 4) -> Any:
@@ -135,10 +136,18 @@ def test_random_bodies(api: Api, served_run: RunDir, count: int) -> None:
         {key: one[key] for key in ("user_id", "history", "candidates")} for one in requests_of(served_run)
     ]
     batches = [{"requests": lists[place : place + 3]} for place in range(len(lists) - 3)]
+    queries = [{"query": one["user_id"], "documents": one["candidates"], "top_n": 3} for one in lists]
+    texts = [{"query": one["user_id"], "texts": one["candidates"], "raw_scores": True} for one in lists]
+    routes = [
+        ("/v1/rerank", lists),
+        ("/v1/rerank/batch", batches),
+        ("/v2/rerank", queries),
+        ("/rerank", texts),
+    ]
     before = results(client, lists[0])
     seen: Counter[int] = Counter()
     for _ in range(count):
-        path, valid = draw.choice([("/v1/rerank", lists), ("/v1/rerank/batch", batches)])
+        path, valid = draw.choice(routes)
         body = random_body(draw, valid)
         answer = client.post(path, content=body)
         seen[answer.status_code] += 1
