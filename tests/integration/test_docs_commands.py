@@ -128,7 +128,7 @@ def test_every_key_exists(page: str) -> None:
         "dpo4rec rum demo",
         "dpo4rec run demo data.row_dir=shop",
         "dpo4rec run demo --only prepaer",
-        "dpo4rec run demo --dry",
+        "dpo4rec run demo --dry-rum",
         "dpo4rec serve publsh runs/demo",
         "make demos",
         "python jobs/runs.py demo",
