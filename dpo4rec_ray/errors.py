@@ -1,4 +1,4 @@
-"""The one exception class that means "the user can fix this": the jobs print it as one line and exit with code 2."""
+"""The one exception class that means "the user can fix this": commands print it as one line and exit with code 2."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ RECIPE: dict[str, Any] = {
 }
 CHANGES: dict[str, Any] = {
     "nargs": "*",
+    "default": [],  # else argparse says that one is required
     "metavar": "FRAGMENT.toml | section.key=value",
     "help": "values that replace the recipe's: first those of TOML files, such as a search's found.toml, in order, then "
     "single ones; `dpo4rec config` explains every key",

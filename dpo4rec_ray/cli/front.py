@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +50,25 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the sub-command that the first argument names. Returns the exit code: 2 for what the user can mend."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = _called(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads standard output any more: `dpo4rec config | head`."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # of a pipe without a reader, the error is always reported
+    return bool(output.poll(0))
+
+
+def _called(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
         return module(name).main(arguments[1:])

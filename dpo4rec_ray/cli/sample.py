@@ -47,6 +47,9 @@ def write_sample(folder: Path, changes: list[str]) -> int:
     from dpo4rec_ray.config import default_config
     from dpo4rec_ray.datasets import synthetic
 
+    for change in changes:
+        if not change.startswith(("sample.", "run.seed=")):
+            raise UserError(f"{change!r}: only sample.key=value and run.seed=N can be set here")
     config = default_config(changes)
     source = synthetic.describe(config.sample, config.run.seed)
     events, items = source.events[0].table, source.items[0].table
@@ -67,10 +70,15 @@ def write_sample(folder: Path, changes: list[str]) -> int:
     for name in tables:
         if (folder / name).exists():
             raise UserError(f"{folder / name}: is there already; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        with new_file(folder / name) as temporary:
-            write_csv(table, temporary)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with new_file(folder / name) as temporary:
+                write_csv(table, temporary)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written to ({error.strerror}); name another folder"
+            ) from None
         print(f"{folder / name}: {table.num_rows} rows, {', '.join(table.column_names)}")
     print(f"use it: dpo4rec run own_table data.raw_dir={folder}")
     return 0

@@ -37,16 +37,16 @@ def load_config(path: str | Path, changes: list[str] | None = None) -> Config:
     Raises:
         UserError: unreadable file, unknown key (the nearest known name is given), or a value out of range.
     """
-    path = recipe_file(path)
+    file = recipe_file(path)
     fragments = [text for text in changes or [] if is_fragment(text)]
-    raw = _read_toml("recipe", path)
+    raw = _read_toml("recipe", file)
     for fragment in fragments:
         values = _read_toml("fragment", Path(fragment))
         _check_keys(values, where=f"fragment {fragment}")
         raw = merged(raw, values)
     raw.setdefault("run", {})
     if isinstance(raw["run"], dict) and not raw["run"].get("name"):
-        raw["run"]["name"] = path.stem
+        raw["run"]["name"] = file.stem
     overrides = [text for text in changes or [] if text not in fragments]
     return _checked(raw, overrides, where=" with ".join([f"recipe {path}", *fragments]))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo4rec_ray.store.artifacts import Manifest
 
-INPUTS = {"policy/0": "policy/0 (the base LLM or the source of texts)"}
+_CALLED = {"policy/0": "policy/0 (the base LLM or the source of texts)", "seed": "run.seed"}
 _SHOWN = 40  # characters of a value
 
 
@@ -34,15 +34,16 @@ class Dependencies:
         """What changed since an artifact was made, in words; "" where nothing did."""
         if made.fingerprint == self.fingerprint:
             return ""
-        found = [f"changed input {INPUTS.get(name, name)}" for name in _differing(made.inputs, self.inputs)]
+        found = [f"changed input {_CALLED.get(name, name)}" for name in _differing(made.inputs, self.inputs)]
         if made.settings:
             before, now = _by_key(made.settings), _by_key(self.settings)
             found += [
-                f"changed key {key} ({_short(before, key)} -> {_short(now, key)})"
+                f"changed key {_CALLED.get(key, key)} ({_short(before, key)} -> {_short(now, key)})"
                 for key in _differing(before, now)
             ]
             found += [f"{name} changed" for name in _differing(made.outside, self.outside)]
-        return ", ".join(found) or "recipe, input or version of the code changed"
+        unknown = "format of the artifacts changed" if made.settings else "recipe or input changed"
+        return ", ".join(found) or unknown
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

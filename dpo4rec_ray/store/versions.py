@@ -24,10 +24,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The source's git commit, empty outside a checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    """The source's git commit; empty for an installed package, also where that lies inside a checkout of something else."""
+    here = Path(__file__).resolve()
+    out = ""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+            git = ["git", "-C", str(here.parent), *command]
+            out = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
+    return out.strip()

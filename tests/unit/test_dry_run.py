@@ -1,0 +1,196 @@
+"""What a run would do and why, from manifests as a run writes them: no stage runs, no Ray starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+
+from dpo4rec_ray.config import Config, load_config
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.pipeline import STAGES, Runner, Selection, before_rounds, dry_run, rounds
+from dpo4rec_ray.store.artifacts import MANIFEST, RunDir, write_json
+from dpo4rec_ray.store.outcome import Outcome
+
+ALL = Selection()
+STEPS = [
+    "prepare(0)", "encode(0)", "train_reward(0)", "generate(1)", "score(1)", "pair(1)", "dpo(1)", "encode(1)",
+    "validate(1)", "evaluate(1)",
+]  # fmt: skip
+
+
+def finish(config: Config, store: RunDir) -> None:
+    """Write the manifests of all steps, as if they had run."""
+    runner = Runner(config, store, Selection())
+    steps = [(name, 0) for name in before_rounds(config)]
+    steps += [(name, number) for number, names in rounds(config).items() for name in names]
+    for name, number in [*steps, ("evaluate", config.run.num_rounds)]:
+        stats = (
+            {"heldout_reward_before": 0.0, "heldout_reward_after": 1.0 / number} if name == "validate" else {}
+        )
+        for artifact, place in STAGES[name].writes(number):
+            depends = runner.depends(STAGES[name], number)
+            store.start(artifact, place)
+            store.finish(Outcome(1, 1, stats).manifest(artifact, depends, 0.0, config.run.seed), place)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunDir:
+    found = RunDir(tmp_path / "run")
+    finish(load_config("demo"), found)
+    return found
+
+
+def said(
+    store: RunDir, capsys: pytest.CaptureFixture[str], *changes: str, selection: Selection = ALL
+) -> dict[str, str]:
+    """Step -> what is said about it, in order."""
+    capsys.readouterr()
+    dry_run(load_config("demo", list(changes)), store, selection)
+    return {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()}
+
+
+def test_nothing_is_there_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(RunDir(tmp_path / "run"), capsys)
+    assert list(found) == [*STEPS, "report"]
+    assert found["prepare(0)"] == "would run: not there yet"
+    assert found["score(1)"] == "would run: after generate(1)"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_complete_run_is_kept_and_left_as_it_is(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.stat().st_mtime_ns for file in store.root.rglob("*")}
+    found = said(store, capsys)
+    assert [found[step] for step in STEPS] == ["kept"] * len(STEPS)
+    assert {file: file.stat().st_mtime_ns for file in store.root.rglob("*")} == before
+
+
+def test_a_changed_key_is_named_with_both_values(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(store, capsys, "reward.metric=ndcg@5")
+    reason = 'would run: changed key reward.metric ("log_likelihood" -> "ndcg@5")'
+    assert found["score(1)"] == reason
+    assert found["pair(1)"] == "would run: after score(1)"
+    assert found["encode(1)"] == "would run: after dpo(1)"
+    kept = {step for step, text in found.items() if text == "kept"}
+    assert kept == {"prepare(0)", "encode(0)", "train_reward(0)", "generate(1)"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "reason"),
+    [
+        (["run.seed=3"], "prepare(0)", "changed key run.seed (0 -> 3)"),
+        (["dpo.lr=1e-3", "dpo.beta=0.2"], "dpo(1)", "changed key dpo.lr (0.0005 -> 0.001), changed key dpo.beta (0.1 -> 0.2)"),
+        (["evaluate.num_seeds=1"], "evaluate(1)", "changed key evaluate.num_seeds (3 -> 1)"),
+        (["generate.engine_args.seed=1"], "encode(0)", 'changed key generate.engine_args ({} -> {"seed": 1})'),
+    ],
+)  # fmt: skip
+def test_every_kind_of_value(
+    store: RunDir, capsys: pytest.CaptureFixture[str], changes: list[str], step: str, reason: str
+) -> None:
+    assert said(store, capsys, *changes)[step] == f"would run: {reason}"
+
+
+def test_where_the_work_runs_changes_nothing(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(store, capsys, "generate.num_engines=1", "encoder.num_workers=2", "dpo.checkpoint_every=7")
+    assert {found[step] for step in STEPS} == {"kept"}
+
+
+def edit(store: RunDir, artifact: str, number: int, **changes: object) -> None:
+    file = store.path(artifact, number) / MANIFEST
+    write_json(file, json.loads(file.read_text()) | changes)
+
+
+def test_an_input_that_was_made_again_is_named(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(store, "reward", 0, produced="anew")
+    found = said(store, capsys)
+    assert found["train_reward(0)"] == "kept"
+    assert found["score(1)"] == "would run: changed input reward/0"
+
+
+def test_what_lies_outside_the_run_is_named(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    made = store.require("knowledge", 0)
+    edit(store, "knowledge", 0, fingerprint="", outside=made.outside | {"text encoder": "another"})
+    for name in ("users", "items", "truth", "lists"):
+        edit(store, name, 0, fingerprint="", outside={"raw files": "others"})
+    found = said(store, capsys)
+    assert found["prepare(0)"] == "would run: raw files changed"
+    edit(store, "lists", 0, fingerprint=made.fingerprint)
+    found = said(store, capsys, selection=Selection(only="encode", round_id=0))
+    assert found["encode(0)"] == "would run: forced by --only"
+
+
+def test_the_encoder_is_named(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(
+        store,
+        "knowledge",
+        0,
+        fingerprint="",
+        outside={"text encoder": "another", "wording of the prompts": "old"},
+    )
+    assert (
+        said(store, capsys)["encode(0)"] == "would run: text encoder changed, wording of the prompts changed"
+    )
+
+
+def test_an_old_manifest_says_that_it_does_not_know(
+    store: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Manifests of older versions hold neither settings nor what lies outside; where nothing changed they are kept."""
+    for name in ("scores", "metric_scores"):
+        edit(store, name, 1, settings={}, outside={})
+    assert said(store, capsys)["score(1)"] == "kept"
+    found = said(store, capsys, "reward.metric=ndcg@5")
+    assert found["score(1)"] == "would run: recipe or input changed"
+
+
+def test_an_older_format_is_named(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(store, "pairs", 1, fingerprint="of another format")
+    assert said(store, capsys)["pair(1)"] == "would run: format of the artifacts changed"
+
+
+def test_a_removed_artifact_is_not_there(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    (store.path("metric_scores", 1) / MANIFEST).unlink()
+    assert said(store, capsys)["score(1)"] == "would run: not there yet"
+
+
+def test_selections(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(store, capsys, selection=Selection(only="pair"))
+    assert found.pop("pair(1)") == "would run: forced by --only"
+    assert set(found.values()) == {"not selected"} and "report" not in found
+    found = said(store, capsys, selection=Selection(since="dpo"))
+    assert found["pair(1)"] == "not selected"
+    assert found["dpo(1)"] == "would run: forced by --from"
+    assert found["evaluate(1)"] == "would run: after encode(1)"
+    assert found["report"].startswith("would run")
+
+
+def test_a_selection_without_its_inputs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stage score: .*generations is missing or incomplete"):
+        dry_run(load_config("demo"), RunDir(tmp_path / "run"), Selection(only="score"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_end_where_the_run_would_end_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second round brought less: a third one follows only while it is not known what the second brings."""
+    two = RunDir(tmp_path / "run")
+    finish(load_config("demo", ["run.num_rounds=2"]), two)
+    found = said(two, capsys, "run.num_rounds=3")
+    assert "validate(2)" in found and "generate(3)" not in found
+    assert "generate(3)" in said(two, capsys, "run.num_rounds=3", "dpo.lr=1e-3")
+
+
+def test_the_small_llm_is_an_input_of_all_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = RunDir(tmp_path / "run")
+    found = said(store, capsys, "llm.path=bootstrap")
+    assert list(found)[1] == "bootstrap(0)"
+    finish(load_config("demo", ["llm.path=bootstrap"]), store)
+    found = said(store, capsys, "llm.path=bootstrap", "bootstrap.epochs=2")
+    assert found["bootstrap(0)"] == "would run: changed key bootstrap.epochs (1 -> 2)"
+    assert found["encode(0)"] == found["generate(1)"] == "would run: after bootstrap(0)"
+
+
+def test_no_ray_is_started(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    said(store, capsys, "run.seed=9")
+    assert not ray.is_initialized()
