@@ -14,8 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,15 +187,10 @@ def test_the_demo_and_what_needs_it(tmp_path: Path, environment: dict[str, str])
         block for block in wanted if block.needs == {"run", "server"} and block.page.name == "serving.md"
     )
     command = [*start.commands[0], f"serving.port={port}"]
-    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert server.stdout
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, "the server ended"
-                time.sleep(1)
+        assert any(" answers at http" in line for line in server.stdout), "the server ended"
         asked = [block for block in wanted if block.needs == {"server"}]
         assert asked
         for block in asked:
