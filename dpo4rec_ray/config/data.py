@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import codecs
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from dpo4rec_ray.config.section import Section
 
-TimestampUnit = Literal["s", "ms", "us", "iso"]
+# A text with % is a format of strptime.
+TimestampUnit = Literal["s", "ms", "us", "iso"] | Annotated[str, StringConstraints(pattern="%")]
 MIN_CANDIDATES, MAX_CANDIDATES = 2, 200
 
 
@@ -17,14 +19,17 @@ class DataSection(Section):
 
     placement = frozenset({"partition_mib"})
     dataset: str = "sample"
-    """Name of the data source: sample, movielens, amazon2018, amazon2023 or table."""
+    """Name of the data source: sample, movielens, amazon2018, amazon2023, recbole or table."""
     raw_dir: str = ""
     """Folder of the raw files: a local path or a URI (s3://, gs://, hf://, http://)."""
     file: str = ""
-    """File of the interactions, where the folder holds several candidates. Amazon only."""
+    """File of the interactions, where the folder holds several candidates. Amazon and RecBole only."""
     protocol: Literal["user", "paper", "time"] = "user"
     """How events are ordered and split. "user": users are split at random, events are ordered to the second. "paper": the same,
     but events are ordered by calendar day (UTC), as in KAR. "time": one cut in time for validation and one for test."""
+    repeated_events: Literal["", "keep", "first"] = ""
+    """Several events of the same user and item. "keep": all count. "first": the earliest counts, the others are left out.
+    "": "keep" with protocol "paper", as in KAR, whose 5-cores count them; else "first"."""
     user_core: int = Field(default=0, ge=0)
     """k-core: least number of events of a user. 0: no limit."""
     item_core: int = Field(default=0, ge=0)
@@ -50,6 +55,10 @@ class DataSection(Section):
     partition_mib: int = Field(default=256, ge=1)
     """MiB of unpacked raw text that one worker sorts at a time."""
 
+    @property
+    def keeps_repeated_events(self) -> bool:
+        return self.repeated_events == "keep" or (not self.repeated_events and self.protocol == "paper")
+
     @model_validator(mode="after")
     def _block_fits(self) -> DataSection:
         if self.block_size > self.num_candidates:
@@ -57,7 +66,36 @@ class DataSection(Section):
         return self
 
 
-class TableSection(Section):
+class TextFilesSection(Section):
+    """How the CSV and TSV files of a section are written. (Other formats say it themselves.)"""
+
+    delimiter: str = Field(default="", max_length=1)
+    """What separates the fields: one character. "": "," in CSV and a tab in TSV, else whichever of , ; | and tab gives the
+    columns."""
+    encoding: str = ""
+    """Encoding of the text, such as "cp1252", "latin-1" or "utf-16". "": UTF-8, or what a byte order mark says."""
+    quote: str = Field(default='"', max_length=1)
+    """What quotes a field: one character, doubled within the field. "": nothing does."""
+    escape: str = Field(default="", max_length=1)
+    """What escapes a quote within a field, such as a backslash. "": nothing does."""
+    decimal: Literal[".", ","] = "."
+    """What begins the fraction of a rating or label. With ",", dots may group thousands."""
+
+    @field_validator("delimiter", mode="before")
+    @classmethod
+    def _tab(cls, value: object) -> object:
+        return "\t" if value in ("\\t", "tab") else value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            return codecs.lookup(value).name if value else ""
+        except LookupError:
+            raise ValueError('no such encoding; "utf-8", "cp1252", "latin-1" and "utf-16" are some') from None
+
+
+class TableSection(TextFilesSection):
     """Your own interactions, items and users, for data.dataset = "table". Files and patterns are below data.raw_dir."""
 
     interactions: str = ""
@@ -66,12 +104,17 @@ class TableSection(Section):
     """Column of the user's id in the interactions."""
     item: str = "item_id"
     """Column of the item's id in the interactions."""
+    item_separator: str = ""
+    """What separates several items in one cell, in the order in which the user met them. "": each row is one event."""
+    interaction_columns: tuple[str, ...] = ()
+    """Names of all columns of the interactions, for CSV without a header. Empty: the first line holds them."""
     rating: str = "rating"
     """Column of the rating. "": implicit feedback, every event counts as rated 1."""
     timestamp: str = "timestamp"
-    """Column of the time."""
+    """Column of the time. "": no times, events are in the order of the file."""
     timestamp_unit: TimestampUnit = "s"
-    """Unit of the times: seconds, milliseconds or microseconds since 1970, or ISO 8601 text. Times in Parquet need none."""
+    """Unit of the times: seconds, milliseconds or microseconds since 1970, ISO 8601 text, or a format of strptime such as
+    "%m/%d/%Y %I:%M:%S %p". Times in Parquet need none."""
     min_rating: float = 0.0
     """Least rating; a row with a lower one is bad."""
     max_rating: float = 5.0
@@ -84,27 +127,39 @@ class TableSection(Section):
     """Column of the title. "": items have no titles and go by their ids."""
     attributes: dict[str, str] = Field(default_factory=dict)
     """Attributes of an item: name -> column."""
+    item_columns: tuple[str, ...] = ()
+    """Names of all columns of the items, as interaction_columns."""
     attribute_separator: str = "|"
     """What separates several values in one cell. "": each cell is one value."""
     users: str = ""
     """File of the users. "": users have no profile."""
     user_id: str = "user_id"
     """Column of the user's id in the users."""
+    user_columns: tuple[str, ...] = ()
+    """Names of all columns of the users, as interaction_columns."""
     profile: tuple[str, ...] = ()
     """Columns of the users that the prompt shows, as "age: 25, country: NL"."""
 
 
-class LoggedSection(Section):
+class LoggedSection(TextFilesSection):
     """Your own candidate lists with labels, on top of any dataset. No list is drawn then."""
 
     file: str = ""
-    """Parquet or JSONL file with list columns: a path, URI or pattern. "": lists are drawn from the events."""
+    """File of the lists: a path, URI or pattern. Parquet and JSONL with list columns, or CSV and TSV with `separator`. "": lists
+    are drawn from the events."""
+    columns: tuple[str, ...] = ()
+    """Names of all columns, for CSV without a header. Empty: the first line holds them."""
+    separator: str = ""
+    """What separates the values of a list that is written as one text, such as " ". "": lists are list columns."""
     user: str = "user_id"
     """Column of the user's id."""
     candidates: str = "candidate_item_ids"
     """Column of the candidates' ids."""
     labels: str = "labels"
     """Column of the candidates' labels."""
+    label_separator: str = ""
+    """What separates each candidate from its label, as "-" in "N1-0 N2-1" (MIND); `labels` is not read then. "": the labels
+    are a column."""
     timestamp: str = ""
     """Column of the list's time, which every row must have. "": the log has none."""
     timestamp_unit: TimestampUnit = "s"

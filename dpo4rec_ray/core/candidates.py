@@ -30,7 +30,7 @@ WEIGHTED_ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Events:
-    """Events of U users, user after user, each user's in the order of the protocol, no item twice per user.
+    """Events of U users, user after user, each user's in the order of the protocol. An item may come twice.
 
     Attributes:
         bounds: [U + 1] where each user's events begin and end.
@@ -129,7 +129,8 @@ def fill_lists(
 ) -> tuple[IntArray, FloatArray]:
     """The candidates and labels of the lists, [M, L] each: their events, filled up with drawn items, then shuffled.
 
-    Items are drawn uniformly from the catalogue without repeats within a list. An event rated `positive_rating` or more
+    Items are drawn uniformly from the catalogue, and none that the list holds. (A list holds an item twice only if its events
+    do.) An event rated `positive_rating` or more
     has label 1.0, other events and drawn items 0.0.
 
     Args:
@@ -178,10 +179,13 @@ class _SeenItems:
 
     def __init__(self, events: Events, plan: ListPlan, num_items: int, num_candidates: int):
         pair = events.user * num_items + events.item_ids
-        self._place = np.argsort(pair)
-        self._pair = pair[self._place]
+        # Of an item that was met several times the first place counts.
+        self._pair, self._place = np.unique(pair, return_index=True)
         self._user, self._end, self._num_items = plan.user, plan.start + plan.size, num_items
-        unseen = num_items - (self._end - events.bounds[:-1][plan.user])
+        num_met = np.zeros(len(pair) + 1, dtype=np.int64)
+        num_met[self._place + 1] = 1
+        num_met = np.cumsum(num_met)
+        unseen = num_items - (num_met[self._end] - num_met[events.bounds[:-1][plan.user]])
         if np.any(unseen < num_candidates - plan.size):
             raise UserError(
                 f"the catalogue has {num_items} items and a user has met all but {unseen.min()} of them: too few are left "

@@ -1,8 +1,9 @@
 """The k-core of users and items, one partition of users at a time.
 
 The k-core is the largest part of the user-item graph in which every user has at least `user_core` and every item at least
-`item_core` distinct partners. It does not depend on the order of removal. A partition holds whole users, so it counts
-these without the others; only the counts of items are sent between processes.
+`item_core` events. Where repeated events of a user and item are kept, each counts, as in KAR. The core does not depend on
+the order of removal. A partition holds whole users, so it counts these without the others; only the counts of items are
+sent between processes.
 """
 
 from __future__ import annotations

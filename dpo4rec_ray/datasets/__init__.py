@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.datasets import amazon2018, amazon2023, logged, movielens, synthetic, table
+from dpo4rec_ray.datasets import amazon2018, amazon2023, logged, movielens, recbole, synthetic, table
 from dpo4rec_ray.datasets.files import absolute
 from dpo4rec_ray.datasets.source import Source
 from dpo4rec_ray.errors import UserError
@@ -15,6 +15,9 @@ DATASETS: dict[str, Callable[[Config], Source]] = {
     "movielens": lambda config: movielens.describe(absolute(config.data.raw_dir)),
     "amazon2018": lambda config: amazon2018.describe(absolute(config.data.raw_dir), config.data.file),
     "amazon2023": lambda config: amazon2023.describe(absolute(config.data.raw_dir), config.data.file),
+    "recbole": lambda config: recbole.describe(
+        absolute(config.data.raw_dir), config.data.file, config.table.timestamp_unit
+    ),
     "table": lambda config: table.describe(absolute(config.data.raw_dir), config.table),
     "sample": lambda config: synthetic.describe(config.sample, config.run.seed),
 }
@@ -29,9 +32,10 @@ def load_source(config: Config) -> Source:
         UserError: keys that contradict each other, or files that are not those of the dataset.
     """
     data, log = config.data, config.logged
-    if data.file and data.dataset not in ("amazon2018", "amazon2023"):
+    if data.file and data.dataset not in ("amazon2018", "amazon2023", "recbole"):
         raise UserError(
-            f"data.file = {data.file!r} is for Amazon's files; leave it out with data.dataset = {data.dataset!r}"
+            f"data.file = {data.file!r} is for the files of Amazon and RecBole; leave it out with data.dataset = "
+            f"{data.dataset!r}"
         )
     if data.dataset != "sample" and not data.raw_dir:
         raise UserError("data.raw_dir is not set; give the folder or URI of the dataset: data.raw_dir=FOLDER")

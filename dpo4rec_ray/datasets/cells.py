@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +19,14 @@ import pyarrow.types as pt
 from numpy.typing import NDArray
 
 from dpo4rec_ray.config.data import TimestampUnit
-from dpo4rec_ray.datasets.parsing import BAD_NUMBER, BAD_TIME, LEAF, UNREADABLE
+from dpo4rec_ray.datasets.parsing import BAD_NUMBER, BAD_TIME, LEAF, OUT_OF_RANGE, UNREADABLE
 
 Role = Literal["id", "number", "time", "text", "values", "ids", "numbers"]
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 # The elements of the roles that are lists.
 _ELEMENT: dict[str, Role] = {"values": "text", "ids": "id", "numbers": "number"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_TRUTHS = {"true": 1.0, "t": 1.0, "false": 0.0, "f": 0.0}
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.I)
 
 
@@ -39,6 +41,8 @@ class Column:
         unit: of a time.
         separator: of several values in one cell.
         optional: left out where the recipe gives no name.
+        decimal: what begins the fraction of a number in a text.
+        least, most: the range of a number. What is true or false becomes 1 or 0 and has no range.
     """
 
     key: str
@@ -48,12 +52,17 @@ class Column:
     unit: TimestampUnit = "s"
     separator: str = ""
     optional: bool = False
+    decimal: str = "."
+    least: float = -np.inf
+    most: float = np.inf
 
 
 def fits(column: Column, kind: pa.DataType) -> bool:
     if column.role in _ELEMENT:
         if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
             return _fits_scalar(_ELEMENT[column.role], column.unit, kind.value_type)
+        if column.role != "values" and is_text(kind):
+            return column.separator != ""
         return pt.is_null(kind) or (column.role == "values" and _fits_scalar("text", column.unit, kind))
     return _fits_scalar(column.role, column.unit, kind)
 
@@ -66,7 +75,7 @@ def _fits_scalar(role: Role, unit: TimestampUnit, kind: pa.DataType) -> bool:
     if is_text(kind) or pt.is_null(kind):
         return True
     if role == "time":
-        return time or (number and unit != "iso")
+        return time or (number and unit in _PER_SECOND)
     if role == "number":
         return number or pt.is_boolean(kind)
     if role == "id":
@@ -93,19 +102,37 @@ def converted(table: pa.Table, columns: tuple[Column, ...]) -> pa.Table:
             element = _ELEMENT.get(column.role, column.role)
             what = {"number": BAD_NUMBER, "time": BAD_TIME}.get(element, UNREADABLE)
             reason = pc.if_else(pa.array(bad), what, reason)
+        if column.role == "number":
+            outside = _outside(table[column.name].combine_chunks(), array, column)
+            reason = pc.if_else(outside, OUT_OF_RANGE, reason) if outside.true_count else reason
     return pa.table({**arrays, "reason": reason})
+
+
+def _outside(cells: pa.Array, numbers: pa.DoubleArray, column: Column) -> pa.BooleanArray:
+    """[rows] whether a number, and no truth value, is out of the column's range. (nan is in none.)"""
+    inside = pc.and_(pc.greater_equal(numbers, column.least), pc.less_equal(numbers, column.most))
+    outside = pc.fill_null(pc.invert(inside), False)
+    if not outside.true_count or pt.is_boolean(cells.type):
+        return outside if outside.true_count == 0 else pa.array(np.zeros(len(cells), np.bool_))
+    if is_text(cells.type):
+        truths = pc.is_in(pc.ascii_lower(_strings(cells)), pa.array(list(_TRUTHS)))
+        outside = pc.and_(outside, pc.invert(truths))
+    return outside
 
 
 def _convert(array: pa.Array, column: Column) -> tuple[pa.Array, NDArray[np.bool_]]:
     """The values, null where there is none, and [rows] which hold something that cannot be read."""
     if column.role not in _ELEMENT:
-        values = _scalars(array, column.role, column.unit)
+        values = _scalars(array, column.role, column)
         return values, _unread(array, values)
     element = _ELEMENT[column.role]
     if pt.is_null(array.type):
         array = array.cast(pa.list_(pa.string()))
     if not isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
-        texts = _scalars(array, element, column.unit)
+        if column.role != "values":
+            array = _parts(_strings(array), column.separator)
+            return _convert(array, column)
+        texts = _scalars(array, element, column)
         bad = _unread(array, texts)
         if column.separator:
             return pc.split_pattern(texts, column.separator), bad
@@ -113,11 +140,23 @@ def _convert(array: pa.Array, column: Column) -> tuple[pa.Array, NDArray[np.bool
         return pa.ListArray.from_arrays(offsets, texts), bad
     array = array.cast(pa.list_(array.type.value_type))
     flat = array.flatten()
-    values = _scalars(flat, element, column.unit)
+    values = _scalars(flat, element, column)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy()
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     lists = pa.ListArray.from_arrays(offsets, values, mask=array.is_null())
     return lists, any_of(lists, _unread(flat, values))
+
+
+def _parts(texts: pa.StringArray, separator: str) -> pa.ListArray:
+    """The values in each text, without empty ones. Brackets and quotes go: pandas writes a list as "['a', 'b']"."""
+    bracketed = pc.and_(pc.starts_with(texts, "["), pc.ends_with(texts, "]"))
+    texts = pc.if_else(bracketed, pc.replace_substring_regex(texts, r"[\[\]'\"]", ""), texts)
+    lists = pc.split_pattern(texts, separator)
+    values = pc.utf8_trim_whitespace(lists.flatten())
+    kept = pc.greater(pc.binary_length(values), 0)
+    parents = pc.list_parent_indices(lists).filter(kept).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(parents, minlength=len(lists)))]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, values.filter(kept), mask=lists.is_null())
 
 
 def any_of(lists: pa.ListArray, elements: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -131,12 +170,12 @@ def _unread(before: pa.Array, after: pa.Array) -> NDArray[np.bool_]:
     return lost.to_numpy(zero_copy_only=False)
 
 
-def _scalars(array: pa.Array, role: Role, unit: TimestampUnit) -> pa.Array:
+def _scalars(array: pa.Array, role: Role, column: Column) -> pa.Array:
     if pt.is_dictionary(array.type):
         array = array.dictionary_decode()
     if role == "time":
-        return _seconds(array, unit)
-    return _numbers(array) if role == "number" else _strings(array)
+        return _seconds(array, column.unit)
+    return numbers_of(array, column.decimal) if role == "number" else _strings(array)
 
 
 def _strings(array: pa.Array) -> pa.StringArray:
@@ -155,15 +194,30 @@ def _strings(array: pa.Array) -> pa.StringArray:
     return pc.if_else(pa.array(np.isfinite(numbers)), texts, None)
 
 
-def _numbers(array: pa.Array) -> pa.DoubleArray:
+def numbers_of(array: pa.Array, decimal: str = ".") -> pa.DoubleArray:
+    """Numbers of any type, or texts of numbers or truth values; null where a text is none of these."""
     if not is_text(array.type):
         return array.cast(pa.float64(), safe=False)
     texts = pc.ascii_trim_whitespace(_strings(array))
-    return _row_safe(texts, lambda a: a.cast(pa.float64()), _number, pa.float64())
+    if decimal == ",":
+        grouped = pc.match_substring_regex(texts, r"^[+-]?\d{1,3}(\.\d{3})+(,\d*)?$")
+        texts = pc.if_else(grouped, pc.replace_substring(texts, ".", ""), texts)
+        dotted = pc.match_substring(texts, ".")  # neither a fraction nor a group of thousands
+        texts = pc.if_else(dotted, None, pc.replace_substring(texts, ",", "."))
+    return _row_safe(texts, _plain_numbers, _number, pa.float64())
+
+
+def _plain_numbers(texts: pa.StringArray) -> pa.DoubleArray:
+    try:
+        return texts.cast(pa.float64())
+    except pa.ArrowInvalid:
+        place = pc.index_in(pc.ascii_lower(texts), pa.array(list(_TRUTHS)))
+        truths = pa.array(list(_TRUTHS.values())).take(place)
+        return pc.coalesce(truths, pc.if_else(truths.is_valid(), None, texts).cast(pa.float64()))
 
 
 def _number(text: str) -> float | None:
-    return float(text) if _NUMBER.fullmatch(text) else None
+    return float(text) if _NUMBER.fullmatch(text) else _TRUTHS.get(text.lower())
 
 
 def _seconds(array: pa.Array, unit: TimestampUnit) -> pa.Int64Array:
@@ -175,7 +229,10 @@ def _seconds(array: pa.Array, unit: TimestampUnit) -> pa.Int64Array:
         return array.cast(pa.timestamp("s", kind.tz), safe=False).cast(pa.int64())
     if unit == "iso":
         return _row_safe(_strings(array), _iso_times, _iso_time, pa.int64())
-    numbers = pc.fill_null(_numbers(array), np.nan).to_numpy() / _PER_SECOND[unit]
+    if unit not in _PER_SECOND:
+        times = partial(_formatted_times, form=unit), partial(_formatted_time, form=unit)
+        return _row_safe(_strings(array), *times, pa.int64())
+    numbers = pc.fill_null(numbers_of(array), np.nan).to_numpy() / _PER_SECOND[unit]
     known = np.abs(numbers) < 2**53  # nan is not
     return pa.array(np.floor(np.where(known, numbers, 0)).astype(np.int64), mask=~known)
 
@@ -193,6 +250,15 @@ def _iso_time(text: str) -> int | None:
         time = datetime.fromisoformat(text.strip())
     except ValueError:
         return None
+    return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH) // timedelta(seconds=1)
+
+
+def _formatted_times(texts: pa.StringArray, form: str) -> pa.Int64Array:
+    return pc.strptime(pc.ascii_trim_whitespace(texts), format=form, unit="s").cast(pa.int64())
+
+
+def _formatted_time(text: str, form: str) -> int:
+    time = datetime.strptime(text.strip(), form)
     return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH) // timedelta(seconds=1)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import PurePosixPath
@@ -18,9 +18,12 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
+from dpo4rec_ray.config.data import TextFilesSection
 from dpo4rec_ray.datasets import files
 from dpo4rec_ray.datasets.cells import Column, converted, fits, is_text
-from dpo4rec_ray.datasets.parsing import REFUSED, Origin, parsed_lines
+from dpo4rec_ray.datasets.csv_form import CsvForm, find_form
+from dpo4rec_ray.datasets.csv_rows import lines_counted
+from dpo4rec_ray.datasets.parsing import EMPTY_LINE, OPEN_QUOTE, REFUSED, Origin, parsed_lines
 from dpo4rec_ray.datasets.readers import CsvReader, JsonReader
 from dpo4rec_ray.datasets.source import BadRows, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
@@ -29,6 +32,10 @@ _FORMATS = {
     ".parquet": "parquet",
     ".csv": ",",
     ".tsv": "\t",
+    ".txt": ",",
+    ".inter": "\t",
+    ".item": "\t",
+    ".user": "\t",
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
@@ -48,13 +55,21 @@ Finish = Callable[[pa.Table, Origin], Parsed]
 
 
 def data_files(
-    folder: str, pattern: str, key: str, columns: tuple[Column, ...], finish: Finish
+    folder: str,
+    pattern: str,
+    key: str,
+    columns: tuple[Column, ...],
+    finish: Finish,
+    text: TextFilesSection,
+    names: tuple[str, ...] = (),
 ) -> tuple[DataFile, ...]:
     """The files that `pattern` matches, each with its parser.
 
     Args:
         key: the recipe key of the pattern.
         finish: picklable.
+        text: how CSV is written.
+        names: of the columns of CSV without a header; none: the first line holds them.
 
     Raises:
         UserError: no file matches, a format is unknown, or a column is missing or has a type that does not fit.
@@ -64,7 +79,7 @@ def data_files(
     if len(paths) > 1:  # some writers leave empty files, without a header
         paths = [path for path in paths if not files.is_empty(path)] or paths
     with ThreadPoolExecutor(16) as pool:  # the header of a remote file takes one or two requests
-        return tuple(pool.map(lambda path: _data_file(path, columns, finish), paths))
+        return tuple(pool.map(lambda path: _data_file(path, key, columns, finish, text, names), paths))
 
 
 def matching_files(folder: str, pattern: str, key: str) -> list[str]:
@@ -120,7 +135,14 @@ def _is_file(path: str) -> bool:
     return filesystem.get_file_info(inner).is_file
 
 
-def _data_file(path: str, columns: tuple[Column, ...], finish: Finish) -> DataFile:
+def _data_file(
+    path: str,
+    key: str,
+    columns: tuple[Column, ...],
+    finish: Finish,
+    text: TextFilesSection,
+    names: tuple[str, ...],
+) -> DataFile:
     name = PurePosixPath(files.without_query(path))
     suffix = (name.with_suffix("") if files.compression_of(name.name) else name).suffix.lower()
     form = _FORMATS.get(suffix)
@@ -136,11 +158,22 @@ def _data_file(path: str, columns: tuple[Column, ...], finish: Finish) -> DataFi
         )
     if form == "json":
         reader = JsonReader(_json_schema(path, columns), columns)
-    else:
-        header = _csv_header(path, form)
-        _check(path, pa.schema([(name, pa.string()) for name in header]), columns)
-        reader = CsvReader(tuple(header), form, columns)
-    return DataFile(path, partial(parse_block, reader=reader, finish=finish), header=form != "json")
+        return DataFile(path, partial(parse_block, reader=reader, finish=finish))
+    wanted = {column.name for column in columns}
+    csv_form = find_form(path, form, text, key.partition(".")[0], names, wanted.issubset)
+    _check(path, pa.schema([(name, pa.string()) for name in csv_form.columns]), columns)
+    file = DataFile(
+        path,
+        partial(parse_block, reader=CsvReader(csv_form, columns), finish=finish),
+        header=csv_form.has_header,
+        stream_encoding=csv_form.stream_encoding,
+        note=csv_form.note,
+    )
+    if not csv_form.joiner:
+        return file
+    parse = partial(parse_block, reader=CsvReader(csv_form, columns, joined=True), finish=finish)
+    over_lines = replace(file, parse=parse, join=csv_form.joiner)
+    return over_lines if csv_form.spans_lines else replace(file, over_lines=over_lines)
 
 
 def _parquet_schema(path: str) -> pa.Schema:
@@ -150,16 +183,6 @@ def _parquet_schema(path: str) -> pa.Schema:
             return pq.read_schema(handle)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({error})") from None
-
-
-def _csv_header(path: str, delimiter: str) -> list[str]:
-    try:
-        header = next(csv.reader([files.read_header(path).decode()], delimiter=delimiter, strict=True), [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{path}: the first line is not a header of column names in UTF-8 ({error})"
-        ) from None
-    return [name.strip() for name in header]
 
 
 def _json_schema(path: str, columns: tuple[Column, ...]) -> pa.Schema:
@@ -218,8 +241,10 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
             )
         kind = schema.field(places[0]).type
         if not fits(column, kind):
-            counted = column.unit == "iso" and pt.is_primitive(kind)
+            counted = column.role == "time" and pt.is_primitive(kind)
             advice = "; set timestamp_unit to s, ms or us" if counted else ""
+            if column.role in ("ids", "numbers") and is_text(kind):
+                advice = ", or set the separator of lists that are written as one text"
             raise UserError(
                 f"{path}: the column {column.name!r} ({column.key}) is of type {kind}; it must hold "
                 f"{_WANTED[column.role]}{advice}"
@@ -228,10 +253,35 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
 
 def parse_block(block: bytes, *, reader: CsvReader | JsonReader, finish: Finish) -> Parsed:
     """Parse a block of lines."""
+    csv_form = reader.form if isinstance(reader, CsvReader) else None
+    if csv_form and csv_form.encoding != "utf-8":
+        block = block.decode(csv_form.encoding, "surrogateescape").encode("utf-8", "surrogateescape")
     table, origin = parsed_lines(block, reader.read, reader.why)
     if not table.num_rows:
         table = converted(pa.table({c.name: pa.nulls(0) for c in reader.columns}), reader.columns)
-    return finish(*_set_aside(table, origin))
+    if csv_form:
+        table = _without_words(table, origin, csv_form)
+    parsed = finish(*_set_aside(table, origin))
+    if not (csv_form and csv_form.joiner):
+        return parsed
+    if reader.joined:
+        return lines_counted(parsed, block)
+    unclosed = origin.bad_rows.counts[OPEN_QUOTE] > 0
+    return replace(parsed, spans_lines=unclosed and csv_form.joiner.finds_any(block))
+
+
+def _without_words(table: pa.Table, origin: Origin, csv_form: CsvForm) -> pa.Table:
+    """Mark the lines of delimiters alone as empty: spreadsheets end their files with them."""
+    empty = np.ones(table.num_rows, np.bool_)
+    for name in table.column_names:
+        empty &= table[name].is_null().to_numpy()
+    signs = f"{csv_form.delimiter}{csv_form.quote} \t".encode()
+    for place in np.flatnonzero(empty):
+        empty[place] = not bytes(origin.text_of(origin.rows[place])).strip(signs)
+    if not empty.any():
+        return table
+    reason = pc.if_else(pa.array(empty), EMPTY_LINE, table["reason"])
+    return table.set_column(table.column_names.index("reason"), "reason", reason)
 
 
 def parse_rows(table: pa.Table, *, columns: tuple[Column, ...], finish: Finish) -> Parsed:

@@ -6,8 +6,10 @@ hdfs go through pyarrow, every other scheme (hf, http, memory, ...) through fssp
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,7 +28,9 @@ UNPACKED = 6
 _LINE_BITS = 40
 _PYARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
 _COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-_BOM = b"\xef\xbb\xbf"
+# Bytes that are looked at before a file is read.
+HEAD_BYTES = 2**16
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Split:
 
     Attributes:
         file: place in the list of files.
-        whole: the file is one stream, because it is compressed.
+        whole: the file is one stream: it is compressed, or its rows do not end where lines do.
         order: grows from split to split in the order of the files.
         size: bytes without compression, roughly.
     """
@@ -172,8 +176,8 @@ def plan_splits(files: tuple[DataFile, ...], split_bytes: int = BLOCK_BYTES) -> 
         if file.kind == "parquet":
             for group, group_bytes in enumerate(_row_group_sizes(file.path)):
                 add(number, group, group + 1, group_bytes)
-        elif compression_of(file.path):
-            add(number, 0, size, size * UNPACKED, whole=True)
+        elif compression_of(file.path) or file.stream_encoding or file.join:
+            add(number, 0, size, size * UNPACKED if compression_of(file.path) else size, whole=True)
         else:
             for start in range(0, size, split_bytes):
                 end = min(start + split_bytes, size)
@@ -218,7 +222,7 @@ def read_blocks(split: Split, file: DataFile, block_bytes: int = BLOCK_BYTES) ->
     filesystem, inner = open_filesystem(split.path)
     with _failures(split.path):
         if split.whole:
-            pieces = _stream(filesystem, inner, compression_of(split.path), block_bytes)
+            pieces = _stream(filesystem, inner, file, block_bytes)
         else:
             pieces = _range(filesystem, inner, split, block_bytes)
         order = split.order
@@ -226,7 +230,7 @@ def read_blocks(split: Split, file: DataFile, block_bytes: int = BLOCK_BYTES) ->
         for piece in pieces:
             if first:
                 first = False
-                piece = piece.removeprefix(_BOM)
+                piece = piece.removeprefix(BOM)
                 if file.header:
                     header, _, piece = piece.partition(b"\n")
                     order += len(header) + 1
@@ -242,10 +246,25 @@ def read_blocks(split: Split, file: DataFile, block_bytes: int = BLOCK_BYTES) ->
 
 
 def _stream(
-    filesystem: pyarrow.fs.FileSystem, path: str, compression: str | None, block_bytes: int
+    filesystem: pyarrow.fs.FileSystem, path: str, file: DataFile, block_bytes: int
 ) -> Iterator[bytes]:
+    compression = compression_of(file.path)
     with filesystem.open_input_stream(path, compression=compression, buffer_size=2**20) as stream:
-        yield from _whole_lines(lambda: stream.read(block_bytes), path, block_bytes)
+        parts = iter(lambda: stream.read(block_bytes), b"")
+        if file.stream_encoding:
+            parts = _as_utf8(parts, file.stream_encoding)
+        pieces = _whole_lines(parts, path, block_bytes)
+        yield from file.join(pieces) if file.join else pieces
+
+
+def _as_utf8(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    """UTF-8 with line ends \\n, whatever they were. What is not in the encoding becomes a byte that is not UTF-8."""
+    # ("surrogateescape" itself cannot stand for every byte of UTF-16.)
+    codecs.register_error("unreadable", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)("unreadable"), True)
+    for part in parts:
+        yield decoder.decode(part).encode("utf-8", "surrogateescape")
+    yield decoder.decode(b"", final=True).encode("utf-8", "surrogateescape")
 
 
 def _range(filesystem: pyarrow.fs.FileSystem, path: str, split: Split, block_bytes: int) -> Iterator[bytes]:
@@ -271,9 +290,9 @@ def _range(filesystem: pyarrow.fs.FileSystem, path: str, split: Split, block_byt
         yield b"".join(parts)
 
 
-def _whole_lines(read: Callable[[], bytes], path: str, block_bytes: int) -> Iterator[bytes]:
+def _whole_lines(parts: Iterator[bytes], path: str, block_bytes: int) -> Iterator[bytes]:
     rest = b""
-    while data := read():
+    for data in parts:
         cut = data.rfind(b"\n") + 1
         if not cut:
             rest += data
@@ -292,7 +311,15 @@ def read_header(path: str) -> bytes:
     Raises:
         UserError: the file cannot be read.
     """
+    return read_head(path).partition(b"\n")[0].rstrip(b"\r").removeprefix(BOM)
+
+
+def read_head(path: str) -> bytes:
+    """The first 64 KiB of a file, unpacked.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     filesystem, inner = open_filesystem(path)
     with _failures(path), filesystem.open_input_stream(inner, compression=compression_of(path)) as stream:
-        head = stream.read(2**16)
-    return head.partition(b"\n")[0].rstrip(b"\r").removeprefix(_BOM)
+        return stream.read(HEAD_BYTES)

@@ -1,11 +1,13 @@
-"""Logged candidate lists: impressions of a first-stage ranker with labels, from Parquet or JSON lines.
+"""Logged candidate lists: impressions of a first-stage ranker with labels, from Parquet, JSON lines or CSV.
 
 Beyond the paper, which draws its lists. One row is one list. A row that cannot be used is quarantined with its reason.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from dpo4rec_ray.config.data import MAX_CANDIDATES, MIN_CANDIDATES, LoggedSection
 from dpo4rec_ray.core.candidates import SPLITS
 from dpo4rec_ray.datasets import parsing
-from dpo4rec_ray.datasets.cells import Column, any_of
+from dpo4rec_ray.datasets.cells import Column, any_of, numbers_of
 from dpo4rec_ray.datasets.column_mapping import data_files
 from dpo4rec_ray.datasets.parsing import Origin
 from dpo4rec_ray.datasets.source import LISTS, DataFile, Parsed
@@ -36,26 +38,34 @@ def describe(path_or_uri: str, section: LoggedSection) -> tuple[DataFile, ...]:
         UserError: ratings without a history, or as `data_files`.
     """
     s = section
+    if not s.labels and not s.label_separator:
+        raise UserError(
+            "logged.labels is not set; name the column of the labels, or set logged.label_separator"
+        )
     if s.history_ratings and not s.history:
         raise UserError(
             f"logged.history_ratings = {s.history_ratings!r} and logged.history is not set; name the column of the items"
         )
+    listed = partial(Column, separator=s.separator, decimal=s.decimal)
     columns = (
         Column("logged.user", s.user, "id", "user"),
-        Column("logged.candidates", s.candidates, "ids", "candidates"),
-        Column("logged.labels", s.labels, "numbers", "labels"),
+        listed("logged.candidates", s.candidates, "ids", "candidates"),
+        listed("logged.labels", "" if s.label_separator else s.labels, "numbers", "labels", optional=True),
         Column("logged.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit, optional=True),
         Column("logged.split", s.split, "text", "split", optional=True),
-        Column("logged.history", s.history, "ids", "history", optional=True),
-        Column("logged.history_ratings", s.history_ratings, "numbers", "history_ratings", optional=True),
+        listed("logged.history", s.history, "ids", "history", optional=True),
+        listed("logged.history_ratings", s.history_ratings, "numbers", "history_ratings", optional=True),
     )
     folder, slash, pattern = path_or_uri.rpartition("/")
-    return data_files(folder + slash, pattern, "logged.file", columns, _finish_lists)
+    finish = partial(_finish_lists, label_separator=s.label_separator)
+    return data_files(folder + slash, pattern, "logged.file", columns, finish, s, s.columns)
 
 
-def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:
+def _finish_lists(table: pa.Table, origin: Origin, *, label_separator: str) -> Parsed:
     """Leave out the rows that are no list to rank."""
     given = {name: table[name].combine_chunks() for name in table.column_names}
+    if label_separator:
+        given |= _with_labels(given["candidates"], label_separator)
     columns = {field.name: given.get(field.name, pa.nulls(len(table), field.type)) for field in LISTS}
     for name in ("labels", "history_ratings"):
         # Before the checks: a number that is too large becomes infinite.
@@ -69,6 +79,19 @@ def _finish_lists(table: pa.Table, origin: Origin) -> Parsed:
     kept = pa.table(columns).filter(pa.array(good)).cast(LISTS)
     cleaned = Counter({REPEATED: repeated} if repeated else {})
     return Parsed(kept, origin.rows_read, origin.bad_rows, cleaned=cleaned, row_of=origin.rows[good])
+
+
+def _with_labels(marked: pa.ListArray, separator: str) -> dict[str, pa.ListArray]:
+    """Candidates and labels of "candidate-label"; a label that is not there or no number is null."""
+    values = marked.flatten()
+    found = pc.extract_regex(values, rf"(?s)^(?P<id>.+){re.escape(separator)}(?P<label>.*)$")
+    ids = pc.if_else(found.is_valid(), pc.struct_field(found, "id"), values)
+    lengths = pc.fill_null(pc.list_value_length(marked), 0).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return {
+        name: pa.ListArray.from_arrays(offsets, parts, mask=marked.is_null())
+        for name, parts in (("candidates", ids), ("labels", numbers_of(pc.struct_field(found, "label"))))
+    }
 
 
 def _faults(columns: dict[str, pa.Array], given: dict[str, pa.Array]) -> list[tuple[str, NDArray[np.bool_]]]:

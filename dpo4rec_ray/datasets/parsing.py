@@ -27,6 +27,7 @@ LEAF = 64
 # 2100-01-01: a later time is in milliseconds, or damaged.
 MAX_TIMESTAMP_S = 4_102_444_800
 EMPTY_LINE, UNREADABLE, MISSING = "empty line", "unreadable", "missing field"
+WRONG_ENCODING, OPEN_QUOTE = "not in the file's encoding", "a quote is not closed"
 FIELD_COUNT, BAD_NUMBER, BAD_JSON = "wrong field count", "bad number", "not JSON"
 OUT_OF_RANGE, BAD_TIME = "rating out of range", "impossible timestamp"
 UNKNOWN_USER, UNKNOWN_ITEM, DUPLICATE = "unknown user", "unknown item", "duplicate"

@@ -13,12 +13,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.types as pt
 
 from dpo4rec_ray.datasets.cells import Column, converted, fits
-from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, FIELD_COUNT, LEAF, REFUSED, UNREADABLE, Why
+from dpo4rec_ray.datasets.csv_form import CsvForm
+from dpo4rec_ray.datasets.csv_rows import JOINT
+from dpo4rec_ray.datasets.parsing import (
+    BAD_JSON,
+    BAD_NUMBER,
+    FIELD_COUNT,
+    LEAF,
+    OPEN_QUOTE,
+    REFUSED,
+    UNREADABLE,
+    WRONG_ENCODING,
+    Why,
+)
 
 # pyarrow.json 26 reads memory that is not its own at a null outside of an object (apache/arrow#47409).
 _STRAY_NULL = re.compile(rb"\}[ \t\r]*null")
@@ -132,11 +145,11 @@ def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 @dataclass(frozen=True)
 class CsvReader:
-    """Lines of a file with this header. One line is one row, so a line break within quotes is damage."""
+    """Lines of a file of this form, each of them one row. joined: line breaks within rows were replaced by JOINT."""
 
-    header: tuple[str, ...]
-    delimiter: str
+    form: CsvForm
     columns: tuple[Column, ...]
+    joined: bool = False
 
     def read(self, block: bytes) -> pa.Table:
         """Whole lines -> converted columns. Raises one of REFUSED when any line cannot be read as one row."""
@@ -144,16 +157,22 @@ class CsvReader:
             raise pa.ArrowInvalid("a carriage return within a line would end it")
         # An open quote joins lines, and nothing can split one. So each line is one row exactly when the numbers of lines
         # and rows are equal. A guard line at the end shows whether the quotes of the last line are closed.
-        guard = self.delimiter.join("0" * len(self.header)).encode() + b"\n"
-        places = {column.name: str(self.header.index(column.name)) for column in self.columns}
+        form = self.form
+        guard = form.delimiter.join("0" * len(form.columns)).encode() + b"\n"
+        places = {column.name: str(form.columns.index(column.name)) for column in self.columns}
         table = pyarrow.csv.read_csv(
             pa.BufferReader((_BOM if block.startswith(_BOM) else b"") + block + guard),  # pyarrow removes one
             read_options=pyarrow.csv.ReadOptions(
-                column_names=[str(place) for place in range(len(self.header))],
+                column_names=[str(place) for place in range(len(form.columns))],
                 use_threads=False,
                 block_size=len(_BOM) + len(block) + len(guard) + 1,
             ),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=self.delimiter, ignore_empty_lines=False),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=form.delimiter,
+                quote_char=form.quote or False,
+                escape_char=form.escape or False,
+                ignore_empty_lines=False,
+            ),
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types={place: pa.string() for place in places.values()},
                 include_columns=list(places.values()),
@@ -164,18 +183,38 @@ class CsvReader:
         num_lines = block.count(b"\n")
         if table.num_rows != num_lines + 1:
             raise pa.ArrowInvalid("a quote is not closed in its line")
-        return converted(table.rename_columns(list(places)).slice(0, num_lines), self.columns)
+        table = table.rename_columns(list(places)).slice(0, num_lines)
+        if form.padded:
+            table = _each(table, pc.utf8_trim_whitespace)
+        if self.joined and JOINT in block:
+            table = _each(table, _with_line_breaks)
+        return converted(table, self.columns)
 
     def why(self, line: bytes) -> str:
         """Reason why one line cannot be read, "" when it can."""
         try:  # Python's reader first: pyarrow takes a millisecond to start
-            fields = next(csv.reader([line.decode()], delimiter=self.delimiter, strict=True))
-            if len(fields) == len(self.header) and b"\r" not in line:
+            fields = next(self.form.reader([line.decode()]))
+            if len(fields) == len(self.form.columns) and b"\r" not in line:
                 return ""
             reason = FIELD_COUNT if b"\r" not in line else UNREADABLE
-        except (ValueError, csv.Error, StopIteration):
+        except csv.Error as error:
+            reason = OPEN_QUOTE if "unexpected end" in str(error) else UNREADABLE
+        except UnicodeDecodeError:
+            reason = WRONG_ENCODING
+        except StopIteration:
             reason = UNREADABLE
         return "" if _can(self.read, line) else reason
+
+
+def _each(table: pa.Table, function: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> pa.Table:
+    return pa.table({name: function(table[name]) for name in table.column_names})
+
+
+def _with_line_breaks(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    joint = JOINT.decode()
+    if not pc.any(pc.match_substring(texts, joint)).as_py():
+        return texts
+    return pc.replace_substring(texts, joint, "\n")
 
 
 @dataclass(frozen=True)

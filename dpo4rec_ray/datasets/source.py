@@ -7,7 +7,7 @@ format.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,7 +39,7 @@ MAX_TEXT = 200
 
 @dataclass(frozen=True)
 class BadLine:
-    """One row that could not be used; `row` counts from 0 within its block."""
+    """One row that could not be used; `row` counts the lines (of Parquet: the rows) from 0 within its block."""
 
     row: int
     reason: str
@@ -69,7 +69,9 @@ class Parsed:
         quarantined: rows that are damaged.
         filtered: rows that are sound and not wanted.
         cleaned: rows that were repaired and kept.
-        row_of: [table.num_rows] the row of the block that each row came from; None: the same.
+        row_of: [table.num_rows] the line or row of the block that each row came from; None: the same.
+        num_lines: lines of the block; None: as many as rows.
+        spans_lines: rows span lines, and were therefore not read: read `DataFile.over_lines` instead.
     """
 
     table: pa.Table
@@ -78,6 +80,8 @@ class Parsed:
     filtered: Counter[str] = field(default_factory=Counter[str])
     cleaned: Counter[str] = field(default_factory=Counter[str])
     row_of: NDArray[np.int64] | None = None
+    num_lines: int | None = None
+    spans_lines: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class DataFile:
         parse: picklable. For "lines" it gets whole lines as bytes, for "parquet" a pyarrow table.
         header: "lines" only: the first line holds names and is not given to `parse`.
         complete: "lines" only: the publisher ends every line, so a file without a last line end is truncated.
+        stream_encoding: "lines" only: line ends are found only after the file was decoded, as one stream. "": UTF-8, or an
+            encoding with the same line ends.
+        join: "lines" only: makes one line of a row that spans lines; the file is one stream then.
+        over_lines: the same file with `join`, for the case that its rows span lines. None: they cannot.
+        note: what was found out about the file that a person should know.
         columns: "parquet" only: those that `parse` needs; none: all.
         table: kind "memory" only: the parsed rows themselves.
     """
@@ -98,6 +107,10 @@ class DataFile:
     kind: Literal["lines", "parquet", "memory"] = "lines"
     header: bool = False
     complete: bool = False
+    stream_encoding: str = ""
+    join: Callable[[Iterator[bytes]], Iterator[bytes]] | None = None
+    over_lines: DataFile | None = None
+    note: str = ""
     columns: tuple[str, ...] = ()
     table: pa.Table | None = None
 

@@ -8,11 +8,13 @@ uses the same readers.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
 from dpo4rec_ray.config.data import TableSection
 from dpo4rec_ray.datasets import parsing
@@ -22,9 +24,14 @@ from dpo4rec_ray.datasets.parsing import Origin
 from dpo4rec_ray.datasets.source import USERS, Parsed, Source
 from dpo4rec_ray.errors import UserError
 
+# What ends the names of columns with several values in a cell, separated by blanks, in RecBole's files.
+SEQUENCE = ":token_seq"
 
-def describe(raw_dir: str, section: TableSection) -> Source:
+
+def describe(raw_dir: str, section: TableSection, *, typed: bool = False) -> Source:
     """The source in `raw_dir`, a local folder or URI. Reads headers, Parquet schemas and first lines only.
+
+    typed: names of columns are RecBole's "name:type".
 
     Raises:
         UserError: keys that contradict each other, or as `data_files`.
@@ -42,18 +49,32 @@ def describe(raw_dir: str, section: TableSection) -> Source:
         raise UserError(
             "table.profile is set and table.users is not; set table.users to the file of the users"
         )
-    separator = s.attribute_separator
+
+    def separator(name: str) -> str:
+        if not typed:
+            return s.attribute_separator
+        return " " if name.endswith(SEQUENCE) else ""
+
     event_columns = (
         Column("table.user", s.user, "id", "user"),
-        Column("table.item", s.item, "id", "item"),
-        Column("table.rating", s.rating, "number", "rating", optional=True),
-        Column("table.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit),
+        Column("table.item", s.item, "ids" if s.item_separator else "id", "item", separator=s.item_separator),
+        Column(
+            "table.rating",
+            s.rating,
+            "number",
+            "rating",
+            optional=True,
+            decimal=s.decimal,
+            least=s.min_rating,
+            most=s.max_rating,
+        ),
+        Column("table.timestamp", s.timestamp, "time", "timestamp_s", unit=s.timestamp_unit, optional=True),
     )
     item_columns = (
         Column("table.item_id", s.item_id, "id", "raw_id"),
         Column("table.title", s.title, "text", "title", optional=True),
         *(
-            Column(f"table.attributes.{facet}", name, "values", f"facet {facet}", separator=separator)
+            Column(f"table.attributes.{facet}", name, "values", f"facet {facet}", separator=separator(name))
             for facet, name in s.attributes.items()
         ),
     )
@@ -61,21 +82,49 @@ def describe(raw_dir: str, section: TableSection) -> Source:
         Column("table.user_id", s.user_id, "id", "raw_id"),
         *(Column("table.profile", name, "text", f"profile {name}") for name in s.profile),
     )
-    ratings = (s.min_rating, s.max_rating) if s.rating else None
-    finish_events = partial(_finish_events, ratings=ratings)
+    finish_events = partial(_finish_events, implicit=not s.rating)
     finish_items = partial(_finish_items, facets=tuple(s.attributes))
-    finish_users = partial(_finish_users, profile=s.profile)
+    labels = {name: name.partition(":")[0] if typed else name for name in s.profile}
+    finish_users = partial(_finish_users, profile=labels)
     return Source(
-        events=data_files(raw_dir, s.interactions, "table.interactions", event_columns, finish_events),
-        items=data_files(raw_dir, s.items, "table.items", item_columns, finish_items) if s.items else (),
-        users=data_files(raw_dir, s.users, "table.users", user_columns, finish_users) if s.users else (),
+        events=data_files(
+            raw_dir,
+            s.interactions,
+            "table.interactions",
+            event_columns,
+            finish_events,
+            s,
+            s.interaction_columns,
+        ),
+        items=data_files(raw_dir, s.items, "table.items", item_columns, finish_items, s, s.item_columns)
+        if s.items
+        else (),
+        users=data_files(raw_dir, s.users, "table.users", user_columns, finish_users, s, s.user_columns)
+        if s.users
+        else (),
     )
 
 
-def _finish_events(table: pa.Table, origin: Origin, *, ratings: tuple[float, float] | None) -> Parsed:
-    if ratings is None:  # implicit feedback
+def _finish_events(table: pa.Table, origin: Origin, *, implicit: bool) -> Parsed:
+    num_lines = origin.rows_read
+    if pt.is_list(table.schema.field("item").type):
+        table, origin = _one_event_each(table, origin)
+    if implicit:
         table = table.append_column("rating", pa.array(np.ones(table.num_rows)))
-    return parsing.checked_events(table, origin, ratings=ratings or (1.0, 1.0))
+    if "timestamp_s" not in table.column_names:
+        table = table.append_column("timestamp_s", pa.array(np.zeros(table.num_rows, np.int64)))
+    parsed = parsing.checked_events(table, origin, ratings=(-np.inf, np.inf))  # the column has its own range
+    return replace(parsed, num_lines=num_lines)
+
+
+def _one_event_each(table: pa.Table, origin: Origin) -> tuple[pa.Table, Origin]:
+    """A row for each item of a cell. A cell without items is no damage, and no event."""
+    items = table["item"].combine_chunks()
+    row = pc.list_parent_indices(items)
+    others = table.drop_columns("item").take(row)
+    rows_read = origin.rows_read - len(items) + len(row)
+    events = others.append_column("item", items.flatten())
+    return events, origin._replace(rows=origin.rows[row.to_numpy()], rows_read=rows_read)
 
 
 def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -> Parsed:
@@ -101,14 +150,14 @@ def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -
     return parsing.checked_items(pa.table(columns), origin)
 
 
-def _finish_users(table: pa.Table, origin: Origin, *, profile: tuple[str, ...]) -> Parsed:
+def _finish_users(table: pa.Table, origin: Origin, *, profile: dict[str, str]) -> Parsed:
     known = pc.fill_null(pc.greater(pc.binary_length(table["raw_id"]), 0), False)
     origin.quarantine(np.flatnonzero(~known.to_numpy()), parsing.MISSING)
     table = table.filter(known)
     texts = pa.array([""] * table.num_rows, pa.string())
-    for name in profile:
+    for name, label in profile.items():
         text = pc.fill_null(pc.utf8_trim_whitespace(table[f"profile {name}"].combine_chunks()), "")
-        part = pc.binary_join_element_wise(f", {name}: ", text, "")
+        part = pc.binary_join_element_wise(f", {label}: ", text, "")
         texts = pc.binary_join_element_wise(texts, pc.if_else(pc.equal(text, ""), "", part), "")
     texts, num_cleaned = parsing.clean_strings(pc.utf8_slice_codeunits(texts, len(", ")))
     return Parsed(

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo4rec_ray.atomic import new_file
+from dpo4rec_ray.core.joins import NUM_COMPARED, JoinSide, check_join, way_to_match
 from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.errors import UserError, first_line
 
@@ -119,11 +120,13 @@ def place_texts(
         identity: of the file and of the ids. A target that was made from the same identity is kept.
 
     Raises:
-        UserError: the file cannot be read at all, or none of its ids is known.
+        UserError: the file cannot be read at all, or almost none of its ids is known.
     """
     if _identity_of(target) == identity:
         return None
     counts = TextCounts()
+    described = np.zeros(len(raw_ids), dtype=np.bool_)
+    strange: list[str] = []
     known_keys = keys_of(raw_ids)
     order = np.argsort(known_keys)
     sorted_keys = known_keys[order]
@@ -138,6 +141,8 @@ def place_texts(
                 known = sorted_keys[found] == keys
                 for at in np.flatnonzero(~known):
                     counts.leave_out(UNKNOWN, f"{places[at]}: {ids[at][:40]!r}")
+                    strange += [ids[at]] if len(strange) < NUM_COMPARED else []
+                described[order[found[known]]] = True
                 numbers = subject_ids[order[found[known]]]
                 batch = [
                     pa.array(numbers, pa.int64()),
@@ -147,10 +152,17 @@ def place_texts(
                 writer.write_batch(pa.record_batch(batch, schema=schema))
         if not counts.texts:
             hint = f"; the data has ids such as {', '.join(map(repr, raw_ids.slice(0, 3).to_pylist()))}"
+            hint += way_to_match(strange, raw_ids.slice(0, NUM_COMPARED).to_pylist())
             raise UserError(
                 f"{source}: holds no text that can be used: {counts.words or 'it is empty'}"
                 + (hint if counts.left_out[UNKNOWN] else "")
             )
+        check_join(
+            "raw",
+            int(described.sum()),
+            JoinSide("the data", len(raw_ids), raw_ids.slice(0, NUM_COMPARED).to_pylist),
+            JoinSide(source, counts.texts + counts.left_out[UNKNOWN], lambda: strange),
+        )
     return counts
 
 

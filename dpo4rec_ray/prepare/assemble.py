@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -10,26 +12,49 @@ import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import split_users
+from dpo4rec_ray.core.joins import JoinSide, check_join
 from dpo4rec_ray.core.keys import Keys, keys_of, seed_of
+from dpo4rec_ray.datasets.files import without_query
 from dpo4rec_ray.datasets.source import ITEMS, USERS, Source
 from dpo4rec_ray.prepare.data_report import DataReport
 from dpo4rec_ray.prepare.ingest import read_rows
 from dpo4rec_ray.prepare.partition_lists import UserBlock
 
 
-def rows_about(kind: str, source: Source, wanted: Keys | None, report: DataReport) -> pa.Table | None:
+@dataclass(frozen=True)
+class Wanted:
+    """Sorted keys that are asked for, and some of the raw ids that they stand for."""
+
+    keys: Keys
+    some_ids: Callable[[], list[str]]
+
+
+def rows_about(kind: str, source: Source, wanted: Wanted | None, report: DataReport) -> pa.Table | None:
     """What the files of "items" or "users" hold, with a column `key`; None where the source has no such files.
 
-    wanted: sorted keys; rows with another one are left out. None: all rows are kept.
+    wanted: rows with another key are left out. None: all rows are kept.
 
     Raises:
-        UserError: too many rows are damaged.
+        UserError: too many rows are damaged, or almost none is wanted.
     """
     files = source.items if kind == "items" else source.users
     if not files:
         return None
-    table, counts = read_rows(files, ITEMS if kind == "items" else USERS, wanted)
+    schema = ITEMS if kind == "items" else USERS
+    table, counts = read_rows(files, schema, wanted.keys if wanted else None)
     report.add(kind, counts)
+    if wanted:
+        num_matched = len(np.unique(table["key"].to_numpy()))
+        check_join(
+            kind.removesuffix("s"),
+            num_matched,
+            JoinSide("the interactions", len(wanted.keys), wanted.some_ids),
+            JoinSide(
+                PurePosixPath(without_query(files[0].path)).name,
+                counts.rows_read,
+                lambda: counts.unwanted_ids,
+            ),
+        )
     return table
 
 

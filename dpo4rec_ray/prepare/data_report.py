@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.core.candidates import SPLITS
-from dpo4rec_ray.datasets.parsing import DUPLICATE, EMPTY_LINE
+from dpo4rec_ray.datasets.parsing import (
+    BAD_NUMBER,
+    BAD_TIME,
+    DUPLICATE,
+    EMPTY_LINE,
+    FIELD_COUNT,
+    OPEN_QUOTE,
+    OUT_OF_RANGE,
+    WRONG_ENCODING,
+)
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.ingest import FileCounts
 from dpo4rec_ray.prepare.partition_lists import Built
@@ -28,6 +37,15 @@ MAX_LINES = 100
 # Reasons to filter an event: it is outside the k-core (a user's single event gives no list), or its user is beyond
 # data.max_users or has no logged list.
 TOO_FEW, NOT_TAKEN = "too few events of the user or item", "user not taken"
+# What else may be meant than damage where a section of the recipe says how the files are written, by reason.
+ADVICE = {
+    WRONG_ENCODING: "another encoding is set by {section}.encoding",
+    OPEN_QUOTE: "quotes that are part of the text are told by {section}.quote and {section}.escape",
+    FIELD_COUNT: "{section}.delimiter, {section}.quote and {section}.escape say how fields are written",
+    BAD_NUMBER: "a decimal comma is set by {section}.decimal",
+    OUT_OF_RANGE: "the range is set by {section}.min_rating and {section}.max_rating",
+    BAD_TIME: "the unit of times is set by {section}.timestamp_unit",
+}
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -37,18 +55,30 @@ class DataReport:
 
     Attributes:
         files: names of the files of events and users.
+        section: of the recipe, which says how the files of events, items and users are written; "": none does.
         counts: per kind of file, what happened to its rows.
-        num_in_core: events that are neither duplicates nor outside the k-core.
+        notes: what was found out about the files.
+        num_repeated: events that are not the first of their user and item; keeps_repeated: they count too.
+        num_in_core: events that were not left out as repeated ones and are in the k-core.
+        times, ratings: least and greatest of all sound events.
+        users_in_lists, users_without_events: users of logged lists, and those of them without an event.
         users_without_profile: users without a line in the users' files.
     """
 
     files: list[str]
     max_bad_fraction: float
+    section: str = ""
     counts: dict[str, FileCounts] = field(default_factory=lambda: {kind: FileCounts() for kind in KINDS})
-    num_duplicates: int = 0
+    notes: list[str] = field(default_factory=list[str])
+    num_repeated: int = 0
+    keeps_repeated: bool = False
     num_in_core: int = 0
+    times: tuple[int, int] = (0, 0)
+    ratings: tuple[float, float] = (0.0, 0.0)
     untitled_items: int = 0
     users_without_profile: int = 0
+    users_in_lists: int = 0
+    users_without_events: int = 0
     built: list[Built] = field(default_factory=list[Built])
 
     def add(self, kind: str, counts: FileCounts) -> None:
@@ -65,19 +95,23 @@ class DataReport:
                 f"the files of {kind} hold no row; check data.raw_dir, data.file and the recipe's patterns"
             )
         if bad > self.max_bad_fraction * counts.rows_read:
+            section = "logged" if kind == "lists" else self.section
             first = next(line for line in counts.bad_lines if line["reason"] != EMPTY_LINE)
+            advice = ADVICE.get(first["reason"], "") if section else ""
+            advice = "; " + advice.format(section=section) if advice else ""
             raise UserError(
                 f"{first['path']} line {first['line']}: {first['reason']}: {first['text']!r}; {bad} of {counts.rows_read} "
                 f"rows cannot be used ({_listed(counts.quarantined)}), more than data.max_bad_fraction = "
-                f"{self.max_bad_fraction:g}; mend the file or raise it"
+                f"{self.max_bad_fraction:g}; mend the file or raise it{advice}"
             )
 
     def stats(self, *, num_users: int, num_items: int, num_truth: int) -> dict[str, Any]:
         """Everything that report.json holds."""
         built, events = self.built, self.counts["events"]
         kept = sum(one.num_events for one in built)
-        quarantined = events.quarantined + Counter({DUPLICATE: self.num_duplicates})
-        outside = events.rows_kept - self.num_duplicates - self.num_in_core
+        left_out = 0 if self.keeps_repeated else self.num_repeated
+        quarantined = events.quarantined + Counter({DUPLICATE: left_out})
+        outside = events.rows_kept - left_out - self.num_in_core
         filtered = events.filtered + Counter({TOO_FEW: outside, NOT_TAKEN: self.num_in_core - kept})
         splits = sum((one.splits for one in built), Counter[str]())
         histograms = {
@@ -97,12 +131,21 @@ class DataReport:
             "quantiles": {name: _quantiles(histogram) for name, histogram in histograms.items()},
             "files": self.files,
             "rows_read": events.rows_read,
+            "lines_read": events.num_lines,
             "rows_kept": kept,
             "quarantined": dict(quarantined),
             "filtered": dict(filtered),
-            "duplicates": "of several events of one user and item the earliest counts",
+            "duplicates": "of several events of one user and item "
+            + ("all count" if self.keeps_repeated else "the earliest counts"),
+            "repeated_events": self.num_repeated,
+            "in_core": self.num_in_core,
+            "times": self.times,
+            "ratings": self.ratings,
+            "notes": self.notes,
             "untitled_items": self.untitled_items,
             "users_without_profile": self.users_without_profile,
+            "users_in_lists": self.users_in_lists,
+            "users_without_events": self.users_without_events,
             "other_files": {
                 name: {
                     "rows_read": counts.rows_read,
@@ -116,10 +159,12 @@ class DataReport:
         }
 
     def write(self, stats: dict[str, Any], folder: Path) -> None:
-        """Write report.json and print the table."""
+        """Write report.json; print the table, and what is strange."""
         write_json(folder / "report.json", stats)
         for line in _table(stats):
             say(f"  {line}")
+        for sentence in stats["remarks"]:
+            say(f"  note: {sentence}")
 
     def write_quarantine(self, folder: Path) -> None:
         """One JSONL file per kind of file with its first bad lines: path, line number, reason, text."""

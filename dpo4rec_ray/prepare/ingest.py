@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from dpo4rec_ray.datasets.files import BLOCK_BYTES, Split, plan_splits, read_blo
 from dpo4rec_ray.datasets.parsing import UNKNOWN_ITEM, UNKNOWN_USER
 from dpo4rec_ray.datasets.source import MAX_SHOWN, BadLine, DataFile, Parsed
 from dpo4rec_ray.prepare.partition_files import new_arrow
-from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.store.progress import Progress, say
 
 # The numbers must differ: operators with equal ones are joined by Ray Data. Together they are one CPU.
 READER_CPUS, PARSER_CPUS = 0.25, 0.75
@@ -37,16 +38,22 @@ class FileCounts:
     """What happened to the rows of some files, over all their blocks.
 
     Attributes:
+        num_lines: more than `rows_read` where rows span lines.
         bad_lines: the first quarantined rows, each with path, line, reason and text.
+        spans_lines: rows of some file span lines, and the counts are of lines.
+        unwanted_ids: the first raw ids that were left out because nothing asked for them.
     """
 
     rows_read: int = 0
+    num_lines: int = 0
     rows_kept: int = 0
     num_blocks: int = 0
     quarantined: Counter[str] = field(default_factory=Counter[str])
     filtered: Counter[str] = field(default_factory=Counter[str])
     cleaned: Counter[str] = field(default_factory=Counter[str])
     bad_lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    spans_lines: bool = False
+    unwanted_ids: list[str] = field(default_factory=list[str])
 
 
 def write_partitions(
@@ -78,7 +85,12 @@ def write_partitions(
         for batch in _stream(files, splits, write):
             counts += [json.loads(text) for text in batch["counts"].to_pylist()]
             progress.at(sum(block["rows_read"] for block in counts))
-    return _summed(counts, files)
+    total = _summed(counts, files)
+    if total.spans_lines:
+        shutil.rmtree(folder)
+        files = _over_lines(files)
+        return write_partitions(files, plan_splits(files), folder, num_partitions, known, label)
+    return total
 
 
 def read_rows(
@@ -102,9 +114,13 @@ def read_rows(
                 "order", pa.array(block["order"] + np.arange(len(keys)), pa.int64())
             )
             among = ray.get(wanted_ref)
+            unwanted: list[str] = []
             if among is not None:
-                chosen = chosen.filter(pa.array(contains(among, keys)))
-            tables.append(_with_counts(chosen, json.dumps(_counts(block, parsed, chosen.num_rows))))
+                asked = pa.array(contains(among, keys))
+                unwanted = chosen["raw_id"].filter(pc.invert(asked)).slice(0, MAX_SHOWN).to_pylist()
+                chosen = chosen.filter(asked)
+            counts = _counts(block, parsed, chosen.num_rows) | {"unwanted_ids": unwanted}
+            tables.append(_with_counts(chosen, json.dumps(counts)))
         return pa.concat_tables(tables)
 
     empty = schema.empty_table().append_column("key", pa.array([], pa.uint64()))
@@ -112,9 +128,17 @@ def read_rows(
     for batch in _stream(files, plan_splits(files), select):
         counts += [json.loads(text) for text in batch["counts"].to_pylist() if text]
         tables.append(batch.drop_columns("counts").filter(pc.is_valid(batch["raw_id"])))
+    total = _summed(counts, files)
+    if total.spans_lines:
+        return read_rows(_over_lines(files), schema, wanted)
     table = pa.concat_tables(tables, promote_options="default")
-    table = table.sort_by("order") if table.num_rows else table
-    return table, _summed(counts, files)
+    return table.sort_by("order") if table.num_rows else table, total
+
+
+def _over_lines(files: tuple[DataFile, ...]) -> tuple[DataFile, ...]:
+    """The files once more, now as streams of rows that may span lines. (Only reading them tells: few files have such rows.)"""
+    say("  rows span lines: the files are read again, row by row")
+    return tuple(file.over_lines or file for file in files)
 
 
 def _with_counts(table: pa.Table, counts: str) -> pa.Table:
@@ -219,6 +243,8 @@ def _counts(block: dict[str, Any], parsed: Parsed, rows_kept: int) -> dict[str, 
         "file": block["file"],
         "order": block["order"],
         "rows_read": parsed.rows_read,
+        "num_lines": parsed.rows_read if parsed.num_lines is None else parsed.num_lines,
+        "spans_lines": parsed.spans_lines,
         "rows_kept": rows_kept,
         "quarantined": +parsed.quarantined.counts,
         "filtered": parsed.filtered,
@@ -228,12 +254,13 @@ def _counts(block: dict[str, Any], parsed: Parsed, rows_kept: int) -> dict[str, 
 
 
 def _summed(counts: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCounts:
-    """The counts of all blocks together. The line number of a bad line follows from the rows of the blocks before."""
+    """The counts of all blocks together. The line number of a bad line follows from the lines of the blocks before."""
     total = FileCounts()
     line_of = {number: 2 if file.header else 1 for number, file in enumerate(files)}
     for block in sorted(counts, key=lambda block: block["order"]):
         total.num_blocks += 1
         total.rows_read += block["rows_read"]
+        total.num_lines += block["num_lines"]
         total.rows_kept += block["rows_kept"]
         for name in ("quarantined", "filtered", "cleaned"):
             getattr(total, name).update(block[name])
@@ -241,5 +268,7 @@ def _summed(counts: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCo
         for bad in block["bad_lines"]:
             found = {"path": path, "line": first + bad["row"], "reason": bad["reason"], "text": bad["text"]}
             total.bad_lines.append(found)
-        line_of[block["file"]] = first + block["rows_read"]
+        line_of[block["file"]] = first + block["num_lines"]
+        total.spans_lines |= block["spans_lines"]
+        total.unwanted_ids += block.get("unwanted_ids", [])
     return total

@@ -54,6 +54,18 @@ def file_names(source: Source) -> list[str]:
     return [PurePosixPath(without_query(file.path)).name for file in files[:MAX_NAMES]]
 
 
+def file_notes(source: Source) -> list[str]:
+    """What was found out about the files, once for files with the same note."""
+    names: dict[str, list[str]] = {}
+    for file in (*source.events, *source.items, *source.users, *source.lists):
+        if file.note:
+            names.setdefault(file.note, []).append(PurePosixPath(without_query(file.path)).name)
+    return [
+        f"{', '.join(dict.fromkeys(found[:MAX_NAMES]))}{', ...' if len(found) > MAX_NAMES else ''}: {note}"
+        for note, found in names.items()
+    ]
+
+
 def _sections(config: Config) -> tuple[object, ...]:
     """The sections that say what the data is, and the seed of the sample world's users."""
     return config.data, config.table, config.logged, config.sample, config.run.seed

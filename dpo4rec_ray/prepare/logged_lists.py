@@ -1,12 +1,13 @@
 """Logged candidate lists in place of drawn ones: impressions of a first-stage ranker with labels (beyond the paper).
 
-The dataset's events give the histories. Where lists have a time, a user's history is every event before the first list.
-Where they have none, it ends before the first event whose item is a positive of a list, and leaves out every item that is
-in one of the user's lists. So the history shows nothing of a list.
+The dataset's events give the histories. Where the lists and the user's events have times, a user's history is every event
+before the first list. Otherwise it ends before the first event whose item is a positive of a list, and leaves out every
+item that is in one of the user's lists. So the history shows nothing of a list.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.core.candidates import Events, Ragged, ragged
-from dpo4rec_ray.core.kcore import contains, count_items, merge_counts
+from dpo4rec_ray.core.joins import NUM_COMPARED, JoinSide, check_join
+from dpo4rec_ray.core.kcore import contains, count_items
 from dpo4rec_ray.core.keys import Keys, keys_of
 from dpo4rec_ray.prepare.partition_events import DAY_S, Counted
 from dpo4rec_ray.prepare.partition_files import (
@@ -40,7 +42,7 @@ def collect_lists(work: Path, partition: int, num_blocks: int) -> Counted:
     """Sort a partition's lists by user and time, and add the raw ids in them to the users' and items'.
 
     Returns:
-        The number of users with lists, and the counts of items in lists and events together.
+        The number of users with lists, and the counts of items in lists.
     """
     parts = [read_batch(file, partition, _COLUMNS) for file in block_files(work / "lists", num_blocks)]
     table = pa.Table.from_batches(parts).sort_by(
@@ -54,10 +56,60 @@ def collect_lists(work: Path, partition: int, num_blocks: int) -> Counted:
     )
     _add_names(work, partition, "user", table["user"])
     _add_names(work, partition, "item", named)
-    event_items = read_alive(work, partition).item_key
-    items = merge_counts([count_items(event_items), count_items(keys_of(named))])
-    splits = frozenset(pc.unique(table["split"]).to_pylist())
-    return Counted(items, len(event_items), len(np.unique(table["user_key"].to_numpy())), splits=splits)
+    users = np.unique(table["user_key"].to_numpy())
+    event_users = np.unique(read_core(work, partition, ("user_key",))["user_key"])
+    return Counted(
+        count_items(keys_of(named)),
+        num_events=len(read_alive(work, partition).place),
+        num_users=len(users),
+        num_known_users=int(np.sum(contains(event_users, users))),
+        splits=frozenset(pc.unique(table["split"]).to_pylist()),
+    )
+
+
+@dataclass(frozen=True)
+class EventIds:
+    """What the events are of, before the ids in lists are added: all keys of items, and some raw ids."""
+
+    item_keys: Keys
+    num_users: int
+    some_users: list[str]
+    some_items: list[str]
+
+
+def check_lists(
+    work: Path, events: EventIds, item_keys: Keys, counts: list[Counted], described: pa.Table | None
+) -> None:
+    """item_keys: of the items in lists. counts: of `collect_lists`. described: the items that the items' files describe.
+
+    Raises:
+        UserError: almost no user or item of the lists is among those of the events or the items' files.
+    """
+
+    def listed(name: str) -> list[str]:
+        for file in sorted((work / "logged").glob("*.arrow")):
+            column = read_arrow(file)[name].slice(0, NUM_COMPARED)
+            column = column.combine_chunks().flatten() if name == "candidates" else column
+            if ids := pc.unique(column).slice(0, NUM_COMPARED).to_pylist():
+                return ids
+        return []
+
+    num_users = sum(one.num_users for one in counts)
+    check_join(
+        "user",
+        sum(one.num_known_users for one in counts),
+        JoinSide("the interactions", events.num_users, lambda: events.some_users),
+        JoinSide("logged.file", num_users, lambda: listed("user")),
+    )
+    known = contains(events.item_keys, item_keys)
+    if described is not None:
+        known |= contains(np.unique(described["key"].to_numpy()), item_keys)
+    check_join(
+        "item",
+        int(np.sum(known)),
+        JoinSide("the interactions", len(events.item_keys), lambda: events.some_items),
+        JoinSide("logged.file", len(item_keys), lambda: listed("candidates")),
+    )
 
 
 def logged_user_keys(work: Path, partition: int, num_users: int) -> Keys:
@@ -108,7 +160,9 @@ def build_logged(
         list_number=np.arange(len(table)) - bounds[:-1][user],
         list_split=_splits(table["split"], users.split[user], draw_valid),
         timestamp_s=pa.array(np.maximum(time_s, 0)),
-        list_history=_list_histories(table, pick(events, timed), pick(events, untimed), item_keys),
+        list_history=_list_histories(
+            table, _have_times(events)[user], pick(events, timed), pick(events, untimed), item_keys
+        ),
         candidates=candidates,
         labels=labels,
         num_events=int(events.bounds[-1]),
@@ -151,7 +205,7 @@ def _before_lists(
     num_users, owner = len(events.bounds) - 1, events.user
     first_s = np.full(num_users, np.iinfo(np.int64).max)
     np.minimum.at(first_s, user, time_s)
-    timed = first_s >= 0
+    timed = (first_s >= 0) & _have_times(events)
     before = _time(events.timestamps_s, protocol) < _time(first_s, protocol)[owner]
     list_of = np.repeat(np.arange(len(user)), candidates.value_lengths().to_numpy())
     pair = user[list_of] * num_items + candidates.flatten().to_numpy()
@@ -179,17 +233,24 @@ def _time(times_s: NDArray[np.int64], protocol: str) -> NDArray[np.int64]:
     return times_s // DAY_S * DAY_S if protocol == "paper" else times_s
 
 
+def _have_times(events: Events) -> NDArray[np.bool_]:
+    """[users] whether any event has a time. (Without one it is 0, and before every list.)"""
+    owner = events.user[events.timestamps_s > 0]
+    return np.bincount(owner, minlength=len(events.bounds) - 1) > 0
+
+
 def _list_histories(
     table: pa.Table,
+    have_times: NDArray[np.bool_],
     timed: tuple[pa.ListArray, pa.ListArray],
     untimed: tuple[pa.ListArray, pa.ListArray],
     item_keys: Keys,
 ) -> tuple[pa.ListArray, pa.ListArray]:
     """Item ids and ratings before each list: as logged, else the events before its time, else the prompt's history.
 
-    A logged history without ratings gets rating 0, which means unknown.
+    have_times: [M] whether the user's events have times. A logged history without ratings gets rating 0, which means unknown.
     """
-    has_time = table["timestamp_s"].is_valid().combine_chunks()
+    has_time = pc.and_(table["timestamp_s"].is_valid().combine_chunks(), pa.array(have_times))
     ids, ratings = (pc.if_else(has_time, one, other) for one, other in zip(timed, untimed, strict=True))
     logged = table["history"].combine_chunks()
     given = item_ids_of(item_keys, logged)

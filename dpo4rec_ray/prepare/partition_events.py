@@ -1,4 +1,4 @@
-"""The events of one partition of users: without duplicates, in order, in the k-core, and counted by time.
+"""The events of one partition of users: in order, in the k-core, and counted by time.
 
 Each function is an ordinary one that `partition_tasks.py` places on Ray, once per partition. A partition holds whole users
 and a range of user keys. User ids count users in key order, so the user ids of a partition are a range too.
@@ -6,7 +6,7 @@ and a range of user keys. User ids count users in key order, so the user ids of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class Counted:
 
     Attributes:
         num_collected: events before any was left out.
+        num_repeated: events that are not the first of their user and item.
+        times: earliest and latest time of the collected events in seconds; None without any.
+        ratings: least and greatest rating of these.
+        num_known_users: of a partition of logged lists: users with lists and events.
         splits: the splits that logged lists name; with None where some name no split.
     """
 
@@ -50,14 +54,19 @@ class Counted:
     num_events: int
     num_users: int
     num_collected: int = 0
-    num_duplicates: int = 0
+    num_repeated: int = 0
+    times: tuple[int, int] | None = None
+    ratings: tuple[float, float] | None = None
+    num_known_users: int = 0
     splits: frozenset[str | None] = frozenset()
 
 
-def collect(work: Path, partition: int, num_blocks: int, protocol: str, user_core: int) -> Counted:
-    """Collect a partition's events without duplicates, in the order of the protocol, and begin its k-core.
+def collect(
+    work: Path, partition: int, num_blocks: int, protocol: str, keep_repeated: bool, user_core: int
+) -> Counted:
+    """Collect a partition's events in the order of the protocol, and begin its k-core.
 
-    Of several events of the same user and item the earliest is kept: by time, then by place in the file.
+    keep_repeated: all events of the same user and item are kept, else the earliest: by time, then by place in the file.
     """
     sources = block_files(work / "events", num_blocks)
     parts = [read_batch(file, partition, tuple(_NUMBERS)) for file in sources]
@@ -72,7 +81,9 @@ def collect(work: Path, partition: int, num_blocks: int, protocol: str, user_cor
     )
     time_key = times // DAY_S if protocol == "paper" else times
     kept = _first_of_each(user_key, item_key, time_key, order)
-    num_duplicates = len(user_key) - len(kept)
+    num_repeated = len(user_key) - len(kept)
+    if keep_repeated:
+        kept = np.arange(len(user_key))
     alive = keep_core_users(user_key[kept], np.ones(len(kept), dtype=np.bool_), user_core)
     chosen = kept[alive]
     chosen = chosen[np.lexsort((order[chosen], time_key[chosen], user_key[chosen]))]
@@ -83,7 +94,17 @@ def collect(work: Path, partition: int, num_blocks: int, protocol: str, user_cor
     write_names(work, partition, sources, lengths, chosen, user_key[chosen], item_key[chosen])
     _, user = np.unique(user_key[chosen], return_inverse=True)
     state = Alive(np.arange(len(chosen), dtype=np.int32), user.astype(np.int32), item_key[chosen])
-    return _keep(work, partition, state, num_collected=len(user_key), num_duplicates=num_duplicates)
+    found = _keep(work, partition, state)
+    if not len(user_key):
+        return found
+    ratings = columns["rating"]
+    return replace(
+        found,
+        num_collected=len(user_key),
+        num_repeated=num_repeated,
+        times=(int(times.min()), int(times.max())),
+        ratings=(float(ratings.min()), float(ratings.max())),
+    )
 
 
 def peel(work: Path, partition: int, dead_items: Keys, user_core: int) -> Counted:
@@ -109,15 +130,12 @@ def time_histogram(work: Path, partition: int, low: int, width: int) -> NDArray[
     return np.bincount((times - low) // width, minlength=NUM_BINS)[:NUM_BINS]
 
 
-def _keep(
-    work: Path, partition: int, alive: Alive, *, num_collected: int = 0, num_duplicates: int = 0
-) -> Counted:
+def _keep(work: Path, partition: int, alive: Alive) -> Counted:
     """Write to disk which events are in the k-core, and count them. (The object store is too small for all partitions.)"""
     columns = {"place": alive.place, "user": alive.user, "item_key": alive.item_key}
     write_arrow(work / "alive" / f"{partition}.arrow", columns)
     num_users = 1 + int(np.count_nonzero(np.diff(alive.user))) if len(alive.user) else 0
-    items = count_items(alive.item_key)
-    return Counted(items, len(alive.place), num_users, num_collected, num_duplicates)
+    return Counted(count_items(alive.item_key), len(alive.place), num_users)
 
 
 def _first_of_each(

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dpo4rec_ray.atomic import new_file
+from dpo4rec_ray.core.joins import NUM_COMPARED
 from dpo4rec_ray.core.kcore import contains
 from dpo4rec_ray.core.keys import Keys
 from dpo4rec_ray.errors import UserError
@@ -142,6 +143,14 @@ def item_names(work: Path, partition: int, item_keys: Keys) -> tuple[Keys, pa.Ar
     table = read_names(work, partition, "item")
     table = table.filter(pa.array(contains(item_keys, table["key"].to_numpy())))
     return table["key"].to_numpy(), table["raw_id"].combine_chunks()
+
+
+def some_ids(work: Path, kind: str) -> list[str]:
+    """Raw ids of "user" or "item", of the first partition that has any."""
+    for file in sorted((work / "names").glob(f"{kind}s-*.arrow")):
+        if ids := read_arrow(file)["raw_id"].slice(0, NUM_COMPARED).to_pylist():
+            return ids
+    return []
 
 
 def user_names(work: Path, partition: int, user_keys: Keys) -> pa.Array:

@@ -72,12 +72,16 @@ def k_core(
         UserError: no event is left.
     """
     rows_kept, num_blocks = report.counts["events"].rows_kept, report.counts["events"].num_blocks
-    tasks = [(work, p, num_blocks, data.protocol, user_core) for p in range(num_partitions)]
+    order = (data.protocol, data.keeps_repeated_events)
+    tasks = [(work, p, num_blocks, *order, user_core) for p in range(num_partitions)]
     items, counts = counted("prepare: sorting", collect, tasks)
     collected = sum(one.num_collected for one in counts)
     if collected != rows_kept:
         raise RuntimeError(f"{rows_kept} events were read, {collected} arrived in partitions")
-    report.num_duplicates = sum(one.num_duplicates for one in counts)
+    report.num_repeated = sum(one.num_repeated for one in counts)
+    report.keeps_repeated = data.keeps_repeated_events
+    report.times = _range([one.times for one in counts if one.times])
+    report.ratings = _range([one.ratings for one in counts if one.ratings])
     while len(dead := items.keys[items.counts < data.item_core]):
         dead_ref = shared(dead)
         tasks = [(work, p, dead_ref, user_core) for p in range(num_partitions)]
@@ -89,6 +93,10 @@ def k_core(
             f"and data.item_core = {data.item_core} are too high for this dataset"
         )
     return items, counts
+
+
+def _range(ranges: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    return min((low for low, _ in ranges), default=0), max((high for _, high in ranges), default=0)
 
 
 def cuts_in_time(work: Path, num_partitions: int, data: DataSection) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Raw files of any source -> users, items and candidate lists (docs/method.md, section 1), with a report on the data.
 
-    files --ingest--> partitions of users on disk --collect--> no duplicates, in order --peel--> k-core
+    files --ingest--> partitions of users on disk --collect--> in order, once each --peel--> k-core
     core --catalogue--> items; --split--> who is train, valid, test --build--> users and lists, one part per partition
 
 Nothing holds the whole data set: files are streamed, partitions are worked on side by side, and the driver knows one
@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.kcore import merge_counts
 from dpo4rec_ray.core.keys import Keys, seed_of
 from dpo4rec_ray.datasets.files import plan_splits
 from dpo4rec_ray.datasets.source import Source
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.assemble import (
+    Wanted,
     catalogue_table,
     first_users,
     new_names,
@@ -30,11 +33,18 @@ from dpo4rec_ray.prepare.assemble import (
     truth_table,
     user_blocks,
 )
+from dpo4rec_ray.prepare.data_remarks import remarks
 from dpo4rec_ray.prepare.data_report import DataReport, check_splits
 from dpo4rec_ray.prepare.ingest import write_partitions
-from dpo4rec_ray.prepare.inspection import file_names, take_source
-from dpo4rec_ray.prepare.logged_lists import build_logged, collect_lists, logged_user_keys
-from dpo4rec_ray.prepare.partition_files import item_names, user_keys_of
+from dpo4rec_ray.prepare.inspection import file_names, file_notes, take_source
+from dpo4rec_ray.prepare.logged_lists import (
+    EventIds,
+    build_logged,
+    check_lists,
+    collect_lists,
+    logged_user_keys,
+)
+from dpo4rec_ray.prepare.partition_files import item_names, some_ids, user_keys_of
 from dpo4rec_ray.prepare.partition_lists import build_drawn
 from dpo4rec_ray.prepare.partition_tasks import counted, cuts_in_time, each, in_order, k_core, shared
 from dpo4rec_ray.store.artifacts import RunDir
@@ -46,7 +56,9 @@ ARTIFACTS = ("users", "items", "truth", "lists")
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Read the dataset and write users, items, truth (empty unless it is known), lists, and data/report.json."""
     source = take_source(config)
-    report = DataReport(file_names(source), config.data.max_bad_fraction)
+    section = "table" if config.data.dataset == "table" else ""
+    section = "table" if config.data.dataset == "table" else ""
+    report = DataReport(file_names(source), config.data.max_bad_fraction, section, notes=file_notes(source))
     folders = {name: store.start(name) for name in ARTIFACTS}
     data_folder = folders["lists"].parent
     for leftover in data_folder.glob("work-*"):  # of a run that was killed
@@ -92,8 +104,14 @@ def _prepare(
                 source.lists, list_splits, work / "lists", num_partitions, {}, "prepare: reading lists"
             ),
         )
+        in_events = EventIds(
+            items.keys,
+            sum(one.num_users for one in counts),
+            *(some_ids(work, name) for name in ("user", "item")),
+        )
         tasks = [(work, p, report.counts["lists"].num_blocks) for p in partitions]
-        items, counts = counted("prepare: logged lists", collect_lists, tasks)
+        listed, counts = counted("prepare: logged lists", collect_lists, tasks)
+        items = merge_counts([items, listed])
     elif len(items.keys) <= data.num_candidates:
         raise UserError(
             f"data.num_candidates = {data.num_candidates}, but the catalogue has only {len(items.keys)} items; lower it or "
@@ -102,7 +120,12 @@ def _prepare(
 
     item_keys, catalogue = items.keys, shared(items.keys)
     if not source.closed:
-        item_rows = rows_about("items", source, item_keys, report)
+        asked = Wanted(item_keys, partial(some_ids, work, "item"))
+        item_rows = rows_about("items", source, asked, report)
+    if source.lists:
+        check_lists(work, in_events, listed.keys, counts, item_rows)
+        report.users_in_lists = sum(one.num_users for one in counts)
+        report.users_without_events = report.users_in_lists - sum(one.num_known_users for one in counts)
     names = new_names(
         item_keys, each("prepare: items", item_names, [(work, p, catalogue) for p in partitions])
     )
@@ -115,7 +138,8 @@ def _prepare(
         in_order("prepare: users", logged_user_keys if source.lists else user_keys_of, tasks)
     )
     if not source.closed:
-        user_rows = rows_about("users", source, user_keys, report)
+        asked = Wanted(user_keys, partial(some_ids, work, "user"))
+        user_rows = rows_about("users", source, asked, report)
     store.write("truth", truth_table(source.truth, user_keys))
     logged_splits = {split for one in counts for split in one.splits}
     # A split by time, or by the log, says itself what is tested. Users are then drawn for validation alone.
@@ -134,4 +158,5 @@ def _prepare(
     num_truth = len(user_keys) if source.truth is not None else 0
     stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth)
     check_splits(stats["splits"])
+    stats["remarks"] = remarks(config, stats, table["title"])
     return stats

@@ -734,5 +734,7 @@ def test_mangled_files_lose_no_row(tmp_path_factory: pytest.TempPathFactory, see
     file.write_bytes(gzip.compress(bytes(content)) if packed else bytes(content))
     store = prepared(folder / "run", {**data, "raw_dir": str(raw), "max_bad_fraction": 1.0})
     adds_up(store)
-    assert report_of(store)["rows_read"] == num_lines
+    assert report_of(store)["lines_read"] == num_lines
+    # A line break that was put between quotes makes one row of two lines.
+    assert report_of(store)["rows_read"] == num_lines or source == "own_csv"
     assert report_of(store)["rows_kept"] > 0

@@ -383,3 +383,36 @@ def test_split_mistakes() -> None:
         split_users(np.arange(2), 0.1, 0.1, 2, seed=0)
     with pytest.raises(ValueError, match="twice"):
         split_users(np.array([1, 1, 2]), 0.1, 0.1, 2, seed=0)
+
+
+def test_an_item_that_comes_twice_keeps_both_places_and_is_not_drawn():
+    """Users 0 and 1 meet item 3 three times: within one list, and before it."""
+    events = events_of([3, 1, 2, 3, 4, 3, 3, 5], [3, 3, 3, 3])
+    plan = plan_lists(events.bounds, knowledge_cut(np.diff(events.bounds), 30), 4)
+    assert plan.size.tolist() == [4, 2]
+    for avoid_seen in (False, True):
+        ids, labels = fill(events, plan, num_items=20, avoid_seen=avoid_seen)
+        assert sorted(ids[0][ids[0] == 3].tolist()) == [3, 3] and (ids[1] == 3).sum() == 2
+        # rated 1, 5, 4 and 3: items 4, 3, 3 and 5
+        assert labels[0].sum() == 2 and labels[0][ids[0] == 3].tolist() == [1.0, 1.0]
+        drawn = [ids[0][~np.isin(ids[0], [3, 4, 5])], ids[1][ids[1] != 3]]
+        assert [len(set(one.tolist())) for one in drawn] == [6, 8]
+        if avoid_seen:
+            assert not set(drawn[0].tolist()) & {1, 2}
+
+
+def test_only_distinct_items_count_as_met():
+    """Ten events of two items leave eight of ten items for a list of eight; of seven items too few are left."""
+    events = events_of([0, 1] * 5)
+    plan = ListPlan(*(np.array([value]) for value in (0, 0, 9, 1)))
+    ids, _ = fill(events, plan, num_items=9, num_candidates=8, avoid_seen=True)
+    assert set(ids[0].tolist()) == {1, *range(2, 9)}
+    with pytest.raises(UserError, match="a user has met all but 6"):
+        fill(events, plan, num_items=8, num_candidates=8, avoid_seen=True)
+
+
+def test_a_redraw_keeps_an_item_that_is_positive_twice():
+    ids, labels = np.array([[3, 3, 7, 8]]), np.array([[1.0, 1.0, 0.0, 0.0]])
+    redrawn, kept = redraw_negatives(ids, labels, 10, 5, np.random.default_rng(0))
+    assert (redrawn[:, 0, :2] == 3).all() and (kept[:, 0, :2] == 1).all()
+    assert (redrawn[:, 0, 2] != redrawn[:, 0, 3]).all() and (redrawn[:, 0, 2:] != 3).all()

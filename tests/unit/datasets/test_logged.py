@@ -132,6 +132,89 @@ def test_each_kind_of_damage_is_named_and_the_rest_comes_through(tmp_path: Path,
     )
 
 
+# behaviors.tsv of MIND, and what may be wrong with a line of it.
+MIND = [
+    ("1\tU1\t11/15/2019 9:55:12 AM\tN8 N9\tN1-0 N2-1 N3-0", ""),
+    ("2\tU2\t11/15/2019 12:05:00 PM\t\tN1-1  N-2-0 ", ""),  # no history; an id with the separator in it
+    ("3\tU1\t11/15/2019 9:55:12 AM\tN8\tN1 N2", BAD_LABEL),  # the test set has no labels
+    ("4\tU1\t11/15/2019 9:55:12 AM\tN8\tN1-yes N2-1", BAD_LABEL),
+    ("5\tU1\t11/15/2019 9:55:12 AM\tN8\tN1-1", WRONG_SIZE),
+    ("6\tU1\t2019-11-15\tN8\tN1-1 N2-0", BAD_TIME),
+    ("7\t\t11/15/2019 9:55:12 AM\tN8\tN1-1 N2-0", MISSING),
+    ('8\tU1\t11/15/2019 9:55:12 AM\t"N8\tN1-1 N2-0', ""),  # nothing is quoted
+]
+MIND_SECTION = {
+    "columns": ("impression", "user", "time", "history", "shown"), "user": "user", "candidates": "shown",
+    "separator": " ", "label_separator": "-", "history": "history", "timestamp": "time",
+    "timestamp_unit": "%m/%d/%Y %I:%M:%S %p", "quote": "",
+}  # fmt: skip
+
+
+def test_impressions_of_mind(tmp_path: Path):
+    (tmp_path / "behaviors.tsv").write_text("\n".join(line for line, _ in MIND))
+    parsed = read(describe(f"{tmp_path}/behaviors.tsv", LoggedSection.model_validate(MIND_SECTION)))
+    assert bad_rows(parsed) == [(row, reason) for row, (_, reason) in enumerate(MIND) if reason]
+    first, second, third = parsed.table.to_pylist()
+    assert first == {
+        "user": "U1", "timestamp_s": 1_573_811_712, "split": None, "candidates": ["N1", "N2", "N3"],
+        "labels": [0.0, 1.0, 0.0], "history": ["N8", "N9"], "history_ratings": None,
+    }  # fmt: skip
+    assert (second["candidates"], second["labels"], second["history"]) == (["N1", "N-2"], [1.0, 0.0], None)
+    assert second["timestamp_s"] - first["timestamp_s"] == 7788 and third["history"] == ['"N8']
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet", "l.jsonl"])
+def test_lists_as_text_in_every_format(tmp_path: Path, name: str):
+    """Candidates, labels, histories and ratings, each in a cell; labels with decimal commas and truth values."""
+    rows = [
+        {"user": "u", "shown": "a;b;c", "clicks": "1;0,5;false", "before": "x;y", "stars": "4,5;3"},
+        {"user": "u", "shown": "a;b", "clicks": "1;x", "before": "", "stars": ""},
+        {"user": "u", "shown": "a;b", "clicks": "1", "before": "x", "stars": "1"},
+    ]
+    if name == "l.csv":
+        cells = [",".join(f'"{value}"' for value in row.values()) for row in rows]
+        (tmp_path / name).write_text("\n".join([",".join(rows[0]), *cells]))
+    elif name == "l.jsonl":
+        (tmp_path / name).write_bytes(jsonl(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    section = LoggedSection(
+        user="user", candidates="shown", labels="clicks", history="before", history_ratings="stars",
+        separator=";", decimal=",",
+    )  # fmt: skip
+    parsed = read(describe(f"{tmp_path}/{name}", section))
+    (row,) = parsed.table.to_pylist()
+    assert (row["candidates"], row["labels"]) == (["a", "b", "c"], [1.0, 0.5, 0.0])
+    assert (row["history"], row["history_ratings"]) == (["x", "y"], [4.5, 3.0])
+    assert bad_rows(parsed) == [(1, BAD_NUMBER), (2, LENGTHS_DIFFER)]
+
+
+@pytest.mark.parametrize(
+    ("shown", "clicks", "separator"),
+    [
+        ("['a', 'b']", "[1, 0]", ","),  # a column of lists, as pandas writes it
+        ('["a","b"]', "[1.0,0.0]", ","),
+        ("[a b]", "[1 0]", " "),  # an array, as numpy writes it
+        ("a|b", "1|0", "|"),
+        ("a, b,", "1, 0,", ","),
+        ("a b", "true false", " "),
+    ],
+)
+def test_ways_to_write_a_list_as_text(tmp_path: Path, shown: str, clicks: str, separator: str):
+    pq.write_table(pa.table({"user": ["u"], "shown": [shown], "clicks": [clicks]}), tmp_path / "l.parquet")
+    section = LoggedSection(user="user", candidates="shown", labels="clicks", separator=separator)
+    (row,) = read(describe(f"{tmp_path}/l.parquet", section)).table.to_pylist()
+    assert (row["candidates"], row["labels"]) == (["a", "b"], [1.0, 0.0])
+
+
+def test_text_without_a_separator_is_told(tmp_path: Path):
+    (tmp_path / "l.csv").write_text("user_id,candidate_item_ids,labels\nu,a b,1 0\n")
+    with pytest.raises(UserError, match=r"logged\.candidates\) .*lists of .*or set the separator of lists"):
+        describe(f"{tmp_path}/l.csv", LoggedSection())
+    with pytest.raises(UserError, match=r"set logged\.label_separator"):
+        describe(f"{tmp_path}/l.csv", LoggedSection(labels=""))
+
+
 def test_columns_that_are_not_named_are_null(tmp_path: Path):
     pq.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "l.parquet")
     path = f"{tmp_path}/l.parquet"

@@ -34,8 +34,10 @@ from dpo4rec_ray.datasets.parsing import (
     EMPTY_LINE,
     FIELD_COUNT,
     MISSING,
+    OPEN_QUOTE,
     OUT_OF_RANGE,
     UNREADABLE,
+    WRONG_ENCODING,
 )
 from dpo4rec_ray.datasets.source import EVENTS, ITEMS, USERS, DataFile, Parsed
 from dpo4rec_ray.datasets.table import describe
@@ -198,9 +200,9 @@ CSV_TROUBLE = [
     (b"u1,a,4,-5", BAD_TIME),
     (b"u1,a,4,1714557600000", BAD_TIME),  # milliseconds
     (b"u1,a,4,99999999999999999999999", BAD_TIME),
-    (b'u1,"a,4,100', UNREADABLE),  # a quote that is never closed must not swallow the next lines
-    (b'u1,a,4,"100', UNREADABLE),
-    (b"u1,\xff\xfe,4,100", UNREADABLE),
+    (b'u1,"a,4,100', OPEN_QUOTE),  # a quote that is never closed must not swallow the next lines
+    (b'u1,a,4,"100', OPEN_QUOTE),
+    (b"u1,\xff\xfe,4,100", WRONG_ENCODING),
     (b"u1,a\ru2,b,4,100", UNREADABLE),
     (b'"u,1","a ""b""",4.5,100', ""),
     (b"u1,a, 4 , 100 ", ""),
@@ -240,7 +242,7 @@ def test_csv_damage_that_cancels_out_in_the_count_of_rows(tmp_path: Path):
     parse = describe(str(tmp_path), TableSection(interactions="e.csv")).events[0].parse
     assert parse is not None
     parsed = parse(b'u3,"c\nd",4,100\nu1,a,4,100\ru2,b,3,7\nu4,e,5,101\n')
-    assert bad_rows(parsed) == [(0, UNREADABLE), (1, FIELD_COUNT), (2, UNREADABLE)]
+    assert bad_rows(parsed) == [(0, OPEN_QUOTE), (1, FIELD_COUNT), (2, UNREADABLE)]
     assert parsed.table["user"].to_pylist() == ["u4"]
 
 

@@ -172,6 +172,24 @@ def test_nobody_is_known(tmp_path: Path) -> None:
         place(jsonl(tmp_path / "e.jsonl"), target)
 
 
+def test_almost_nobody_is_known(tmp_path: Path) -> None:
+    """One of 200 users matches by accident; the message shows an id of either side, and what would make them match."""
+    raw, target = [f"{user:04d}" for user in range(1000, 1199)] + ["7"], tmp_path / "users.arrow"
+    source = jsonl(
+        tmp_path / "t.jsonl", *(row(f"{user}.0", "a") for user in range(1000, 1199)), row("7", "b")
+    )
+    with pytest.raises(
+        UserError, match=r"1 of 200 raw ids of the data .*'1000' .*'1000.0'.*match without \"\.0\""
+    ):
+        place_texts(str(source), COLUMNS, pa.array(raw), np.arange(200), target, "1")
+    assert list(tmp_path.iterdir()) == [source]
+    few = jsonl(
+        tmp_path / "few.jsonl", row("7", "b"), row("1000", "a")
+    )  # a small file about a few of many users
+    counts = place_texts(str(few), COLUMNS, pa.array(raw), np.arange(200), target, "1")
+    assert counts is not None and counts.texts == 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

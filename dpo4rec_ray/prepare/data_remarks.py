@@ -1,0 +1,122 @@
+"""What is strange about the data, in sentences: printed at the end of the stage and stored in data/report.json.
+
+A number in a table is easily overlooked. Nothing here stops a run: each of these may be as it should.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.datasets.parsing import DUPLICATE, EMPTY_LINE
+
+# Shares above (or below) which something is said.
+FEW_LEFT, MANY_BAD, MOST = 0.01, 0.05, 0.5
+DAY_S = 86400
+# Earlier interactions than these exist in no dataset: seconds were read as milliseconds.
+FIRST_YEAR_S = 315_532_800
+
+
+def remarks(config: Config, stats: dict[str, Any], titles: pa.ChunkedArray) -> list[str]:
+    """Sentences about what `DataReport.stats` counted, each with what to do. titles: [items], given or made from ids."""
+    found = [*stats["notes"], *_about_times(config, stats), *_about_ratings(config, stats)]
+    return found + _about_rows(config, stats) + _about_items_and_users(stats, titles)
+
+
+def _about_times(config: Config, stats: dict[str, Any]) -> list[str]:
+    first_s, last_s = stats["times"]
+    if first_s == last_s and stats["rows_kept"]:
+        return [
+            f"all events have the same time ({first_s} s): there is no order in time, and histories and lists are in the "
+            "order of the file"
+        ]
+    found = []
+    if last_s > time.time() + DAY_S:
+        found.append(f"the last event is of {_day(last_s)}, in the future; check the unit of the times")
+    if first_s < FIRST_YEAR_S:
+        all_or_some = "all" if last_s < FIRST_YEAR_S else "some"
+        found.append(
+            f"{all_or_some} events are from before 1980 (from {_day(first_s)} to {_day(last_s)}); check the unit of the "
+            "times (table.timestamp_unit), and rows without a time"
+        )
+    return found
+
+
+def _about_ratings(config: Config, stats: dict[str, Any]) -> list[str]:
+    events, positive = stats["events"], stats["positive_events"]
+    low, high = stats["ratings"]
+    threshold = f"data.positive_rating = {config.data.positive_rating:g}"
+    if not events:
+        return []
+    if not positive:
+        return [
+            f"no event is positive: ratings are from {low:g} to {high:g}, and {threshold}; set it to a rating that means "
+            "that the user liked the item"
+        ]
+    if low == high and high != 1:  # 1 is implicit feedback
+        return [f"all events have the rating {high:g}, so ratings say nothing"]
+    if positive == events and low != high:
+        return [
+            f"all {events:,} events are positive: ratings are from {low:g} to {high:g}, and {threshold}; raise it"
+        ]
+    return []
+
+
+def _about_rows(config: Config, stats: dict[str, Any]) -> list[str]:
+    read, repeated, data = stats["rows_read"], stats["repeated_events"], config.data
+    left_out = 0 if data.keeps_repeated_events else repeated
+    no_damage = (EMPTY_LINE, DUPLICATE)
+    bad = sum(number for reason, number in stats["quarantined"].items() if reason not in no_damage)
+    found = []
+    if bad > MANY_BAD * read:
+        found.append(
+            f"{bad:,} of {read:,} rows were damaged and left out; data/quarantine shows the first of them"
+        )
+    if repeated > MOST * read:
+        what = "kept" if data.keeps_repeated_events else "left out"
+        found.append(
+            f"{repeated:,} of {read:,} events are repeated ones of the same user and item, and were {what} "
+            "(data.repeated_events)"
+        )
+    core = stats["in_core"]
+    if core < FEW_LEFT * (read - bad - left_out):
+        found.append(
+            f"the k-core leaves {core:,} of {read:,} events; lower data.user_core = {data.user_core} or data.item_core = "
+            f"{data.item_core}"
+        )
+    return found
+
+
+def _about_items_and_users(stats: dict[str, Any], titles: pa.ChunkedArray) -> list[str]:
+    items, users, files = stats["items"], stats["users"], stats["other_files"]
+    found = []
+    if "items" in files and stats["untitled_items"] > MOST * items:
+        found.append(
+            f"{stats['untitled_items']:,} of {items:,} items have no title and go by their ids; do the ids of both files "
+            "agree?"
+        )
+    if "users" in files and stats["users_without_profile"] > MOST * users:
+        found.append(
+            f"{stats['users_without_profile']:,} of {users:,} users have no profile; do the ids of both files agree?"
+        )
+    if stats["users_without_events"] > MOST * stats["users_in_lists"]:
+        found.append(
+            f"{stats['users_without_events']:,} of {stats['users_in_lists']:,} users of the lists have no event, and no "
+            "history"
+        )
+    if len(titles) > 1:
+        most = max(pc.value_counts(titles).to_pylist(), key=lambda one: one["counts"])
+        if most["counts"] > MOST * items:
+            found.append(
+                f"{most['counts']:,} of {items:,} items have the same title: {most['values'][:60]!r}"
+            )
+    return found
+
+
+def _day(time_s: int) -> str:
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d")
