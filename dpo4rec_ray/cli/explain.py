@@ -64,7 +64,7 @@ def _readable(found: Sequence[Key]) -> str:
         if key.section != section:
             section = key.section
             lines += ["", f"[{section}]", *_wrapped(reference.about(section), "# ", width)]
-        kept = "" if key.changes_results else " A change of it keeps complete stages."
+        kept = " A change of it keeps complete stages." if key.placement else ""
         text = f"({reference.described(key)}) {key.meaning}{kept}"
         lines += ["", f"{key.name} = {key.default}", *_wrapped(text, "    ", width)]
     return "\n".join(lines[1:])

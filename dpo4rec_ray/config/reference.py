@@ -46,7 +46,7 @@ class Key:
         kind: in plain words: what it holds, its choices or its bounds.
         default: as TOML writes it.
         unit: "" where the value has none, or is counted in what the meaning names.
-        changes_results: whether complete stages are made again after a change.
+        placement: whether it only says where the work runs, so that complete stages survive a change of it.
     """
 
     section: str
@@ -55,7 +55,7 @@ class Key:
     default: str
     unit: str
     meaning: str
-    changes_results: bool
+    placement: bool
 
     @property
     def path(self) -> str:
@@ -128,7 +128,7 @@ def _all_keys() -> Iterator[Key]:
                 default=_toml(field.get_default(call_default_factory=True)),
                 unit=_unit(name, meaning) if _in_words(field.annotation) in NUMBERS else "",
                 meaning=meaning,
-                changes_results=name not in kind.placement,
+                placement=name in kind.placement,
             )
 
 

@@ -71,10 +71,10 @@ def test_keys_in_plain_words(path: str, kind: str, default: str, unit: str) -> N
     assert (key.path, key.kind, key.default, key.unit) == (path, kind, default, unit)
 
 
-def test_whether_a_change_makes_stages_run_again() -> None:
-    changing = {key.path: key.changes_results for key in KEYS}
-    assert changing["data.user_core"] and not changing["data.partition_mib"]
-    assert changing["dpo.lr"] and not changing["dpo.checkpoint_every"] and not changing["dpo.min_workers"]
+def test_keys_that_only_say_where_the_work_runs() -> None:
+    placement = {key.path for key in KEYS if key.placement}
+    assert {"data.partition_mib", "dpo.checkpoint_every", "dpo.min_workers", "bootstrap.trackers"} < placement
+    assert not {"data.user_core", "dpo.lr", "bootstrap.min_workers"} & placement
 
 
 def test_the_command_in_its_forms(
