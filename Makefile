@@ -29,7 +29,7 @@ export SSL_CERT_FILE := $(PIP_CERT)
 endif
 endif
 
-.PHONY: help install demo test slow chaos fuzz bench lint types format lock wheel clean
+.PHONY: help install demo test slow chaos fuzz bench lint types format lock wheel docs clean
 
 help:
 	@echo "make demo    the whole method on the sample world, two CPU cores"
@@ -39,7 +39,7 @@ help:
 	@echo "make bench   every stage that has a bench against its peer; takes hours"
 	@echo "make lint    ruff                        make types   pyright, strict on core, config and schemas"
 	@echo "make format  let ruff rewrite            make lock    resolve requirements/*.txt again"
-	@echo "make wheel   the package as a wheel in dist/"
+	@echo "make wheel   the package as a wheel in dist/    make docs   the documentation as a site in site/"
 	@echo "make install the environment alone       make clean   remove caches and build leftovers, not .venv or runs"
 
 install: $(STAMP)
@@ -90,9 +90,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Strict: a link or an anchor that leads nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Versions already in a lock are kept while they still fit pyproject.toml; delete the lock to take the newest of everything.
 COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile pyproject.toml --python $(BIN)/python --quiet \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --extra demo --extra tracking --extra test
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --extra demo --extra tracking --extra test --extra docs
 
 lock: $(STAMP)
 	$(COMPILE) --extra cpu --override requirements/overrides-cpu.txt $(TORCH_SRC) -o requirements/cpu.txt
@@ -104,5 +109,5 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
