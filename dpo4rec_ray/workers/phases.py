@@ -32,7 +32,10 @@ def starting(num_workers: int, num_cpus: float = 1.0, num_gpus: float = 0.0) -> 
     from ray.experimental.internal_kv import _internal_kv_del
 
     for key, doing in _phases().items():
-        if doing in (READY, FIRST_WORK):  # of an earlier stage; others are engines that start for this one (keep_engines)
+        if doing in (
+            READY,
+            FIRST_WORK,
+        ):  # of an earlier stage; others are engines that start for this one (keep_engines)
             _internal_kv_del(key, namespace=_SPACE)
 
     def line() -> str:
