@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
@@ -154,6 +154,10 @@ def _in_words(annotation: Any) -> str:
         return f"list of {_in_words(inner[0])}"
     if origin is dict:
         return f"table of {_in_words(inner[1])}"
+    if origin is Union:
+        return ", or ".join(map(_in_words, inner))
+    if origin is Annotated:
+        return _in_words(inner[0])
     return KINDS[annotation]
 
 
