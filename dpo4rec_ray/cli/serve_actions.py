@@ -8,10 +8,10 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from dpo4rec_ray.cli import session
@@ -107,7 +107,9 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
     """Start the server and return after Ctrl-C or SIGTERM, when all its processes have ended. Raises as `start`."""
     from dpo4rec_ray.serving import haproxy
 
-    stop, terminal = threading.Event(), sys.stdout
+    # Not an Event: a second signal that interrupts the first one's set() would wait for its lock for ever.
+    signals: SimpleQueue[int] = SimpleQueue()
+    terminal = sys.stdout
     folder = serve_environment(settings.request_timeout_s)
     # Ray prints what befalls its processes on standard output, and always one such line at the end: Serve's controller
     # kills itself before it has answered the call that ends it.
@@ -115,7 +117,7 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
         try:
             start(settings, registry, verbose)
             for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
-                signal.signal(number, lambda *_: stop.set())
+                signal.signal(number, lambda number, _: signals.put(number))
             address = f"http://{settings.host}:{settings.port}"
             if not settings.token_file:
                 from dpo4rec_ray.serving.deployment import NO_TOKEN
@@ -123,15 +125,17 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
                 print(NO_TOKEN, file=terminal)
             where = f"at {address}/v1/rerank; try it at {address}/, see {address}/docs"
             print(f"{version} answers {where}", file=terminal, flush=True)
-            stop.wait()
+            signals.get()
         finally:
             import ray
             from ray import serve
 
-            if ray.is_initialized():  # else serve.shutdown would start one
-                serve.shutdown()
-                ray.shutdown()
-            haproxy.end(folder)
+            try:
+                if ray.is_initialized():  # else serve.shutdown would start one
+                    serve.shutdown()
+                    ray.shutdown()
+            finally:  # also when another signal interrupts this
+                haproxy.end(folder)
 
 
 def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
@@ -147,6 +151,8 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
 
     application = build(settings.model_dump() | {"registry": str(registry.root)})  # refused before Ray starts
     session.start_ray(verbose)
+    # Until the server answers, SIGTERM is Ctrl-C. Ray's own handler aborts the process, with a dump of the stack.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     level = "INFO" if verbose else "WARNING"
     logging.getLogger("ray.serve").setLevel(level)
     there, writers = ray.cluster_resources(), int(settings.online_llm == "async")

@@ -161,7 +161,9 @@ def _data_file(
         return DataFile(path, partial(parse_block, reader=reader, finish=finish))
     wanted = {column.name for column in columns}
     csv_form = find_form(path, form, text, key.partition(".")[0], names, wanted.issubset)
-    _check(path, pa.schema([(name, pa.string()) for name in csv_form.columns]), columns)
+    names_key = "logged.columns" if key == "logged.file" else f"{key.removesuffix('s')}_columns"
+    advice = "" if names else f"; if the first line is no header, name the columns in {names_key}"
+    _check(path, pa.schema([(name, pa.string()) for name in csv_form.columns]), columns, advice)
     file = DataFile(
         path,
         partial(parse_block, reader=CsvReader(csv_form, columns), finish=finish),
@@ -230,7 +232,7 @@ def _read_as(name: str, kind: pa.DataType, columns: tuple[Column, ...]) -> pa.Da
     return pa.list_(kind) if listed else kind
 
 
-def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
+def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing: str = "") -> None:
     for column in columns:
         places = schema.get_all_field_indices(column.name)
         if len(places) != 1:
@@ -238,6 +240,7 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...]) -> None:
             found = ", ".join(dict.fromkeys(schema.names)) or "none"
             raise UserError(
                 f"{path}: the column {column.name!r} ({column.key}) {what}; columns found: {found}"
+                + ("" if places else if_missing)
             )
         kind = schema.field(places[0]).type
         if not fits(column, kind):

@@ -73,7 +73,7 @@ def catalogue_table(
     )
     untitled = pc.equal(pc.fill_null(pc.binary_length(titles), 0), 0)
     # A prompt must not be empty: an item without a title is shown by its id.
-    titles = pc.if_else(untitled, pc.binary_join_element_wise("item", raw_ids, " "), titles)
+    titles = pc.if_else(untitled, untitled_names(raw_ids), titles)
     offsets = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(attributes), 0).to_numpy())])
     table = pa.table(
         {
@@ -84,6 +84,11 @@ def catalogue_table(
         }
     )
     return table, int(np.count_nonzero(untitled.to_numpy(zero_copy_only=False)))
+
+
+def untitled_names(raw_ids: pa.Array) -> pa.Array:
+    """What items without a title are called."""
+    return pc.binary_join_element_wise("item", raw_ids, " ")
 
 
 def new_names(item_keys: Keys, found: Iterable[tuple[int, tuple[Keys, pa.Array]]]) -> tuple[Keys, pa.Array]:

@@ -6,6 +6,7 @@ A number in a table is easily overlooked. Nothing here stops a run: each of thes
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.joins import NUM_COMPARED, way_to_match
 from dpo4rec_ray.datasets.parsing import DUPLICATE, EMPTY_LINE
+from dpo4rec_ray.prepare.assemble import untitled_names
 
 # Shares above (or below) which something is said.
 FEW_LEFT, MANY_BAD, MOST = 0.01, 0.05, 0.5
@@ -22,10 +25,13 @@ DAY_S = 86400
 FIRST_YEAR_S = 315_532_800
 
 
-def remarks(config: Config, stats: dict[str, Any], titles: pa.ChunkedArray) -> list[str]:
-    """Sentences about what `DataReport.stats` counted, each with what to do. titles: [items], given or made from ids."""
+def remarks(config: Config, stats: dict[str, Any], items: pa.Table, unused_ids: Sequence[str]) -> list[str]:
+    """Sentences about what `DataReport.stats` counted, each with what to do.
+
+    items: the catalogue. unused_ids: some ids of the items' files that no event has.
+    """
     found = [*stats["notes"], *_about_times(config, stats), *_about_ratings(config, stats)]
-    return found + _about_rows(config, stats) + _about_items_and_users(stats, titles)
+    return found + _about_rows(config, stats) + _about_items_and_users(stats, items, unused_ids)
 
 
 def _about_times(config: Config, stats: dict[str, Any]) -> list[str]:
@@ -92,13 +98,18 @@ def _about_rows(config: Config, stats: dict[str, Any]) -> list[str]:
     return found
 
 
-def _about_items_and_users(stats: dict[str, Any], titles: pa.ChunkedArray) -> list[str]:
-    items, users, files = stats["items"], stats["users"], stats["other_files"]
+def _about_items_and_users(
+    stats: dict[str, Any], catalogue: pa.Table, unused_ids: Sequence[str]
+) -> list[str]:
+    items, users, files, titles = stats["items"], stats["users"], stats["other_files"], catalogue["title"]
     found = []
     if "items" in files and stats["untitled_items"] > MOST * items:
+        untitled = pc.equal(titles, untitled_names(catalogue["raw_id"]))
+        ids = catalogue["raw_id"].filter(untitled).slice(0, NUM_COMPARED).to_pylist()
+        unused = f", and {unused_ids[0]!r} of the items' file has no event" if unused_ids else ""
         found.append(
-            f"{stats['untitled_items']:,} of {items:,} items have no title and go by their ids; do the ids of both files "
-            "agree?"
+            f"{stats['untitled_items']:,} of {items:,} items have no title and go by their ids: {ids[0]!r} is not in the "
+            f"items' file{unused}{way_to_match(ids, unused_ids)}"
         )
     if "users" in files and stats["users_without_profile"] > MOST * users:
         found.append(

@@ -158,5 +158,5 @@ def _prepare(
     num_truth = len(user_keys) if source.truth is not None else 0
     stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth)
     check_splits(stats["splits"])
-    stats["remarks"] = remarks(config, stats, table["title"])
+    stats["remarks"] = remarks(config, stats, table, report.counts["items"].unwanted_ids)
     return stats

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,18 +22,33 @@ CSS_LOADS = re.compile(r"""(?:url\(|@import\s*)\s*["']?((?:https?:)?//[^"')\s]+)
 SIZE = 200_000  # bytes of a picture, at most
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
-        cwd=ROOT,
+def build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
+    """As `make docs`. Not --quiet: strict counts the warnings that are printed."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", target],
+        cwd=source,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = build(ROOT, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.mark.parametrize("link", ["cluster.md#nowhere", "nowhere.md", "images/nowhere.svg", "/cluster.md"])
+def test_a_broken_link_is_found(link: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with open(tmp_path / "docs" / "index.md", "a", encoding="utf-8") as page:
+        page.write(f"\n[broken]({link})\n")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0 and link.rpartition("/")[2].rpartition("#")[2] in done.stderr
 
 
 def loaded(text: str) -> list[str]:

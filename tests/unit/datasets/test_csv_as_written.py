@@ -283,6 +283,11 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path):
     ):
         with pytest.raises(UserError, match=told):
             describe(str(tmp_path), TableSection(interactions="e.csv", **keys))
+    (tmp_path / "e.csv").write_bytes(b"u,i,3,100\n")
+    with pytest.raises(
+        UserError, match=r"if the first line is no header, name the columns in table\.interaction_columns"
+    ):
+        describe(str(tmp_path), TableSection(interactions="e.csv"))
     for values, told in (
         ({"delimiter": "::"}, "delimiter"),
         ({"encoding": "utf-9"}, "no such encoding"),

@@ -21,7 +21,8 @@ NOW_S = int(time.time())
 
 def said(change: dict[str, Any], titles: list[str] | None = None, **data: Any) -> list[str]:
     config = Config.model_validate({"data": data})
-    return remarks(config, {**SOUND, **change}, pa.chunked_array([titles or TITLES]))
+    items = pa.table({"raw_id": [f"{n:03d}" for n in range(50)], "title": titles or TITLES})
+    return remarks(config, {**SOUND, **change}, items, ["7", "8"])
 
 
 def test_nothing_is_said_about_sound_data():
@@ -49,7 +50,6 @@ def test_nothing_is_said_about_sound_data():
         ({"quarantined": {"duplicate": 501}, "repeated_events": 501}, "501 of 1,000 events are repeated ones of the same user "
          "and item, and were left out"),
         ({"in_core": 9}, "the k-core leaves 9 of 1,000 events; lower data.user_core = 0"),
-        ({"untitled_items": 26}, "26 of 50 items have no title and go by their ids"),
         ({"users_without_profile": 51}, "51 of 100 users have no profile"),
         ({"users_without_events": 51}, "51 of 100 users of the lists have no event"),
         ({"notes": ["i.csv: fields are separated by tabs"]}, "i.csv: fields are separated by tabs"),
@@ -58,6 +58,15 @@ def test_nothing_is_said_about_sound_data():
 def test_each_strange_number_is_one_sentence(change: dict[str, Any], words: str):
     (sentence,) = said(change)
     assert words in sentence and "\n" not in sentence
+
+
+def test_items_without_a_title_are_shown_beside_titles_without_an_event():
+    untitled = [f"item {n:03d}" for n in range(26)]
+    (sentence,) = said({"untitled_items": 26}, untitled + TITLES[26:])
+    assert sentence == (
+        "26 of 50 items have no title and go by their ids: '000' is not in the items' file, and '7' of the items' file has no "
+        "event, which would match without leading zeros"
+    )
 
 
 def test_titles_that_are_all_the_same():
