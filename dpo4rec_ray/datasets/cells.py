@@ -27,6 +27,8 @@ _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _ELEMENT: dict[str, Role] = {"values": "text", "ids": "id", "numbers": "number"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TRUTHS = {"true": 1.0, "t": 1.0, "false": 0.0, "f": 0.0}
+# In a column of single values; among the values of a list "no" is rather a damaged number.
+_WORDS = _TRUTHS | {"yes": 1.0, "y": 1.0, "no": 0.0, "n": 0.0}
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.I)
 
 
@@ -115,7 +117,7 @@ def _outside(cells: pa.Array, numbers: pa.DoubleArray, column: Column) -> pa.Boo
     if not outside.true_count or pt.is_boolean(cells.type):
         return outside if outside.true_count == 0 else pa.array(np.zeros(len(cells), np.bool_))
     if is_text(cells.type):
-        truths = pc.is_in(pc.ascii_lower(_strings(cells)), pa.array(list(_TRUTHS)))
+        truths = pc.is_in(pc.ascii_lower(_strings(cells)), pa.array(list(_WORDS)))
         outside = pc.and_(outside, pc.invert(truths))
     return outside
 
@@ -175,7 +177,9 @@ def _scalars(array: pa.Array, role: Role, column: Column) -> pa.Array:
         array = array.dictionary_decode()
     if role == "time":
         return _seconds(array, column.unit)
-    return numbers_of(array, column.decimal) if role == "number" else _strings(array)
+    if role == "number":
+        return numbers_of(array, column.decimal, _WORDS if column.role == role else _TRUTHS)
+    return _strings(array)
 
 
 def _strings(array: pa.Array) -> pa.StringArray:
@@ -194,7 +198,7 @@ def _strings(array: pa.Array) -> pa.StringArray:
     return pc.if_else(pa.array(np.isfinite(numbers)), texts, None)
 
 
-def numbers_of(array: pa.Array, decimal: str = ".") -> pa.DoubleArray:
+def numbers_of(array: pa.Array, decimal: str = ".", truths: dict[str, float] = _TRUTHS) -> pa.DoubleArray:
     """Numbers of any type, or texts of numbers or truth values; null where a text is none of these."""
     if not is_text(array.type):
         return array.cast(pa.float64(), safe=False)
@@ -204,20 +208,22 @@ def numbers_of(array: pa.Array, decimal: str = ".") -> pa.DoubleArray:
         texts = pc.if_else(grouped, pc.replace_substring(texts, ".", ""), texts)
         dotted = pc.match_substring(texts, ".")  # neither a fraction nor a group of thousands
         texts = pc.if_else(dotted, None, pc.replace_substring(texts, ",", "."))
-    return _row_safe(texts, _plain_numbers, _number, pa.float64())
+    return _row_safe(
+        texts, partial(_plain_numbers, truths=truths), partial(_number, truths=truths), pa.float64()
+    )
 
 
-def _plain_numbers(texts: pa.StringArray) -> pa.DoubleArray:
+def _plain_numbers(texts: pa.StringArray, truths: dict[str, float]) -> pa.DoubleArray:
     try:
         return texts.cast(pa.float64())
     except pa.ArrowInvalid:
-        place = pc.index_in(pc.ascii_lower(texts), pa.array(list(_TRUTHS)))
-        truths = pa.array(list(_TRUTHS.values())).take(place)
-        return pc.coalesce(truths, pc.if_else(truths.is_valid(), None, texts).cast(pa.float64()))
+        place = pc.index_in(pc.ascii_lower(texts), pa.array(list(truths)))
+        found = pa.array(list(truths.values())).take(place)
+        return pc.coalesce(found, pc.if_else(found.is_valid(), None, texts).cast(pa.float64()))
 
 
-def _number(text: str) -> float | None:
-    return float(text) if _NUMBER.fullmatch(text) else _TRUTHS.get(text.lower())
+def _number(text: str, truths: dict[str, float]) -> float | None:
+    return float(text) if _NUMBER.fullmatch(text) else truths.get(text.lower())
 
 
 def _seconds(array: pa.Array, unit: TimestampUnit) -> pa.Int64Array:

@@ -153,8 +153,8 @@ class CsvReader:
 
     def read(self, block: bytes) -> pa.Table:
         """Whole lines -> converted columns. Raises one of REFUSED when any line cannot be read as one row."""
-        if b"\r" in block:
-            raise pa.ArrowInvalid("a carriage return within a line would end it")
+        if b"\r" in block:  # pyarrow would end a row there
+            return converted(self._read_alone(block), self.columns)
         # An open quote joins lines, and nothing can split one. So each line is one row exactly when the numbers of lines
         # and rows are equal. A guard line at the end shows whether the quotes of the last line are closed.
         form = self.form
@@ -190,13 +190,26 @@ class CsvReader:
             table = _each(table, _with_line_breaks)
         return converted(table, self.columns)
 
+    def _read_alone(self, line: bytes) -> pa.Table:
+        """One line, which may hold a carriage return between quotes."""
+        if line.count(b"\n") > 1:
+            raise pa.ArrowInvalid("several lines with a carriage return")
+        try:
+            ((*fields,),) = self.form.reader([line.decode()])
+        except (csv.Error, ValueError) as error:
+            raise pa.ArrowInvalid(str(error)) from None
+        if len(fields) != len(self.form.columns):
+            raise pa.ArrowInvalid(FIELD_COUNT)
+        cells = {column.name: fields[self.form.columns.index(column.name)] or None for column in self.columns}
+        return pa.table({name: pa.array([cell], pa.string()) for name, cell in cells.items()})
+
     def why(self, line: bytes) -> str:
         """Reason why one line cannot be read, "" when it can."""
         try:  # Python's reader first: pyarrow takes a millisecond to start
             fields = next(self.form.reader([line.decode()]))
-            if len(fields) == len(self.form.columns) and b"\r" not in line:
+            if len(fields) == len(self.form.columns):
                 return ""
-            reason = FIELD_COUNT if b"\r" not in line else UNREADABLE
+            reason = FIELD_COUNT
         except csv.Error as error:
             reason = OPEN_QUOTE if "unexpected end" in str(error) else UNREADABLE
         except UnicodeDecodeError:

@@ -154,6 +154,14 @@ and \\",t
     )
 
 
+def test_a_carriage_return_within_quotes_is_a_line_break_too(tmp_path: Path):
+    rows = [[str(n), f"Title\r{n}" if n % 7 == 0 else f"Title {n}", "t"] for n in range(200)]
+    content = written([HEADER, *rows], quoting=csv.QUOTE_ALL) + b"8,c\rd,t\n" + b'9,"e\rf"\n'
+    found, bad = items_of(tmp_path, content, split_bytes=500)
+    assert found == [[id_, title.replace("\r", " "), tag] for id_, title, tag in rows]
+    assert bad == [(202, "unreadable"), (203, "wrong field count")]
+
+
 def test_a_row_over_lines_far_behind_the_sample_is_found_while_reading(tmp_path: Path):
     rows = [[str(n), f"Title number {n}", "t"] for n in range(5000)]
     rows[4000][1] = "first line\nsecond line"
@@ -227,7 +235,17 @@ def events_of(folder: Path, ratings: list[str], **settings: Any) -> Parsed:
     return parsed
 
 
-@pytest.mark.parametrize("form", [str.lower, str.title, str.upper, lambda text: text[0]])
+@pytest.mark.parametrize(
+    "form",
+    [
+        str.lower,
+        str.title,
+        str.upper,
+        lambda text: text[0],
+        lambda text: {"true": "yes", "false": "No"}[text],
+        lambda text: {"true": "Y", "false": "n"}[text],
+    ],
+)
 def test_truth_values_are_1_and_0_whatever_the_range(tmp_path: Path, form: Callable[[str], str]):
     parsed = events_of(tmp_path, [form("true"), form("false"), "3", "0"], min_rating=1)
     assert parsed.table["rating"].to_pylist() == [1.0, 0.0, 3.0]
