@@ -84,7 +84,7 @@ MISTAKES = {
         "memory, an LLM that it does not know)"
     ),
     r"SafetensorError: (.*)": "a *.safetensors file of the LLM or encoder is damaged ({0}); download it again",
-    r"vllm/[\s\S]*, in load_model\n[\s\S]*\n((?:\w+\.)*\w+Error\b.*)|(RuntimeError: .*ignore_mismatched_sizes)": (
+    r"vllm/[\s\S]*, in load_model\n[\s\S]*\n((?:\w+\.)*\w+Error\b.*)|ignore_(mismatched_sizes)": (
         "the LLM's weights do not fit its config.json ({0}); download the folder again, or set llm.path to another model"
     ),
 }
