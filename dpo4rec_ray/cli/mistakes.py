@@ -29,7 +29,7 @@ MISTAKES = {
     r"Could not find any running Ray instance": (
         "RAY_ADDRESS names no Ray that runs; start one (ray start --head), or unset it to run on this machine alone"
     ),
-    r"AuthenticationError|authentication token|AuthToken|Unauthenticated": (
+    r"RAY_AUTH_TOKEN|InvalidAuthToken": (
         "the cluster wants a token, and not what this job has; set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN (or "
         "RAY_AUTH_TOKEN_PATH)"
     ),
@@ -39,7 +39,7 @@ MISTAKES = {
         "ray job submit --working-dir"
     ),
     r"No module named '?(vllm|deepspeed|peft|transformers|torch|pyarrow|safetensors)\b": (
-        "a process of the cluster lacks the package {0}; install the same requirements on every node"
+        "a worker lacks the package {0}; install the requirements with the extra cpu or gpu, on a cluster on every node"
     ),
     # memory
     r"Available memory on node .*?\((\S+?)/.*is less than requested memory for kv \((\S+ GiB|\S+/\S+ GiB)\)": (
@@ -79,8 +79,12 @@ MISTAKES = {
         "the LLM is quantized with {1}, which cannot run in llm.dtype ({0}), only in {2}; change llm.dtype, or set llm.path to "
         "weights that are not quantized"
     ),
+    r"Engine core initialization failed": (  # vLLM on GPUs: the engine is a process of its own, whose errors stay in its log
+        "an engine could not start, and why is in its log alone: run again with --verbose (no GPU or driver, too little GPU "
+        "memory, an LLM that it does not know)"
+    ),
     r"SafetensorError: (.*)": "a *.safetensors file of the LLM or encoder is damaged ({0}); download it again",
-    r"vllm/[\s\S]*, in load_model\n[\s\S]*\n((?:\w+\.)*\w+Error\b.*)|(RuntimeError: .*ignore_mismatched_sizes)": (
+    r"vllm/[\s\S]*, in load_model\n[\s\S]*\n((?:\w+\.)*\w+Error\b.*)|ignore_(mismatched_sizes)": (
         "the LLM's weights do not fit its config.json ({0}); download the folder again, or set llm.path to another model"
     ),
 }
@@ -103,7 +107,7 @@ def user_mistake(error: BaseException) -> str | None:
             return found[1]
         for looks, sentence in MISTAKES.items():
             if found := re.search(looks, text):
-                return sentence.format(*found.groups())
+                return sentence.format(*filter(None, found.groups()))
     return None
 
 

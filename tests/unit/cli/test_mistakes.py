@@ -47,6 +47,14 @@ RECORDED = {
         "    raise ValueError(msg)\nValueError: There is no module or parameter named 'model' in BertForMaskedLM. The available",
         ("do not fit its config.json", "'model' in BertForMaskedLM"),
     ),
+    "weights of another shape in training": (
+        "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above",
+        ("do not fit its config.json",),
+    ),
+    "an engine of several processes": (
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}",
+        ("--verbose",),
+    ),
     "KV cache": (
         "ValueError: Available memory on node 0 (17.35/23.5 GiB) on kv cache allocation is less than requested memory for kv "
         "(300.0 GiB). Decrease --kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE, or reduce CPU memory used by other processes.",
@@ -139,6 +147,7 @@ def test_a_mistake_in_a_workers_constructor() -> None:
 def test_what_is_not_the_users_stays_an_error() -> None:
     assert user_mistake(died("KeyError: 'user_id'")) is None
     assert user_mistake(ValueError("shapes (3,) and (4,) do not fit")) is None
+    assert user_mistake(died("openai.AuthenticationError: Error code: 401 - invalid API key")) is None
 
 
 def test_the_cause_counts_and_not_what_was_raised_from_it() -> None:
