@@ -68,7 +68,8 @@ def launch(
         ),
     )
     progress = Progress(label, 0, unit)
-    progress.starting = starting(num_workers, 1, section.gpus_per_worker)
+    # Ray Train places its workers all at once.
+    progress.starting = starting(num_workers, fewest, fewest * section.gpus_per_worker)
     stop = threading.Event()
     follower = threading.Thread(target=_follow, args=(folder / METRICS, progress, stop), daemon=True)
     follower.start()

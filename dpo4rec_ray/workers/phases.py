@@ -27,7 +27,7 @@ def phase(doing: str) -> None:
 def starting(num_workers: int, num_cpus: float = 1.0, num_gpus: float = 0.0) -> Callable[[], str]:
     """For `Progress.starting`: how many of `num_workers` that start from now on are in which phase.
 
-    num_cpus, num_gpus: of one worker that has no process yet.
+    num_cpus, num_gpus: what has to be free for the next of them to be placed.
     """
     from ray.experimental.internal_kv import _internal_kv_del
 
