@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -28,6 +27,7 @@ SERVE_ENV = {
     "RAY_worker_niceness": "0",  # Ray's workers yield to all other processes by default; a server should not
 }
 LOG = "serve.log"  # in the registry: what libraries and Ray say
+WAKE_S = 0.2  # between two looks for a signal
 IMPORT_PATH = "dpo4rec_ray.serving.deployment:build"
 
 
@@ -107,7 +107,8 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
     """Start the server and return after Ctrl-C or SIGTERM, when all its processes have ended. Raises as `start`."""
     from dpo4rec_ray.serving import haproxy
 
-    stop, terminal = threading.Event(), sys.stdout
+    signals: list[int] = []
+    terminal = sys.stdout
     folder = serve_environment(settings.request_timeout_s)
     # Ray prints what befalls its processes on standard output, and always one such line at the end: Serve's controller
     # kills itself before it has answered the call that ends it.
@@ -115,7 +116,7 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
         try:
             start(settings, registry, verbose)
             for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
-                signal.signal(number, lambda *_: stop.set())
+                signal.signal(number, lambda number, _: signals.append(number))
             address = f"http://{settings.host}:{settings.port}"
             if not settings.token_file:
                 from dpo4rec_ray.serving.deployment import NO_TOKEN
@@ -123,15 +124,19 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
                 print(NO_TOKEN, file=terminal)
             where = f"at {address}/v1/rerank; try it at {address}/, see {address}/docs"
             print(f"{version} answers {where}", file=terminal, flush=True)
-            stop.wait()
+            # No lock: a signal that reaches one of Ray's threads does not wake this one, whose turn it is to handle it.
+            while not signals:
+                time.sleep(WAKE_S)
         finally:
             import ray
             from ray import serve
 
-            if ray.is_initialized():  # else serve.shutdown would start one
-                serve.shutdown()
-                ray.shutdown()
-            haproxy.end(folder)
+            try:
+                if ray.is_initialized():  # else serve.shutdown would start one
+                    serve.shutdown()
+                    ray.shutdown()
+            finally:  # also when another signal interrupts this
+                haproxy.end(folder)
 
 
 def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
@@ -147,6 +152,8 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
 
     application = build(settings.model_dump() | {"registry": str(registry.root)})  # refused before Ray starts
     session.start_ray(verbose)
+    # Until the server answers, SIGTERM is Ctrl-C. Ray's own handler aborts the process, with a dump of the stack.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     level = "INFO" if verbose else "WARNING"
     logging.getLogger("ray.serve").setLevel(level)
     there, writers = ray.cluster_resources(), int(settings.online_llm == "async")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ import requests
 
 from dpo4rec_ray.serving.api import RerankRequest
 from dpo4rec_ray.serving.client import Client
+from dpo4rec_ray.serving.deployment import NO_TOKEN
 from dpo4rec_ray.serving.haproxy import free_ports
 from dpo4rec_ray.serving.registry import ROUTING_FILE, Registry
 from dpo4rec_ray.serving.service import Service
@@ -31,6 +33,7 @@ from tests.conftest import ROOT
 from tests.serving_world import MODELS, offline_scores, requests_of, serve
 
 pytestmark = pytest.mark.ray
+INTERRUPTED = "interrupted; the same command goes on from here\n"
 START_S = 300  # a wait that only a server that does not work lasts
 
 
@@ -41,6 +44,7 @@ class Server:
     process: subprocess.Popen[str]
     url: str
     registry: Registry
+    errors: Path  # what it writes to standard error
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until the server has done something by itself."""
@@ -57,28 +61,49 @@ class Server:
         return requests.get(f"{self.url}/readyz", timeout=30).json()
 
 
+def started(published: Registry, folder: Path, *settings: str) -> Server:
+    """A server that starts, on a copy of a registry."""
+    registry, errors = Registry(shutil.copytree(published.root, folder / "registry")), folder / "errors"
+    (port,) = free_ports(1)
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "jobs/serve.py", "run", "--registry", str(registry.root), f"serving.port={port}", *settings],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": ""},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )  # fmt: skip
+    return Server(process, f"http://127.0.0.1:{port}", registry, errors)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_while_it_starts(published: Registry, tmp_path: Path, number: signal.Signals) -> None:
+    """Before there is a server. The replica waits for its tokens, so that it cannot be faster than the signal."""
+    os.mkfifo(tmp_path / "tokens")
+    server = started(published, tmp_path, f"serving.token_file={tmp_path / 'tokens'}")
+    process = psutil.Process(server.process.pid)
+    server.until(lambda: "haproxy" in {one.name() for one in process.children(recursive=True)})
+    children = process.children(recursive=True)
+    server.process.send_signal(number)
+    printed, _ = server.process.communicate(timeout=START_S)
+    assert (server.process.returncode, printed, server.errors.read_text()) == (130, "", INTERRUPTED)
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not left
+
+
 @pytest.fixture(scope="module")
 def server(published: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    registry = Registry(shutil.copytree(published.root, tmp_path_factory.mktemp("served") / "registry"))
-    (port,) = free_ports(1)
-    process = subprocess.Popen(
-        [sys.executable, "jobs/serve.py", "run", "--registry", str(registry.root), f"serving.port={port}", "serving.poll_s=0.2"],
-        cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": ""},
-        stdout=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert process.stdout
-    for line in process.stdout:
-        if "answers at" in line:
-            break
-    found = Server(process, f"http://127.0.0.1:{port}", registry)
+    found = started(published, tmp_path_factory.mktemp("served"), "serving.poll_s=0.2")
+    assert found.process.stdout
+    assert found.process.stdout.readline() == f"{NO_TOKEN}\n"
+    assert found.process.stdout.readline().startswith(f"v1 answers at {found.url}/v1/rerank; try it at ")
     try:
-        assert process.poll() is None
+        assert found.process.poll() is None
         yield found
     finally:
-        process.terminate()
-        process.wait(START_S)
+        found.process.terminate()
+        found.process.wait(START_S)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +142,17 @@ def test_http_answers_as_the_service_does(
     assert client.knowledge(user) == asyncio.run(service.knowledge(user))
     assert {card.id: card.serves for card in client.models()}["v1"] == "current"
     assert "<html" in requests.get(server.url, timeout=30).text
+
+
+def test_clients_of_other_apis_through_the_proxy(server: Server, lists: list[dict[str, Any]]) -> None:
+    body = {"query": lists[0]["user_id"], "documents": lists[0]["candidates"]}
+    own = requests.post(f"{server.url}/v1/rerank", json=lists[0], timeout=30).json()["results"]
+    for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        found = requests.post(f"{server.url}{path}", json=body, timeout=30).json()["results"]
+        assert [one["index"] for one in found] == [one["index"] for one in own]
+    tei = {"query": body["query"], "texts": body["documents"]}
+    found = requests.post(f"{server.url}/rerank", json=tei, timeout=30).json()
+    assert [one["index"] for one in found] == [one["index"] for one in own]
 
 
 def test_metrics_count_what_was_answered(server: Server) -> None:
@@ -195,14 +231,32 @@ def replaced(file: Path, content: str) -> None:
     temporary.rename(file)
 
 
+def controllers(server: Server) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [one for one in children if "ServeController" in one.name()]
+
+
+def test_a_dead_controller_is_replaced(server: Server, lists: list[dict[str, Any]]) -> None:
+    (controller,) = controllers(server)
+    controller.kill()
+    server.until(lambda: controller not in (found := controllers(server)) and len(found) == 1)
+    assert requests.post(f"{server.url}/v1/rerank", json=lists[0], timeout=60).status_code == 200
+
+
 def test_it_ends_with_all_that_it_started(server: Server) -> None:
-    """SIGTERM ends it and all its processes. The last test of this file."""
+    """SIGTERM ends it and all its processes; so does a second signal, and a request on its way. Nothing else was said in
+    all its life, whatever these tests did to it. The last test of this file."""
     started = psutil.Process(server.process.pid).children(recursive=True)
     assert {"haproxy", "raylet"} <= {one.name() for one in started}
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.stdout
-    assert server.process.stdout.read().splitlines()[-1] == "stopped"
+    address = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1]))) as half:
+        half.sendall(b"POST /rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.stdout
+        assert server.process.stdout.read() == "stopped\n"
     assert server.process.wait(START_S) == 0
+    assert server.errors.read_text() == ""
     _, left = psutil.wait_procs(started, timeout=30)
     assert not left
     with pytest.raises(requests.ConnectionError):
