@@ -28,6 +28,7 @@ SERVE_ENV = {
     "RAY_worker_niceness": "0",  # Ray's workers yield to all other processes by default; a server should not
 }
 LOG = "serve.log"  # in the registry: what libraries and Ray say
+WAKE_S = 0.2  # between two looks for a signal
 IMPORT_PATH = "dpo4rec_ray.serving.deployment:build"
 
 
@@ -107,8 +108,7 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
     """Start the server and return after Ctrl-C or SIGTERM, when all its processes have ended. Raises as `start`."""
     from dpo4rec_ray.serving import haproxy
 
-    # Not an Event: a second signal that interrupts the first one's set() would wait for its lock for ever.
-    signals: SimpleQueue[int] = SimpleQueue()
+    signals: list[int] = []
     terminal = sys.stdout
     folder = serve_environment(settings.request_timeout_s)
     # Ray prints what befalls its processes on standard output, and always one such line at the end: Serve's controller
@@ -117,7 +117,7 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
         try:
             start(settings, registry, verbose)
             for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
-                signal.signal(number, lambda number, _: signals.put(number))
+                signal.signal(number, lambda number, _: signals.append(number))
             address = f"http://{settings.host}:{settings.port}"
             if not settings.token_file:
                 from dpo4rec_ray.serving.deployment import NO_TOKEN
@@ -125,7 +125,9 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
                 print(NO_TOKEN, file=terminal)
             where = f"at {address}/v1/rerank; try it at {address}/, see {address}/docs"
             print(f"{version} answers {where}", file=terminal, flush=True)
-            signals.get()
+            # No lock: a signal that reaches one of Ray's threads does not wake this one, whose turn it is to handle it.
+            while not signals:
+                time.sleep(WAKE_S)
         finally:
             import ray
             from ray import serve
