@@ -11,7 +11,6 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from dpo4rec_ray.cli import session
