@@ -24,7 +24,7 @@ from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.phases import READY, phase, starting
-from dpo4rec_ray.workers.placement import check_room, engine_env, release_room, reserve_room
+from dpo4rec_ray.workers.placement import check_room, engine_env, release_room, reserve_room, without_sklearn
 
 CALLS_AT_ONCE = 32  # threads of an engine's actor: running calls, claims and stats
 MAX_RESTARTS = 50  # of one engine in a run
@@ -36,6 +36,7 @@ _running: dict[str, tuple[Any, list[Any]]] = {}
 def start_engine(spec: EngineSpec, reason_file: Path | None = None) -> VLLMGenerator:
     """An engine in this process with a watchdog beside it, which writes into `reason_file` why it ends the process."""
     watchdog = Watchdog(spec.generate.stall_timeout_s, reason_file)
+    without_sklearn()
     phase("importing vLLM")
     import vllm  # noqa: F401
 

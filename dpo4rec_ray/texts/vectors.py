@@ -14,6 +14,7 @@ from dpo4rec_ray.knowledge.prompts import item_text
 from dpo4rec_ray.store.artifacts import RunDir, write_part
 from dpo4rec_ray.texts.throughput import COUNTS
 from dpo4rec_ray.workers.phases import READY, phase
+from dpo4rec_ray.workers.placement import without_sklearn
 from dpo4rec_ray.workers.shards import Pool, Row
 
 
@@ -37,6 +38,7 @@ class ItemTexts:
 
 def open_encoder(section: EncoderSection) -> TextEncoder:
     """The encoder of this worker."""
+    without_sklearn()
     phase("loading the text encoder")
     encoder = TextEncoder(section)
     phase(READY)

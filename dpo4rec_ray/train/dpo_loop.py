@@ -24,6 +24,7 @@ from dpo4rec_ray.train.reference_logps import read_reference
 from dpo4rec_ray.train.resumable import Observer, quiet_deepspeed, run_resumable
 from dpo4rec_ray.train.state import update_state
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
+from dpo4rec_ray.workers.placement import without_sklearn
 
 LORA, FULL, MERGED = "lora", "full", "merged"  # folders of the saved weights
 WARNINGS = "warnings"  # key of a step's warnings in its line of metrics.jsonl
@@ -64,6 +65,7 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     """Train, and write what the training came to into the state."""
     from ray import train
 
+    without_sklearn()
     phase("importing DeepSpeed")
     from dpo4rec_ray.policy.logps import check_grouped
     from dpo4rec_ray.policy.model import save_merged

@@ -18,6 +18,7 @@ from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of, write_part
 from dpo4rec_ray.store.policies import model_identity
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
+from dpo4rec_ray.workers.placement import without_sklearn
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, resume_parts, run_shards
 
 
@@ -62,6 +63,7 @@ class ShardReference:
 
     def __init__(self, files: dict[int, str], folder: str, model: str, dtype: str, section: DPOSection):
         self._files, self._folder = files, folder
+        without_sklearn()
         phase(f"loading {Path(model).name}")
         self._scorer = ReferenceScorer(model, dtype, section)
         phase(FIRST_WORK)

@@ -9,6 +9,7 @@ from typing import Any
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.train.resumable import Observer, quiet_deepspeed, run_resumable
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
+from dpo4rec_ray.workers.placement import without_sklearn
 
 # Below a task's folder: the tokenizer, a Parquet file with the columns prompt_token_ids and completion_token_ids, and the
 # model, which rank 0 writes.
@@ -27,6 +28,7 @@ class SupervisedTask:
 
 def supervised_loop(arguments: dict[str, Any]) -> None:
     """Train on the rows, and save the complete model."""
+    without_sklearn()
     phase("importing DeepSpeed")
     import pyarrow.parquet as pq
     import torch

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def run_shards(
         sum(pool.size * pool.num_cpus for pool in pools),
         sum(pool.size * pool.num_gpus for pool in pools),
     )
+    pools = [replace(pool, size=min(pool.size, len(rows))) for pool in pools]  # no actor without a shard
     # Otherwise a worker's UserError comes back as Ray's own exception, which loses its cause between processes.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     # One table is one block and so one task. (from_items merges blocks; a repartition needs a CPU of its own.)
