@@ -23,7 +23,7 @@ from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.store.progress import Progress
-from dpo4rec_ray.workers.phases import READY, phase, starting
+from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.placement import check_room, engine_env, release_room, reserve_room, without_sklearn
 
 CALLS_AT_ONCE = 32  # threads of an engine's actor: running calls, claims and stats
@@ -182,7 +182,7 @@ def begin_stage(engines: Sequence[Any]) -> None:
     import ray
 
     progress = Progress("engines", len(engines), "engines")
-    progress.starting = starting(len(engines))
+    progress.starting = lambda: "vLLM is imported and the model loaded"
     with progress:
         ray.get([engine.begin_stage.remote() for engine in engines])
 

@@ -31,16 +31,11 @@ def starting(num_workers: int, num_cpus: float = 1.0, num_gpus: float = 0.0) -> 
     """
     from ray.experimental.internal_kv import _internal_kv_del
 
-    for key, doing in _phases().items():
-        if doing in (
-            READY,
-            FIRST_WORK,
-        ):  # of an earlier stage; others are engines that start for this one (keep_engines)
-            _internal_kv_del(key, namespace=_SPACE)
+    _internal_kv_del(_prefix(), del_by_prefix=True, namespace=_SPACE)
 
     def line() -> str:
         with contextlib.suppress(Exception):  # a line on the terminal must end no run
-            counts = Counter(_phases().values())
+            counts = Counter(_phases())
             waiting = num_workers - counts.total()
             if waiting > 0:
                 counts[f"waiting for {_lacking(num_cpus, num_gpus)}"] = waiting
@@ -50,12 +45,13 @@ def starting(num_workers: int, num_cpus: float = 1.0, num_gpus: float = 0.0) -> 
     return line
 
 
-def _phases() -> dict[bytes, str]:
+def _phases() -> list[str]:
     from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
 
-    keys = _internal_kv_list(_prefix(), namespace=_SPACE)
-    found = {key: _internal_kv_get(key, namespace=_SPACE) for key in keys}
-    return {key: doing.decode() for key, doing in found.items() if doing}
+    found = [
+        _internal_kv_get(key, namespace=_SPACE) for key in _internal_kv_list(_prefix(), namespace=_SPACE)
+    ]
+    return [doing.decode() for doing in found if doing]
 
 
 def _lacking(num_cpus: float, num_gpus: float) -> str:
