@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from dpo4rec_ray.store.artifacts import RunDir
-from tests.conftest import DEMO, ROOT, command, run_job
-from tests.integration.test_resume import AGENTS, still_runs
+from tests.conftest import AGENTS, DEMO, ROOT, command, run_job, still_runs
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
