@@ -16,7 +16,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.reading import users_per_shard
+from dpo4rec_ray.store.user_rows import users_per_shard
 from dpo4rec_ray.texts.accounts import cost_of, failure_reasons, generation_counts
 from dpo4rec_ray.texts.sampling import ShardGenerator, text_pool
 from dpo4rec_ray.texts.throughput import stream_texts

@@ -18,8 +18,8 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.knowledge.prompts import item_text
 from dpo4rec_ray.store.artifacts import RunDir, part_file, part_notes, write_part
-from dpo4rec_ray.store.reading import UserRows
 from dpo4rec_ray.store.schemas import SCHEMAS
+from dpo4rec_ray.store.user_rows import UserRows
 from dpo4rec_ray.texts.shard_writer import ShardTexts, ShardWriter, WritingJob
 from dpo4rec_ray.texts.sources import SOURCES
 from dpo4rec_ray.texts.text_source import Row

@@ -8,7 +8,8 @@ import pytest
 
 from dpo4rec_ray.store import artifacts
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.store.reading import UserRows, read_vectors, users_per_shard
+from dpo4rec_ray.store.reading import read_vectors
+from dpo4rec_ray.store.user_rows import UserRows, users_per_shard
 
 SPLITS = np.array(["train", "valid", "test"])
 
