@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dpo4rec_ray.cli import front
@@ -16,17 +17,21 @@ A recipe is one TOML file with these sections; every key has a default. `dpo4rec
 terminal, `section.key=value` on the command line replaces a value, and an unknown key is refused with the nearest known one.
 
 """
+SECTION = re.compile(r"docs/method\.md, section (\d+)")
 COMMANDS = f"""{NOTE}
 # Commands
 
 `dpo4rec COMMAND --help` prints the same in a terminal. The files in `jobs/` of a checkout are the same commands, for
-`ray job submit`. The exit code is 0; 2, with one line, for what you can mend; 130 when interrupted.
+`ray job submit`. The exit code is 0; 2, with one line, for what you can mend; 130 when interrupted (`serve run` ends with 0).
 """
 
 
 def configuration() -> str:
-    """Every key of a recipe, a table per section."""
-    return CONFIGURATION + reference.as_markdown(reference.keys())
+    """Every key of a recipe, a table per section, with links to the method's sections."""
+    headings = re.findall(r"^## ((\d+)\. .+)$", (FOLDER / "method.md").read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {number: re.sub(r"\W+", "-", heading.lower()) for heading, number in headings}
+    tables = reference.as_markdown(reference.keys())
+    return CONFIGURATION + SECTION.sub(lambda found: f"[The method](method.md#{anchors[found[1]]})", tables)
 
 
 def commands() -> str:
