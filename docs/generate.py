@@ -28,7 +28,8 @@ COMMANDS = f"""{NOTE}
 
 def configuration() -> str:
     """Every key of a recipe, a table per section, with links to the method's sections."""
-    headings = re.findall(r"^## ((\d+)\. .+)$", (FOLDER / "method.md").read_text(encoding="utf-8"), re.MULTILINE)
+    method = (FOLDER / "method.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## ((\d+)\. .+)$", method, re.MULTILINE)
     anchors = {number: re.sub(r"\W+", "-", heading.lower()) for heading, number in headings}
     tables = reference.as_markdown(reference.keys())
     return CONFIGURATION + SECTION.sub(lambda found: f"[The method](method.md#{anchors[found[1]]})", tables)
