@@ -63,6 +63,11 @@ def check_all(config: Config, only: str = "") -> None:
         raise UserError(
             'table.rating = "" is implicit feedback: set prompt.ratings = false, or prompts show one star each'
         )
+    if config.data.dataset == "table" and not config.table.timestamp and config.data.protocol == "time":
+        raise UserError(
+            'table.timestamp = "": no times are set, and data.protocol = "time" splits by them; set data.protocol=user, or '
+            "table.timestamp to the column of the times"
+        )
     if config.reward.hard_negatives and not config.reward.num_redraws:
         raise UserError(
             f"reward.hard_negatives = {config.reward.hard_negatives} is about redrawn negatives, and reward.num_redraws = 0"
@@ -140,6 +145,8 @@ def _check_trained(config: Config) -> None:
     if Path(path).exists():
         _check_model_folder("llm.path", path)
         _check_length(config, Path(path))
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:  # a hub name is NAME or OWNER/NAME
+        raise UserError(f"llm.path {path}: no such folder")
     load_tokenizer(path)  # of a hub name too: the download is small, and a wrong name shows now
     if config.run.num_rounds:
         _check_architecture(path)

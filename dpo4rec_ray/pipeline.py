@@ -149,7 +149,6 @@ BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "train_reward")
 EACH_ROUND = ("generate", "score", "pair", "dpo", "encode", "validate")
 UNTRAINED_ROUND = ("generate", "score", "pair")  # where llm.source is no policy
 AFTER_ROUNDS = ("evaluate", "report")
-STAGE_NAMES = (*STAGES, "report")
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,16 @@ def check_selection(config: Config, selection: Selection) -> None:
     in_round = selection.round_id in (None, *possible) or wanted in AFTER_ROUNDS
     if wanted and not (possible and in_round):
         raise selection.missing()
+
+
+def how_far(store: RunDir) -> tuple[list[str], list[str]]:
+    """The stages that are complete in a run folder, in its first round where they belong to rounds, and the others."""
+    done = {
+        name
+        for name, stage in STAGES.items()
+        if any(all(store.manifest(*artifact) for artifact in stage.writes(round_id)) for round_id in (0, 1))
+    }
+    return [name for name in STAGES if name in done], [name for name in STAGES if name not in done]
 
 
 def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection()) -> dict[str, object]:
@@ -298,10 +307,16 @@ class Runner:
             if (name, input_round) == ("policy", 0):  # the base LLM is no artifact of a round
                 inputs["policy/0"] = SOURCES[self.config.llm.source].identity(self.config, self.store)
                 continue
-            try:
-                inputs[f"{name}/{input_round}"] = self.store.require(name, input_round).produced
-            except UserError as error:
-                raise UserError(f"stage {stage.name}: {error}") from None
+            manifest = self.store.manifest(name, input_round)
+            if manifest is None:
+                writers = (
+                    one.name for one in STAGES.values() if (name, input_round) in one.writes(input_round)
+                )
+                raise UserError(
+                    f"stage {stage.name}: {self.store.path(name, input_round)} is missing or incomplete; run the stage "
+                    f"{next(writers)} first"
+                )
+            inputs[f"{name}/{input_round}"] = manifest.produced
         return identity.dependencies(self.config, stage.name, round_id, stage.sections, inputs)
 
     def why(self, stage: Stage, round_id: int, depends: Dependencies) -> str:

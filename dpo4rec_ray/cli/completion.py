@@ -32,12 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     import shtab
 
+    from dpo4rec_ray import stages
     from dpo4rec_ray.cli.front import tree
+    from dpo4rec_ray.config.bundled_recipes import names
 
     whole = tree()
     for action in _actions(whole):
-        if action.dest in PATHS:
+        if action.dest == "recipe" and options.shell == "bash":  # other shells get words or files, not both
+            action.choices = [*names(), *shtab.Required.FILE]
+        elif action.dest in PATHS:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
+        if action.metavar == "STAGE":
+            action.choices = stages.NAMES
     print(shtab.complete(whole, options.shell))
     return 0
 

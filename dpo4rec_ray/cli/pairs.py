@@ -104,7 +104,8 @@ def export_command(options: argparse.Namespace) -> int:
     store, target = RunDir(options.run), Path(options.out)
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--out {target}: cannot be written; name a file in a folder that is there")
-    config = read_config(store.root)
+    session.check_came_to("pairs", 1, options.run)
+    config = read_config(options.run)
     round_id = round_with_pairs(store, options.round)
     codec = ChatCodec(load_tokenizer(base_llm_path(config, store)))
     export_pairs(store, round_id, options.split, codec, options.format, target)

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         ),
         formatter_class=Formatter,
     )
-    actions = found.add_subparsers(dest="action", required=True)
+    actions = found.add_subparsers(dest="action", help="default: list")
     text = "list the names, and what each recipe is for"
     actions.add_parser("list", help=text, description=text)
     text = "print a recipe"

@@ -12,6 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
+from dpo4rec_ray import stages
 from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
 from dpo4rec_ray.cli.session import guarded, open_run, ray_job, set_up
 from dpo4rec_ray.errors import UserError
@@ -38,7 +39,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("recipe", **RECIPE)
     found.add_argument("changes", **CHANGES)
     found.add_argument(
-        "--only", default="", metavar="STAGE", help="run this stage alone, even if it is complete"
+        "--only",
+        default="",
+        metavar="STAGE",
+        help=f"run this stage alone, even if it is complete: {', '.join(stages.NAMES)}",
     )
     found.add_argument("--from", dest="since", default="", metavar="STAGE", help="run from this stage on")
     found.add_argument(
@@ -68,12 +72,12 @@ def run(options: argparse.Namespace) -> int:
     else:
         folder = open_run(config, options.verbose)
     from dpo4rec_ray import checks
-    from dpo4rec_ray.pipeline import STAGE_NAMES, Selection, check_selection, dry_run, run_pipeline
+    from dpo4rec_ray.pipeline import Selection, check_selection, dry_run, run_pipeline
     from dpo4rec_ray.store.artifacts import RunDir
 
     for flag, stage in (("--only", options.only), ("--from", options.since)):
-        if stage and stage not in STAGE_NAMES:
-            raise UserError(f"{flag} {stage}: no such stage; known: {', '.join(STAGE_NAMES)}")
+        if stage and stage not in stages.NAMES:
+            raise UserError(f"{flag} {stage}: no such stage; known: {', '.join(stages.NAMES)}")
     if options.only and options.since:
         raise UserError("--only and --from exclude each other")
     if options.round is not None and not (options.only or options.since):

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "changes",
         nargs="*",
+        default=[],  # else argparse says that one is required
         metavar="section.key=value",
         help="sample.num_users, sample.num_items, sample.catalogue_seed and run.seed; `dpo4rec config sample` explains them",
     )

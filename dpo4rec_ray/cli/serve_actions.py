@@ -75,6 +75,8 @@ def config(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     if "=" in options.run:  # no folder, only changes
         options.changes, options.run = [options.run, *options.changes], ""
+    if options.run:
+        session.check_came_to("per_list", 0, options.run)
     settings = serving_settings(options.changes, options.registry, options.run)
     if joined_cluster():
         raise UserError(
@@ -206,6 +208,7 @@ def publish_run(registry: Registry, folder: Path, name: str = "", model: str = "
     from dpo4rec_ray.serving.publish import publish as write
     from dpo4rec_ray.store.artifacts import RunDir
 
+    session.check_came_to("per_list", 0, folder)
     settings = read_config(folder)
     name = name or f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return write(settings, RunDir(folder), registry.folder(name), name, model)

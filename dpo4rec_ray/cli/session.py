@@ -64,7 +64,12 @@ def open_run(config: Config, verbose: bool) -> Path:
     To be called before torch, Ray or an engine is imported: they read the environment once.
     """
     folder = Path(config.run.root) / config.run.name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the run folder {folder} cannot be made ({error.strerror}); set run.root to a folder that can be written to"
+        ) from None
     set_up(folder / "driver.log", verbose)
     return folder
 
@@ -74,6 +79,29 @@ def set_up(log: Path, verbose: bool) -> None:
     set_defaults(WORK_ENV)
     if not verbose:
         be_quiet(log)
+
+
+def check_came_to(artifact: str, round_id: int, folder: str | Path) -> None:
+    """That a run folder has its settings and an artifact of the run's end, where it is a run folder at all.
+
+    Raises:
+        UserError: the run is not finished; says which stages are complete.
+    """
+    from dpo4rec_ray.store.artifacts import RunDir
+
+    store = RunDir(folder)
+    if (store.root / "config.json").is_file() and store.manifest(artifact, round_id):
+        return
+    if not store.root.is_dir():
+        return
+    from dpo4rec_ray.pipeline import how_far
+
+    done, missing = how_far(store)
+    if done:
+        raise UserError(
+            f"{folder}: an unfinished run: {', '.join(done)} done, {', '.join(missing)} not; run its recipe without --only "
+            "or --from first (dpo4rec run RECIPE ...); what is done is kept"
+        )
 
 
 @contextlib.contextmanager

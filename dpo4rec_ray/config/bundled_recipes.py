@@ -29,7 +29,9 @@ def recipe_file(recipe: str | Path) -> Path:
         return FOLDER / f"{path.name}.toml"
     if path.is_file():
         return path
-    raise UserError(f"recipe {path.name!r}: neither a bundled recipe nor a file{nearest(path.name, names())}")
+    known = [file.name for file in sorted(Path().glob("*.toml"))] if path.suffix else []
+    hint = nearest(path.name, known or names())
+    raise UserError(f"recipe {path.name!r}: neither a bundled recipe nor a file{hint}")
 
 
 def purpose(name: str) -> str:

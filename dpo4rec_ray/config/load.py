@@ -61,7 +61,8 @@ def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{folder}: not a run folder; it holds no config.json") from None
+        why = "it holds no config.json" if Path(folder).is_dir() else "there is no such folder"
+        raise UserError(f"{folder}: not a run folder; {why}") from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); run the recipe again") from None
     for (section, old), new in RENAMED_KEYS.items():

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dpo4rec_ray.config.data import DataSection, LoggedSection, SampleSection, TableSection
 from dpo4rec_ray.config.ranking import EvaluateSection, PairSection, RerankerSection, RewardSection
@@ -27,7 +27,7 @@ class RunSection(Section):
     """Where the run lives and how long it goes on."""
 
     name: str = ""
-    """Name of the run folder. "": the recipe's file name."""
+    """Name of the run folder, below run.root. "": the recipe's file name."""
     root: str = "runs"
     """Folder of the run folders. On a cluster, storage that every node sees."""
     seed: int = Field(default=0, ge=0)
@@ -36,6 +36,13 @@ class RunSection(Section):
     """Most rounds. 0: no DPO; the base LLM's texts are evaluated."""
     patience: int = Field(default=1, ge=1)
     """Rounds without a better held-out reward before the run stops."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if "/" in name or name in (".", ".."):
+            raise ValueError("the name of a folder, without a path; the path is run.root")
+        return name
 
 
 class Config(Section):

@@ -74,13 +74,15 @@ def about(section: str) -> str:
 
 
 def keys(wanted: str = "") -> list[Key]:
-    """The keys of the whole recipe, of a section ("data"), or one key ("data.user_core").
+    """The keys of the whole recipe, of a section ("data"), one key ("data.user_core"), or all keys of a name ("user_core").
 
     Raises:
         UserError: there is no such section or key; the nearest one is named.
     """
     section, dot, name = wanted.partition(".")
     if wanted and section not in sections():
+        if named := [key for key in _all_keys() if key.name == wanted]:
+            return named  # without their sections
         raise UserError(f"{wanted}: a recipe has no section {section!r}{nearest(section, list(sections()))}")
     found = [key for key in _all_keys() if section in ("", key.section) and name in ("", key.name)]
     if dot and (not name or not found):

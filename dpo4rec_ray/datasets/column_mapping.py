@@ -21,7 +21,7 @@ import pyarrow.types as pt
 from dpo4rec_ray.config.data import TextFilesSection
 from dpo4rec_ray.datasets import files
 from dpo4rec_ray.datasets.cells import Column, converted, fits, is_text
-from dpo4rec_ray.datasets.csv_form import CsvForm, find_form
+from dpo4rec_ray.datasets.csv_form import DELIMITERS, CsvForm, find_form
 from dpo4rec_ray.datasets.csv_rows import lines_counted
 from dpo4rec_ray.datasets.parsing import EMPTY_LINE, OPEN_QUOTE, REFUSED, Origin, parsed_lines
 from dpo4rec_ray.datasets.readers import CsvReader, JsonReader
@@ -102,6 +102,8 @@ def matching_files(folder: str, pattern: str, key: str) -> list[str]:
     except Exception as error:  # the file systems of fsspec have their own exceptions
         raise UserError(f"{folder}: {key} = {pattern!r} cannot be listed ({error})") from None
     if not found:
+        if not _exists(folder):
+            raise UserError(f"{folder}: there is no such folder; correct data.raw_dir")
         raise UserError(
             f"{folder}: no file matches {key} = {pattern!r}; the folder holds: {there or 'nothing'}"
         )
@@ -128,6 +130,11 @@ def _entries(folder: str) -> list[tuple[str, bool]]:
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
     names = [(PurePosixPath(info.path).name, info.is_file) for info in found]
     return sorted(entry for entry in names if not entry[0].startswith("."))
+
+
+def _exists(path: str) -> bool:
+    filesystem, inner = files.open_filesystem(path)
+    return filesystem.get_file_info(inner).type != pyarrow.fs.FileType.NotFound
 
 
 def _is_file(path: str) -> bool:
@@ -163,6 +170,8 @@ def _data_file(
     csv_form = find_form(path, form, text, key.partition(".")[0], names, wanted.issubset)
     names_key = "logged.columns" if key == "logged.file" else f"{key.removesuffix('s')}_columns"
     advice = "" if names else f"; if the first line is no header, name the columns in {names_key}"
+    if any(sign in name for name in csv_form.columns for sign in DELIMITERS):
+        advice = f"; if that is several columns, set {key.partition('.')[0]}.delimiter"
     _check(path, pa.schema([(name, pa.string()) for name in csv_form.columns]), columns, advice)
     file = DataFile(
         path,
@@ -240,7 +249,7 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
             found = ", ".join(dict.fromkeys(schema.names)) or "none"
             raise UserError(
                 f"{path}: the column {column.name!r} ({column.key}) {what}; columns found: {found}"
-                + ("" if places else if_missing)
+                + ("" if places else f"{_way_out(column)}{if_missing}")
             )
         kind = schema.field(places[0]).type
         if not fits(column, kind):
@@ -252,6 +261,15 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
                 f"{path}: the column {column.name!r} ({column.key}) is of type {kind}; it must hold "
                 f"{_WANTED[column.role]}{advice}"
             )
+
+
+def _way_out(column: Column) -> str:
+    """What to do about a column that a file lacks."""
+    section, _, name = column.key.partition(".")
+    if name.startswith("attributes."):
+        return f"; name another one, or read no attributes with {section}.attributes={{}}"
+    without = f', or to "" if there is none ({column.key}=)' if column.optional else ""
+    return f"; set {column.key} to the name that it has there{without} (`dpo4rec config {section}` explains the keys)"
 
 
 def parse_block(block: bytes, *, reader: CsvReader | JsonReader, finish: Finish) -> Parsed:

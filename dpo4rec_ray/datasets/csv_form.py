@@ -135,13 +135,17 @@ def _split_header(
     columns: tuple[str, ...],
     suits: Callable[[tuple[str, ...]], bool],
 ) -> tuple[str, tuple[str, ...]]:
-    """The delimiter, and the fields of the first line with it: as set, else the first that gives what is needed."""
+    """The delimiter, and the fields of the first line with it: as set, else the first that gives what is needed.
+
+    Where none does, the one that gives most fields, for the message.
+    """
     tried = [section.delimiter] if section.delimiter else list(dict.fromkeys((usual, *DELIMITERS)))
     for delimiter in tried:
         found = _fields(line, delimiter, section)
         if len(found) == len(columns) if columns else suits(tuple(name.strip() for name in found)):
             return delimiter, found
-    return tried[0], _fields(line, tried[0], section)
+    most = max(tried, key=lambda delimiter: len(_fields(line, delimiter, section)))
+    return most, _fields(line, most, section)
 
 
 def _found_encoding(head: bytes) -> str:

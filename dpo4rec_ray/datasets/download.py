@@ -98,3 +98,10 @@ def _agree(dataset: PublishedDataset, yes: bool) -> None:
     print('Type "yes" to accept these terms: ', end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() != "yes":
         raise UserError("the terms were not accepted; nothing was downloaded")
+
+
+if __name__ == "__main__":  # the former command
+    print(
+        "error: the command is now `dpo4rec download NAME FOLDER`; `--list` prints the names", file=sys.stderr
+    )
+    sys.exit(2)

@@ -35,6 +35,8 @@ def remarks(config: Config, stats: dict[str, Any], items: pa.Table, unused_ids: 
 
 
 def _about_times(config: Config, stats: dict[str, Any]) -> list[str]:
+    if config.data.dataset == "table" and not config.table.timestamp:
+        return []  # no times are set, and all are 0
     first_s, last_s = stats["times"]
     if first_s == last_s and stats["rows_kept"]:
         return [

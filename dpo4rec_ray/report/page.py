@@ -18,7 +18,7 @@ from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.memory import peak_rss_mb
 from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.versions import versions
+from dpo4rec_ray.store.versions import commit, machine, versions
 
 _DETAIL = ("by user", "on lists with a positive")
 SHOWN = (*PRINTED, *(f"{name} {how}" for how in _DETAIL for name in HEADLINE))
@@ -50,6 +50,8 @@ def run(
         "best_round": best_round(store, last_round),
         **evaluated,
         "versions": versions(),
+        "commit": commit(),
+        "machine": machine(),
         "peak_rss_mb": round(max(peak_rss_mb(), *_earlier_peaks(store, last_round))),
         "total_seconds": round(seconds, 1),
     }

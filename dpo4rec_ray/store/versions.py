@@ -1,11 +1,15 @@
-"""Versions of what shapes the figures: this code, and the libraries that it stands on."""
+"""What shapes the figures: the versions of this code and of the libraries that it stands on, and the machine."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 import dpo4rec_ray
 
@@ -21,6 +25,18 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine that this process runs on; of a cluster, the one with the driver."""
+    import torch
+
+    return {
+        "cpus": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "gpus": torch.cuda.device_count(),
+        "platform": platform.platform(),
+    }
 
 
 def commit() -> str:

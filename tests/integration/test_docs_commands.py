@@ -22,7 +22,7 @@ import pytest
 from dpo4rec_ray.cli import front
 from dpo4rec_ray.config import Config, default_config, load_config
 from dpo4rec_ray.config.bundled_recipes import names as bundled_recipes
-from dpo4rec_ray.pipeline import STAGE_NAMES
+from dpo4rec_ray.stages import NAMES
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,7 +91,7 @@ def check(command: list[str]) -> None:
         changes = [word for word in arguments if OVERRIDE.match(word)]
         recipe = getattr(options, "recipe", "")
         load_config(recipe, changes) if recipe in bundled_recipes() else default_config(changes)
-        assert {getattr(options, "only", ""), getattr(options, "since", "")} <= {"", *STAGE_NAMES}
+        assert {getattr(options, "only", ""), getattr(options, "since", "")} <= {"", *NAMES}
     elif program != "ray" or "--" not in arguments:
         assert program in OTHER_PROGRAMS or "/" in program, program
     else:  # ray job submit ... -- command

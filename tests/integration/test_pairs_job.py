@@ -247,7 +247,8 @@ def test_what_cannot_be_exported(made: Run, tmp_path: Path, main: Callable[..., 
     def export(folder: Path, *more: str, out: str = "x.jsonl") -> Finished:
         return main("export", str(folder), "--format", "trl", "--out", str(tmp_path / out), *more)
 
-    one_line(export(tmp_path / "nothing"), "not a run folder", "config.json")
+    one_line(export(tmp_path / "nothing"), "not a run folder", "there is no such folder")
+    one_line(export(tmp_path), "not a run folder", "config.json")
     one_line(export(made.folder, "--round", "3"), "rounds/03/pairs", "missing")
     pairs = made.pairs
     write_run(tmp_path / "two", pairs)

@@ -45,6 +45,14 @@ def test_with_an_llm_the_same_is_refused(override: str) -> None:
         check(override, "generate.max_new_tokens=100")
 
 
+def test_a_split_by_time_needs_times() -> None:
+    own = ["table.timestamp=", STATISTICS, "data.raw_dir=/nowhere"]
+    with pytest.raises(UserError, match=r'table\.timestamp = "": no times are set, .*data\.protocol=user'):
+        checks.check_all(load_config("own_table", own), "prepare")
+    with pytest.raises(UserError, match="/nowhere: there is no such folder"):
+        checks.check_all(load_config("own_table", [*own, "data.protocol=user"]), "prepare")
+
+
 def test_rounds_that_train_nothing() -> None:
     check(STATISTICS, "run.num_rounds=0")
     check(STATISTICS, "run.num_rounds=1")
@@ -112,6 +120,8 @@ def test_the_steps_before_the_rounds(overrides: list[str], steps: list[str]) -> 
         (["pair.shrinkage=true"], "set pair.min_margin too"),
         (["reranker.num_heads=3"], "reranker.hidden_dim = 64 is not a multiple of num_heads = 3"),
         (['evaluate.backbones=["dlcm", "dlcm"]'], "names one twice"),
+        (["llm.path=./nomodel"], r"^llm.path ./nomodel: no such folder$"),
+        (["llm.path=models/my/llm"], r"^llm.path models/my/llm: no such folder$"),
     ],
 )
 def test_settings_that_contradict_each_other(changes: list[str], words: str) -> None:

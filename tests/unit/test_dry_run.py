@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import ray
 
+from dpo4rec_ray.cli.session import check_came_to
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.pipeline import STAGES, Runner, Selection, before_rounds, dry_run, rounds
+from dpo4rec_ray.pipeline import STAGES, Runner, Selection, before_rounds, dry_run, how_far, rounds
 from dpo4rec_ray.store.artifacts import MANIFEST, RunDir, write_json
 from dpo4rec_ray.store.outcome import Outcome
 
@@ -167,7 +168,9 @@ def test_selections(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_selection_without_its_inputs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"stage score: .*generations is missing or incomplete"):
+    with pytest.raises(
+        UserError, match=r"stage score: .*generations is missing or incomplete; run the stage generate first"
+    ):
         dry_run(load_config("demo"), RunDir(tmp_path / "run"), Selection(only="score"))
     assert list(tmp_path.iterdir()) == []
 
@@ -194,3 +197,23 @@ def test_the_small_llm_is_an_input_of_all_texts(tmp_path: Path, capsys: pytest.C
 def test_no_ray_is_started(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     said(store, capsys, "run.seed=9")
     assert not ray.is_initialized()
+
+
+def test_a_run_that_is_not_finished_says_how_far_it_came(store: RunDir) -> None:
+    """Neither a whole run, nor a folder that is none, is refused here."""
+    write_json(store.root / "config.json", load_config("demo").model_dump(mode="json"))
+    check_came_to("per_list", 0, store.root)
+    check_came_to("per_list", 0, store.root / "nowhere")
+    check_came_to("per_list", 0, store.root.parent)
+    (store.root / "config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"an unfinished run: .* evaluate done, bootstrap not; run its recipe without --only"
+    ):
+        check_came_to("per_list", 0, store.root)
+    for name, round_id in (("per_list", 0), ("heldout", 1), ("policy", 1), ("pairs", 1), ("users", 0)):
+        (store.path(name, round_id) / MANIFEST).unlink()
+    done, missing = how_far(store)
+    assert done == ["encode", "train_reward", "generate", "score"]
+    assert missing == ["prepare", "bootstrap", "pair", "dpo", "validate", "evaluate"]
+    with pytest.raises(UserError, match="score done, prepare, bootstrap, pair, "):
+        check_came_to("pairs", 1, store.root)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo4rec_ray import stages
 from dpo4rec_ray.cli import front
+from dpo4rec_ray.pipeline import STAGES
 from tests.conftest import ROOT
 
 HEAVY = ("torch", "ray", "pandas", "pyarrow", "numpy", "pydantic", "transformers", "requests", "shtab")
@@ -88,11 +90,17 @@ def test_no_argument_is_help() -> None:
         (["config", "dta"], "error: dta: a recipe has no section 'dta'; did you mean 'data'?"),
         (["config", "data.usr_core"], "error: data.usr_core: [data] has no key 'usr_core'; did you mean 'user_core'?"),
         (["config", "data."], "error: data.: [data] has no key ''; known: dataset, "),
+        (["config", "user_kore"], "error: user_kore: a recipe has no section 'user_kore'"),
         (["config", ".seed"], "error: .seed: a recipe has no section ''; known: run, "),
         (["sample", "x", "dpo.lr=1"], "error: 'dpo.lr=1': only sample.key=value and run.seed=N can be set here"),
         (["sample", "/proc/x"], "error: /proc/x: cannot be written to (No such file or directory); name another folder"),
         (["sample", "pyproject.toml"], "error: pyproject.toml: cannot be written to (File exists); name another folder"),
         (["run", "demo", "data.user_core=abc"], "error: recipe demo: data.user_core = 'abc': "),
+        (["run", "pyproject.tml"], "error: recipe 'pyproject.tml': neither a bundled recipe nor a file; did you mean 'pyproj"),
+        (["run", "demo", "run.name=../evil"], "error: recipe demo: run.name = '../evil': the name of a folder, without a path"),
+        (["run", "demo", "run.name=.."], "error: recipe demo: run.name = '..': the name of a folder, without a path"),
+        (["run", "demo", "run.root=/proc/x"], "error: the run folder /proc/x/demo cannot be made (No such file or directory); "),
+        (["run", "demo", "run.root=pyproject.toml"], "error: the run folder pyproject.toml/demo cannot be made (Not a directory"),
         (["sample", "x", "sample.num_users=1"], "error: the defaults: sample.num_users = 1: "),
     ],
 )  # fmt: skip
@@ -103,7 +111,38 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
     assert line.startswith(words)
 
 
+def test_a_key_without_its_section() -> None:
+    assert dpo4rec("config", "user_core").stdout == dpo4rec("config", "data.user_core").stdout != ""
+    printed = dpo4rec("config", "lora_rank").stdout
+    assert (
+        printed.count("lora_rank = ")
+        == len(re.findall(r"^lora_rank = ", dpo4rec("config").stdout, re.MULTILINE))
+        > 0
+    )
+
+
+def test_recipes_alone_lists_them() -> None:
+    done = dpo4rec("recipes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == dpo4rec("recipes", "list").stdout != ""
+
+
+def test_the_former_module_of_downloads_names_the_command() -> None:
+    module = [sys.executable, "-m", "dpo4rec_ray.datasets.download", "ml-1m", "data"]
+    done = subprocess.run(module, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == "error: the command is now `dpo4rec download NAME FOLDER`; `--list` prints the names\n"
+    )
+
+
+def test_the_help_of_run_names_the_stages() -> None:
+    assert (*STAGES, "report") == stages.NAMES
+    assert ", ".join(stages.NAMES) in " ".join(dpo4rec("run", "--help").stdout.split())
+
+
 def test_only_what_is_missing_is_asked_for() -> None:
+    assert dpo4rec("sample").stderr.splitlines()[-1].endswith("are required: FOLDER")
     assert (
         dpo4rec("run").stderr.splitlines()[-1]
         == "dpo4rec run: error: the following arguments are required: RECIPE"
@@ -111,7 +150,7 @@ def test_only_what_is_missing_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--nonsense"], ["version", "--nonsense"], ["recipes"], ["completion", "cmd"]]
+    "arguments", [["--nonsense"], ["version", "--nonsense"], ["recipes", "shw"], ["completion", "cmd"]]
 )
 def test_what_argparse_refuses_is_code_2(arguments: list[str]) -> None:
     done = dpo4rec(*arguments)
@@ -176,6 +215,8 @@ def test_completion(shell: str, check: list[str], tmp_path: Path) -> None:
         (["dpo4rec", "serve", "pub"], {"publish"}),
         (["dpo4rec", "run", "--dry"], {"--dry-run"}),
         (["dpo4rec", "run", "pypro"], {"pyproject.toml"}),
+        (["dpo4rec", "run", "own"], {"own_table"}),
+        (["dpo4rec", "run", "demo", "--only", "sc"], {"score"}),
     ],
 )  # fmt: skip
 def test_bash_completes(words: list[str], expected: set[str], tmp_path: Path) -> None:

@@ -565,16 +565,30 @@ def test_other_mistakes_are_told(tmp_path: Path):
     (tmp_path / "empty.csv").write_bytes(b"")
     (tmp_path / "latin.csv").write_bytes(b"user_id,caf\xe9\n")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "semi.csv").write_text("user;item;stars;when\nu;a;1;2\n")
+    (tmp_path / "timeless.csv").write_text("user_id,item_id,rating\nu,a,1\n")
+    (tmp_path / "sound.csv").write_text("user_id,item_id,rating,timestamp\nu,a,1,2\n")
     for name, told in (
         ("", "table.interactions is not set"),
         ("twice.csv", r"'rating' \(table.rating\) is there twice"),
         ("e.xlsx", "the format is not known; known: .parquet, .csv"),
         ("e.parquet.gz", "the format is not known"),
         ("e.parquet", "not a Parquet file that can be read"),
-        ("array.json", "'item_id' .* is not there; columns found: user_id"),
+        (
+            "array.json",
+            "'item_id' .* is not there; columns found: user_id; set table.item to the name that it has there",
+        ),
         ("empty.csv", "columns found: none"),
         ("latin.csv", "not a header of column names in UTF-8"),
         ("folder", "no file matches table.interactions = 'folder'"),
+        (
+            "semi.csv",
+            r"'user_id' \(table.user\) is not there; columns found: user, item, stars, when; set table.user",
+        ),
+        (
+            "timeless.csv",
+            r"'timestamp' \(table.timestamp\) .*, or to \"\" if there is none \(table.timestamp=\)",
+        ),
     ):
         with pytest.raises(UserError, match=told):
             describe(str(tmp_path), TableSection(interactions=name))
@@ -584,6 +598,20 @@ def test_other_mistakes_are_told(tmp_path: Path):
         describe(str(tmp_path), TableSection(interactions="twice.csv", profile=("age",)))
     with pytest.raises(UserError, match=r"table\.min_rating = 6 is above"):
         describe(str(tmp_path), TableSection(interactions="twice.csv", min_rating=6))
+    plain = TableSection(interactions="semi.csv", delimiter=",")
+    with pytest.raises(
+        UserError, match=r"columns found: user;item;stars;when; .*several columns, set table\.delimiter"
+    ):
+        describe(str(tmp_path), plain)
+    items = TableSection(
+        interactions="sound.csv", items="sound.csv", title="", attributes={"genre": "genres"}
+    )
+    with pytest.raises(
+        UserError, match=r"'genres' \(table\.attributes\.genre\) .* with table\.attributes=\{\}"
+    ):
+        describe(str(tmp_path), items)
+    with pytest.raises(UserError, match=r"nowhere: there is no such folder; correct data\.raw_dir"):
+        describe(str(tmp_path / "nowhere"), TableSection(interactions="e.csv"))
     with pytest.raises(UserError, match="cannot be opened"):
         describe("nosuch://bucket", TableSection(interactions="e.csv"))
 

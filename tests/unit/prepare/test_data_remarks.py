@@ -20,7 +20,7 @@ NOW_S = int(time.time())
 
 
 def said(change: dict[str, Any], titles: list[str] | None = None, **data: Any) -> list[str]:
-    config = Config.model_validate({"data": data})
+    config = Config.model_validate({"table": data.pop("table", {}), "data": data})
     items = pa.table({"raw_id": [f"{n:03d}" for n in range(50)], "title": titles or TITLES})
     return remarks(config, {**SOUND, **change}, items, ["7", "8"])
 
@@ -31,6 +31,7 @@ def test_nothing_is_said_about_sound_data():
         said({"ratings": (1.0, 1.0), "positive_events": 1000}, positive_rating=1) == []
     )  # implicit feedback
     assert said({"times": (NOW_S - 10, NOW_S + 3600)}) == []
+    assert said({"times": (0, 0)}, dataset="table", table={"timestamp": ""}) == []  # no times are set
     assert said({"quarantined": {"bad number": 50, "empty line": 900}}) == []
 
 

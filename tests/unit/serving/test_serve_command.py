@@ -59,12 +59,14 @@ def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path:
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     mistakes: list[tuple[Registry, list[str], str]] = [
-        (registry, ["publish", "/nowhere"], "/nowhere: not a run folder"),
-        (registry, ["publish", str(unfinished)], str(unfinished)),
+        (registry, ["publish", "/nowhere"], "/nowhere: not a run folder; there is no such folder"),
+        (registry, ["run", "/nowhere"], "/nowhere: not a run folder; there is no such folder"),
+        (registry, ["publish", str(unfinished)], f"{unfinished}: an unfinished run: prepare, "),
+        (registry, ["run", str(unfinished)], " done, bootstrap, "),
         (registry, ["publish", run, "--as", "../out"], "version '../out': use letters"),
         (registry, ["publish", run, "--as", "v1"], "versions never change"),
         (registry, ["publish", run, "--as", "x", "--model", "gpt"], "there are: mir-backbone-seed0"),
-        (registry, ["promote", "v9"], "no published version"),
+        (registry, ["promote", "v9"], "no published version 'v9'; there are: v1, v2, "),
         (registry, ["promote", "cut"], "user_standard.npy"),
         (registry, ["split", "v2", "101"], "percent = 101"),
         (registry, ["split", "v2", "nan"], "percent = nan"),
