@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dpo4rec_ray.config.section import Section
 
+_NamedUnit = Literal["s", "ms", "us", "ns", "iso"]
+
 
 def _known_unit(value: object) -> object:
-    if value in ("s", "ms", "us", "ns", "iso") or (isinstance(value, str) and "%" in value):
+    if value in get_args(_NamedUnit) or (isinstance(value, str) and "%" in value):
         return value
-    raise ValueError(
-        'neither "s", "ms", "us", "ns", "iso" nor a format of strptime, such as "%d/%m/%Y %H:%M"'
-    )
+    named = ", ".join(get_args(_NamedUnit))
+    raise ValueError(f'none of {named}, and no format of strptime, such as "%d/%m/%Y %H:%M"')
 
 
 # A text with % is a format of strptime.
-TimestampUnit = Annotated[Literal["s", "ms", "us", "ns", "iso"] | str, BeforeValidator(_known_unit)]
+TimestampUnit = Annotated[_NamedUnit | str, BeforeValidator(_known_unit)]
 # So few damaged rows stop no run, whatever share of a small file they are.
 FEW_BAD_ROWS = 10
 MIN_CANDIDATES, MAX_CANDIDATES = 2, 200

@@ -102,7 +102,7 @@ def matching_files(folder: str, pattern: str, key: str) -> list[str]:
     except Exception as error:  # the file systems of fsspec have their own exceptions
         raise UserError(f"{folder}: {key} = {pattern!r} cannot be listed ({error})") from None
     if not found and Path(folder).expanduser().is_file():
-        raise UserError(f"{folder}: is a file; set data.raw_dir to its folder, and {key} to its name")
+        raise UserError(f"{folder}: is a file; give its folder, {Path(folder).parent}")
     if not found:
         raise UserError(
             f"{folder}: no file matches {key} = {pattern!r}; the folder holds: {there or 'nothing'}"
