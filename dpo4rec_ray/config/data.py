@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dpo4rec_ray.config.section import Section
 
+_NamedUnit = Literal["s", "ms", "us", "ns", "iso"]
+
+
+def _known_unit(value: object) -> object:
+    if value in get_args(_NamedUnit) or (isinstance(value, str) and "%" in value):
+        return value
+    named = ", ".join(get_args(_NamedUnit))
+    raise ValueError(f'none of {named}, and no format of strptime, such as "%d/%m/%Y %H:%M"')
+
+
 # A text with % is a format of strptime.
-TimestampUnit = Literal["s", "ms", "us", "iso"] | Annotated[str, StringConstraints(pattern="%")]
+TimestampUnit = Annotated[_NamedUnit | str, BeforeValidator(_known_unit)]
+# So few damaged rows stop no run, whatever share of a small file they are.
+FEW_BAD_ROWS = 10
 MIN_CANDIDATES, MAX_CANDIDATES = 2, 200
 
 
@@ -34,8 +46,13 @@ class DataSection(Section):
     """k-core: least number of events of a user. 0: no limit."""
     item_core: int = Field(default=0, ge=0)
     """k-core: least number of events of an item. Both limits are applied until nothing changes. 0: no limit."""
-    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
-    """Largest share of damaged rows; more stop the run."""
+    max_bad_fraction: float = Field(
+        default=0.001,
+        ge=0,
+        le=1,
+        description=f"Largest share of damaged rows; more stop the run if they are more than {FEW_BAD_ROWS} rows. 0: a single "
+        "damaged row stops it.",
+    )
     max_users: int = Field(default=0, ge=0)
     """Number of users to keep, drawn at random and the same for every seed. 0: all."""
     positive_rating: float = 4.0
@@ -113,8 +130,8 @@ class TableSection(TextFilesSection):
     timestamp: str = "timestamp"
     """Column of the time. "": no times, events are in the order of the file."""
     timestamp_unit: TimestampUnit = "s"
-    """Unit of the times: seconds, milliseconds or microseconds since 1970, ISO 8601 text, or a format of strptime such as
-    "%m/%d/%Y %I:%M:%S %p". Times in Parquet need none."""
+    """Unit of the times: seconds, milliseconds, microseconds or nanoseconds since 1970, ISO 8601 text, or a format of strptime
+    such as "%m/%d/%Y %I:%M:%S %p". Times in Parquet need none."""
     min_rating: float = 0.0
     """Least rating; a row with a lower one is bad."""
     max_rating: float = 5.0

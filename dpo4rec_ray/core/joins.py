@@ -48,7 +48,7 @@ def check_join(what: str, num_matched: int, left: JoinSide, right: JoinSide) -> 
     raise UserError(
         f"{right.name}: {num_matched} of {left.num_ids} {what} ids of {left.name} are in it: {left.name} have ids such as "
         f"{_shown(ours)}, {right.name} has {_shown(theirs)}{way_to_match(ours, theirs)}; write them in the same way, or "
-        "leave one of both out"
+        f"run without {right.name}"
     )
 
 

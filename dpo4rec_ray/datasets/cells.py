@@ -22,7 +22,7 @@ from dpo4rec_ray.config.data import TimestampUnit
 from dpo4rec_ray.datasets.parsing import BAD_NUMBER, BAD_TIME, LEAF, OUT_OF_RANGE, UNREADABLE
 
 Role = Literal["id", "number", "time", "text", "values", "ids", "numbers"]
-_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 # The elements of the roles that are lists.
 _ELEMENT: dict[str, Role] = {"values": "text", "ids": "id", "numbers": "number"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -30,6 +30,12 @@ _TRUTHS = {"true": 1.0, "t": 1.0, "false": 0.0, "f": 0.0}
 # In a column of single values; among the values of a list "no" is rather a damaged number.
 _WORDS = _TRUTHS | {"yes": 1.0, "y": 1.0, "no": 0.0, "n": 0.0}
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.I)
+
+# Dates from 1970 on in a line of text, with or without a time.
+_ISO_TIME = re.compile(
+    r"\b(19[7-9]|20\d)\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?(?! ?[\w:])"
+)
+_WRITTEN_TIME = re.compile(r"\b\d{1,4}([/.-])\d{1,2}\1\d{2,4}( \d{1,2}:\d\d(:\d\d)?( ?[AaPp][Mm])?)?\b")
 
 
 @dataclass(frozen=True)
@@ -266,6 +272,25 @@ def _formatted_times(texts: pa.StringArray, form: str) -> pa.Int64Array:
 def _formatted_time(text: str, form: str) -> int:
     time = datetime.strptime(text.strip(), form)
     return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH) // timedelta(seconds=1)
+
+
+def way_to_read_time(line: str) -> str:
+    """The unit that reads the first date in a line, as the end of a sentence; "" where there is none."""
+    if found := _ISO_TIME.search(line):
+        return f', and "iso" would read {found[0]!r}'
+    found = _WRITTEN_TIME.search(line)
+    text, sign = (found[0], found[1]) if found else ("", "/")
+    days = (f"%m{sign}%d{sign}%Y", f"%d{sign}%m{sign}%Y", f"%Y{sign}%m{sign}%d")
+    times = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
+    fitting = [repr(day + time) for day in days for time in times if _fits_form(text, day + time)]
+    return f", and {' or '.join(fitting)} would read {text!r}" if fitting else ""
+
+
+def _fits_form(text: str, form: str) -> bool:
+    try:
+        return _formatted_time(text, form) >= 0
+    except ValueError:
+        return False
 
 
 def _row_safe(

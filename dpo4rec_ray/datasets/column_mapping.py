@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,8 @@ def matching_files(folder: str, pattern: str, key: str) -> list[str]:
         raise
     except Exception as error:  # the file systems of fsspec have their own exceptions
         raise UserError(f"{folder}: {key} = {pattern!r} cannot be listed ({error})") from None
+    if not found and Path(folder).expanduser().is_file():
+        raise UserError(f"{folder}: is a file; give its folder, {Path(folder).parent}")
     if not found:
         if not _exists(folder):
             raise UserError(f"{folder}: there is no such folder; correct data.raw_dir")
@@ -246,15 +248,15 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
         places = schema.get_all_field_indices(column.name)
         if len(places) != 1:
             what = "is there twice" if places else "is not there"
-            found = ", ".join(dict.fromkeys(schema.names)) or "none"
+            found = ", ".join(name or '""' for name in dict.fromkeys(schema.names)) or "none"
             raise UserError(
                 f"{path}: the column {column.name!r} ({column.key}) {what}; columns found: {found}"
-                + ("" if places else f"{_way_out(column)}{if_missing}")
+                + ("" if places else f"{_way_out(column, schema.names)}{if_missing}")
             )
         kind = schema.field(places[0]).type
         if not fits(column, kind):
             counted = column.role == "time" and pt.is_primitive(kind)
-            advice = "; set timestamp_unit to s, ms or us" if counted else ""
+            advice = "; set timestamp_unit to s, ms, us or ns" if counted else ""
             if column.role in ("ids", "numbers") and is_text(kind):
                 advice = ", or set the separator of lists that are written as one text"
             raise UserError(
@@ -263,11 +265,15 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
             )
 
 
-def _way_out(column: Column) -> str:
+def _way_out(column: Column, found: list[str]) -> str:
     """What to do about a column that a file lacks."""
     section, _, name = column.key.partition(".")
     if name.startswith("attributes."):
         return f"; name another one, or read no attributes with {section}.attributes={{}}"
+    if found[:1] == [""] and not column.optional:  # the index, which pandas writes first
+        return f'; if the column without a name is meant, set {column.key}=""'
+    if column.key == "table.rating":
+        return '; without ratings set table.rating="" and data.positive_rating=1'
     without = f', or to "" if there is none ({column.key}=)' if column.optional else ""
     return f"; set {column.key} to the name that it has there{without} (`dpo4rec config {section}` explains the keys)"
 

@@ -99,17 +99,18 @@ def _faults(columns: dict[str, pa.Array], given: dict[str, pa.Array]) -> list[tu
     candidates, labels = columns["candidates"], columns["labels"]
     history, ratings = columns["history"], columns["history_ratings"]
     lengths = _lengths(candidates)
-    missing = _empty(columns["user"]) | any_of(candidates, _empty(candidates.flatten()))
+    missing = {"user": _empty(columns["user"])}
     for name in ("candidates", "labels", "timestamp_s", "split"):
         if name in given:
-            missing |= _mask(columns[name].is_null())
+            missing[name] = _mask(columns[name].is_null())
+    missing["candidates"] |= any_of(candidates, _empty(candidates.flatten()))
     time = pc.fill_null(columns["timestamp_s"], 0).to_numpy()
     unknown_split = ~_mask(pc.is_in(columns["split"], value_set=pa.array([*SPLITS, None], pa.string())))
     bad_history = any_of(history, _empty(history.flatten())) | any_of(ratings, ~_usable(ratings))
     if "history_ratings" in given:
         bad_history |= _lengths(history) != _lengths(ratings)
     return [
-        (parsing.MISSING, missing),
+        *((parsing.missing_field(name), absent) for name, absent in missing.items()),
         (LENGTHS_DIFFER, lengths != _lengths(labels)),
         (WRONG_SIZE, (lengths < MIN_CANDIDATES) | (lengths > MAX_CANDIDATES)),
         (BAD_LABEL, any_of(labels, ~_usable(labels, most=1.0))),

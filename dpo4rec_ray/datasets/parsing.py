@@ -26,14 +26,19 @@ Why = Callable[[bytes], str]
 LEAF = 64
 # 2100-01-01: a later time is in milliseconds, or damaged.
 MAX_TIMESTAMP_S = 4_102_444_800
-EMPTY_LINE, UNREADABLE, MISSING = "empty line", "unreadable", "missing field"
+EMPTY_LINE, UNREADABLE = "empty line", "unreadable"
 WRONG_ENCODING, OPEN_QUOTE = "not in the file's encoding", "a quote is not closed"
 FIELD_COUNT, BAD_NUMBER, BAD_JSON = "wrong field count", "bad number", "not JSON"
 OUT_OF_RANGE, BAD_TIME = "rating out of range", "impossible timestamp"
-UNKNOWN_USER, UNKNOWN_ITEM, DUPLICATE = "unknown user", "unknown item", "duplicate"
+UNKNOWN_USER, UNKNOWN_ITEM = "unknown user", "unknown item"
 UNRATED = "not rated"
 # What a bad line makes a fast reader raise.
 REFUSED = (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError)
+
+
+def missing_field(name: str) -> str:
+    """Reason why a row without a field cannot be used."""
+    return f"missing field {name.removesuffix('_s')}"
 
 
 class Lines:
@@ -183,20 +188,17 @@ def checked_events(
     if not table.num_rows:
         return Parsed(EVENTS.empty_table(), origin.rows_read, origin.bad_rows)
     filtered: Counter[str] = Counter()
-    missing = np.zeros(table.num_rows, dtype=np.bool_)
-    for name in EVENTS.names:
-        if table[name].null_count:
-            missing |= table[name].is_null().to_numpy()
-    for name in ("user", "item"):
-        lengths = pc.fill_null(pc.binary_length(table[name]), 0)
-        missing |= lengths.to_numpy() == 0
+    ids, numbers = ("user", "item"), ("rating", "timestamp_s")
+    missing = {name: pc.fill_null(pc.binary_length(table[name]), 0).to_numpy() == 0 for name in ids}
+    missing |= {name: table[name].is_null().to_numpy() for name in numbers}
+    complete = ~np.logical_or.reduce(list(missing.values()))
     rating = pc.fill_null(table["rating"].cast(pa.float64()), float("nan")).to_numpy()
     timestamp = pc.fill_null(table["timestamp_s"].cast(pa.int64()), 0).to_numpy()
-    none_given = (rating == unrated) & ~missing if unrated is not None else np.zeros(len(missing), np.bool_)
+    none_given = (rating == unrated) & complete if unrated is not None else np.zeros(len(rating), np.bool_)
     in_range = (rating >= ratings[0]) & (rating <= ratings[1])  # nan is not in range
     good = ~none_given
     for reason, bad in (
-        (MISSING, missing),
+        *((missing_field(name), absent) for name, absent in missing.items()),
         (OUT_OF_RANGE, ~in_range),
         (BAD_TIME, (timestamp < 0) | (timestamp >= MAX_TIMESTAMP_S)),
     ):
@@ -221,7 +223,7 @@ def checked_items(table: pa.Table, origin: Origin) -> Parsed:
     if not table.num_rows:
         return Parsed(ITEMS.empty_table(), origin.rows_read, origin.bad_rows)
     missing = pc.fill_null(pc.binary_length(table["raw_id"]), 0).to_numpy() == 0
-    origin.quarantine(np.flatnonzero(missing), MISSING)
+    origin.quarantine(np.flatnonzero(missing), missing_field("item"))
     rows = origin.rows
     if missing.any():
         table, rows = table.filter(pa.array(~missing)), rows[~missing]

@@ -152,7 +152,7 @@ def _finish_items(table: pa.Table, origin: Origin, *, facets: tuple[str, ...]) -
 
 def _finish_users(table: pa.Table, origin: Origin, *, profile: dict[str, str]) -> Parsed:
     known = pc.fill_null(pc.greater(pc.binary_length(table["raw_id"]), 0), False)
-    origin.quarantine(np.flatnonzero(~known.to_numpy()), parsing.MISSING)
+    origin.quarantine(np.flatnonzero(~known.to_numpy()), parsing.missing_field("user"))
     table = table.filter(known)
     texts = pa.array([""] * table.num_rows, pa.string())
     for name, label in profile.items():

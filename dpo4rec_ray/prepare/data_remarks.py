@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.joins import NUM_COMPARED, way_to_match
-from dpo4rec_ray.datasets.parsing import DUPLICATE, EMPTY_LINE
+from dpo4rec_ray.datasets.parsing import EMPTY_LINE
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.assemble import untitled_names
 
 # Shares above (or below) which something is said.
@@ -32,6 +33,20 @@ def remarks(config: Config, stats: dict[str, Any], items: pa.Table, unused_ids: 
     """
     found = [*stats["notes"], *_about_times(config, stats), *_about_ratings(config, stats)]
     return found + _about_rows(config, stats) + _about_items_and_users(stats, items, unused_ids)
+
+
+def check_positives(config: Config, stats: dict[str, Any]) -> None:
+    """Raises UserError if no candidate is a positive: there would be nothing to learn and nothing to measure."""
+    if stats["positive_share"]:
+        return
+    if config.logged.file:
+        raise UserError("no candidate of logged.file has a label above 0; check logged.labels")
+    if not stats["positive_events"]:
+        raise UserError(_none_positive(config, stats))
+    raise UserError(
+        f"no candidate is a positive: all {stats['positive_events']:,} positive events are in histories; lower "
+        f"data.max_history = {config.data.max_history} or {_threshold(config)}"
+    )
 
 
 def _about_times(config: Config, stats: dict[str, Any]) -> list[str]:
@@ -58,14 +73,11 @@ def _about_times(config: Config, stats: dict[str, Any]) -> list[str]:
 def _about_ratings(config: Config, stats: dict[str, Any]) -> list[str]:
     events, positive = stats["events"], stats["positive_events"]
     low, high = stats["ratings"]
-    threshold = f"data.positive_rating = {config.data.positive_rating:g}"
+    threshold = _threshold(config)
     if not events:
         return []
     if not positive:
-        return [
-            f"no event is positive: ratings are from {low:g} to {high:g}, and {threshold}; set it to a rating that means "
-            "that the user liked the item"
-        ]
+        return [_none_positive(config, stats)]
     if low == high and high != 1:  # 1 is implicit feedback
         return [f"all events have the rating {high:g}, so ratings say nothing"]
     if positive == events and low != high:
@@ -75,11 +87,22 @@ def _about_ratings(config: Config, stats: dict[str, Any]) -> list[str]:
     return []
 
 
+def _none_positive(config: Config, stats: dict[str, Any]) -> str:
+    low, high = stats["ratings"]
+    liked = (
+        "1, which every event without a rating counts as" if low == high == 1 else "a rating that means liked"
+    )
+    return f"no event is positive: ratings are from {low:g} to {high:g}, and {_threshold(config)}; set it to {liked}"
+
+
+def _threshold(config: Config) -> str:
+    return f"data.positive_rating = {config.data.positive_rating:g}"
+
+
 def _about_rows(config: Config, stats: dict[str, Any]) -> list[str]:
     read, repeated, data = stats["rows_read"], stats["repeated_events"], config.data
     left_out = 0 if data.keeps_repeated_events else repeated
-    no_damage = (EMPTY_LINE, DUPLICATE)
-    bad = sum(number for reason, number in stats["quarantined"].items() if reason not in no_damage)
+    bad = sum(number for reason, number in stats["quarantined"].items() if reason != EMPTY_LINE)
     found = []
     if bad > MANY_BAD * read:
         found.append(

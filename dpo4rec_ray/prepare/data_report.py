@@ -1,6 +1,6 @@
 """What happened to the data: data/report.json, the table on the terminal, and the files of bad lines.
 
-rows read = rows kept + quarantined (damaged, or a duplicate) + filtered (sound and not wanted), always.
+rows read = rows kept + quarantined (damaged) + filtered (sound, and left out by a rule), always.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo4rec_ray.config.data import FEW_BAD_ROWS
 from dpo4rec_ray.core.candidates import SPLITS
+from dpo4rec_ray.datasets.cells import way_to_read_time
 from dpo4rec_ray.datasets.parsing import (
     BAD_NUMBER,
     BAD_TIME,
-    DUPLICATE,
     EMPTY_LINE,
     FIELD_COUNT,
     OPEN_QUOTE,
@@ -34,9 +35,9 @@ from dpo4rec_ray.store.progress import say
 KINDS = ("events", "items", "users", "lists")
 # Bad lines kept per reason and kind of file; the others are only counted.
 MAX_LINES = 100
-# Reasons to filter an event: it is outside the k-core (a user's single event gives no list), or its user is beyond
-# data.max_users or has no logged list.
-TOO_FEW, NOT_TAKEN = "too few events of the user or item", "user not taken"
+# Reasons to filter an event: its user and item have an earlier one, it is outside the k-core (a user's single event gives no
+# list), or its user is beyond data.max_users or has no logged list.
+REPEATED, TOO_FEW, NOT_TAKEN = "repeated events", "too few events of the user or item", "user not taken"
 # What else may be meant than damage where a section of the recipe says how the files are written, by reason.
 ADVICE = {
     WRONG_ENCODING: "another encoding is set by {section}.encoding",
@@ -94,15 +95,18 @@ class DataReport:
             raise UserError(
                 f"the files of {kind} hold no row; check data.raw_dir, data.file and the recipe's patterns"
             )
-        if bad > self.max_bad_fraction * counts.rows_read:
+        few = FEW_BAD_ROWS if self.max_bad_fraction else 0
+        if bad > max(self.max_bad_fraction * counts.rows_read, few):
             section = "logged" if kind == "lists" else self.section
             first = next(line for line in counts.bad_lines if line["reason"] != EMPTY_LINE)
             advice = ADVICE.get(first["reason"], "") if section else ""
             advice = "; " + advice.format(section=section) if advice else ""
+            if advice and first["reason"] == BAD_TIME:
+                advice += way_to_read_time(first["text"])
             raise UserError(
                 f"{first['path']} line {first['line']}: {first['reason']}: {first['text']!r}; {bad} of {counts.rows_read} "
                 f"rows cannot be used ({_listed(counts.quarantined)}), more than data.max_bad_fraction = "
-                f"{self.max_bad_fraction:g}; mend the file or raise it{advice}"
+                f"{self.max_bad_fraction:g} allows; mend the file or raise it{advice}"
             )
 
     def stats(self, *, num_users: int, num_items: int, num_truth: int) -> dict[str, Any]:
@@ -110,9 +114,10 @@ class DataReport:
         built, events = self.built, self.counts["events"]
         kept = sum(one.num_events for one in built)
         left_out = 0 if self.keeps_repeated else self.num_repeated
-        quarantined = events.quarantined + Counter({DUPLICATE: left_out})
         outside = events.rows_kept - left_out - self.num_in_core
-        filtered = events.filtered + Counter({TOO_FEW: outside, NOT_TAKEN: self.num_in_core - kept})
+        filtered = events.filtered + Counter(
+            {REPEATED: left_out, TOO_FEW: outside, NOT_TAKEN: self.num_in_core - kept}
+        )
         splits = sum((one.splits for one in built), Counter[str]())
         histograms = {
             name: sum((one.histograms[name] for one in built), Counter[int]()) for name in built[0].histograms
@@ -133,7 +138,7 @@ class DataReport:
             "rows_read": events.rows_read,
             "lines_read": events.num_lines,
             "rows_kept": kept,
-            "quarantined": dict(quarantined),
+            "quarantined": dict(events.quarantined),
             "filtered": dict(filtered),
             "duplicates": "of several events of one user and item "
             + ("all count" if self.keeps_repeated else "the earliest counts"),
@@ -231,6 +236,8 @@ def _table(stats: dict[str, Any]) -> list[str]:
             ),
         ),
     ]
+    if stats["repeated_events"]:
+        rows.insert(4, (REPEATED, f"{stats['repeated_events']:,}, {stats['duplicates']}"))
     shares = " ".join(f"{share:.0%}" for share in QUANTILES)
     rows += [
         (f"{name.replace('_', ' ')}, {shares}", " ".join(f"{value:,}" for value in values))

@@ -33,7 +33,7 @@ from dpo4rec_ray.prepare.assemble import (
     truth_table,
     user_blocks,
 )
-from dpo4rec_ray.prepare.data_remarks import remarks
+from dpo4rec_ray.prepare.data_remarks import check_positives, remarks
 from dpo4rec_ray.prepare.data_report import DataReport, check_splits
 from dpo4rec_ray.prepare.ingest import write_partitions
 from dpo4rec_ray.prepare.inspection import file_names, file_notes, take_source
@@ -158,5 +158,6 @@ def _prepare(
     num_truth = len(user_keys) if source.truth is not None else 0
     stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth)
     check_splits(stats["splits"])
+    check_positives(config, stats)
     stats["remarks"] = remarks(config, stats, table, report.counts["items"].unwanted_ids)
     return stats

@@ -149,8 +149,10 @@ def test_case_one_timestamp(tmp_path: Path) -> None:
 
 def test_case_boolean_rating(tmp_path: Path) -> None:
     raw = case("csv-boolean-rating")
-    (sentence,) = Prepared(tmp_path / "4", raw).report["remarks"]
-    assert "no event is positive: ratings are from 0 to 1" in sentence
+    with pytest.raises(
+        UserError, match=r"no event is positive: ratings are from 0 to 1, and data\.positive_rating = 4"
+    ):
+        Prepared(tmp_path / "4", raw)
     run = Prepared(tmp_path / "1", raw, "data.positive_rating=1")
     assert run.report["ratings"] == [0.0, 1.0] and 0 < run.report["positive_events"] < 288
     assert run.report["remarks"] == []
@@ -263,9 +265,7 @@ def test_paper_keeps_repeated_events_and_counts_them_in_the_core(tmp_path: Path)
         tmp_path / "paper", raw, f"data.user_core={NUM_EVENTS}", "data.item_core=2", protocol="paper"
     )
     report = keep.report
-    assert report["rows_kept"] == 288 and "duplicate" not in {
-        k for k, v in report["quarantined"].items() if v
-    }
+    assert report["rows_kept"] == 288 and report["filtered"] == report["quarantined"] == {}
     assert report["repeated_events"] >= 5 and report["duplicates"].endswith("all count")
     names = [row["raw_id"] for row in keep.rows("items")]
     user = next(row for row in keep.rows("users") if row["raw_id"] == "0")
@@ -274,7 +274,10 @@ def test_paper_keeps_repeated_events_and_counts_them_in_the_core(tmp_path: Path)
     assert len(first["candidate_item_ids"]) == 10 and first["candidate_item_ids"].count(names.index("0")) == 2
     for protocol, overrides in (("user", []), ("paper", ["data.repeated_events=first"])):
         once = Prepared(tmp_path / f"{protocol}-once", raw, *overrides, protocol=protocol).report
-        assert once["rows_kept"] == 288 - report["repeated_events"] == 288 - once["quarantined"]["duplicate"]
+        assert (
+            once["rows_kept"] == 288 - report["repeated_events"] == 288 - once["filtered"]["repeated events"]
+        )
+        assert once["quarantined"] == {}
     kept = Prepared(tmp_path / "kept", raw, "data.repeated_events=keep").report
     assert kept["rows_kept"] == 288
 
@@ -286,6 +289,82 @@ def test_a_published_core_comes_in_as_it_is(tmp_path: Path) -> None:
     report = Prepared(tmp_path, f"data.raw_dir={folder}", recipe="amazon_beauty", protocol="paper").report
     assert report["rows_kept"] == report["rows_read"] - report["quarantined"].get("empty line", 0) > 2900
     assert report["repeated_events"] > 0
+
+
+def test_repeated_events_have_a_line_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = own_table(tmp_path / "raw", item=lambda cells: int(cells["item"]) % 25)
+    for name, overrides, end in (
+        ("first", [], "the earliest counts"),
+        ("keep", ["data.repeated_events=keep"], "all count"),
+    ):
+        report = Prepared(tmp_path / name, raw, *overrides).report
+        (line,) = [
+            x.strip() for x in capsys.readouterr().out.splitlines() if x.startswith("  repeated events")
+        ]
+        assert " ".join(line.split()) == (
+            f"repeated events {report['repeated_events']}, of several events of one user and item {end}"
+        )
+        assert report["repeated_events"] > 0
+        assert (report["rows_kept"] < 288) == (name == "first")
+    Prepared(tmp_path / "none", own_table(tmp_path / "sound"))
+    assert "repeated events" not in capsys.readouterr().out
+
+
+# A handful of damaged rows, and data without a positive.
+
+
+def test_a_handful_of_damaged_rows_stops_no_run(tmp_path: Path) -> None:
+    """Ten rows without a rating of 288 are set aside; eleven stop the run, and so does one where none is allowed."""
+
+    def raw(name: str, num_bad: int) -> str:
+        return own_table(
+            tmp_path / name, rating=lambda cells: "" if int(cells["time"]) < bad_s(num_bad) else 4
+        )
+
+    def bad_s(num_bad: int) -> int:  # the events of user 0 are the first 12
+        return START_S + num_bad
+
+    few = raw("few", 10)
+    report = Prepared(tmp_path / "run", few).report
+    assert report["quarantined"] == {"missing field rating": 10} and report["rows_kept"] == 278
+    with pytest.raises(UserError, match=r"line 2: missing field rating: .*; 11 of 288 rows cannot be used"):
+        Prepared(tmp_path / "many", raw("more", 11))
+    with pytest.raises(UserError, match=r"10 of 288 .*, more than data\.max_bad_fraction = 0 allows"):
+        Prepared(tmp_path / "strict", few, "data.max_bad_fraction=0")
+
+
+def test_dates_are_told_with_the_unit_that_reads_them(tmp_path: Path) -> None:
+    raw = own_table(
+        tmp_path / "raw", time=lambda cells: datetime.fromtimestamp(int(cells["time"]), UTC).isoformat(" ")
+    )
+    with pytest.raises(
+        UserError, match=r"set by table\.timestamp_unit, and \"iso\" would read '2020-09-13 12:26:40"
+    ):
+        Prepared(tmp_path / "s", raw)
+    assert Prepared(tmp_path / "iso", raw, "table.timestamp_unit=iso").report["times"][0] == START_S
+
+
+def test_times_in_nanoseconds(tmp_path: Path) -> None:
+    raw = own_table(tmp_path / "raw", time=lambda cells: int(cells["time"]) * 10**9)
+    assert Prepared(tmp_path / "run", raw, "table.timestamp_unit=ns").report["times"][0] == START_S
+
+
+def test_data_without_a_positive_are_refused(tmp_path: Path) -> None:
+    raw = own_table(tmp_path / "raw")
+    with pytest.raises(
+        UserError, match=r"data\.positive_rating = 4; set it to 1, which every event without a rating"
+    ):
+        Prepared(tmp_path / "clicks", raw, "table.rating=")
+    assert (
+        Prepared(tmp_path / "1", raw, "table.rating=", "data.positive_rating=1").report["positive_events"]
+        == 288
+    )
+    lists = [[str(user), " ".join(map(str, range(8))), " ".join("0" * 8)] for user in range(NUM_USERS)]
+    write(tmp_path / "raw" / "lists.csv", ["user_id", "candidate_item_ids", "labels"], lists)
+    with pytest.raises(
+        UserError, match=r"no candidate of logged\.file has a label above 0; check logged\.labels"
+    ):
+        Prepared(tmp_path / "lists", raw, f"logged.file={tmp_path}/raw/lists.csv", "logged.separator= ")
 
 
 # MIND.

@@ -365,7 +365,7 @@ def test_results_depend_on_neither_partitions_nor_splits(
         data = {"dataset": "amazon2018", "raw_dir": str(raw), "partition_mib": partition_mib, "user_core": 5}
         store = prepared(tmp_path / f"run-{number}", data)
         adds_up(store)
-        assert report_of(store)["quarantined"]["duplicate"] > 100
+        assert report_of(store)["filtered"]["repeated events"] > 100
         results.append({artifact: store.read(artifact) for artifact in prepare.ARTIFACTS})
         assert len(list(store.path("lists").glob("*.parquet"))) == (
             1 if partition_mib == 256 else 2 + (number == 2)
@@ -399,7 +399,8 @@ def test_the_core_is_a_fixed_point(tmp_path: Path) -> None:
     assert report["rows_kept"] == len(pairs) > 50
     assert set(raw_ids(store)) == {i for _, i in pairs}
     assert set(store.read("users")["raw_id"].to_pylist()) == {u for u, _ in pairs}
-    assert report["quarantined"] == {"duplicate": len(events) - len({(e.user, e.item) for e in events})}
+    assert report["filtered"]["repeated events"] == len(events) - len({(e.user, e.item) for e in events})
+    assert report["quarantined"] == {}
 
 
 def test_the_earliest_of_duplicates_stays(tmp_path: Path) -> None:
@@ -414,7 +415,8 @@ def test_the_earliest_of_duplicates_stays(tmp_path: Path) -> None:
     store = prepared(tmp_path / "run", {**ml_1m(raw, [*again, *others, *own]), "raw_dir": str(raw)})
     user = next(row for row in store.read("users").to_pylist() if row["raw_id"] == "1")
     assert (raw_ids(store)[user["history_item_ids"][0]], user["history_ratings"][0]) == ("7", 2.0)
-    assert report_of(store)["quarantined"] == {"duplicate": 2}
+    assert report_of(store)["filtered"] == {"repeated events": 2}
+    assert report_of(store)["quarantined"] == {}
 
 
 def test_parquet_is_cut_into_partitions_too(tmp_path: Path) -> None:
@@ -496,18 +498,19 @@ def test_bad_lines_are_set_aside_with_their_numbers(tmp_path: Path) -> None:
     events = make_events()
     ml_1m(raw, events)
     rows = (raw / "ratings.dat").read_text().splitlines()
-    rows[9] = "1::5"
-    rows[19] = "1::5::many::978300000"
-    rows[29] = "1::5::9::978300000"
-    rows[39] = "1::999::3::978300000"
-    rows[49] = "777::5::3::978300000"
-    rows[59] = "1::5::3::-5"
+    for first in (0, 60):
+        rows[first + 9] = "1::5"
+        rows[first + 19] = "1::5::many::978300000"
+        rows[first + 29] = "1::5::9::978300000"
+        rows[first + 39] = "1::999::3::978300000"
+        rows[first + 49] = "777::5::3::978300000"
+        rows[first + 59] = "1::5::3::-5"
     lines(rows, raw / "ratings.dat")
     data = {"dataset": "movielens", "raw_dir": str(raw)}
-    with pytest.raises(UserError, match=r"ratings.dat line 10: wrong field count: '1::5'; 6 of"):
+    with pytest.raises(UserError, match=r"ratings.dat line 10: wrong field count: '1::5'; 12 of"):
         prepared(tmp_path / "run", dict(data))
     assert (
-        len((tmp_path / "run/data/quarantine/events.jsonl").read_text().splitlines()) == 6
+        len((tmp_path / "run/data/quarantine/events.jsonl").read_text().splitlines()) == 12
     )  # also of a run that stops
     store = prepared(tmp_path / "run", {**data, "max_bad_fraction": 0.02})
     adds_up(store)
@@ -515,8 +518,12 @@ def test_bad_lines_are_set_aside_with_their_numbers(tmp_path: Path) -> None:
         json.loads(line) for line in (tmp_path / "run/data/quarantine/events.jsonl").read_text().splitlines()
     ]
     assert {(line["line"], line["reason"]) for line in found} == {
-        (10, "wrong field count"), (20, "bad number"), (30, "rating out of range"), (40, "unknown item"),
-        (50, "unknown user"), (60, "impossible timestamp"),
+        (first + line, reason)
+        for first in (0, 60)
+        for line, reason in (
+            (10, "wrong field count"), (20, "bad number"), (30, "rating out of range"), (40, "unknown item"),
+            (50, "unknown user"), (60, "impossible timestamp"),
+        )
     }  # fmt: skip
     assert all(line["path"].endswith("ratings.dat") for line in found)
 

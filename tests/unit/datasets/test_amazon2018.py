@@ -23,7 +23,6 @@ from dpo4rec_ray.datasets.parsing import (
     BAD_TIME,
     EMPTY_LINE,
     FIELD_COUNT,
-    MISSING,
     OUT_OF_RANGE,
 )
 from dpo4rec_ray.datasets.source import EVENTS, ITEMS, DataFile, Parsed
@@ -264,9 +263,9 @@ def test_reviews_that_cannot_be_used_are_told_by_row_and_reason() -> None:
     expected = [
         OUT_OF_RANGE,
         BAD_NUMBER,
-        MISSING,
-        MISSING,
-        MISSING,
+        "missing field timestamp",
+        "missing field item",
+        "missing field item",
         BAD_TIME,
         BAD_TIME,
         BAD_NUMBER,
@@ -294,7 +293,7 @@ def test_ratings_lines_that_cannot_be_used() -> None:
             (1, FIELD_COUNT),
             (2, BAD_NUMBER),
             (3, OUT_OF_RANGE),
-            (4, MISSING),
+            (4, "missing field user"),
             (5, FIELD_COUNT),
             (6, EMPTY_LINE),
         ],
@@ -408,7 +407,7 @@ def test_titles_are_cleaned_and_products_without_an_id_are_left_out() -> None:
         ("B5", None),
         ("B6", "spaced"),
     ]
-    assert reasons(parsed) == [(2, MISSING), (4, "unreadable"), (7, MISSING)]
+    assert reasons(parsed) == [(2, "missing field item"), (4, "unreadable"), (7, "missing field item")]
     assert parsed.cleaned == {"titles": 2}
 
 

@@ -16,7 +16,6 @@ from dpo4rec_ray.datasets.parsing import (
     BAD_NUMBER,
     BAD_TIME,
     FIELD_COUNT,
-    MISSING,
     OUT_OF_RANGE,
     UNRATED,
 )
@@ -155,8 +154,15 @@ def test_reviews_that_cannot_be_used_and_those_without_a_rating() -> None:
         {"item": "B9", "timestamp_s": 0},
     ]
     assert reasons(parsed) == [
-        *[(1, OUT_OF_RANGE), (2, MISSING), (3, MISSING), (4, MISSING), (5, BAD_TIME), (6, BAD_TIME)],
-        *[(7, BAD_NUMBER), (10, MISSING), (11, BAD_JSON)],
+        *[
+            (1, OUT_OF_RANGE),
+            (2, "missing field rating"),
+            (3, "missing field item"),
+            (4, "missing field user"),
+            (5, BAD_TIME),
+            (6, BAD_TIME),
+        ],
+        *[(7, BAD_NUMBER), (10, "missing field item"), (11, BAD_JSON)],
     ]
 
 
@@ -166,7 +172,12 @@ def test_ratings_lines_that_cannot_be_used() -> None:
     )
     parsed = amazon2023.parse_ratings(content)
     assert parsed.table["user"].to_pylist() == ["A0"]
-    assert reasons(parsed) == [(1, FIELD_COUNT), (2, BAD_NUMBER), (3, MISSING), (4, OUT_OF_RANGE)]
+    assert reasons(parsed) == [
+        (1, FIELD_COUNT),
+        (2, BAD_NUMBER),
+        (3, "missing field user"),
+        (4, OUT_OF_RANGE),
+    ]
 
 
 def test_attributes_name_the_author_or_else_the_brand() -> None:
@@ -205,7 +216,7 @@ def test_what_is_known_only_after_the_reviews_leaves_no_trace() -> None:
 def test_products_without_an_id_are_left_out() -> None:
     parsed = amazon2023.parse_products(as_lines(product(0, parent_asin=None), product(1, title="A &amp; B")))
     assert parsed.table["title"].to_pylist() == ["A & B"]
-    assert reasons(parsed) == [(0, MISSING)]
+    assert reasons(parsed) == [(0, "missing field item")]
 
 
 REVIEWS = [as_lines(review(number)) for number in range(70)]

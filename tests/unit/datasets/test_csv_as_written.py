@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo4rec_ray.config import Config
+from dpo4rec_ray.config import Config, default_config
 from dpo4rec_ray.config.data import TableSection
 from dpo4rec_ray.datasets import files
 from dpo4rec_ray.datasets.csv_rows import RowJoiner
@@ -311,9 +311,12 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path):
         ({"encoding": "utf-9"}, "no such encoding"),
         ({"quote": "''"}, "quote"),
         ({"timestamp_unit": "minutes"}, "timestamp_unit"),
+        ({"timestamp_unit": "minutes"}, "none of s, ms, us, ns, iso, and no format of strptime"),
     ):
         with pytest.raises(ValueError, match=told):
             TableSection.model_validate(values)
+    with pytest.raises(UserError, match=r"the defaults: table\.timestamp_unit = 'minutes': none of s,"):
+        default_config(["table.timestamp_unit=minutes"])
     assert Config.model_validate({"table": {"delimiter": "\\t"}}).table.delimiter == "\t"
 
 

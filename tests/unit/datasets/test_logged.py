@@ -28,7 +28,7 @@ from dpo4rec_ray.datasets.logged import (
     WRONG_SIZE,
     describe,
 )
-from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, BAD_TIME, MISSING, UNREADABLE
+from dpo4rec_ray.datasets.parsing import BAD_JSON, BAD_NUMBER, BAD_TIME, UNREADABLE
 from dpo4rec_ray.datasets.source import LISTS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
 
@@ -47,12 +47,12 @@ EXPECTED = {
 }  # fmt: skip
 TROUBLE: list[tuple[dict[str, Any], str]] = [
     ({}, ""),
-    ({"user": None}, MISSING),
-    ({"shown": None}, MISSING),
-    ({"clicks": None}, MISSING),
-    ({"shown": [3, None, 2]}, MISSING),
-    ({"at": None}, MISSING),
-    ({"split": None}, MISSING),
+    ({"user": None}, "missing field user"),
+    ({"shown": None}, "missing field candidates"),
+    ({"clicks": None}, "missing field labels"),
+    ({"shown": [3, None, 2]}, "missing field candidates"),
+    ({"at": None}, "missing field timestamp"),
+    ({"split": None}, "missing field split"),
     ({"clicks": [0, 1]}, LENGTHS_DIFFER),
     ({"shown": [], "clicks": []}, WRONG_SIZE),
     ({"shown": [1], "clicks": [1]}, WRONG_SIZE),
@@ -140,7 +140,7 @@ MIND = [
     ("4\tU1\t11/15/2019 9:55:12 AM\tN8\tN1-yes N2-1", BAD_LABEL),
     ("5\tU1\t11/15/2019 9:55:12 AM\tN8\tN1-1", WRONG_SIZE),
     ("6\tU1\t2019-11-15\tN8\tN1-1 N2-0", BAD_TIME),
-    ("7\t\t11/15/2019 9:55:12 AM\tN8\tN1-1 N2-0", MISSING),
+    ("7\t\t11/15/2019 9:55:12 AM\tN8\tN1-1 N2-0", "missing field user"),
     ('8\tU1\t11/15/2019 9:55:12 AM\t"N8\tN1-1 N2-0', ""),  # nothing is quoted
 ]
 MIND_SECTION = {

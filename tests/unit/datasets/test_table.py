@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from dpo4rec_ray.config.data import TableSection
 from dpo4rec_ray.datasets import files
-from dpo4rec_ray.datasets.cells import Column, converted
+from dpo4rec_ray.datasets.cells import Column, converted, way_to_read_time
 from dpo4rec_ray.datasets.column_mapping import matching_files
 from dpo4rec_ray.datasets.parsing import (
     BAD_JSON,
@@ -33,7 +33,6 @@ from dpo4rec_ray.datasets.parsing import (
     BAD_TIME,
     EMPTY_LINE,
     FIELD_COUNT,
-    MISSING,
     OPEN_QUOTE,
     OUT_OF_RANGE,
     UNREADABLE,
@@ -145,6 +144,9 @@ def test_ids_become_text_whatever_their_type():
         ("s", MORNING_S, MORNING_S),
         ("ms", MORNING_S * 1000 + 999, MORNING_S),
         ("us", MORNING_S * 1_000_000 + 999_999, MORNING_S),
+        ("ns", MORNING_S * 10**9, MORNING_S),
+        ("ns", MORNING_S * 10**9 + 999_999_000, MORNING_S),
+        ("ns", str(MORNING_S * 10**9), MORNING_S),
         ("s", MORNING_S + 0.75, MORNING_S),
         ("s", str(MORNING_S), MORNING_S),
         ("ms", f" {MORNING_S}123.0 ", MORNING_S),
@@ -187,10 +189,10 @@ CSV_TROUBLE = [
     (b"u1,a,4", FIELD_COUNT),
     (b"u1,a,4,100,9", FIELD_COUNT),
     (b"", EMPTY_LINE),
-    (b",a,4,100", MISSING),
-    (b"u1,,4,100", MISSING),
-    (b"u1,a,,100", MISSING),
-    (b"u1,a,4,", MISSING),
+    (b",a,4,100", "missing field user"),
+    (b"u1,,4,100", "missing field item"),
+    (b"u1,a,,100", "missing field rating"),
+    (b"u1,a,4,", "missing field timestamp"),
     (b"u1,a,good,100", BAD_NUMBER),
     (b"u1,a,9.5,100", OUT_OF_RANGE),
     (b"u1,a,-1,100", OUT_OF_RANGE),
@@ -260,10 +262,10 @@ JSON_TROUBLE = [
     ('{"user_id": 5, "item_id": "x7", "rating": 4.5, "timestamp": "100"}', ""),  # other types than the first line
     ('{"user_id": 5.0, "item_id": 123456789012345678901234567890, "rating": "3", "timestamp": 1e2}', ""),
     ('{"timestamp": 100, "rating": 4, "item_id": 7, "user_id": "u1"}  ', ""),
-    ('{"user_id": "u1", "item_id": 7, "rating": 4}', MISSING),
-    ('{"user_id": null, "item_id": 7, "rating": 4, "timestamp": 100}', MISSING),
-    ('{"user_id": "", "item_id": 7, "rating": 4, "timestamp": 100}', MISSING),
-    ("{}", MISSING),
+    ('{"user_id": "u1", "item_id": 7, "rating": 4}', "missing field timestamp"),
+    ('{"user_id": null, "item_id": 7, "rating": 4, "timestamp": 100}', "missing field user"),
+    ('{"user_id": "", "item_id": 7, "rating": 4, "timestamp": 100}', "missing field user"),
+    ("{}", "missing field user"),
     ('{"user_id": "u1", "item_id": 7, "rating": "good", "timestamp": 100}', BAD_NUMBER),
     ('{"user_id": "u1", "item_id": 7, "rating": 9, "timestamp": 100}', OUT_OF_RANGE),
     ('{"user_id": "u1", "item_id": 7, "rating": NaN, "timestamp": 100}', OUT_OF_RANGE),
@@ -320,7 +322,8 @@ def test_parquet_rows_are_quarantined_with_what_they_hold(tmp_path: Path):
     (parsed,) = read(describe(str(tmp_path), TableSection(interactions="e.parquet")).events)
     assert parsed.table.to_pylist() == [{"user": "u1", "item": "1", "rating": 4.0, "timestamp_s": 100}]
     assert bad_rows(parsed) == [
-        (1, UNREADABLE), (2, BAD_NUMBER), (3, OUT_OF_RANGE), (4, MISSING), (5, MISSING), (6, BAD_TIME),
+        (1, UNREADABLE), (2, BAD_NUMBER), (3, OUT_OF_RANGE), (4, "missing field user"),
+        (5, "missing field item"), (6, BAD_TIME),
     ]  # fmt: skip
     texts = {bad.row: bad.text for bad in parsed.quarantined.shown}
     assert texts[1] == "user_id=b'\\xff', item_id=2, rating='4', timestamp=100"
@@ -377,7 +380,7 @@ def test_items_titles_and_attributes_in_every_format(tmp_path: Path):
     for name in ("i.csv", "i.jsonl", "i.parquet"):
         (parsed,) = read(describe(str(tmp_path), mapping.model_copy(update={"items": name})).items)
         assert parsed.table.to_pylist() == expected and parsed.table.schema == ITEMS
-        assert bad_rows(parsed) == [(3, MISSING)]
+        assert bad_rows(parsed) == [(3, "missing field item")]
     plain = mapping.model_copy(
         update={"items": "i.csv", "title": "", "attributes": {"genre": "genres"}, "attribute_separator": ""}
     )
@@ -433,7 +436,7 @@ def test_users_and_their_profiles(tmp_path: Path):
         {"raw_id": "u2", "profile": "country: FR"},
         {"raw_id": "u3", "profile": ""},
     ]
-    assert bad_rows(parsed) == [(3, MISSING)] and parsed.cleaned == {"profiles": 1}
+    assert bad_rows(parsed) == [(3, "missing field user")] and parsed.cleaned == {"profiles": 1}
     assert parsed.row_of is not None and parsed.row_of.tolist() == [0, 1, 2]
     (parsed,) = read(describe(str(tmp_path), mapping.model_copy(update={"profile": ()})).users)
     assert parsed.table["profile"].to_pylist() == ["", "", ""]
@@ -527,7 +530,7 @@ def test_a_missing_column_is_told_before_anything_is_read(tmp_path: Path):
 def test_json_keys_may_be_missing_in_the_first_line(tmp_path: Path):
     (tmp_path / "e.jsonl").write_bytes(b'damaged\n{"user_id": "u0", "rating": null}\n' + JSONL)
     (parsed,) = read(describe(str(tmp_path), TableSection(interactions="e.jsonl")).events)
-    assert bad_rows(parsed) == [(0, BAD_JSON), (1, MISSING)] and parsed.table.equals(TABLE)
+    assert bad_rows(parsed) == [(0, BAD_JSON), (1, "missing field item")] and parsed.table.equals(TABLE)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +544,7 @@ def test_json_keys_may_be_missing_in_the_first_line(tmp_path: Path):
             r"'user_id' \(table\.user\) is of type list<.*>; it must hold text or whole numbers",
         ),
         ("item_id", [True], r"'item_id' \(table\.item\) is of type bool"),
-        ("timestamp", [5], r"\(table\.timestamp\) is of type int64; .*set timestamp_unit to s, ms or us"),
+        ("timestamp", [5], r"\(table\.timestamp\) is of type int64; .*set timestamp_unit to s, ms, us or ns"),
     ],
 )
 def test_a_column_of_the_wrong_type_is_told_before_anything_is_read(
@@ -612,8 +615,52 @@ def test_other_mistakes_are_told(tmp_path: Path):
         describe(str(tmp_path), items)
     with pytest.raises(UserError, match=r"nowhere: there is no such folder; correct data\.raw_dir"):
         describe(str(tmp_path / "nowhere"), TableSection(interactions="e.csv"))
+    with pytest.raises(UserError, match=rf"twice\.csv: is a file; give its folder, {tmp_path}$"):
+        describe(str(tmp_path / "twice.csv"), TableSection(interactions="twice.csv"))
     with pytest.raises(UserError, match="cannot be opened"):
         describe("nosuch://bucket", TableSection(interactions="e.csv"))
+
+
+def test_a_missing_column_is_told_with_what_to_set(tmp_path: Path):
+    (tmp_path / "e.csv").write_bytes(CSV)
+    (tmp_path / "i.csv").write_text(
+        ",name,price\na,Lamp,3\nb,Chair,4\n"
+    )  # as pandas writes an index without a name
+    mapping = TableSection(interactions="e.csv", items="i.csv", title="name")
+    with pytest.raises(UserError) as error:
+        describe(str(tmp_path), mapping)
+    assert str(error.value) == (
+        f"{tmp_path}/i.csv: the column 'item_id' (table.item_id) is not there; columns found: \"\", name, price; if the column "
+        'without a name is meant, set table.item_id=""'
+    )
+    (items,) = read(describe(str(tmp_path), mapping.model_copy(update={"item_id": ""})).items)
+    assert items.table["raw_id"].to_pylist() == ["a", "b"]
+    (tmp_path / "clicks.csv").write_text("user_id,item_id,timestamp\nu,a,100\n")
+    with pytest.raises(
+        UserError, match=r'; without ratings set table\.rating="" and data\.positive_rating=1$'
+    ):
+        describe(str(tmp_path), TableSection(interactions="clicks.csv"))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("u,a,4,2024-05-01 10:00:00", ', and "iso" would read \'2024-05-01 10:00:00\''),
+        ("user_id='u', timestamp='2024-05-01T10:00:00.5Z'", ', and "iso" would read \'2024-05-01T10:00:00.5Z\''),
+        ("u,a,4,25.03.2024 10:00", ", and '%d.%m.%Y %H:%M' would read '25.03.2024 10:00'"),
+        ("u,a,4,3/5/2024", ", and '%m/%d/%Y' or '%d/%m/%Y' would read '3/5/2024'"),
+        ("u,a,4,2024-05-01 1:02:03 PM", ", and '%Y-%m-%d %I:%M:%S %p' would read '2024-05-01 1:02:03 PM'"),
+        ("u,a,4,soon", ""),
+        ("u,a,4,1714557600000", ""),
+        ("u,a,4,1969-12-31", ""),
+    ],
+)  # fmt: skip
+def test_the_unit_that_reads_a_date_is_named(line: str, told: str):
+    assert way_to_read_time(line) == told
+    for unit in ["iso"] if "iso" in told else told.split("'")[1:-3:2]:
+        text = told.split("'")[-2]
+        column = Column("table.timestamp", "x", "time", "y", unit=unit)
+        assert converted(pa.table({"x": [text]}), (column,))["y"].null_count == 0
 
 
 # Fuzz: damaged lines among sound ones never harm the sound ones.

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.prepare.data_remarks import remarks
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.prepare.data_remarks import check_positives, remarks
 
 SOUND: dict[str, Any] = {
     "notes": [], "times": (1_500_000_000, 1_600_000_000), "ratings": (1.0, 5.0), "rows_read": 1000, "rows_kept": 1000,
@@ -44,11 +45,12 @@ def test_nothing_is_said_about_sound_data():
         ({"times": (1_500_000, 1_600_000)}, "all events are from before 1980 (from 1970-01-18 to 1970-01-19)"),
         ({"times": (0, 1_600_000_000)}, "some events are from before 1980 (from 1970-01-01 to 2020-09-13)"),
         ({"positive_events": 0, "ratings": (0.0, 1.0)}, "no event is positive: ratings are from 0 to 1, and "
-         "data.positive_rating = 4"),
+         "data.positive_rating = 4; set it to a rating that means liked"),
+        ({"positive_events": 0, "ratings": (1.0, 1.0)}, "set it to 1, which every event without a rating counts as"),
         ({"positive_events": 1000, "ratings": (4.0, 5.0)}, "all 1,000 events are positive"),
         ({"positive_events": 1000, "ratings": (5.0, 5.0)}, "all events have the rating 5"),
         ({"quarantined": {"bad number": 51}}, "51 of 1,000 rows were damaged"),
-        ({"quarantined": {"duplicate": 501}, "repeated_events": 501}, "501 of 1,000 events are repeated ones of the same user "
+        ({"filtered": {"repeated events": 501}, "repeated_events": 501}, "501 of 1,000 events are repeated ones of the same user "
          "and item, and were left out"),
         ({"in_core": 9}, "the k-core leaves 9 of 1,000 events; lower data.user_core = 0"),
         ({"users_without_profile": 51}, "51 of 100 users have no profile"),
@@ -78,3 +80,18 @@ def test_titles_that_are_all_the_same():
 def test_repeated_events_that_count_are_no_damage():
     (sentence,) = said({"repeated_events": 900}, protocol="paper")
     assert "900 of 1,000 events are repeated ones of the same user and item, and were kept" in sentence
+
+
+def test_no_positive_candidate_is_an_error():
+    sound = {**SOUND, "positive_share": 0.1}
+    check_positives(Config(), sound)
+    check_positives(
+        Config(), {**sound, "positive_events": 0}
+    )  # logged lists may have labels and the events none
+    for change, sections, told in (
+        ({"positive_events": 0}, {}, "no event is positive: ratings are from 1 to 5"),
+        ({}, {}, "all 400 positive events are in histories; lower data.max_history = 30"),
+        ({}, {"logged": {"file": "lists.csv"}}, "no candidate of logged.file has a label above 0"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check_positives(Config.model_validate(sections), {**sound, "positive_share": 0.0, **change})
