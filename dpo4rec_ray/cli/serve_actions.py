@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dpo4rec_ray.cli import session
 from dpo4rec_ray.config.serving import APPLICATION, ServingSection
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.serving.tokens import read_tokens
 from dpo4rec_ray.workers.placement import joined_cluster
 
 if TYPE_CHECKING:
@@ -43,11 +44,12 @@ def publish(options: argparse.Namespace) -> int:
 def change(options: argparse.Namespace) -> int:
     """promote, rollback, split and shadow: the registry's method of that name, with the arguments of the action."""
     arguments = [getattr(options, name) for name in ("name", "percent") if hasattr(options, name)]
+    need_registry(options)
     return show(getattr(open_registry(options), options.action)(*arguments))
 
 
 def status(options: argparse.Namespace) -> int:
-    registry = open_registry(options, log=False)
+    registry = need_registry(options)
     for card in registry.cards():
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in card.metrics.items())
         print(f"{card.version}  {card.created}  {card.model}  {card.num_users} users  test {metrics}")
@@ -59,8 +61,11 @@ def config(options: argparse.Namespace) -> int:
 
     settings = serving_settings(options.changes, options.registry)
     http = settings.model_dump(include={"host", "port", "request_timeout_s"})
-    arguments = settings.model_dump(exclude_defaults=True, exclude=set(http))
-    arguments["registry"] = str(Path(settings.registry).resolve())
+    arguments = settings.model_dump(exclude_defaults=True, exclude=set(http)) | {
+        "registry": settings.registry
+    }
+    for name in arguments.keys() & {"registry", "token_file"}:  # replicas start in folders of their own
+        arguments[name] = str(Path(arguments[name]).resolve())
     application = {"name": APPLICATION, "route_prefix": "/", "import_path": IMPORT_PATH, "args": arguments}
     content = {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
     print("# For `serve deploy FILE`; start Ray with RAY_SERVE_ENABLE_HA_PROXY=1 on every node.")
@@ -83,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
             "run serves on a Ray of its own; on a running cluster: dpo4rec serve config > serve.yaml, serve deploy serve.yaml"
         )
     need_port(settings)
+    if not Path(settings.token_file).is_fifo():  # a pipe can be read once, by the replica
+        read_tokens(settings.token_file)
     registry = open_registry(options, settings.registry)
     from dpo4rec_ray.serving.version_check import load_version
 
@@ -93,7 +100,11 @@ def run(options: argparse.Namespace) -> int:
             card = card or publish_run(registry, Path(options.run))
             show(registry.promote(card.version))
         elif card.version != current:  # after a rollback, or another promotion
-            print(f"this run is version {card.version}, but version {current} stays the current one")
+            where = f" --registry {options.registry}" if options.registry else ""
+            print(
+                f"this run is version {card.version}, but version {current} stays the current one; to change that: "
+                f"dpo4rec serve promote {card.version}{where}"
+            )
     routing = registry.routing()
     if not routing.current:
         raise UserError(
@@ -175,7 +186,8 @@ def start(settings: ServingSection, registry: Registry, verbose: bool) -> None:
         found = serve.status().applications[APPLICATION]
         messages = [one.message for one in found.deployments.values() if one.message]
         lines = [line.strip() for line in (messages or [found.message])[0].splitlines() if line.strip()]
-        raise UserError(f"the replicas do not start: {lines[-1] if lines else error}") from error
+        reason = lines[-1].removeprefix(f"{UserError.__module__}.UserError: ") if lines else error
+        raise UserError(f"the replicas do not start: {reason}") from error
 
 
 def serve_environment(timeout_s: float | None = None, tuned: bool = True) -> Path:
@@ -237,14 +249,38 @@ def serving_settings(changes: list[str], registry: str, run_folder: str = "") ->
     return settings.serving.model_copy(update={"registry": registry} if registry else {})
 
 
-def open_registry(options: argparse.Namespace, folder: str = "", log: bool = True) -> Registry:
-    """The registry in `folder`, or in that of the options. log: the logs of libraries go to a file there (not if --verbose)."""
+def open_registry(options: argparse.Namespace, folder: str = "") -> Registry:
+    """The registry in `folder`, or in that of the options, made where it is missing; the logs of libraries go to a file there
+    (not if --verbose).
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
     from dpo4rec_ray.serving.registry import Registry
 
     registry = Registry(folder or serving_settings([], options.registry).registry)
-    if log and not options.verbose:
+    try:
         registry.root.mkdir(parents=True, exist_ok=True)
-        session.be_quiet(registry.root / LOG)
+        if not options.verbose:
+            session.be_quiet(registry.root / LOG)
+    except OSError as error:
+        raise UserError(
+            f"{registry.root}: no registry can be written here: {error.strerror}; name a folder of yours with --registry "
+            "(serving.registry)"
+        ) from None
+    return registry
+
+
+def need_registry(options: argparse.Namespace) -> Registry:
+    """The registry of the options. Nothing is written. Raises UserError if there is none."""
+    from dpo4rec_ray.serving.registry import Registry
+
+    registry = Registry(serving_settings([], options.registry).registry)
+    if not registry.exists():
+        raise UserError(
+            f"{registry.root}: no registry; make one (dpo4rec serve publish RUN_FOLDER --promote), or name another folder "
+            "with --registry"
+        )
     return registry
 
 

@@ -251,7 +251,7 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
             found = ", ".join(name or '""' for name in dict.fromkeys(schema.names)) or "none"
             raise UserError(
                 f"{path}: the column {column.name!r} ({column.key}) {what}; columns found: {found}"
-                + ("" if places else f"{_way_out(column, schema.names)}{if_missing}")
+                + ("" if places else _way_out(column, schema.names, if_missing))
             )
         kind = schema.field(places[0]).type
         if not fits(column, kind):
@@ -265,7 +265,7 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
             )
 
 
-def _way_out(column: Column, found: list[str]) -> str:
+def _way_out(column: Column, found: list[str], if_missing: str) -> str:
     """What to do about a column that a file lacks."""
     section, _, name = column.key.partition(".")
     if name.startswith("attributes."):
@@ -275,7 +275,7 @@ def _way_out(column: Column, found: list[str]) -> str:
     if column.key == "table.rating":
         return '; without ratings set table.rating="" and data.positive_rating=1'
     without = f', or to "" if there is none ({column.key}=)' if column.optional else ""
-    return f"; set {column.key} to the name that it has there{without} (`dpo4rec config {section}` explains the keys)"
+    return f"; set {column.key} to the name that it has there{without} (`dpo4rec config {section}` explains the keys){if_missing}"
 
 
 def parse_block(block: bytes, *, reader: CsvReader | JsonReader, finish: Finish) -> Parsed:

@@ -25,6 +25,7 @@ from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.request_metrics import ServingMetrics, WriterMetrics
 from dpo4rec_ray.serving.service import Service
+from dpo4rec_ray.serving.tokens import read_tokens
 from dpo4rec_ray.workers.placement import engine_env
 
 logger = logging.getLogger("ray.serve")
@@ -183,27 +184,6 @@ def build(arguments: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=20,
         **scale,
     ).bind(settings, *writer)
-
-
-def read_tokens(file: str) -> frozenset[str]:
-    """Bearer tokens of a file, one per line; none if `file` is "".
-
-    Raises:
-        UserError: the file cannot be read, or has no token.
-    """
-    if not file:
-        return frozenset()
-    try:
-        tokens = frozenset(line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"serving.token_file {file}: {error}") from None
-    if not tokens - {""}:
-        raise UserError(f"serving.token_file {file}: no token in it; write one per line")
-    if not all(token.isascii() for token in tokens):
-        raise UserError(
-            f"serving.token_file {file}: a token has characters outside ASCII, which HTTP headers cannot carry"
-        )
-    return tokens - {""}
 
 
 def metrics_folder() -> Path:

@@ -84,10 +84,13 @@ def build_api(service: Service, tokens: frozenset[str], max_body: int) -> Direct
         if not accepted:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        given = given.strip()
         # All are compared, so that the time does not show which token was nearly right.
-        right = [hmac.compare_digest(given.strip().encode(), token) for token in accepted]
+        right = [hmac.compare_digest(given.encode(), token) for token in accepted]
         if scheme.lower() != "bearer" or not any(right):
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+            sent = scheme.lower() == "bearer" and given
+            reason = "this bearer token is not in serving.token_file" if sent else "a bearer token is needed"
+            raise HTTPException(401, reason, {"WWW-Authenticate": "Bearer"})
 
     api = FastAPI(title="dpo4rec_ray reranks", version="1", redoc_url=None)
     locked = [Depends(authorised)]

@@ -65,17 +65,22 @@ class Registry:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).resolve()
+        self._versions = self.root / "versions"
 
     def folder(self, version: str) -> Path:
         """Raises UserError if the name could lead out of the registry's folder."""
         if not NAME.fullmatch(version):
             raise UserError(f"version {version!r}: use letters, digits, '.', '_' and '-', at most 64")
-        return self.root / "versions" / version
+        return self._versions / version
+
+    def exists(self) -> bool:
+        """Whether anything was ever published or promoted here."""
+        return self._versions.is_dir() or (self.root / ROUTING_FILE).is_file()
 
     def cards(self) -> list[VersionCard]:
         """Of all complete versions, oldest first."""
         found = []
-        for folder in sorted((self.root / "versions").glob("[!.]*")):
+        for folder in sorted(self._versions.glob("[!.]*")):
             try:
                 found.append(read_card(folder))
             except UserError:
@@ -106,10 +111,12 @@ class Registry:
         Raises:
             UserError: the version is missing or broken.
         """
-        if not self.folder(version).is_dir():
+        folder = self.folder(version)
+        if not folder.is_dir():
             known = ", ".join(card.version for card in self.cards())
-            raise UserError(f"{self.root}: no published version {version!r}; there are: {known or 'none'}")
-        load_version(self.folder(version))
+            there = f"there are: {known}" if known else "there is none; publish a run first"
+            raise UserError(f"{self.root}: no published version {version!r}; {there}")
+        load_version(folder)
 
     def promote(self, version: str) -> Routing:
         """Make a version the current one, after it has passed `check` here.
@@ -138,6 +145,10 @@ class Registry:
         """
 
         def change(now: Routing) -> Routing:
+            if not now.current:
+                raise UserError(
+                    f"{self.root}: no version is promoted, so there is no version before it to roll back to"
+                )
             if not now.previous:
                 raise UserError(f"{self.root}: no version before {now.current!r} to roll back to")
             return Routing(current=now.previous[-1], previous=now.previous[:-1], number=now.number)

@@ -35,6 +35,7 @@ V1, V2, BARE = "/v1/rerank", "/v2/rerank", "/rerank"  # BARE: of vLLM and TEI
 LOWEST = float(
     np.finfo(np.float32).min
 )  # the logit of an unknown item: these clients need a number; its sigmoid is 0
+SHOWN = 80  # characters of a query in a warning
 _EVENTS = TypeAdapter(list[ItemId | Event], config=ConfigDict(coerce_numbers_to_str=True))
 
 
@@ -95,6 +96,7 @@ class DocumentsMeta(Meta):
     """Ours, and what Cohere's clients read."""
 
     api_version: ApiVersion
+    warnings: list[str] | None = None  # what was probably meant otherwise; absent if nothing was
 
 
 class Usage(BaseModel):
@@ -164,9 +166,9 @@ def as_ours(body: DocumentsRequest | TextsRequest, query: str, versions: Collect
 
 
 def as_theirs(
-    answer: dict[str, Any], body: DocumentsRequest | TextsRequest, path: str
+    answer: dict[str, Any], body: DocumentsRequest | TextsRequest, path: str, warnings: Sequence[str] = ()
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """A RerankResponse as a DocumentsResponse, or for TEI as a list of TextResult; each as JSON values."""
+    """A RerankResponse as a DocumentsResponse, or for TEI, which reads no warnings, as a list of TextResult; as JSON values."""
     found = [(one["index"], one.get("relevance_score", LOWEST)) for one in answer["results"]]
     if isinstance(body, TextsRequest):
         score = float if body.raw_scores else _sigmoid
@@ -186,8 +188,21 @@ def as_theirs(
             for place, logit in found
         ],
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
-        "meta": {"api_version": {"version": "2" if path == V2 else "1"}, **answer["meta"]},
+        "meta": {"api_version": {"version": "2" if path == V2 else "1"}, **answer["meta"]}
+        | ({"warnings": list(warnings)} if warnings else {}),
     }
+
+
+def no_user(query: str) -> str:
+    """The warning that `query` is no user's id."""
+    shown = query if len(query) <= SHOWN else f"{query[:SHOWN]}..."
+    return f"the user {shown!r} is not known; see serving.query"
+
+
+def no_item(count: int, documents: str) -> str:
+    """The warning that none of `count` documents is known. documents: as in serving.documents."""
+    what = "a title of an item" if documents == "titles" else "an item id"
+    return f"none of {count} documents is {what}; see serving.documents"
 
 
 def _history(query: str) -> list[Event]:

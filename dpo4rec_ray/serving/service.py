@@ -31,7 +31,14 @@ from dpo4rec_ray.serving.loaded_version import LoadedVersion, Ranking, RankTask
 from dpo4rec_ray.serving.query_texts import QueryTexts
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.request_metrics import ServingMetrics
-from dpo4rec_ray.serving.rerank_shapes import DocumentsRequest, TextsRequest, as_ours, as_theirs
+from dpo4rec_ray.serving.rerank_shapes import (
+    DocumentsRequest,
+    TextsRequest,
+    as_ours,
+    as_theirs,
+    no_item,
+    no_user,
+)
 from dpo4rec_ray.serving.version_files import RECORDED_FILE, UNKNOWN, VersionFiles
 from dpo4rec_ray.serving.version_manager import VersionManager
 
@@ -70,19 +77,39 @@ class Service:
     def _new_batcher(self, max_waiting: int) -> Batcher[QueuedTask, Ranking]:
         return Batcher(rank_together, self.settings.max_batch, max_waiting, _cost, CANDIDATES_IN_LOOP)
 
-    async def rerank(
-        self, body: RerankRequest, titles: bool = False, text: str | None = None
-    ) -> dict[str, Any]:
+    async def rerank(self, body: RerankRequest) -> dict[str, Any]:
         """A RerankResponse as a dict.
-
-        Args:
-            titles: candidates that are strings are titles, not ids.
-            text: in place of a user: what is to be read as the text about one.
 
         Raises:
             Overloaded: too many lists wait.
             NotLoaded: the version that `model` names is not loaded.
-            WrongField: the version that answers cannot read `text`.
+            WrongField: the version that answers cannot read a text that stands in place of a user.
+        """
+        return (await self._answer(body))[0]
+
+    async def rerank_query(
+        self, body: DocumentsRequest | TextsRequest, path: str
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """The answer to a request of another rerank API's client, in its shape. Raises as `rerank`."""
+        query, documents = self.settings.query, self.settings.documents
+        ours = as_ours(body, query, self.manager.loaded.versions)
+        text = body.query if query == "text" else None
+        answer, ranking = await self._answer(ours, documents == "titles", text)
+        warnings = []
+        if query == "user" and not ranking.known_user and ranking.knowledge == "none":
+            warnings.append(no_user(body.query))
+        if not ranking.num_known:
+            warnings.append(no_item(len(ours.candidates), documents))
+        return as_theirs(answer, body, path, warnings)
+
+    async def _answer(
+        self, body: RerankRequest, titles: bool = False, text: str | None = None
+    ) -> tuple[dict[str, Any], Ranking]:
+        """The answer as a dict, and the ranking that it shows. Raises as `rerank`.
+
+        Args:
+            titles: candidates that are strings are titles, not ids.
+            text: in place of a user: what is to be read as the text about one.
         """
         began = time.perf_counter()
         user_id = body.user_id or ""
@@ -109,16 +136,7 @@ class Service:
         self.failed_in_a_row = 0
         if body.model is None:
             self._shadow(version, task, ranking)
-        return self._response(body, ids, ranking, version.files, began)
-
-    async def rerank_query(
-        self, body: DocumentsRequest | TextsRequest, path: str
-    ) -> dict[str, Any] | list[dict[str, Any]]:
-        """The answer to a request of another rerank API's client, in its shape. Raises as `rerank`."""
-        query, documents = self.settings.query, self.settings.documents
-        ours = as_ours(body, query, self.manager.loaded.versions)
-        text = body.query if query == "text" else None
-        return as_theirs(await self.rerank(ours, documents == "titles", text), body, path)
+        return self._response(body, ids, ranking, version.files, began), ranking
 
     async def knowledge(self, user_id: str, model: str | None = None) -> UserKnowledge | None:
         """What the version that answers a user has stored of it, or the fresh text; None: nothing is known.

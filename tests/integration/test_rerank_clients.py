@@ -87,7 +87,18 @@ def test_cohere_is_told_what_is_wrong(asked: Asked) -> None:
     assert wrong.value.body["message"] == "body.query: String should have at least 1 character"
     with pytest.raises(cohere.UnauthorizedError) as denied:
         cohere.ClientV2("wrong", base_url=asked.url).rerank(model="any", query="u", documents=asked.items)
-    assert denied.value.body["message"] == "a bearer token is needed"
+    assert denied.value.body["message"] == "this bearer token is not in serving.token_file"
+
+
+def test_cohere_shows_what_was_probably_meant_otherwise(asked: Asked) -> None:
+    cohere = pytest.importorskip("cohere")
+    client = cohere.ClientV2(TOKEN, base_url=asked.url)
+    found = client.rerank(model="any", query="what is new?", documents=["a film", "a book"])
+    assert found.meta.warnings == [
+        "the user 'what is new?' is not known; see serving.query",
+        "none of 2 documents is an item id; see serving.documents",
+    ]
+    assert client.rerank(model="any", query=asked.user, documents=asked.items).meta.warnings is None
 
 
 @pytest.mark.parametrize("provider", ["cohere", "jina_ai", "hosted_vllm", "huggingface"])

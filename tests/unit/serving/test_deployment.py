@@ -13,7 +13,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from dpo4rec_ray.config.serving import APPLICATION, ServingSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.serving.deployment import build, metrics_folder, read_tokens
+from dpo4rec_ray.serving.deployment import build, metrics_folder
+from dpo4rec_ray.serving.tokens import read_tokens
+from tests.conftest import ROOT
 from tests.serving_world import serve
 
 
@@ -50,8 +52,11 @@ def test_tokens(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"serving\.token_file"):
             read_tokens(str(file))
     file.unlink()
-    with pytest.raises(UserError, match=r"serving\.token_file"):
+    with pytest.raises(UserError, match=r"serving\.token_file") as missing:
         read_tokens(str(file))
+    assert str(missing.value) == (
+        f"serving.token_file {file}: No such file or directory; name a file with one token per line"
+    )
 
 
 def test_the_config_file_is_what_serve_deploys(tmp_path: Path) -> None:
@@ -65,7 +70,9 @@ def test_the_config_file_is_what_serve_deploys(tmp_path: Path) -> None:
     assert application.import_path == f"{build.__module__}:{build.__name__}"
     settings = ServingSection.model_validate(application.args)
     assert (
-        settings.registry == str(tmp_path) and settings.num_replicas == 2 and settings.token_file == "tokens"
+        settings.registry == str(tmp_path)
+        and settings.num_replicas == 2
+        and settings.token_file == str(ROOT / "tokens")
     )
     assert build(application.args)._bound_deployment.num_replicas == 2
 

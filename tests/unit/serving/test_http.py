@@ -32,6 +32,7 @@ LOCKED = [
     ("GET", "/v1/models"),
     ("GET", "/v1/examples"),
 ]
+WRONG_TOKEN = "this bearer token is not in serving.token_file"
 LOCKED += [("GET", "/v1/users/somebody/knowledge")]
 OPEN = ["/", "/docs", "/openapi.json", "/healthz", "/readyz", "/metrics"]
 
@@ -96,6 +97,8 @@ def test_a_token_is_needed(locked: TestClient, bodies: list[dict[str, Any]], met
         answer = locked.request(method, path, content=body, headers={"Authorization": value.encode()})
         assert answer.status_code == 401, value
         assert answer.headers["www-authenticate"] == "Bearer" and "token" in answer.json()["detail"]
+        sent = value.startswith("Bearer ")
+        assert answer.json()["message"] == (WRONG_TOKEN if sent else "a bearer token is needed"), value
     assert locked.request(method, path, content="{").status_code == 401, "before the body is looked at"
     for value in ("Bearer first", "bearer second", "Bearer  first"):
         answer = locked.request(method, path, content=body, headers={"Authorization": value})

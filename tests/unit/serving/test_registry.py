@@ -28,6 +28,10 @@ def test_nobody_answers_in_a_new_registry(tmp_path: Path) -> None:
     assert registry.routing() == Routing() and registry.cards() == [] and not registry.root.exists()
     with pytest.raises(UserError, match="no version before"):
         registry.rollback()
+    with pytest.raises(UserError, match="no version is promoted, so there is no version before it"):
+        registry.rollback()
+    with pytest.raises(UserError, match=r"no published version 'v1'; there is none; publish a run first"):
+        registry.promote("v1")
 
 
 def test_promote_and_roll_back(registry: Registry) -> None:
@@ -80,8 +84,11 @@ def test_a_name_cannot_leave_the_folder(registry: Registry, name: str) -> None:
 
 def test_a_version_that_is_not_there_is_refused(registry: Registry) -> None:
     for call in (registry.promote, registry.shadow, lambda one: registry.split(one, 5)):
-        with pytest.raises(UserError, match="no published version"):
+        with pytest.raises(
+            UserError, match=r"no published version 'v9'; there are: .*\bv1, .*\bv2, "
+        ) as error:
             call("v9")
+        assert "Errno" not in str(error.value)
     assert registry.routing() == FIRST
 
 

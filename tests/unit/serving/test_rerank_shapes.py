@@ -253,6 +253,35 @@ def test_an_unknown_user_is_ranked_and_the_answer_says_so(client: TestClient) ->
     assert nothing["meta"]["fallback"]
 
 
+STRANGER, NO_IDS = (
+    "the user 'who?' is not known; see serving.query",
+    "none of 2 documents is an item id; see serving.documents",
+)
+
+
+def test_a_warning_says_what_was_probably_meant_otherwise(api: Api, lists: list[dict[str, Any]]) -> None:
+    """Absent if there is none. Texts and titles have their own, and TEI's shape has no place for one."""
+    user, (known, *_) = lists[0]["user_id"], lists[0]["candidates"]
+
+    def warned(settings: dict[str, str], query: str, *documents: Any) -> list[str] | None:
+        answer = api(**settings).post(V2, json={"query": query, "documents": documents})
+        assert answer.status_code == 200 and DocumentsResponse.model_validate_json(answer.content)
+        return answer.json()["meta"].get("warnings")
+
+    assert warned({}, user, known, "x") is None
+    assert warned({}, user, "x", {"text": "y"}) == [NO_IDS]
+    assert warned({}, "who?", known, "x") == [STRANGER]
+    assert warned({}, "who?", "x", "y") == [STRANGER, NO_IDS]
+    assert warned({"query": "text"}, "who?", known, "x") is None
+    assert warned({"query": "history"}, known, known, "x") is None
+    titles = ["none of 2 documents is a title of an item; see serving.documents"]
+    assert warned({"documents": "titles"}, user, known, "x") == titles
+    assert warned({"documents": "titles"}, user, {"id": known}, "x") is None
+    (long,) = warned({}, "w" * 5000, known) or []
+    assert len(long) < 200 and long.endswith("...' is not known; see serving.query")
+    assert isinstance(api().post(BARE, json={"query": "who?", "texts": ["x"]}).json(), list)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_tokens_and_limits_are_those_of_our_own_shape(api: Api, path: str) -> None:
     client = api(tokens=("key",), max_body=2000)

@@ -8,9 +8,15 @@ import shutil
 import socket
 from pathlib import Path
 
+import pytest
+
+from dpo4rec_ray.cli.serve import parse
+from dpo4rec_ray.serving.haproxy import free_ports
 from dpo4rec_ray.serving.registry import ROUTING_FILE, Registry, Routing
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.serving_world import serve
+
+IN_A_REGISTRY = (["status"], ["rollback"], ["promote", "v1"], ["split", "v1", "5"], ["shadow"])
 
 
 def test_a_version_from_the_run_to_the_traffic(registry: Registry, served_run: RunDir) -> None:
@@ -56,8 +62,12 @@ def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path:
     (damaged.root / ROUTING_FILE).write_text("{", encoding="utf-8")
     shutil.copytree(run, unfinished)
     (unfinished / "eval" / "manifest.json").unlink()
+    (tmp_path / "file").touch()
+    nowhere, blocked = Registry(tmp_path / "nowhere"), Registry(tmp_path / "file" / "registry")
+    tokens = f"serving.token_file={tmp_path / 'tokens'}"
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
+    (free,) = free_ports(1)
     mistakes: list[tuple[Registry, list[str], str]] = [
         (registry, ["publish", "/nowhere"], "/nowhere: not a run folder; there is no such folder"),
         (registry, ["run", "/nowhere"], "/nowhere: not a run folder; there is no such folder"),
@@ -78,6 +88,10 @@ def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path:
         (new, ["run"], "no version is promoted"),
         (damaged, ["status"], ROUTING_FILE),
         (damaged, ["promote", "v1"], "no published version"),
+        *((nowhere, command, f"{nowhere.root}: no registry; make one") for command in IN_A_REGISTRY),
+        (blocked, ["publish", run], f"{blocked.root}: no registry can be written here: Not a directory"),
+        (Registry("/proc/1/registry"), ["publish", run], "name a folder of yours with --registry"),
+        (nowhere, ["run", run, f"serving.port={free}", tokens], "serving.token_file"),
     ]
     before = set(registry.root.rglob("*"))
     with taken:
@@ -87,6 +101,57 @@ def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path:
         assert errors.startswith("error: ") and errors.count("\n") == 1, (command, errors)
     left = set(registry.root.rglob("*")) - before
     assert {one.name for one in left} <= {"serve.log", ".lock"}
+    assert not nowhere.root.exists()
+
+
+def test_a_run_that_does_not_answer_says_how_it_would(registry: Registry, served_run: RunDir) -> None:
+    """No server is started: the version that answers is broken."""
+    newest = registry.cards()[-1].version
+    if newest == "v1":
+        registry.promote("v2")
+    current = registry.routing().current
+    (registry.folder(current) / "user_standard.npy").write_bytes(b"")
+    (port,) = free_ports(1)
+    root = str(registry.root)
+    run = ["run", str(served_run.root), f"serving.port={port}", "--registry", root]
+    ((code, out, errors),) = serve(run)
+    assert (code, out) == (
+        2,
+        f"this run is version {newest}, but version {current} stays the current one; to change that: "
+        f"dpo4rec serve promote {newest} --registry {root}\n",
+    )
+    assert "user_standard.npy" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["run", "runs/demo", "--port", "8001"], "--port; set serving.port=8001"),
+        (["run", "--registry", "r", "--num-replicas=2"], "--num-replicas=2; set serving.num_replicas=2"),
+        (["config", "--host", "::"], "--host; set serving.host=::"),
+        (["run", "--threeds", "2"], "--threeds"),
+        (["status", "--port", "8001"], "--port 8001"),
+    ],
+)
+def test_an_option_that_is_a_setting(capsys: pytest.CaptureFixture[str], words: list[str], hint: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(words)
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {hint}\n")
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ("run", "dpo4rec serve run runs/demo serving.port=8001"),
+        ("promote", "of a published version"),
+        ("split", "of the users, from 0 to 100"),
+        ("shadow", "none: end it"),
+    ],
+)
+def test_the_help_of_an_action(capsys: pytest.CaptureFixture[str], action: str, words: str) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse([action, "--help"])
+    assert words in capsys.readouterr().out
 
 
 def test_the_registry_is_plain_files(registry: Registry) -> None:
