@@ -64,8 +64,6 @@ def parser() -> argparse.ArgumentParser:
     one = action("run", "run", "publish and promote a run if that is new, and serve on this machine")
     one.add_argument("run", nargs="?", default="", help="folder of a finished run; none: serve as promoted")
     one.add_argument("changes", **changes)
-    one.epilog = examples(("dpo4rec serve run runs/demo serving.port=8001", "at another port"))
-    one.formatter_class = Formatter
     one = action("publish", "publish", "make a version of a finished run")
     one.add_argument("run", help="folder of a finished run")
     one.add_argument(

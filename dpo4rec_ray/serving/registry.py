@@ -100,24 +100,13 @@ class Registry:
         except OSError as error:
             raise UserError(f"{file}: {error}") from None
 
-    def check(self, version: str) -> None:
-        """That a version can be loaded and gives its recorded scores.
-
-        Raises:
-            UserError: the version is missing or broken.
-        """
-        if not self.folder(version).is_dir():
-            known = ", ".join(card.version for card in self.cards())
-            raise UserError(f"{self.root}: no published version {version!r}; there are: {known or 'none'}")
-        load_version(self.folder(version))
-
     def promote(self, version: str) -> Routing:
-        """Make a version the current one, after it has passed `check` here.
+        """Make a version the current one, after it has passed `load_version` here.
 
         Raises:
             UserError: the version is missing or broken.
         """
-        self.check(version)
+        load_version(self.folder(version))
 
         def change(now: Routing) -> Routing:
             if now.current == version:
@@ -153,7 +142,7 @@ class Registry:
         if not 0 <= percent <= 100:
             raise UserError(f"percent = {percent} is outside 0 to 100")
         if percent:
-            self.check(version)
+            load_version(self.folder(version))
         return self._change(
             lambda now: replace(now, split=version if percent else "", percent=float(percent))
         )
@@ -165,7 +154,7 @@ class Registry:
             UserError: the version is missing or broken.
         """
         if version:
-            self.check(version)
+            load_version(self.folder(version))
         return self._change(lambda now: replace(now, shadow=version))
 
     def _change(self, change: Callable[[Routing], Routing]) -> Routing:
