@@ -246,10 +246,10 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
         places = schema.get_all_field_indices(column.name)
         if len(places) != 1:
             what = "is there twice" if places else "is not there"
-            found = ", ".join(dict.fromkeys(schema.names)) or "none"
+            found = ", ".join(name or '""' for name in dict.fromkeys(schema.names)) or "none"
             raise UserError(
                 f"{path}: the column {column.name!r} ({column.key}) {what}; columns found: {found}"
-                + ("" if places else f"{_way_out(column)}{if_missing}")
+                + ("" if places else _way_out(column, schema.names) + if_missing)
             )
         kind = schema.field(places[0]).type
         if not fits(column, kind):
@@ -263,9 +263,13 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
             )
 
 
-def _way_out(column: Column) -> str:
+def _way_out(column: Column, found: list[str]) -> str:
     """What to do about a column that a file lacks."""
     section, _, name = column.key.partition(".")
+    if found[:1] == [""] and not column.optional:  # the index, which pandas writes first
+        return f'; if the column without a name is meant, set {column.key}=""'
+    if column.key == "table.rating":
+        return '; without ratings set table.rating="" and data.positive_rating=1'
     if name.startswith("attributes."):
         return f"; name another one, or read no attributes with {section}.attributes={{}}"
     without = f', or to "" if there is none ({column.key}=)' if column.optional else ""
