@@ -74,8 +74,6 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("run", nargs="?", default="", help="folder of a finished run; none: serve as promoted")
     one.add_argument("changes", **changes)
-    one.epilog = examples(("dpo4rec serve run runs/demo serving.port=8001", "at another port"))
-    one.formatter_class = Formatter
     one = action("publish", "publish", "make a version of a finished run")
     one.add_argument("run", help="folder of a finished run")
     one.add_argument(

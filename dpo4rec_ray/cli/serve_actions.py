@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import socket
@@ -245,8 +246,9 @@ def serving_settings(changes: list[str], registry: str, run_folder: str = "") ->
     for change in changes:
         if not change.startswith("serving."):
             raise UserError(f"{change!r}: only serving.key=value can be set here")
-    settings = read_config(run_folder, changes) if run_folder else default_config(changes)
-    return settings.serving.model_copy(update={"registry": registry} if registry else {})
+    if registry:
+        changes = [*changes, f"serving.registry={json.dumps(registry, ensure_ascii=False)}"]
+    return (read_config(run_folder, changes) if run_folder else default_config(changes)).serving
 
 
 def open_registry(options: argparse.Namespace, folder: str = "") -> Registry:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from dpo4rec_ray.config.data import DataSection, LoggedSection, SampleSection, TableSection
 from dpo4rec_ray.config.ranking import EvaluateSection, PairSection, RerankerSection, RewardSection
-from dpo4rec_ray.config.section import Section
+from dpo4rec_ray.config.section import Folder, Section
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.config.texts import (
     EncoderSection,
@@ -28,7 +28,7 @@ class RunSection(Section):
 
     name: str = ""
     """Name of the run folder, below run.root. "": the recipe's file name."""
-    root: str = "runs"
+    root: Folder = "runs"
     """Folder of the run folders. On a cluster, storage that every node sees."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+
+def _mounted(path: str) -> str:
+    if "://" in path:
+        raise ValueError("a folder that every node sees, such as a mounted path; no URI")
+    return path
+
+
+# A local path, which may be storage that all nodes mount.
+Folder = Annotated[str, AfterValidator(_mounted)]
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dpo4rec_ray.config.section import Section
+from dpo4rec_ray.config.section import Folder, Section
 
 APPLICATION = "rerank"  # its name in Ray Serve, and that of its ingress deployment
 
@@ -14,7 +14,7 @@ APPLICATION = "rerank"  # its name in Ray Serve, and that of its ingress deploym
 class ServingSection(Section):
     """The server (`dpo4rec serve run`)."""
 
-    registry: str = "runs/registry"
+    registry: Folder = "runs/registry"
     """Folder of the published versions, on storage that every node sees."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 opens the server to the network."""

@@ -268,12 +268,12 @@ def _check(path: str, schema: pa.Schema, columns: tuple[Column, ...], if_missing
 def _way_out(column: Column, found: list[str], if_missing: str) -> str:
     """What to do about a column that a file lacks."""
     section, _, name = column.key.partition(".")
-    if name.startswith("attributes."):
-        return f"; name another one, or read no attributes with {section}.attributes={{}}"
     if found[:1] == [""] and not column.optional:  # the index, which pandas writes first
         return f'; if the column without a name is meant, set {column.key}=""'
     if column.key == "table.rating":
         return '; without ratings set table.rating="" and data.positive_rating=1'
+    if name.startswith("attributes."):
+        return f"; name another one, or read no attributes with {section}.attributes={{}}"
     without = f', or to "" if there is none ({column.key}=)' if column.optional else ""
     return f"; set {column.key} to the name that it has there{without} (`dpo4rec config {section}` explains the keys){if_missing}"
 

@@ -98,6 +98,8 @@ def test_no_argument_is_help() -> None:
         (["run", "demo", "data.user_core=abc"], "error: recipe demo: data.user_core = 'abc': "),
         (["run", "pyproject.tml"], "error: recipe 'pyproject.tml': neither a bundled recipe nor a file; did you mean 'pyproj"),
         (["run", "demo", "run.name=../evil"], "error: recipe demo: run.name = '../evil': the name of a folder, without a path"),
+        (["run", "demo", "run.root=s3://b/r"], "error: recipe demo: run.root = 's3://b/r': a folder that every node sees"),
+        (["serve", "status", "--registry", "s3://b/r"], "error: the defaults: serving.registry = 's3://b/r': a folder that"),
         (["run", "demo", "run.name=.."], "error: recipe demo: run.name = '..': the name of a folder, without a path"),
         (["run", "demo", "run.root=/proc/x"], "error: the run folder /proc/x/demo cannot be made (No such file or directory); "),
         (["run", "demo", "run.root=pyproject.toml"], "error: the run folder pyproject.toml/demo cannot be made (Not a directory"),

@@ -76,7 +76,7 @@ def test_a_mistake_is_one_line(registry: Registry, served_run: RunDir, tmp_path:
         (registry, ["publish", run, "--as", "../out"], "version '../out': use letters"),
         (registry, ["publish", run, "--as", "v1"], "versions never change"),
         (registry, ["publish", run, "--as", "x", "--model", "gpt"], "there are: mir-backbone-seed0"),
-        (registry, ["promote", "v9"], "no published version 'v9'; there are: v1, v2, "),
+        (registry, ["promote", "v9"], "no published version"),
         (registry, ["promote", "cut"], "user_standard.npy"),
         (registry, ["split", "v2", "101"], "percent = 101"),
         (registry, ["split", "v2", "nan"], "percent = nan"),
