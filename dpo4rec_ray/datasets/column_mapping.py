@@ -94,6 +94,8 @@ def matching_files(folder: str, pattern: str, key: str) -> list[str]:
             f'{key} is not set; name a file below the raw folder, or a pattern such as "events/*.parquet"'
         )
     folder = folder or "."
+    if Path(folder).expanduser().is_file():
+        raise UserError(f"{folder}: is a file; give its folder, {Path(folder).parent}")
     try:
         found = _expand(folder, parts)
         there = "" if found else ", ".join(name for name, _ in _entries(folder)[:20])
@@ -101,8 +103,6 @@ def matching_files(folder: str, pattern: str, key: str) -> list[str]:
         raise
     except Exception as error:  # the file systems of fsspec have their own exceptions
         raise UserError(f"{folder}: {key} = {pattern!r} cannot be listed ({error})") from None
-    if not found and Path(folder).expanduser().is_file():
-        raise UserError(f"{folder}: is a file; give its folder, {Path(folder).parent}")
     if not found:
         if not _exists(folder):
             raise UserError(f"{folder}: there is no such folder; correct data.raw_dir")
