@@ -121,5 +121,5 @@ def as_setting(words: list[str]) -> str:
         name, _, value = option.removeprefix("--").partition("=")
         key = name.replace("-", "_")
         if option.startswith("--") and key != "registry" and key in ServingSection.model_fields:
-            return f"; set serving.{key}={value or behind}"
+            return f"; set serving.{key}={value or behind or '...'}"
     return ""
