@@ -124,7 +124,7 @@ class Registry:
         Raises:
             UserError: the version is missing or broken.
         """
-        load_version(self.folder(version))
+        self.check(version)
 
         def change(now: Routing) -> Routing:
             if now.current == version:
@@ -164,7 +164,7 @@ class Registry:
         if not 0 <= percent <= 100:
             raise UserError(f"percent = {percent} is outside 0 to 100")
         if percent:
-            load_version(self.folder(version))
+            self.check(version)
         return self._change(
             lambda now: replace(now, split=version if percent else "", percent=float(percent))
         )
@@ -176,7 +176,7 @@ class Registry:
             UserError: the version is missing or broken.
         """
         if version:
-            load_version(self.folder(version))
+            self.check(version)
         return self._change(lambda now: replace(now, shadow=version))
 
     def _change(self, change: Callable[[Routing], Routing]) -> Routing:
