@@ -59,9 +59,11 @@ def check_all(config: Config, only: str = "") -> None:
         )
     if config.generate.format == "json":
         factor_schema(FACTORS[config.prompt.factors], config.generate.max_new_tokens)
-    if config.data.dataset == "table" and not config.table.rating and config.prompt.ratings:
+    implicit = config.data.dataset == "table" and not config.table.rating
+    if implicit and (config.prompt.ratings or config.data.positive_rating > 1):
         raise UserError(
-            'table.rating = "" is implicit feedback: set prompt.ratings = false, or prompts show one star each'
+            'table.rating = "" is implicit feedback, every event counts as rated 1: set data.positive_rating=1, or none is '
+            "positive, and prompt.ratings=false, or prompts show one star each"
         )
     if config.data.dataset == "table" and not config.table.timestamp and config.data.protocol == "time":
         raise UserError(

@@ -129,6 +129,18 @@ def test_settings_that_contradict_each_other(changes: list[str], words: str) -> 
         checks.check_all(load_config("jobs/recipes/demo.toml", changes))
 
 
+def test_implicit_feedback_needs_two_settings() -> None:
+    clicks, settings = (
+        ["data.dataset=table", "table.rating="],
+        ["data.positive_rating=1", "prompt.ratings=false"],
+    )
+    for some in ([], settings[:1], settings[1:]):
+        with pytest.raises(UserError, match=r"set data\.positive_rating=1, .* and prompt\.ratings=false"):
+            checks.check_all(load_config("jobs/recipes/demo.toml", [*clicks, *some]))
+    with pytest.raises(UserError, match=r"data\.raw_dir is not set"):  # the next check
+        checks.check_all(load_config("jobs/recipes/demo.toml", [*clicks, *settings]))
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

