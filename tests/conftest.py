@@ -36,6 +36,7 @@ DEMO = "jobs/recipes/demo.toml"
 TINY = [
     "sample.num_users=60",
     "generate.num_samples=3",
+    "generate.num_engines=2",
     "generate.users_per_shard=8",
     "reranker.epochs=2",
     "reward.num_redraws=2",
