@@ -73,7 +73,7 @@ def test_truncated_ratings(tmp_path: Path, raw: Path) -> None:
 @pytest.mark.ray
 def test_wrong_field_count(tmp_path: Path, raw: Path) -> None:
     lines = (raw / "ratings.dat").read_text().splitlines()
-    lines[16] = "1::5::3"
+    lines[16:27] = ["1::5::3"] * 11  # ten bad rows stop no run
     (raw / "ratings.dat").write_text("\n".join(lines) + "\n")
     one_line(movielens(tmp_path, raw), "ratings.dat", "17", "1::5::3")
 
@@ -81,7 +81,7 @@ def test_wrong_field_count(tmp_path: Path, raw: Path) -> None:
 @pytest.mark.ray
 def test_movie_without_title(tmp_path: Path, raw: Path) -> None:
     lines = (raw / "ratings.dat").read_text().splitlines()
-    lines[3] = "1::999::3::978300000"
+    lines[3:14] = [f"1::999::3::{978300000 + second}" for second in range(11)]  # ten stop no run
     (raw / "ratings.dat").write_text("\n".join(lines) + "\n")
     one_line(movielens(tmp_path, raw), "999")
 
