@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,24 @@ def run_job(folder: Path, *arguments: str, timeout: int = 500, **env: str) -> Fi
         timeout=timeout,
     )
     return Finished(folder / "run", done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def local_ray(num_cpus: int, store_mib: int = 80) -> Iterator[None]:
+    """A Ray of this process alone, small enough to start in seconds."""
+    import ray
+    import ray.data
+
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=store_mib * 2**20,
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
 
 
 def kill_driver(process: subprocess.Popen[Any]) -> None:

@@ -28,6 +28,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare import ingest
 from dpo4rec_ray.stages import prepare
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from tests.conftest import local_ray
 
 pytestmark = pytest.mark.ray
 NUM_USERS, NUM_ITEMS, DAY_S = 40, 60, 86400
@@ -44,15 +45,8 @@ class Event:
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_local() -> Iterator[None]:
-    import ray
-    import ray.data
-
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**28
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+    with local_ray(2, store_mib=256):
+        yield
 
 
 def make_events(seed: int = 0) -> list[Event]:

@@ -9,6 +9,7 @@ import pytest
 
 from dpo4rec_ray.cli import nodes
 from dpo4rec_ray.errors import UserError
+from tests.conftest import local_ray
 
 
 def test_the_version_is_what_is_in_the_python_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,17 +28,8 @@ def test_the_version_is_what_is_in_the_python_files(tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def ray_local() -> Iterator[None]:
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    with local_ray(1):
+        yield
 
 
 @pytest.mark.ray

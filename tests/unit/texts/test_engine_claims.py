@@ -9,6 +9,7 @@ import pytest
 
 from dpo4rec_ray.knowledge.engine_spec import ServedWeights
 from dpo4rec_ray.texts.engines import KeptEngine, KeptGenerator
+from tests.conftest import local_ray
 
 
 def without_llm() -> type:
@@ -23,17 +24,8 @@ def without_llm() -> type:
 
 @pytest.fixture
 def ray_local() -> Iterator[None]:
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    with local_ray(1):
+        yield
 
 
 @pytest.mark.ray

@@ -12,21 +12,13 @@ from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers import phases
 from dpo4rec_ray.workers.phases import phase, starting
 from dpo4rec_ray.workers.shards import Pool, run_shards
+from tests.conftest import local_ray
 
 
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[None]:
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    with local_ray(1):
+        yield
 
 
 def worker() -> type:

@@ -15,6 +15,7 @@ from dpo4rec_ray.workers.shards import (
     run_shards,
     shard_ranges,
 )
+from tests.conftest import local_ray
 
 
 def workers() -> tuple[type, type]:
@@ -38,17 +39,8 @@ def workers() -> tuple[type, type]:
 
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[None]:
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    with local_ray(2):
+        yield
 
 
 @pytest.mark.ray
