@@ -15,8 +15,19 @@ class RerankerArchitecture(Section):
 
     backbone: str = "prm"
     """Backbone of the reward, and of the evaluation unless evaluate.backbones names others: dlcm, prm, setrank or mir."""
+    knowledge: Literal["regression", "residual", "input"] = "regression"
+    """How a text reaches the scores. "input": as features of the input layer, trained with the backbone (the paper's way).
+    The others add to the scores of the backbone, which is fitted first without texts and then frozen, and are left out where
+    validation shows no gain. "regression": a linear map from the text to a liking of each item, in closed form. "residual": the
+    product of the adapter's user and item vectors, trained by the list loss."""
     adapter: str = "hea"
-    """What makes features of text vectors: mlp, moe or hea."""
+    """What makes features of text vectors, for "residual" and "input": mlp, moe or hea."""
+    regression_rank: int = Field(default=64, ge=1)
+    """Rank of the map from texts to items ("regression")."""
+    regression_ridge: float = Field(default=1.0, gt=0)
+    """Weight of the ridge penalty ("regression"); each training user weighs one."""
+    knowledge_dropout: float = Field(default=0.3, ge=0, lt=1)
+    """Share of the training lists that are scored without the text ("residual")."""
     similarity: bool = True
     """One more input: the cosine of user and item vector. false is the paper's way."""
     input_layer: Literal["linear", "concat"] = "linear"

@@ -104,6 +104,21 @@ def bootstrap_columns(
     return [Interval(*map(float, row)) for row in zip(ratios, lows, highs, p_values, strict=True)]
 
 
+def clustered_std_error(values: Array, groups: Array) -> float:
+    """Standard error of the mean of values [n] whose groups [n] are independent, not they themselves; NaN with one group.
+
+    sqrt(G / (G - 1) sum_g (sum of group g's deviations from the mean)^2) / n (Liang and Zeger, 1986).
+
+    Raises:
+        ValueError: as `paired_bootstrap`.
+    """
+    values, group_index = _check_groups("values", values, groups)
+    sums = np.bincount(group_index, weights=values - values.mean())
+    if len(sums) < 2:
+        return float("nan")
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values))
+
+
 def _check_groups(what: str, values: Array, groups: Array) -> tuple[FloatArray, npt.NDArray[np.intp]]:
     """The values in float64 and the number of each one's group, 0..G-1."""
     values, groups = np.asarray(values, dtype=np.float64), np.asarray(groups)
