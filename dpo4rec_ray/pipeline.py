@@ -112,6 +112,7 @@ STAGES: dict[str, Stage] = {
                 "reward.compare",
                 "reward.num_redraws",
                 "reward.hard_negatives",
+                "reward.personal",
                 "encoder",
             ),
         ),

@@ -117,6 +117,9 @@ class RewardSection(Section):
     hard_negatives: float = Field(default=0.0, ge=0, le=2)
     """Power of the popularity by which redrawn negatives are drawn; 0 is uniform. Higher powers make harder
     negatives, and more of them are items that the user likes elsewhere (MovieLens-1M: 6 % at 0, 13 % at 0.5, 21 % at 1)."""
+    personal: int = Field(default=0, ge=0)
+    """Other users whose lists a text is tried on too. The reward is then what the text is worth to its user minus what it is
+    worth to them on average, so that a manner that helps everybody earns nothing. 0: the plain reward, the paper's way."""
     num_folds: int = Field(default=5, ge=1)
     """Folds of users. A user's texts are scored by a reranker that was trained without the user. 1 is the paper's way."""
     num_workers: int = Field(default=1, ge=1)

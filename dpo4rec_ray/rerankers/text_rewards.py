@@ -120,10 +120,32 @@ class SampleScorer:
         num_redraws: int = 1,
         lists_per_other: int = LISTS_PER_OTHER,
     ) -> np.ndarray:
+        """`rewards_of_others` without halves and errors: [S, len(metrics)], NaN for a user without any other."""
+        return self.rewards_of_others(
+            user_ids,
+            vectors,
+            num_others,
+            seed,
+            metrics=metrics,
+            num_redraws=num_redraws,
+            lists_per_other=lists_per_other,
+        ).reward
+
+    def rewards_of_others(
+        self,
+        user_ids: np.ndarray,
+        vectors: np.ndarray,
+        num_others: int,
+        seed: int,
+        *,
+        metrics: Sequence[str] | None = None,
+        num_redraws: int = 1,
+        lists_per_other: int = LISTS_PER_OTHER,
+    ) -> SampleRewards:
         """What each text is worth to other users: rewards of their lists when they are ranked with its vector.
 
         The others are of the user's fold and split and have a list with a positive; they are drawn by `seed` and the user id
-        alone, so that all samples of a user meet the same lists, with the histories of their owners. The worth is the mean
+        alone, so that all samples of a user meet the same lists, with the histories of their owners. The reward is the mean
         over the others of the mean over up to `lists_per_other` of their lists, which are the same for every text.
 
         Args:
@@ -136,24 +158,40 @@ class SampleScorer:
             lists_per_other: at most so many lists of each of the others.
 
         Returns:
-            [S, len(metrics)] float64; NaN for a user without any other.
+            As `rewards` with the other users in the place of lists: the halves are means over every second of the others, and
+            num_lists counts the others. NaN for a user without any.
         """
         names = self._metrics if metrics is None else tuple(metrics)
-        worth = np.full((len(user_ids), len(names)), np.nan, np.float64)
+        shape = (len(user_ids), len(names))
+        reward, half_a, half_b, std_error = (np.full(shape, np.nan, np.float64) for _ in range(4))
         users, of_sample = np.unique(user_ids, return_inverse=True)
         others = self._others(users, num_others, seed)
         of_user = [self._rows_of(own, lists_per_other) for own in others]
         num_rows = np.array([len(rows) for rows, _ in of_user])[of_sample]
+        num_met = np.array([len(own) for own in others])[of_sample]
         copies = len(self._copies(names, num_redraws))
         for fold, scorer in enumerate(self._scorers):
-            mine = np.flatnonzero((self._folds[user_ids] == fold) & (num_rows > 0))
+            mine = np.flatnonzero((self._folds[user_ids] == fold) & (num_met > 0))
             for part in self._calls(mine, user_ids, num_rows * copies):
                 sample = np.repeat(np.arange(len(part)), num_rows[part])
-                rows, shares = (np.concatenate([of_user[i][j] for i in of_sample[part]]) for j in (0, 1))
+                rows, place = (np.concatenate([of_user[i][j] for i in of_sample[part]]) for j in (0, 1))
                 per_list = self._per_list(scorer, rows, vectors[part], sample, names, num_redraws)
-                for place in range(len(names)):
-                    worth[part, place] = np.bincount(sample, shares * per_list[:, place], len(part))
-        return worth
+                # Q pairs of a sample and one of its other users.
+                met = num_met[part]
+                of_pair = np.repeat(np.arange(len(part)), met)
+                first_pair = np.cumsum(met) - met
+                in_a = (np.arange(len(of_pair)) - first_pair[of_pair]) % 2 == 0
+                who = np.concatenate([others[i] for i in of_sample[part]])
+                for column in range(shape[1]):
+                    values = _mean_by(first_pair[sample] + place, per_list[:, column], len(of_pair))
+                    reward[part, column] = _mean_by(of_pair, values, len(part))
+                    half_a[part, column] = _mean_by(of_pair[in_a], values[in_a], len(part))
+                    half_b[part, column] = _mean_by(of_pair[~in_a], values[~in_a], len(part))
+                    user = np.unique(user_ids[part], return_inverse=True)[1]
+                    # An other user is met by several users, with other texts: another cell of the layout each time.
+                    cell = user[of_pair] * len(self._folds) + who
+                    std_error[part, column] = _std_errors(values, of_pair, cell, user)
+        return SampleRewards(names, reward, half_a, half_b, std_error, num_met)
 
     def _others(self, users: np.ndarray, num_others: int, seed: int) -> list[np.ndarray]:
         """Up to `num_others` other users with lists for each of `users`, of the same fold and split."""
@@ -174,11 +212,12 @@ class SampleScorer:
         return found
 
     def _rows_of(self, others: np.ndarray, lists_per_other: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of up to `lists_per_other` lists of each of the users, and each list's share in the mean over users."""
+        """Rows of up to `lists_per_other` lists of each of the users, and each list's owner as a place in `others`."""
         low = np.searchsorted(self._user_ids, others, side="left")
         count = np.minimum(np.searchsorted(self._user_ids, others, side="right") - low, lists_per_other)
-        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        return self._shuffled[np.repeat(low, count) + place], np.repeat(1 / (count * len(others)), count)
+        owner = np.repeat(np.arange(len(others)), count)
+        place = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
+        return self._shuffled[low[owner] + place], owner
 
     def _calls(self, mine: np.ndarray, user_ids: np.ndarray, num_scored: np.ndarray) -> list[np.ndarray]:
         """The samples `mine` in parts that are scored at once: all samples of some users, about PLACES_PER_CALL.

@@ -295,3 +295,26 @@ def test_worth_to_others_is_the_same_in_any_calls(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose(scorer.worth_to_others(users, vectors, 5, 0, **everything), expected)
     one = scorer.worth_to_others(users, vectors, 5, 0, metrics=[YARDSTICK], lists_per_other=9)
     np.testing.assert_allclose(one[:, 0], expected[:, 1], err_msg="the yardstick is on the lists as drawn")
+
+
+def test_halves_and_errors_of_the_others() -> None:
+    """User 0's texts are tried on users 1 and 2, one in each half: the halves are what the text is worth to one of them.
+
+    With two texts and two others the residuals of the two-way layout are all r = (a1 - a2 - b1 + b2) / 4, one degree of freedom
+    is left, so the standard error is sqrt(4 r^2 / 1 / 2).
+    """
+    data = make_lists([[0, 1, 2], [2, 1, 0], [1, 0, 2]], [[1.0, 0.0, 0.0]] * 3, [0, 1, 2])
+    scorer = SampleScorer(
+        [FixedScorer()], data, np.zeros(3, int), num_items=3, metrics=["mrr@5"], num_redraws=0, seed=0
+    )
+    vectors = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
+    found = scorer.rewards_of_others(np.array([0, 0]), vectors, 2, seed=0)
+    # text 0 ranks 0, 1, 2: the positive 2 of user 1 is third, the positive 1 of user 2 second; text 1 ranks 1, 2, 0
+    assert {(a[0], b[0]) for a, b in zip(found.half_a, found.half_b, strict=True)} in (
+        {(1 / 3, 1 / 2), (1 / 2, 1.0)},
+        {(1 / 2, 1 / 3), (1.0, 1 / 2)},
+    )
+    np.testing.assert_allclose(found.reward[:, 0], [5 / 12, 3 / 4])
+    rest = (1 / 3 - 1 / 2 - 1 / 2 + 1) / 4
+    np.testing.assert_allclose(found.std_error[:, 0], np.sqrt(2 * rest**2))
+    assert found.num_lists.tolist() == [2, 2]
