@@ -119,9 +119,9 @@ STAGES: dict[str, Stage] = {
         Stage(
             "pair",
             pair.run,
-            reads=lambda r: [("generations", r), ("scores", r)],
+            reads=lambda r: [("generations", r), ("scores", r), ("knowledge", 0)],
             writes=lambda r: [("pairs", r)],
-            sections=("pair",),
+            sections=("pair", "data.positive_rating"),
         ),
         Stage(
             "dpo",

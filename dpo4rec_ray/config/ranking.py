@@ -136,9 +136,21 @@ class PairSection(Section):
     """Which texts become a preference pair."""
 
     rule: str = "best_vs_worst"
-    """Name of the pairing rule."""
+    """Pairing rule. "best_vs_worst": one pair per user, the paper's way. "top_vs_bottom": the i-th best text against the i-th
+    worst."""
+    pairs_per_user: int = Field(default=1, ge=1)
+    """Most pairs per user (top_vs_bottom). N texts make N / 2 pairs at most."""
     min_margin: float = Field(default=0.0, ge=0)
-    """Least difference between the rewards of chosen and rejected; users below it give no pair."""
+    """Least difference between the rewards of chosen and rejected; what lies below it gives no pair."""
+    min_std_errors: float = Field(default=0.0, ge=0)
+    """Least difference between the rewards of chosen and rejected, in standard errors of that difference (pooled over users,
+    over the square root of the user's lists): leaves out pairs that luck explains. 0: none."""
+    others_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the pairs whose rejected text is another user's best, under this user's prompt, against this user's best: only
+    reading the history tells them apart. Held-out users have one such pair each at any share, to measure it."""
+    others_hardness: float = Field(default=0.0, ge=0, le=1)
+    """How alike the other user is: 0 draws among all users, 0.9 among the tenth whose liked items are most like this user's.
+    The 5 % who are most alike are left out."""
     num_rejected: int = Field(default=1, ge=1)
     """Most rejected texts per chosen one: the worst texts (dpo.loss = "softmax" uses several)."""
     shrinkage: bool = False

@@ -173,5 +173,5 @@ def _with_personal(found: SampleRewards, worth: SampleRewards, name: str) -> Sam
     error = np.hypot(found.std_error[:, 0], worth.std_error[:, 0])
     first = [*(personal(*pair) for pair in pairs), error]
     rest = (found.reward, found.half_a, found.half_b, found.std_error)
-    columns = [np.column_stack(both) for both in zip(first, rest, strict=True)]
-    return SampleRewards((name, *found.metrics), *columns, found.num_lists)
+    reward, half_a, half_b, std_error = map(np.column_stack, zip(first, rest, strict=True))
+    return SampleRewards((name, *found.metrics), reward, half_a, half_b, std_error, found.num_lists)

@@ -109,12 +109,16 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             ("round", pa.int32()),
             ("user_id", pa.int64()),
+            ("pair_id", pa.int32()),  # counts the user's pairs
             ("split", pa.string()),
+            ("kind", pa.string()),  # core.pairing.Kind
+            ("rejected_user_id", pa.int64()),  # whose the rejected texts are
             ("prompt_token_ids", _TOKENS),
             ("chosen_token_ids", _TOKENS),
             # one or more rejected texts, worst first
             ("rejected_token_ids", pa.list_(_TOKENS)),
             ("chosen_reward", pa.float32()),
+            # NaN for a text of another user: nobody measured what it is worth to this one
             ("rejected_reward", pa.list_(pa.float32())),
         ]
     ),
