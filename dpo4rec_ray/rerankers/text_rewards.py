@@ -181,15 +181,15 @@ class SampleScorer:
                 of_pair = np.repeat(np.arange(len(part)), met)
                 first_pair = np.cumsum(met) - met
                 in_a = (np.arange(len(of_pair)) - first_pair[of_pair]) % 2 == 0
+                user = np.unique(user_ids[part], return_inverse=True)[1]
+                # Another user is met by several users, with other texts: a list of its own in each user's layout.
                 who = np.concatenate([others[i] for i in of_sample[part]])
+                cell = user[of_pair] * len(self._folds) + who
                 for column in range(shape[1]):
                     values = _mean_by(first_pair[sample] + place, per_list[:, column], len(of_pair))
                     reward[part, column] = _mean_by(of_pair, values, len(part))
                     half_a[part, column] = _mean_by(of_pair[in_a], values[in_a], len(part))
                     half_b[part, column] = _mean_by(of_pair[~in_a], values[~in_a], len(part))
-                    user = np.unique(user_ids[part], return_inverse=True)[1]
-                    # An other user is met by several users, with other texts: another cell of the layout each time.
-                    cell = user[of_pair] * len(self._folds) + who
                     std_error[part, column] = _std_errors(values, of_pair, cell, user)
         return SampleRewards(names, reward, half_a, half_b, std_error, num_met)
 
