@@ -78,6 +78,16 @@ def check_all(config: Config, only: str = "") -> None:
         raise UserError(
             "pair.shrinkage = true changes no user's best and worst text, only their distance: set pair.min_margin too"
         )
+    if config.pair.shrinkage and config.pair.min_std_errors:
+        raise UserError(
+            "pair.shrinkage and pair.min_std_errors both ask how much of a difference is luck: set only one of them"
+        )
+    if config.pair.pairs_per_user > 1 and (
+        config.pair.rule == "best_vs_worst" or config.pair.num_rejected > 1
+    ):
+        raise UserError(
+            f'pair.pairs_per_user = {config.pair.pairs_per_user} needs pair.rule = "top_vs_bottom" and pair.num_rejected = 1'
+        )
     for where, section in _reranker_sections(config).items():
         if section.hidden_dim % section.num_heads:
             raise UserError(

@@ -112,15 +112,16 @@ STAGES: dict[str, Stage] = {
                 "reward.compare",
                 "reward.num_redraws",
                 "reward.hard_negatives",
+                "reward.personal",
                 "encoder",
             ),
         ),
         Stage(
             "pair",
             pair.run,
-            reads=lambda r: [("generations", r), ("scores", r)],
+            reads=lambda r: [("generations", r), ("scores", r), ("knowledge", 0)],
             writes=lambda r: [("pairs", r)],
-            sections=("pair",),
+            sections=("pair", "data.positive_rating"),
         ),
         Stage(
             "dpo",

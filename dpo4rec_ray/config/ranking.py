@@ -128,6 +128,9 @@ class RewardSection(Section):
     hard_negatives: float = Field(default=0.0, ge=0, le=2)
     """Power of the popularity by which redrawn negatives are drawn; 0 is uniform. Higher powers make harder
     negatives, and more of them are items that the user likes elsewhere (MovieLens-1M: 6 % at 0, 13 % at 0.5, 21 % at 1)."""
+    personal: int = Field(default=0, ge=0)
+    """Other users whose lists a text is tried on too. The reward is then what the text is worth to its user minus what it is
+    worth to them on average, so that a manner that helps everybody earns nothing. 0: the plain reward, the paper's way."""
     num_folds: int = Field(default=5, ge=1)
     """Folds of users. A user's texts are scored by a reranker that was trained without the user. 1 is the paper's way."""
     num_workers: int = Field(default=1, ge=1)
@@ -144,9 +147,21 @@ class PairSection(Section):
     """Which texts become a preference pair."""
 
     rule: str = "best_vs_worst"
-    """Name of the pairing rule."""
+    """Pairing rule. "best_vs_worst": one pair per user, the paper's way. "top_vs_bottom": the i-th best text against the i-th
+    worst."""
+    pairs_per_user: int = Field(default=1, ge=1)
+    """Most pairs per user (top_vs_bottom). N texts make N / 2 pairs at most."""
     min_margin: float = Field(default=0.0, ge=0)
-    """Least difference between the rewards of chosen and rejected; users below it give no pair."""
+    """Least difference between the rewards of chosen and rejected; what lies below it gives no pair."""
+    min_std_errors: float = Field(default=0.0, ge=0)
+    """Least difference between the rewards of chosen and rejected, in standard errors of that difference (pooled over users,
+    over the square root of the user's lists): leaves out pairs that luck explains. 0: none."""
+    others_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the pairs whose rejected text is another user's best, under this user's prompt, against this user's best: only
+    reading the history tells them apart. Held-out users have one such pair each at any share, to measure it."""
+    others_hardness: float = Field(default=0.0, ge=0, le=1)
+    """How alike the other user is: 0 draws among all users, 0.9 among the tenth whose liked items are most like this user's.
+    The 5 % who are most alike are left out."""
     num_rejected: int = Field(default=1, ge=1)
     """Most rejected texts per chosen one: the worst texts (dpo.loss = "softmax" uses several)."""
     shrinkage: bool = False

@@ -42,7 +42,7 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     # Users without all their texts have no reward before (generate leaves them out), so they get none after either.
     failed = store.failed("knowledge", round_id)["subject_id"].to_numpy()  # after round 0 there are no items
     valid = pa.array(np.setdiff1d(valid_users, failed))
-    before = store.read("scores", round_id, columns=["user_id", "reward"])
+    before = store.read("scores", round_id, columns=["user_id", "plain_reward"])
     before = before.filter(pc.is_in(before["user_id"], valid))
     texts = store.read("knowledge", round_id)
     texts = texts.filter(pc.and_(pc.equal(texts["subject"], "user"), pc.is_in(texts["subject_id"], valid)))
@@ -52,7 +52,7 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     )
     means = {
         "before": _mean_per_user(
-            before["user_id"].to_numpy(), before["reward"].to_numpy().astype(np.float64)
+            before["user_id"].to_numpy(), before["plain_reward"].to_numpy().astype(np.float64)
         ),
         "after": _mean_per_user(user_ids, found.reward[:, 0]),
     }

@@ -109,6 +109,7 @@ def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> Samp
         num_redraws=config.reward.num_redraws,
         seed=seed_of(config.run.seed, "redraws"),
         negative_weights=weights,
+        splits=np.asarray(users["split"]),
     )
 
 

@@ -80,9 +80,18 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("detail", pa.string()),
         ]
     ),
+    # reward: what pairs are made of, the plain reward or, where reward.personal is set, plain_reward - others_reward.
     # std_error: how far chance alone moves the reward beside those of the user's other samples.
     "scores": pa.schema(
-        [*_LABEL, ("reward", pa.float32()), ("std_error", pa.float32()), ("num_lists", pa.int32())]
+        [
+            *_LABEL,
+            ("reward", pa.float32()),
+            ("plain_reward", pa.float32()),
+            # what the text is worth to other users; NaN where that is not asked for, or there is nobody else
+            ("others_reward", pa.float32()),
+            ("std_error", pa.float32()),
+            ("num_lists", pa.int32()),
+        ]
     ),
     # The same by every metric that is compared; half_a, half_b: over a random half of the user's lists each.
     "metric_scores": pa.schema(
@@ -100,12 +109,16 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             ("round", pa.int32()),
             ("user_id", pa.int64()),
+            ("pair_id", pa.int32()),  # counts the user's pairs
             ("split", pa.string()),
+            ("kind", pa.string()),  # core.pairing.Kind
+            ("rejected_user_id", pa.int64()),  # whose the rejected texts are
             ("prompt_token_ids", _TOKENS),
             ("chosen_token_ids", _TOKENS),
             # one or more rejected texts, worst first
             ("rejected_token_ids", pa.list_(_TOKENS)),
             ("chosen_reward", pa.float32()),
+            # NaN for a text of another user: nobody measured what it is worth to this one
             ("rejected_reward", pa.list_(pa.float32())),
         ]
     ),
