@@ -19,7 +19,7 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.reading_gain import Heldout, judge, peaked
 from dpo4rec_ray.core.text_counts import variety
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.evaluation.heldout import HeldoutMeasure, UserTexts, accuracy_stats, change_of
+from dpo4rec_ray.evaluation.heldout_texts import HeldoutMeasure, UserTexts, accuracy_stats, change_of
 from dpo4rec_ray.knowledge.teacher import EVERY_FACET
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
 from dpo4rec_ray.store.artifacts import RunDir

@@ -12,7 +12,7 @@ SCHEMA_VERSION = 3  # raise it when a column changes meaning: manifests carry it
 EVALUATED_METRICS = tuple(METRICS)  # at each of
 EVALUATED_AT = (1, 3, 5, 10)
 
-# Figures of a validation user's texts, each before and after a round (evaluation/heldout.py); means over the user's texts.
+# Figures of a validation user's texts, each before and after a round (evaluation/heldout_texts.py); means over the user's texts.
 HELDOUT_FIGURES = (
     *("reward", "ndcg"),  # of the user's own texts; ndcg: NDCG@5 of the lists as drawn
     *(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo4rec_ray.evaluation.heldout import HeldoutMeasure, UserTexts, accuracy_stats, change_of
+from dpo4rec_ray.evaluation.heldout_texts import HeldoutMeasure, UserTexts, accuracy_stats, change_of
 from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleScorer
 from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
