@@ -26,6 +26,25 @@ DERIVED = {
     "reading_ndcg": ("ndcg", "others_ndcg"),
     "fit_above": ("fit", "fit_others"),
 }
+# What the report calls the figures, in its order.
+LABELS = {
+    "reward": "reward of own texts",
+    "others_reward": "reward of other users' texts (change: style gain)",
+    "reading": "reading: own minus others (change: reading gain)",
+    "ndcg": "NDCG@5 of own texts",
+    "others_ndcg": "NDCG@5 of other users' texts",
+    "reading_ndcg": "reading in NDCG@5",
+    "fit": "share of the user's later likes that have what is named",
+    "fit_others": "share of other users' later likes that have it",
+    "fit_above": "fit to later likes: own minus others",
+    "values": "attribute values named per text",
+    "titles_history": "titles named that are in the history",
+    "titles_catalogue": "titles named that are only in the catalogue",
+    "titles_invented": "titles named that do not exist",
+    "distinct_texts": "distinct texts per text of a user",
+    "common_opening": "share of texts with the most common opening",
+    "words": "words per text",
+}
 
 
 @dataclass(frozen=True)
