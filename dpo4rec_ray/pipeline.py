@@ -133,9 +133,15 @@ STAGES: dict[str, Stage] = {
         Stage(
             "validate",
             validate.run,
-            reads=lambda r: [("scores", r), ("knowledge", r), ("knowledge", 0), ("lists", 0), ("reward", 0)],
+            reads=lambda r: [
+                ("generations", r),
+                *(("knowledge", i) for i in (r, 0)),
+                ("lists", 0),
+                ("reward", 0),
+                *(("heldout", i) for i in range(1, r)),  # of which the best is the one to beat
+            ],
             writes=lambda r: [("heldout", r)],
-            sections=("reward.metric", "reward.num_redraws", "reward.hard_negatives"),
+            sections=("reward.metric", "reward.num_redraws", "reward.hard_negatives", "encoder"),
         ),
         Stage(
             "evaluate",
@@ -245,7 +251,7 @@ def _all_stages(runner: Runner) -> int:
             break
         last_round = round_id
         if runner.peaked(round_id):
-            say(f"round {round_id}: the held-out reward no longer improves; no further round")
+            say(f"round {round_id}: no longer better than the best round so far; no further round")
             break
     runner.step("evaluate", last_round)
     return last_round
@@ -297,7 +303,7 @@ class Runner:
         )
 
     def peaked(self, round_id: int) -> bool:
-        """Whether the held-out reward no longer improves, so that no further round follows."""
+        """Whether rounds no longer improve, so that no further round follows."""
         run = self.config.run
         return round_id < run.num_rounds and validate.rounds_have_peaked(self.store, round_id, run.patience)
 

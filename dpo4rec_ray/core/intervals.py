@@ -66,6 +66,16 @@ def ratio_bootstrap(
     return found
 
 
+def proportion_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion of `count` independent trials (Wilson, 1927); NaN without trials."""
+    if not count:
+        return float("nan"), float("nan")
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
+    return float(middle - half), float(middle + half)
+
+
 def bootstrap_columns(
     numerators: Array, denominators: Array, num_resamples: int, seed: int = 0
 ) -> list[Interval]:

@@ -18,6 +18,7 @@ import torch
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.training import TrainerSection
+from dpo4rec_ray.core.intervals import paired_bootstrap
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
@@ -65,7 +66,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     stats = _shuffle_drop(config, store)
     say(
         f"  NDCG@5 on validation: {stats['valid_ndcg@5 without knowledge']:.4f} without knowledge, "
-        f"{stats['valid_ndcg@5']:.4f} with each user's text, {stats['shuffle_drop']:.4f} less with another user's"
+        f"{stats['valid_ndcg@5']:.4f} with each user's text, {stats['shuffle_drop']:.4f} "
+        "[{:.4f}, {:.4f}] less with another user's".format(*stats["shuffle_drop_ci95"])
     )
     return Outcome(rows_in=store.require("lists").rows, rows_out=len(names), stats=stats)
 
@@ -171,20 +173,23 @@ def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
     other = another_user(np.unique(valid.user_ids.numpy()), len(vectors), seed_of(config.run.seed, "shuffle"))
     labels, mask = valid.labels.numpy(), valid.mask.numpy()
 
-    def measured(names: list[str], source: np.ndarray | None) -> float:
+    def measured(names: list[str], source: np.ndarray | None) -> np.ndarray:
+        """[n] mean over the rerankers."""
         found = []
         for name in names:
             scorer = ListScorer([load_reranker(store.path("reward") / name, catalogue)], catalogue)
             scores = scorer.score(valid.item_ids, mask, source, valid.user_rows, valid.histories)
-            found.append(list_metrics(scores, labels, ["ndcg@5"], mask)["ndcg@5"].mean())
-        return float(np.mean(found))
+            found.append(list_metrics(scores, labels, ["ndcg@5"], mask)["ndcg@5"])
+        return np.mean(found, axis=0)
 
     folds = fold_names(config)
     own = measured(folds, vectors)
+    drop = paired_bootstrap(own - measured(folds, vectors[other]), valid.user_ids.numpy())
     stats = {
-        "valid_ndcg@5": own,
-        "valid_ndcg@5 without knowledge": measured([PLAIN], None),
-        "shuffle_drop": own - measured(folds, vectors[other]),
+        "valid_ndcg@5": float(own.mean()),
+        "valid_ndcg@5 without knowledge": float(measured([PLAIN], None).mean()),
+        "shuffle_drop": drop.mean,
+        "shuffle_drop_ci95": [drop.low, drop.high],
     }
     write_json(store.path("reward") / "diagnosis.json", stats)
     return stats

@@ -12,6 +12,23 @@ SCHEMA_VERSION = 3  # raise it when a column changes meaning: manifests carry it
 EVALUATED_METRICS = tuple(METRICS)  # at each of
 EVALUATED_AT = (1, 3, 5, 10)
 
+# Figures of a validation user's texts, each before and after a round (evaluation/heldout_texts.py); means over the user's texts.
+HELDOUT_FIGURES = (
+    *("reward", "ndcg"),  # of the user's own texts; ndcg: NDCG@5 of the lists as drawn
+    *(
+        "others_reward",
+        "others_ndcg",
+    ),  # of other users' texts on this user's lists; NaN where there is no other user
+    *(
+        "fit",
+        "fit_others",
+    ),  # named values beside this user's and all others' later likes; NaN where nothing is named
+    "values",  # attribute values named
+    *("titles_history", "titles_catalogue", "titles_invented"),  # titles named
+    *("distinct_texts", "common_opening"),  # shares of the user's texts
+    "words",
+)
+
 _IDS = pa.list_(pa.int64())
 _TOKENS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -130,13 +147,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("rejected_logp", pa.list_(pa.float64())),
         ]
     ),
-    # Reward of fresh samples of the validation users under the policies before and after a round.
+    # Fresh samples of the validation users under the policies before and after a round.
     "heldout": pa.schema(
         [
             ("round", pa.int32()),
             ("user_id", pa.int64()),
-            ("reward_before", pa.float32()),
-            ("reward_after", pa.float32()),
+            *(
+                (f"{figure}_{side}", pa.float32())
+                for figure in HELDOUT_FIGURES
+                for side in ("before", "after")
+            ),
         ]
     ),
     "per_list": pa.schema(
