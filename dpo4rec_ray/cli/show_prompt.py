@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +55,7 @@ def show(recipe: str, changes: list[str], raw_id: str) -> int:
     from dpo4rec_ray.config import load_config
 
     config = load_config(recipe, changes)
-    session.set_up(Path(os.devnull), verbose=False)
+    session.set_defaults(session.QUIET_ENV)
     from dpo4rec_ray.knowledge.wording import check_prompt
     from dpo4rec_ray.store.artifacts import RunDir
     from dpo4rec_ray.texts.examples import draw_examples

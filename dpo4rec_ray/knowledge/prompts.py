@@ -243,8 +243,13 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, style: str) 
             [prompt.system] * bool(prompt.system) + [*asked, _continued(prompt.question, prompt.lead_in)]
         )
     turns = messages(prompt, with_system=takes_system(tokenizer))
-    ends = {"continue_final_message": True} if prompt.lead_in else {"add_generation_prompt": True}
-    return tokenizer.apply_chat_template(turns, tokenize=False, **ends, **TEMPLATE_SWITCHES)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **TEMPLATE_SWITCHES)
+    if not prompt.lead_in:
+        return render(turns, add_generation_prompt=True)
+    opened = render(turns[:-1], add_generation_prompt=True)
+    begun = render(turns, continue_final_message=True)  # with the template's own blank before an answer
+    # Where answers open with more than a turn's mark, such as Qwen3's empty thoughts, a template may leave it out.
+    return begun if begun.startswith(opened.rstrip()) else f"{opened}{prompt.lead_in}"
 
 
 def messages(prompt: Prompt, *, with_system: bool = True) -> list[Message]:
