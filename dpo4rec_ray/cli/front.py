@@ -33,6 +33,7 @@ COMMANDS = {
     "run": Command("run a recipe: all stages, or those that are not complete", "dpo4rec_ray.cli.run"),
     "serve": Command("publish finished runs and serve reranks over HTTP", "dpo4rec_ray.cli.serve"),
     "search": Command("search training settings of the rerankers", "dpo4rec_ray.cli.search"),
+    "prompts": Command("show what the LLM is asked about a user", "dpo4rec_ray.cli.show_prompt"),
     "pairs": Command("export and import preference pairs", "dpo4rec_ray.cli.pairs"),
     "download": Command("download a public dataset", "dpo4rec_ray.cli.download_dataset"),
     "sample": Command(

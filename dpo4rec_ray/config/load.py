@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dpo4rec_ray.config.bundled_recipes import names, recipe_file
 from dpo4rec_ray.config.recipe import Config
 from dpo4rec_ray.config.section import Section, first_mistake, merged
-from dpo4rec_ray.errors import UserError, nearest
+from dpo4rec_ray.errors import UserError, first_line, nearest
 
 Table = dict[str, Any]  # of a TOML file
 # Former keys and values -> what they are called now. A recipe is told the new name; the config.json of an old
@@ -83,10 +83,26 @@ def _checked(raw: dict[str, Any], overrides: Sequence[str], where: str) -> Confi
     for text in overrides:
         _apply_override(raw, text)
     _check_keys(raw, where)
+    _take_in_template(raw.get("prompt", {}))
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{where}: {first_mistake(error)}; mend the recipe or the override") from None
+
+
+def _take_in_template(prompt: Table) -> None:
+    """Put the text of prompt.template_file into prompt.template: workers, versions and later runs need no file then."""
+    name = prompt.pop("template_file", "")
+    if not name:
+        return
+    if prompt.get("template"):
+        raise UserError(f"prompt.template_file = {name!r}, but prompt.template is set too; set one of them")
+    try:
+        prompt["template"] = Path(name).expanduser().read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"prompt.template_file = {name!r}: cannot be read ({first_line(error)})") from None
+    if not prompt["template"].strip():
+        raise UserError(f"prompt.template_file = {name!r}: the file is empty")
 
 
 def is_fragment(text: str) -> bool:

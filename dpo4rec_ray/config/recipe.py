@@ -73,6 +73,11 @@ class Config(Section):
         return self.llm.source == "vllm"
 
     @property
+    def like_at(self) -> float | None:
+        """The least rating of what prompts and counted texts call liked; None for implicit feedback: everything is."""
+        return self.data.positive_rating if self.prompt.ratings else None
+
+    @property
     def evaluated_backbones(self) -> tuple[str, ...]:
         """The backbones that `evaluate` trains and measures."""
         return self.evaluate.backbones or (self.reranker.backbone,)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -156,7 +157,7 @@ def _in_words(annotation: Any) -> str:
         return f"list of {_in_words(inner[0])}"
     if origin is dict:
         return f"table of {_in_words(inner[1])}"
-    if origin is Union:
+    if origin in (Union, UnionType):
         return ", or ".join(map(_in_words, inner))
     if origin is Annotated:
         return _in_words(inner[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dpo4rec_ray.config.section import Section
 
@@ -30,14 +30,47 @@ class LLMSection(Section):
 class PromptSection(Section):
     """What a prompt asks and shows."""
 
-    factors: str = "movies"
-    """Name of the list of factors that the prompt asks about."""
+    factors: str | tuple[str, ...] = "movies"
+    """What the prompt asks about: the name of a list ("movies", "books", "short", "generic"), or your own list of words."""
+    style: Literal["auto", "chat", "completion"] = "auto"
+    """"chat": a question as a user's turn of the LLM's chat template. "completion": a text that the LLM goes on with, for base
+    models. "auto": chat where the tokenizer has a chat template."""
+    template: str = ""
+    """Your own prompt about a user. Placeholders: {profile}, {history}, {liked}, {disliked}, {counts}, {factors}, {date}; a brace
+    that is text is doubled. A line with a placeholder that is empty is left out. "": the style's own wording."""
+    template_file: str = ""
+    """File with the template. It is read with the recipe, and its text becomes prompt.template."""
+    item_template: str = ""
+    """Your own prompt about an item, with {item} and {factors}. "": the style's own wording."""
+    system: str = ""
+    """System prompt. Where the chat template has none, it goes before the user's turn. "": none."""
+    lead_in: str = "auto"
+    """First words of the answer about a user, which the LLM goes on from; they are not part of the text. "auto": those of the
+    style's own wording, none for chat. "": none."""
+    examples: int = Field(default=0, ge=0)
+    """Training users shown as examples before the question, each with a text counted from its history."""
+    date: str = ""
+    """What {date} in a template says. Fixed, so that a run that goes on tomorrow asks the same."""
     item_attributes: bool = False
     """Show each title's attributes behind it: small LLMs do not know the titles."""
     ratings: bool = True
     """Show the stars; switch off for implicit feedback."""
     describe_items: bool = False
     """What is encoded for an item. true: a description that the base LLM writes once per run. false: title and attributes."""
+
+    @field_validator("factors")
+    @classmethod
+    def _words(cls, factors: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(factors, tuple) and not (factors and all(word.strip() for word in factors)):
+            raise ValueError("the name of a list, or a list of at least one word, none of them empty")
+        return factors
+
+    @field_validator("lead_in")
+    @classmethod
+    def _ends_in_a_word(cls, lead_in: str) -> str:
+        if lead_in != lead_in.strip():
+            raise ValueError("begins or ends in a blank, which belongs to the word behind it; leave it out")
+        return lead_in
 
 
 class OpenAISection(Section):

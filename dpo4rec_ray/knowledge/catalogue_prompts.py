@@ -5,23 +5,37 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from dpo4rec_ray.config.texts import GenerateSection, LLMSection, PromptSection
 from dpo4rec_ray.knowledge.prompts import (
-    FACTORS,
+    Prompt,
     clean_text,
     control_tokens,
-    encode_chat,
+    encode_prompt,
     fit_history,
     item_prompt,
+    style_of,
     user_prompt,
 )
+from dpo4rec_ray.knowledge.statistics import counted_sentence
+from dpo4rec_ray.knowledge.wording import LIKES, wording_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NOBODY = -1  # the id of a user whom the run does not know
+
+
+class ExampleUser(NamedTuple):
+    """A training user whose history and counted text are shown to others."""
+
+    user_id: int
+    profile: str
+    item_ids: Sequence[int]
+    ratings: Sequence[float]
 
 
 class CataloguePrompts:
@@ -34,31 +48,62 @@ class CataloguePrompts:
         prompt: PromptSection,
         *,
         as_json: bool = False,
+        style: str = "chat",
+        like_at: float | None = None,
+        examples: Sequence[ExampleUser] = (),
     ):
-        """items: columns "title" and "attributes", one row per item id; special_tokens: see `clean_text`."""
-        self.prompt, self._factors, self._as_json = prompt, FACTORS[prompt.factors], as_json
+        """items: columns "title" and "attributes", one row per item id; special_tokens: see `clean_text`.
+
+        like_at: as in `user_prompt`; examples: one more than prompt.examples, for the prompts of those who are examples.
+
+        Raises:
+            UserError: the recipe's wording cannot be used (`wording_of`).
+        """
+        self.prompt, self.wording = prompt, wording_of(prompt, style, as_json=as_json)
+        self._like_at = like_at
         self._clean = partial(clean_text, special_tokens=tuple(special_tokens))
         self._titles = [self._clean(title) for title in items["title"].to_pylist()]
-        rows = items["attributes"].to_pylist() if prompt.item_attributes else None
-        self._attributes = rows and [[self._clean(value) for value in row] for row in rows]
+        read = prompt.item_attributes or prompt.examples or "counts" in self.wording.user.names
+        rows = items["attributes"].to_pylist() if read else [()] * len(self._titles)
+        self._attributes = [[self._clean(value) for value in row] for row in rows]
+        self._examples = [(one.user_id, self._example(one)) for one in examples]
 
     def user(self, profile: str, item_ids: Sequence[int], ratings: Sequence[float], skip: int = 0) -> str:
-        """The prompt of one user with this knowledge history, without its `skip` oldest events."""
+        """The question about one user with this knowledge history, without its `skip` oldest events."""
         item_ids, ratings = item_ids[skip:], ratings[skip:]
         return user_prompt(
+            self.wording,
             self._clean(profile),
             [self._titles[item] for item in item_ids],
             ratings,
-            [self._attributes[item] for item in item_ids] if self._attributes else None,
-            self._factors,
+            [self._attributes[item] for item in item_ids],
+            like_at=self._like_at,
+            show_attributes=self.prompt.item_attributes,
             show_ratings=self.prompt.ratings,
-            as_json=self._as_json,
+            date=self.prompt.date,
+        )
+
+    def asked(self, question: str, user_id: int = NOBODY) -> Prompt:
+        """The whole prompt around a user's question. user_id: who is never an example to himself."""
+        others = [example for shown, example in self._examples if shown != user_id]
+        return Prompt(
+            question, self.wording.lead_in, self.wording.system, tuple(others[: self.prompt.examples])
         )
 
     def item(self, title: str, attributes: Sequence[str]) -> str:
-        """The prompt of one item."""
-        cleaned = [self._clean(value) for value in attributes]
-        return item_prompt(self._clean(title), cleaned, self._factors, as_json=self._as_json)
+        """The question about one item."""
+        return item_prompt(self.wording, self._clean(title), [self._clean(value) for value in attributes])
+
+    def _example(self, user: ExampleUser) -> tuple[str, str]:
+        answer = counted_sentence(
+            [self._titles[item] for item in user.item_ids],
+            user.ratings,
+            [self._attributes[item] for item in user.item_ids],
+            self._like_at,
+        )
+        return self.user(
+            user.profile, user.item_ids, user.ratings
+        ), f"{self.wording.lead_in or LIKES} {answer}"
 
 
 class TokenizedPrompts:
@@ -71,32 +116,47 @@ class TokenizedPrompts:
         llm: LLMSection,
         prompt: PromptSection,
         generate: GenerateSection,
+        *,
+        like_at: float | None = None,
+        examples: Sequence[ExampleUser] = (),
     ):
-        """items: as in `CataloguePrompts`."""
+        """items, like_at, examples: as in `CataloguePrompts`."""
         self._tokenizer, self._lock = (
             tokenizer,
             threading.Lock(),
         )  # a fast tokenizer serves one thread at a time
         self._max_tokens = max_prompt_tokens(llm, generate)
-        self._catalogue = CataloguePrompts(
-            items, control_tokens(tokenizer), prompt, as_json=generate.format == "json"
+        self.catalogue = CataloguePrompts(
+            items,
+            control_tokens(tokenizer),
+            prompt,
+            as_json=generate.format == "json",
+            style=style_of(tokenizer, prompt.style),
+            like_at=like_at,
+            examples=examples,
         )
 
-    def user(self, profile: str, item_ids: Sequence[int], ratings: Sequence[float]) -> tuple[list[int], int]:
+    def user(
+        self, profile: str, item_ids: Sequence[int], ratings: Sequence[float], user_id: int = NOBODY
+    ) -> tuple[list[int], int]:
         """The longest prompt of this user that fits, and how many of the oldest events it leaves out."""
 
         def encode(skip: int) -> list[int]:
-            return self._encode(self._catalogue.user(profile, item_ids, ratings, skip))
+            question = self.catalogue.user(profile, item_ids, ratings, skip)
+            return self.encode(self.catalogue.asked(question, user_id))
 
         return fit_history(encode, len(item_ids), self._max_tokens)
 
     def item(self, title: str, attributes: Sequence[str]) -> list[int]:
         """The prompt of one item, of any length."""
-        return self._encode(self._catalogue.item(title, attributes))
+        return self.encode(
+            Prompt(self.catalogue.item(title, attributes), system=self.catalogue.wording.system)
+        )
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, of any length."""
         with self._lock:
-            return encode_chat(self._tokenizer, text)
+            return encode_prompt(self._tokenizer, prompt, self.catalogue.wording.style)
 
 
 def max_prompt_tokens(llm: LLMSection, generate: GenerateSection) -> int:

@@ -1,8 +1,7 @@
-"""What the LLM is asked about a user, what is encoded for an item, and how a prompt becomes token ids.
+"""Prompts about users and items as text, what is encoded for an item, and how a prompt becomes token ids.
 
-Follows KAR's factor prompts (Xi et al., arXiv 2306.10933), as the paper does, but in fewer words: on a CPU every token
-of a prompt costs time. Beyond the paper, catalogue text is data and not instruction: `clean_text` takes away whatever
-could end or open a chat turn.
+What they ask is in wording.py. Beyond the paper, catalogue text is data and not instruction: `clean_text` takes away
+whatever could end or open a chat turn.
 """
 
 from __future__ import annotations
@@ -10,25 +9,20 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
+from dpo4rec_ray.config.texts import PromptSection
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.knowledge.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Raise it with any change of wording: texts of two versions are not comparable.
-PROMPT_VERSION = 2
-FACTORS = {
-    "movies": ["genre", "director/actors", "time period/country", "character", "plot/theme", "mood/tone",
-               "critical acclaim/award", "production quality", "soundtrack"],
-    "books": ["genre", "author", "writing style", "theme", "setting", "length and complexity", "time period",
-              "literary quality", "critical acclaim"],
-    "short": ["genre", "era", "creator"],  # few words, for small LLMs
-    "generic": ["category", "brand or maker", "style", "purpose", "features", "quality", "price", "popularity"],
-}  # fmt: skip
-_AS_JSON = " Answer with one JSON object that has these words as keys and a string as each value."
 # Marks that chat formats put between turns, whether or not this tokenizer has them as tokens: <|x|>, <s>,
 # <x_of_turn>, [INST], [SEP], <<SYS>>, <think>. The name inside stays, so that a title that is such a mark does not vanish.
 _MARKS = re.compile(
@@ -47,40 +41,79 @@ _HEADINGS = re.compile(r"#{2,}")
 TEMPLATE_SWITCHES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 # Titles are shorter. Without a limit, one absurd text would push everything else out of the prompt.
 MAX_CHARS = 300
+MAX_COUNTED = 6  # attribute values that {counts} names
 # Unicode categories of characters that cannot be seen:
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, lone surrogate, line, paragraph
 
 
+Message = dict[str, str]  # a turn of a chat: its role and its content
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an LLM is asked, before it has the form of a chat or of one text.
+
+    Attributes:
+        question: the user's turn, or the text that a base LLM goes on with.
+        lead_in: first words of the answer, without a blank at either end; "": none.
+        system: the system's turn; "": none.
+        examples: questions and whole answers that stand before the question.
+    """
+
+    question: str
+    lead_in: str = ""
+    system: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+
+
 def user_prompt(
+    wording: Wording,
     profile: str,
     titles: Sequence[str],
     ratings: Sequence[float],
-    attributes: Sequence[Sequence[str]] | None,
-    factors: Sequence[str],
+    attributes: Sequence[Sequence[str]],
     *,
+    like_at: float | None = None,
+    show_attributes: bool = False,
     show_ratings: bool = True,
-    as_json: bool = False,
+    date: str = "",
 ) -> str:
     """The question about one user. All texts must be clean (`clean_text`); the history is in time order.
 
-    attributes: "facet: value" strings per title, of which the values are shown. None: only titles are shown.
+    attributes: "facet: value" strings per title, of which the values are shown.
+    like_at: the least rating of a liked event; None: implicit feedback, everything is liked.
     show_ratings: off for implicit feedback, where all ratings are the same number.
-    as_json: ask for one JSON object with a string per factor (`structured.factor_schema`).
     """
-    shown = attributes if attributes is not None else [()] * len(titles)
-    events = zip(titles, ratings, shown, strict=True)
-    history = " ".join(_event(*event, show_rating=show_ratings) for event in events)
-    about = f"Profile: {profile}.\n" if profile else ""
-    question = f"Analyse this user's preferences, with reasons, by {', '.join(factors)}."
-    return f"{about}History: {history}\n{question}{_AS_JSON if as_json else ''}"
+    events = list(zip(titles, ratings, attributes, strict=True))
+    shown = [(title, values if show_attributes else ()) for title, _, values in events]
+    likes = [like_at is None or rating >= like_at for rating in ratings]
+    counts = Counter(
+        value
+        for (*_, values), liked in zip(events, likes, strict=True)
+        if liked
+        for value in dict.fromkeys(values)
+    )
+    return wording.user.fill(
+        {
+            "profile": profile,
+            "history": " ".join(
+                f"{_event(*one)}{f', {rating:g} stars' if show_ratings else ''};"
+                for one, rating in zip(shown, ratings, strict=True)
+            ),
+            "liked": "; ".join(_event(*one) for one, liked in zip(shown, likes, strict=True) if liked),
+            "disliked": "; ".join(_event(*one) for one, liked in zip(shown, likes, strict=True) if not liked),
+            "counts": ", ".join(
+                f"{name.partition(': ')[2]} ({count})" for name, count in counts.most_common(MAX_COUNTED)
+            ),
+            "factors": ", ".join(wording.factors),
+            "date": date,
+        }
+    )
 
 
-def item_prompt(
-    title: str, attributes: Sequence[str], factors: Sequence[str], *, as_json: bool = False
-) -> str:
+def item_prompt(wording: Wording, title: str, attributes: Sequence[str]) -> str:
     """The question about one item, by the same factors. Title and attributes must be clean."""
-    question = f"Describe this item by {', '.join(factors)}."
-    return f"Item: {item_text(title, attributes)}\n{question}{_AS_JSON if as_json else ''}"
+    return wording.item.fill({"item": item_text(title, attributes), "factors": ", ".join(wording.factors)})
 
 
 def fit_history(
@@ -142,20 +175,49 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *marks]))
 
 
+def style_of(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto") -> str:
+    """The style of prompts: the recipe's, or for "auto" what the tokenizer is made for."""
+    if wanted != "auto":
+        return wanted
+    return "chat" if tokenizer.chat_template else "completion"
+
+
+def style_remarks(prompt: PromptSection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the user should know about how this LLM is asked."""
+    found = []
+    if not tokenizer.chat_template and prompt.style == "chat":
+        found.append(
+            "it has no chat template, so it is a base LLM that goes on with texts and hardly answers questions; set "
+            'prompt.style = "completion" (or "auto"), with a prompt.lead_in if prompt.template is your own'
+        )
+    elif not tokenizer.chat_template and prompt.template and prompt.lead_in == "auto":
+        found.append(
+            "it has no chat template, so it goes on with the text of prompt.template; set prompt.lead_in to the words "
+            'that its answers begin with, such as "This user likes" ("" if the template ends with them)'
+        )
+    if prompt.system and tokenizer.chat_template and not takes_system(tokenizer):
+        found.append("its chat template has no system's turn; prompt.system opens the first user's turn")
+    return found
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of the prompt as one user turn, ready for the answer: by the chat template if there is one.
+
+    Raises:
+        UserError: as `encode_prompt`.
+    """
+    return encode_prompt(tokenizer, Prompt(prompt), "chat")
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, style: str) -> list[int]:
+    """Token ids of a prompt, ready for the answer. The last ones are the lead-in's.
 
     If the tokenizer has a BOS, the ids have exactly one: it is put in front if the template writes none.
 
     Raises:
         UserError: more than one BOS, unless the template marks every turn with it (as SmolLM2's does).
     """
-    text = prompt
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, **TEMPLATE_SWITCHES
-        )
+    text = prompt_text(tokenizer, prompt, style)
     # The template writes the special tokens. If the tokenizer added its own, there would be two BOS.
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
@@ -170,10 +232,64 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return token_ids if count else [bos, *token_ids]
 
 
-def _event(title: str, rating: float, attributes: Sequence[str], *, show_rating: bool) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, style: str) -> str:
+    """The text that is tokenised: turns under the chat template, or examples, question and lead-in one after the other.
+
+    A question in the style "chat" for a tokenizer without a chat template is that question alone, with its lead-in behind it.
+    """
+    if style == "completion" or not tokenizer.chat_template:
+        asked = [_continued(question, answer) for question, answer in prompt.examples]
+        return "\n\n".join(
+            [prompt.system] * bool(prompt.system) + [*asked, _continued(prompt.question, prompt.lead_in)]
+        )
+    turns = messages(prompt, with_system=takes_system(tokenizer))
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **TEMPLATE_SWITCHES)
+    if not prompt.lead_in:
+        return render(turns, add_generation_prompt=True)
+    opened = render(turns[:-1], add_generation_prompt=True)
+    begun = render(turns, continue_final_message=True)  # with the template's own blank before an answer
+    # Where answers open with more than a turn's mark, such as Qwen3's empty thoughts, a template may leave it out.
+    return begun if begun.startswith(opened.rstrip()) else f"{opened}{prompt.lead_in}"
+
+
+def messages(prompt: Prompt, *, with_system: bool = True) -> list[Message]:
+    """The turns of a chat; with a lead-in the last one is an answer that has begun.
+
+    with_system: off where the chat template has no system's turn; its text then opens the first user's turn.
+    """
+    turns: list[Message] = [
+        {"role": role, "content": text}
+        for pair in prompt.examples
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    turns.append({"role": "user", "content": prompt.question})
+    if prompt.system and with_system:
+        turns.insert(0, {"role": "system", "content": prompt.system})
+    elif prompt.system:
+        turns[0]["content"] = f"{prompt.system}\n\n{turns[0]['content']}"
+    if prompt.lead_in:
+        turns.append({"role": "assistant", "content": prompt.lead_in})
+    return turns
+
+
+@functools.lru_cache(maxsize=8)
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template has a place for a system prompt: some refuse it, some leave it out without a word."""
+    turns = [{"role": "system", "content": "7x7x7"}, {"role": "user", "content": "x"}]
+    try:
+        return "7x7x7" in tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_SWITCHES)
+    except TemplateError:
+        return False
+
+
+def _continued(text: str, answer: str) -> str:
+    """A text and what follows it. No blank at the end: it belongs to the token of the word that comes."""
+    return text.rstrip(" ") if not answer else f"{text}{'' if text[-1:].isspace() else ' '}{answer}"
+
+
+def _event(title: str, attributes: Sequence[str]) -> str:
     values = "; ".join(attribute.partition(": ")[2] for attribute in attributes)
-    stars = f", {rating:g} stars" if show_rating else ""
-    return f'"{title}"{f" ({values})" if values else ""}{stars};'
+    return f'"{title}"{f" ({values})" if values else ""}'
 
 
 def _clean_once(text: str, tokens: re.Pattern[str] | None) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dpo4rec_ray.config.texts import GenerateSection, OpenAISection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.completions import Answer, Completion
+from dpo4rec_ray.knowledge.prompts import Message
 
 if TYPE_CHECKING:
     from openai import APIError
@@ -79,9 +80,9 @@ class Endpoint:
         self._fatal: UserError | None = None
 
     def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], num_samples: Sequence[int]
+        self, prompts: Sequence[str | list[Message]], seeds: Sequence[int], num_samples: Sequence[int]
     ) -> list[Answer]:
-        """`num_samples` completions per prompt, each prompt one user message.
+        """`num_samples` completions per prompt, each prompt one user message or the messages of a chat.
 
         Raises:
             UserError: the key, the model or the endpoint is wrong, or requests fail whatever is in them.
@@ -103,7 +104,7 @@ class Endpoint:
             for number, low in enumerate(range(0, count, size))
         ]
 
-    def _request(self, prompt: str, seed: int, count: int) -> Answer:
+    def _request(self, prompt: str | list[Message], seed: int, count: int) -> Answer:
         from openai import APIError
 
         if self._fatal is not None:
@@ -134,14 +135,14 @@ class Endpoint:
             return Answer(samples, detail=detail, usage=usage)
         return Answer(samples, usage=usage)
 
-    def _create(self, prompt: str, seed: int, count: int, usage: Counter[str]) -> Any:
+    def _create(self, prompt: str | list[Message], seed: int, count: int, usage: Counter[str]) -> Any:
         """One request, sent again under the other name of the length limit where the endpoint asks for that."""
         from openai import BadRequestError
 
         section = self.generation
         arguments: dict[str, Any] = {
             "model": self.openai.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
             "temperature": section.temperature,
             "top_p": section.top_p,
             "seed": seed,

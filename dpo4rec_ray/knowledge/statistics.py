@@ -20,6 +20,7 @@ from dpo4rec_ray.knowledge.prompts import clean_text
 STATISTICS_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
 MAX_VALUES = 5  # attribute values named
 MAX_TITLES = 15
+EXAMPLE_VALUES, EXAMPLE_TITLES = 4, 2  # of the sentence that an example in a prompt answers
 # For catalogues with long names. A text has at most 150 words; an encoder that reads 256 tokens sees about 120 of them.
 MAX_NAME_WORDS = 12
 MAX_TITLES_WORDS = 80
@@ -67,6 +68,27 @@ def statistical_text(
     return f"{likes}Liked: {_listed([titles[i] for i in liked])}."
 
 
+def counted_sentence(
+    titles: Sequence[str],
+    ratings: Sequence[float],
+    attributes: Sequence[Sequence[str]],
+    like_at: float | None,
+) -> str:
+    """How 'This user likes' goes on, counted: 'Comedy, 1970s and War, such as Duck Soup (1933) and M*A*S*H (1970).'
+
+    What an example in a prompt answers. Arguments as in `statistical_text`. The titles are the best rated ones, of equal ones
+    the newest. A user who liked nothing likes 'none of these'.
+    """
+    liked = [i for i in range(len(titles)) if like_at is None or ratings[i] >= like_at]
+    best = sorted(liked, key=lambda i: (0 if like_at is None else -ratings[i], -i))
+    counts = Counter(value for i in liked for value in dict.fromkeys(attributes[i]))
+    values = [_cut(name.partition(": ")[2]) for name, _ in counts.most_common(EXAMPLE_VALUES)]
+    named = [_cut(titles[i]) for i in best[:EXAMPLE_TITLES]]
+    if not named:
+        return "none of these."
+    return f"{_and(values)}, such as {_and(named)}." if values else f"{_and(named)}."
+
+
 class StatisticsGenerator:
     """Takes the place of an engine, but writes from histories instead of prompts. Holds the whole catalogue."""
 
@@ -100,6 +122,10 @@ class StatisticsGenerator:
             ]
             answers.append(Answer([Completion([], text, "stop") for text in texts]))
         return answers
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + [words[-1]])
 
 
 def _cut(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from dpo4rec_ray.config.texts import GenerateSection, PromptSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.completions import Completion
-from dpo4rec_ray.knowledge.prompts import FACTORS
+from dpo4rec_ray.knowledge.wording import factor_list
 
 # Characters per token, less than there are in English: about 4 in sentences, 3 in keys and punctuation.
 _CHARS_PER_TOKEN = {"sentence": 3, "key": 2}
@@ -24,7 +24,7 @@ _BLOCK = 20
 
 def json_factors(prompt: PromptSection, generate: GenerateSection) -> list[str] | None:
     """The keys of the JSON object that every sample is; None where samples are free text."""
-    return FACTORS[prompt.factors] if generate.format == "json" else None
+    return factor_list(prompt) if generate.format == "json" else None
 
 
 def json_schema(prompt: PromptSection, generate: GenerateSection) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from dpo4rec_ray.serving.version_files import (
     TEXTS,
     UNKNOWN,
     USERS,
+    WRITER_EXAMPLES,
     WRITER_FOLDER,
     WRITER_LLM,
     WRITER_LORA,
@@ -47,12 +48,13 @@ from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.reading import list_data, read_vectors, vectors_of
+from dpo4rec_ray.texts.examples import draw_examples
 from dpo4rec_ray.texts.policy_texts import served_weights
 
 # Settings on which a user's text depends. Seed and sampling are among them: the same history gives the same text.
 WRITER_CONFIG: Any = {
     "run": {"seed"},
-    "data": {"max_history"},
+    "data": {"max_history", "positive_rating"},
     "dpo": {"lora_rank"},
     **dict.fromkeys(("llm", "prompt", "generate", "encoder"), True),
 }
@@ -222,6 +224,8 @@ def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) ->
     if config.llm.path not in ("bundled", "bootstrap"):
         content["llm"]["path"] = base_llm_path(config, store)
     write_json(folder / "config.json", content)
+    if examples := draw_examples(config, store):
+        write_json(folder / WRITER_EXAMPLES, [example._asdict() for example in examples])
 
 
 def _recorded(

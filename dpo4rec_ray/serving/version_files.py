@@ -31,6 +31,7 @@ FORMAT = 1  # grows when the files change their meaning
 # Where the run has an LLM, this folder has what writes texts for unknown users (serving/writer.py): config.json, and the
 # weights that were in the run folder.
 WRITER_FOLDER, WRITER_LLM, WRITER_LORA = "writer", "llm", "lora"
+WRITER_EXAMPLES = "examples.json"  # in the writer's folder; only where prompts show examples
 FORMER_NAMES = {"figures": "metrics", "max_history": "reranker_history"}  # in version.json
 UNKNOWN = -1  # the row of an id that the version does not know
 

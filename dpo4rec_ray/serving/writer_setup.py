@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.knowledge.catalogue_prompts import ExampleUser
 from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS, EngineSpec, ServedWeights
 from dpo4rec_ray.serving.registry import Registry
-from dpo4rec_ray.serving.version_files import WRITER_FOLDER, WRITER_LLM, WRITER_LORA
+from dpo4rec_ray.serving.version_files import WRITER_EXAMPLES, WRITER_FOLDER, WRITER_LLM, WRITER_LORA
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.texts.policy_texts import engine_spec
@@ -26,6 +28,7 @@ class WriterSetup:
     version: str
     config: Config
     engine: EngineSpec
+    examples: tuple[ExampleUser, ...] = ()
 
     @property
     def process(self) -> tuple[Any, ...]:
@@ -72,7 +75,11 @@ def read_setup(registry: Registry, version: str, settings: ServingSection) -> Wr
         str(llm) if llm.is_dir() else base_llm_path(config, RunDir(folder)),
         next((str(lora) for lora in loras if lora.is_dir()), None),  # "adapter": the former name
     )
-    return WriterSetup(version, config, engine_spec(config, weights))
+    file = folder / WRITER_EXAMPLES
+    examples = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return WriterSetup(
+        version, config, engine_spec(config, weights), tuple(ExampleUser(**one) for one in examples)
+    )
 
 
 def newest_setup(registry: Registry, settings: ServingSection) -> WriterSetup:

@@ -149,7 +149,7 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
     )
     popularity = np.bincount(met.to_numpy(), minlength=len(attributes)) + 1.0
     users = simulate_users(attributes, popularity / popularity.sum(), num_users, seed, stream="bootstrap")
-    prompts = CataloguePrompts(items, SPECIAL_TOKENS, config.prompt)
+    prompts = CataloguePrompts(items, SPECIAL_TOKENS, config.prompt, like_at=config.like_at)
     popular = popular_values(attributes)
     rng = np.random.default_rng([seed, 1])
     bounds = np.searchsorted(users.user_index, np.arange(num_users + 1))

@@ -11,11 +11,13 @@ from dataclasses import replace
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
+from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts, ExampleUser
 from dpo4rec_ray.knowledge.completions import Answer
+from dpo4rec_ray.knowledge.prompts import Message, Prompt, messages
 from dpo4rec_ray.knowledge.remote import ApiKey, Endpoint, requests_at_once
 from dpo4rec_ray.knowledge.structured import json_schema
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.texts.examples import draw_examples
 from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
 
 
@@ -51,6 +53,10 @@ class EndpointTexts(TextWriter):
             raise UserError(
                 "openai.api_key_env is no name of an environment variable; put the key itself into that variable"
             )
+        if config.prompt.style == "completion" or config.prompt.lead_in not in ("auto", ""):
+            raise UserError(
+                'an endpoint of chat completions begins its answers itself: set prompt.style = "chat" and prompt.lead_in = ""'
+            )
         key = os.environ.get(section.api_key_env, "")
         if not key.isascii() or not key.isprintable() or " " in key:
             raise UserError(
@@ -63,11 +69,20 @@ class EndpointTexts(TextWriter):
         # The key is an argument because Ray writes the environment of its workers into its logs.
         key = ApiKey(os.environ.get(section.api_key_env, ""))
         samples = min(section.samples_per_request or num_samples, num_samples)
-        return WriterPlacement(cls, {"key": key}, batch=requests_at_once(section, config.generate) * samples)
+        return WriterPlacement(
+            cls,
+            {"key": key, "examples": draw_examples(config, store)},
+            batch=requests_at_once(section, config.generate) * samples,
+        )
 
-    def __init__(self, config: Config, store: RunDir, *, key: ApiKey):
+    def __init__(self, config: Config, store: RunDir, *, key: ApiKey, examples: Sequence[ExampleUser] = ()):
         self._prompts = CataloguePrompts(
-            catalogue(store), (), config.prompt, as_json=config.generate.format == "json"
+            catalogue(store),
+            (),
+            config.prompt,
+            as_json=config.generate.format == "json",
+            like_at=config.like_at,
+            examples=examples,
         )
         schema = json_schema(config.prompt, config.generate)
         self._endpoint = Endpoint(config.openai, config.generate, key, schema)
@@ -95,8 +110,10 @@ class EndpointTexts(TextWriter):
         return found
 
     def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
-        prompts = [self._prompts.item(row["title"], row["attributes"]) for row in rows]
-        return self._endpoint.generate(prompts, seeds, counts)
+        system = self._prompts.wording.system
+        prompts = [Prompt(self._prompts.item(row["title"], row["attributes"]), system=system) for row in rows]
+        return self._endpoint.generate([messages(prompt) for prompt in prompts], seeds, counts)
 
-    def _prompt(self, row: Row, skip: int) -> str:
-        return self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"], skip)
+    def _prompt(self, row: Row, skip: int) -> list[Message]:
+        question = self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"], skip)
+        return messages(self._prompts.asked(question, row["user_id"]))

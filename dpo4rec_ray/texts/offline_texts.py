@@ -32,7 +32,7 @@ class StatisticsTexts(TextWriter):
         self._generator = StatisticsGenerator(
             items["title"].to_pylist(),
             items["attributes"].to_pylist(),
-            config.data.positive_rating if config.prompt.ratings else None,
+            config.like_at,
         )
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
+from dpo4rec_ray.knowledge.catalogue_prompts import ExampleUser, TokenizedPrompts
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
@@ -21,6 +21,7 @@ from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path, merges_lora, model_identity, policy_weights
 from dpo4rec_ray.texts.engines import KeptGenerator, begin_stage, kept_engines, start_engine
+from dpo4rec_ray.texts.examples import draw_examples
 from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
 from dpo4rec_ray.workers.placement import engine_env
 
@@ -53,11 +54,18 @@ def open_policy(
     spec: EngineSpec,
     tokenizer: str,
     reason_file: Path,
+    examples: Sequence[ExampleUser] = (),
     engines: Sequence[Any] = (),
 ) -> PolicyTexts:
     """Take one of `engines` (actors of `KeptEngine`); if there are none, start one here with a watchdog beside it."""
     prompts = TokenizedPrompts(
-        load_tokenizer(tokenizer), catalogue(store), config.llm, config.prompt, config.generate
+        load_tokenizer(tokenizer),
+        catalogue(store),
+        config.llm,
+        config.prompt,
+        config.generate,
+        like_at=config.like_at,
+        examples=examples,
     )
     if engines:
         import ray
@@ -88,7 +96,11 @@ class PolicyTexts(TextWriter):
         """Policy `policy_round` in an engine of the actor's own, or in one that outlives the stage (keep_engines)."""
         section = config.generate
         spec = engine_spec(config, served_weights(config, store, policy_round))
-        arguments = {"spec": spec, "tokenizer": policy_weights(config, store, policy_round).base}
+        arguments = {
+            "spec": spec,
+            "tokenizer": policy_weights(config, store, policy_round).base,
+            "examples": draw_examples(config, store),
+        }
         if section.keep_engines:
             # The actor itself only makes prompts and writes files; on CPUs it holds its engine's share of them.
             arguments["engines"] = engines = kept_engines(config, spec, store.root)
@@ -117,7 +129,9 @@ class PolicyTexts(TextWriter):
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         prompts = [
-            self._prompts.user(row["profile"], row["history_item_ids"], row["history_ratings"])
+            self._prompts.user(
+                row["profile"], row["history_item_ids"], row["history_ratings"], row["user_id"]
+            )
             for row in rows
         ]
         return self._answers(prompts, seeds, counts)

@@ -308,3 +308,27 @@ def test_a_hub_name_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"llm.path no-one/no-such-llm: .*hub name.*HF_HOME.*HF_TOKEN"):
         check("llm.path=no-one/no-such-llm")
+
+
+@pytest.mark.parametrize(
+    "own", ["prompt.system=Hi", "prompt.lead_in=He", "prompt.examples=1", "prompt.style=completion"]
+)
+def test_a_bootstrapped_llm_knows_only_the_question(own: str) -> None:
+    with pytest.raises(
+        UserError, match=r'llm\.path = "bootstrap" trains an LLM that knows only the question'
+    ):
+        check("llm.path=bootstrap", own)
+
+
+def test_how_an_llm_is_asked_is_remarked_upon(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    base = shutil.copytree(BUNDLED, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    for style, said in (("chat", True), ("auto", False), ("completion", False)):
+        check(f"llm.path={base}", f"prompt.style={style}", "run.num_rounds=0")
+        assert ("it has no chat template" in capsys.readouterr().out) == said
+
+
+def test_templates_are_read_before_anything_starts() -> None:
+    with pytest.raises(UserError, match=r"prompt\.template: \{titles\} is no placeholder that is known"):
+        check("prompt.template={history} {titles}")
+    with pytest.raises(UserError, match="an endpoint of chat completions begins its answers itself"):
+        check("llm.source=openai", "openai.model=x", "prompt.lead_in=He likes", "run.num_rounds=0")

@@ -225,3 +225,32 @@ def test_merged_goes_into_tables_and_leaves_what_is_unset() -> None:
         "d": 3,
     }
     assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+def test_a_template_file_is_read_with_the_recipe(tmp_path: Path) -> None:
+    """The run keeps its text: the file may be gone, and a change of it counts like a change of the recipe."""
+    file = tmp_path / "prompt.txt"
+    recipe = write(tmp_path, f'[prompt]\ntemplate_file = "{file}"\n')
+    hashes = set()
+    for text in ("{history}\nWhy {{this}}?\n", "{history}\nWhy?\n"):
+        file.write_text(text)
+        config = load_config(recipe)
+        assert (config.prompt.template, config.prompt.template_file) == (text.rstrip("\n"), "")
+        hashes.add(config.section_hash("prompt"))
+    assert len(hashes) == 2
+    with pytest.raises(UserError, match=r"prompt\.template is set too; set one of them"):
+        load_config(recipe, ["prompt.template={history}"])
+    file.write_text(" \n")
+    with pytest.raises(UserError, match="the file is empty"):
+        load_config(recipe)
+    file.unlink()
+    with pytest.raises(UserError, match=r"prompt\.template_file = .*cannot be read"):
+        load_config(recipe)
+
+
+def test_factors_are_a_name_or_words(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, ""), ["prompt.factors=books"]).prompt.factors == "books"
+    assert load_config(write(tmp_path, '[prompt]\nfactors = ["pace", "plot"]\n')).prompt.factors == (
+        "pace",
+        "plot",
+    )

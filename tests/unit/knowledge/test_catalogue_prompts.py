@@ -56,3 +56,17 @@ def test_json_is_asked_for_and_read_by_the_same_factors() -> None:
     assert factors == ["genre", "era", "creator"]
     text = CataloguePrompts(ITEMS, ["<|end|>"], prompt, as_json=True).user("", [0], [5.0])
     assert ", ".join(factors) in text and "JSON" in text
+
+
+def test_small_llms_are_asked_to_the_letter_as_they_were_trained(bundled: Path) -> None:
+    """The demo's figures rest on it: this text and no other, under the template of the small LLMs."""
+    tokenizer = load_tokenizer(str(bundled))
+    prompt, items = PromptSection(factors="short", item_attributes=True), ITEMS.slice(0, 2)
+    prompts = TokenizedPrompts(tokenizer, items, LLM, prompt, GenerateSection(max_new_tokens=48), like_at=4)
+    text = (
+        '<|bos|><|user|>History: "Silent Harbor 0 end" (drama), 4 stars; "Silent Harbor 1 end" (drama), 2.5 stars;\n'
+        "Analyse this user's preferences, with reasons, by genre, era, creator.<|assistant|>"
+    )
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert prompts.user("", [0, 1], [4.0, 2.5]) == (expected, 0)
+    assert expected[:2] == tokenizer.convert_tokens_to_ids(["<|bos|>", "<|user|>"]) and len(expected) == 54

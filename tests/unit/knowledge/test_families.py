@@ -14,16 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from dpo4rec_ray.config.texts import GenerateSection
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
-from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
+from dpo4rec_ray.knowledge.prompts import encode_chat
+from dpo4rec_ray.knowledge.wording import FACTORS
 from dpo4rec_ray.policy.model import load_model, load_tokenizer, save_complete
+from tests.unit.knowledge.asking import ask
 
 pytestmark = pytest.mark.vllm
 
 MAX_NEW_TOKENS = 64
 SAMPLING = GenerateSection(temperature=1.0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS)
 QUESTIONS = [
-    user_prompt("a student", ["Toy Story (1995)", "Heat (1995)"], [5.0, 3.5], None, FACTORS["short"]),
-    user_prompt("", ["七人の侍", "Амели 🎬"], [4.0, 1.0], None, FACTORS["short"]),
+    ask("a student", ["Toy Story (1995)", "Heat (1995)"], [5.0, 3.5], None, FACTORS["short"]),
+    ask("", ["七人の侍", "Амели 🎬"], [4.0, 1.0], None, FACTORS["short"]),
 ]
 # What each family's template makes of a question, with the control tokens in their places.
 EXPECTED = {

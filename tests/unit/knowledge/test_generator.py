@@ -19,11 +19,13 @@ from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
-from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
+from dpo4rec_ray.knowledge.prompts import encode_chat
+from dpo4rec_ray.knowledge.wording import FACTORS
 from dpo4rec_ray.policy.model import add_lora, load_model, load_tokenizer, save_complete, save_merged
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.texts.policy_texts import PolicyTexts
 from dpo4rec_ray.texts.text_source import catalogue
+from tests.unit.knowledge.asking import ask
 
 pytestmark = pytest.mark.vllm
 
@@ -42,7 +44,7 @@ def prompts(bundled: Path) -> list[list[int]]:
     tokenizer = load_tokenizer(str(bundled))
     titles = [f"Silent Harbor {i}" for i in range(NUM_PROMPTS)]
     return [
-        encode_chat(tokenizer, user_prompt("", titles[:num], [5.0] * num, None, FACTORS["short"]))
+        encode_chat(tokenizer, ask("", titles[:num], [5.0] * num, None, FACTORS["short"]))
         for num in range(1, NUM_PROMPTS + 1)
     ]
 
@@ -282,7 +284,7 @@ def test_a_long_history_is_shortened_to_the_token(
         kept = row["history_item_ids"][skip:]
         titles = [f"Silent Harbor {item}" for item in kept]
         attributes = [[f"genre: {('comedy', 'drama')[item % 2]}"] for item in kept]
-        text = user_prompt(row["profile"], titles, [4.0] * len(kept), attributes, FACTORS["short"])
+        text = ask(row["profile"], titles, [4.0] * len(kept), attributes, FACTORS["short"])
         return encode_chat(tokenizer, text)
 
     rows = [user(0), user(3), user(20), user(30, "a student"), user(39)]

@@ -13,16 +13,15 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.prompts import (
-    FACTORS,
     MAX_CHARS,
     clean_text,
     control_tokens,
     encode_chat,
     fit_history,
-    item_prompt,
     item_text,
-    user_prompt,
 )
+from dpo4rec_ray.knowledge.wording import FACTORS
+from tests.unit.knowledge.asking import ask, ask_item
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -71,7 +70,7 @@ CONTROL_IDS = set(TOKENIZER.convert_tokens_to_ids(CONTROL))
 
 def prompt_ids(title: str) -> list[int]:
     title = clean_text(title, CONTROL)
-    return encode_chat(TOKENIZER, user_prompt("", [title], [5.0], None, FACTORS["movies"]))
+    return encode_chat(TOKENIZER, ask("", [title], [5.0], None, FACTORS["movies"]))
 
 
 def control_in(token_ids: list[int]) -> list[str]:
@@ -79,12 +78,12 @@ def control_in(token_ids: list[int]) -> list[str]:
 
 
 def test_implicit_feedback_shows_no_stars() -> None:
-    prompt = user_prompt("", ["A", "B"], [1.0, 1.0], [["genre: x"], []], ["genre"], show_ratings=False)
+    prompt = ask("", ["A", "B"], [1.0, 1.0], [["genre: x"], []], ["genre"], show_ratings=False)
     assert prompt.startswith('History: "A" (x); "B";\n')
 
 
 def test_prompt_wording() -> None:
-    prompt = user_prompt(
+    prompt = ask(
         "a female user, 25-34 years old, a programmer",
         ["Toy Story (1995)", "Heat (1995)"],
         [5.0, 3.5],
@@ -100,36 +99,36 @@ def test_prompt_wording() -> None:
 
 def test_prompt_with_attributes_shows_their_values_in_order() -> None:
     attributes = [["genre: drama", "era: 1980s", "creator: Okafor"], []]
-    prompt = user_prompt("", ["Silent Harbor", "Iron Mirror"], [5.0, 1.0], attributes, ["genre"])
+    prompt = ask("", ["Silent Harbor", "Iron Mirror"], [5.0, 1.0], attributes, ["genre"])
     assert prompt.startswith(
         'History: "Silent Harbor" (drama; 1980s; Okafor), 5 stars; "Iron Mirror", 1 stars;\n'
     )
 
 
 def test_item_prompt_wording() -> None:
-    prompt = item_prompt("Heat (1995)", ["genre: crime", "era: 1990s"], ["genre", "mood"])
+    prompt = ask_item("Heat (1995)", ["genre: crime", "era: 1990s"], ["genre", "mood"])
     assert prompt == "Item: Heat (1995). genre: crime. era: 1990s.\nDescribe this item by genre, mood."
 
 
 def test_json_is_asked_for_in_the_question() -> None:
     asked = " Answer with one JSON object that has these words as keys and a string as each value."
     for plain, as_json in (
-        [user_prompt("", ["A"], [5.0], None, ["genre"], as_json=flag) for flag in (False, True)],
-        [item_prompt("A", [], ["genre"], as_json=flag) for flag in (False, True)],
+        [ask("", ["A"], [5.0], None, ["genre"], as_json=flag) for flag in (False, True)],
+        [ask_item("A", [], ["genre"], as_json=flag) for flag in (False, True)],
     ):
         assert as_json == plain + asked
 
 
 @pytest.mark.parametrize("domain", FACTORS)
 def test_prompt_names_every_factor_of_the_domain(domain: str) -> None:
-    prompt = user_prompt("", ["X"], [4.0], None, FACTORS[domain])
+    prompt = ask("", ["X"], [4.0], None, FACTORS[domain])
     assert all(factor in prompt for factor in FACTORS[domain])
     assert len(prompt.split()) < 60  # read by small LLMs on a CPU
 
 
 def test_prompt_refuses_columns_of_unequal_length() -> None:
     with pytest.raises(ValueError, match="argument 2 is shorter"):
-        user_prompt("", ["A", "B"], [5.0], None, ["genre"])
+        ask("", ["A", "B"], [5.0], None, ["genre"])
 
 
 def test_item_text_groups_values_by_facet() -> None:
@@ -270,7 +269,7 @@ class Chat:
 
         values = [[clean(value) for value in attributes]] * len(titles)
         ratings = [5.0] * len(titles)
-        text = user_prompt(clean(profile), [clean(title) for title in titles], ratings, values, ["genre"])
+        text = ask(clean(profile), [clean(title) for title in titles], ratings, values, ["genre"])
         return encode_chat(self.tokenizer, text)
 
     def shape(self, token_ids: list[int]) -> tuple[list[str], int]:
@@ -407,7 +406,7 @@ def test_fit_history_keeps_the_newest_events_and_the_question(
 
     def text(skip: int) -> str:
         kept = titles[skip:]
-        return user_prompt("a student", kept, [4.0] * len(kept), None, ["genre"])
+        return ask("a student", kept, [4.0] * len(kept), None, ["genre"])
 
     def encode(skip: int) -> list[int]:
         return encode_chat(chat.tokenizer, text(skip))

@@ -403,7 +403,7 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_events(server: Server, tmp_p
     recipe = ["prompt.factors=short", f"openai.base_url={server.url}", "openai.model=toy"]
     writer = EndpointTexts(default_config(recipe), store, key=ApiKey(KEY))
     rows = [
-        {"profile": profile, "history_item_ids": list(range(n)), "history_ratings": [4.0] * n}
+        {"user_id": n, "profile": profile, "history_item_ids": list(range(n)), "history_ratings": [4.0] * n}
         for profile, n in (("", 3), ("", 20), ("endless", 4))
     ]
     short, long, endless = writer.users(rows, [1, 2, 3], [2, 2, 2])

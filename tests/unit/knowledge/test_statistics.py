@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo4rec_ray.knowledge.statistics import MAX_TITLES, StatisticsGenerator, statistical_text
+from dpo4rec_ray.knowledge.statistics import (
+    MAX_TITLES,
+    StatisticsGenerator,
+    counted_sentence,
+    statistical_text,
+)
 
 TITLES = ["Alpha", "Beta", "Gamma", "Delta", "Epsilon"]
 RATINGS = [4.0, 2.0, 5.0, 4.0, 5.0]
@@ -144,3 +149,12 @@ def test_catalogue_text_is_cleaned() -> None:
         generator.generate([[0]], [[1.0]], [0], [1])[0].samples[0].text
         == "This user likes x y (1). Liked: A 'B' SEP."
     )
+
+
+def test_the_sentence_of_an_example() -> None:
+    titles, stars = ["A", "B", "C", "D"], [4.0, 5.0, 5.0, 1.0]
+    values = [["genre: x"], ["genre: x", "era: y"], ["genre: z"], ["genre: w"]]
+    assert counted_sentence(titles, stars, values, 4) == "x, y and z, such as C and B."
+    assert counted_sentence(titles, stars, values, None) == "x, y, z and w, such as D and C."
+    assert counted_sentence(titles, stars, [[]] * 4, 4) == "C and B."
+    assert counted_sentence(titles[:1], [1.0], values[:1], 4) == "none of these."

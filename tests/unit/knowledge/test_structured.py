@@ -14,9 +14,11 @@ from dpo4rec_ray.config.texts import GenerateSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.completions import Answer, Completion
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
-from dpo4rec_ray.knowledge.prompts import FACTORS, encode_chat, user_prompt
+from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.structured import as_sentences, factor_schema, read_samples
+from dpo4rec_ray.knowledge.wording import FACTORS
 from dpo4rec_ray.policy.model import load_tokenizer
+from tests.unit.knowledge.asking import ask
 
 SHORT = FACTORS["short"]
 MAX_NEW_TOKENS = 96
@@ -105,7 +107,7 @@ def prompts(bundled: Path) -> list[list[int]]:
     return [
         encode_chat(
             tokenizer,
-            user_prompt("", [f"Silent Harbor {i}", "Iron Mirror"], [5.0, 2.0], None, SHORT, as_json=True),
+            ask("", [f"Silent Harbor {i}", "Iron Mirror"], [5.0, 2.0], None, SHORT, as_json=True),
         )
         for i in range(8)
     ]
