@@ -29,6 +29,7 @@ from dpo4rec_ray.stages import (
     generate,
     pair,
     prepare,
+    references,
     score,
     train_reward,
     validate,
@@ -86,14 +87,36 @@ STAGES: dict[str, Stage] = {
             encode.run,
             reads=lambda r: [("users", 0), ("items", 0), ("policy", r)],
             writes=lambda r: [("knowledge", r)],
-            sections=(*TEXTS, "prompt.describe_items", "encoder"),
+            sections=(*TEXTS, "prompt.describe_items", "encoder", "reward.reader_texts"),
+        ),
+        Stage(
+            "references",
+            references.run,
+            reads=lambda r: [("users", 0), ("items", 0), ("lists", 0)],
+            writes=lambda r: [("references", 0)],
+            sections=(
+                "encoder",
+                "reward.reader",
+                "reward.reader_texts",
+                "reward.oracle",
+                "evaluate.references",
+                "llm.source",
+                "data.positive_rating",
+                "prompt.ratings",
+            ),
         ),
         Stage(
             "train_reward",
             train_reward.run,
-            reads=lambda r: [("lists", 0), ("knowledge", 0)],
+            reads=lambda r: [("lists", 0), ("knowledge", 0), ("references", 0)],
             writes=lambda r: [("reward", 0)],
-            sections=("reranker", "reward.num_folds", "reward.num_workers"),
+            sections=(
+                "reranker",
+                "reward.num_folds",
+                "reward.num_workers",
+                "reward.reader",
+                "evaluate.references",
+            ),
         ),
         Stage(
             "generate",
@@ -146,13 +169,13 @@ STAGES: dict[str, Stage] = {
         Stage(
             "evaluate",
             evaluate.run,
-            reads=lambda r: [("lists", 0), *(("knowledge", i) for i in range(r + 1))],
+            reads=lambda r: [("lists", 0), ("references", 0), *(("knowledge", i) for i in range(r + 1))],
             writes=lambda r: [("per_list", 0)],
             sections=("reranker", "evaluate", "llm.source"),
         ),
     ]
 }
-BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "train_reward")
+BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "references", "train_reward")
 EACH_ROUND = ("generate", "score", "pair", "dpo", "encode", "validate")
 UNTRAINED_ROUND = ("generate", "score", "pair")  # where llm.source is no policy
 AFTER_ROUNDS = ("evaluate", "report")
@@ -289,6 +312,8 @@ class Runner:
             manifest = self._note(stage, round_id, skipped=True)
             say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")
             return
+        if name in UNTRAINED_ROUND:
+            train_reward.check_reads(self.config, self.store)
         began = time.monotonic()
         say(f"{name}({round_id}): started" + (f", {why}" if why != NOT_THERE else ""))
         self.store.fingerprint = depends.fingerprint

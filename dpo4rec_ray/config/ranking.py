@@ -115,6 +115,9 @@ def _part(section: RerankerSection, kind: type[_Part]) -> _Part:
     return kind.model_construct(**{name: getattr(section, name) for name in kind.model_fields})
 
 
+Reader = Literal["llm", "statistics"]
+
+
 class RewardSection(Section):
     """The reward rerankers, and the reward of a text (docs/method.md, section 4)."""
 
@@ -131,6 +134,16 @@ class RewardSection(Section):
     personal: int = Field(default=0, ge=0)
     """Other users whose lists a text is tried on too. The reward is then what the text is worth to its user minus what it is
     worth to them on average, so that a manner that helps everybody earns nothing. 0: the plain reward, the paper's way."""
+    reader: tuple[Reader, ...] = ("statistics",)
+    """Whose texts the reward's rerankers are trained on, and the first of them chosen on: "llm" (its own, the paper's way),
+    "statistics" (counted from the histories; they say what they know in one form, so that a reranker learns to read), or both."""
+    reader_texts: int = Field(default=1, ge=1)
+    """Texts of each training user and reader that they are trained on; the first one counts the whole history."""
+    must_read: bool = True
+    """Stop before an LLM is trained if the reward's rerankers do not read: the interval of the shuffle drop includes 0."""
+    oracle: bool = False
+    """Measure what a text would bring that was made from what the user likes later: the ceiling of the way from text to ranking.
+    Such texts are in no result."""
     num_folds: int = Field(default=5, ge=1)
     """Folds of users. A user's texts are scored by a reranker that was trained without the user. 1 is the paper's way."""
     num_workers: int = Field(default=1, ge=1)
@@ -177,6 +190,9 @@ class EvaluateSection(Section):
     """Backbones to fit. Empty: reranker.backbone alone."""
     num_seeds: int = Field(default=3, ge=1)
     """Fits of each system, with different seeds."""
+    references: tuple[Literal["statistics", "random"], ...] = ("statistics", "random")
+    """Texts that the LLM's are compared with. "statistics": counted from the histories, which every LLM has to beat. "random":
+    the same texts, but each user has another user's."""
     num_resamples: int = Field(default=2000, ge=100)
     """Bootstrap resamples of the users, for the intervals."""
     gpus_per_task: float = Field(default=0, ge=0)

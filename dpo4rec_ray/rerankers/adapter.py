@@ -132,5 +132,7 @@ ADAPTERS: dict[str, type[KnowledgeAdapter]] = {
 def build_adapter(vector_dim: int, architecture: RerankerArchitecture) -> KnowledgeAdapter:
     """The adapter that `reranker.adapter` names, for vectors of `vector_dim` numbers. Raises UserError if it names none."""
     if architecture.adapter not in ADAPTERS:
-        raise UserError(f"reranker.adapter = {architecture.adapter!r} is unknown; known: {', '.join(ADAPTERS)}")
+        raise UserError(
+            f"reranker.adapter = {architecture.adapter!r} is unknown; known: {', '.join(ADAPTERS)}"
+        )
     return ADAPTERS[architecture.adapter](vector_dim, architecture)

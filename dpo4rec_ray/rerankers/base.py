@@ -1,8 +1,8 @@
 """What every backbone shares: the input layer, the scoring head and the Reranker contract.
 
-A candidate's input is the concatenation [item id, facets, adapter(item), adapter(user), similarity]; the last three are
-there with `knowledge = "input"` alone (the paper's way), because otherwise knowledge is added behind the backbone
-(rerankers/branches.py). With `input_layer = "concat"` it is used as it is (the way of the paper and KAR, which have no similarity); with "linear", the
+A candidate's input is the concatenation [item id, facets, adapter(item), adapter(user), similarity]. The last three are
+there with `knowledge = "input"` alone, the paper's way: otherwise knowledge is added behind the backbone (branches.py).
+With `input_layer = "concat"` it is used as it is (the way of the paper and KAR, which have no similarity); with "linear", the
 default and beyond the paper, it passes through one linear map. Both are computed as the sum of an item part, a user part
 and a similarity part: the item part runs once per distinct item, the user part once per distinct user, and a scorer can
 keep both in tables.

@@ -61,7 +61,9 @@ class TextRegression(KnowledgeBranch):
     def __init__(self, shape: CatalogueShape, architecture: RerankerArchitecture) -> None:
         super().__init__(shape, architecture)
         rank = min(architecture.regression_rank, shape.vector_dim, shape.num_items)
-        self.register_buffer("mean", torch.zeros(shape.vector_dim))  # of the unit vectors of training users' texts
+        self.register_buffer(
+            "mean", torch.zeros(shape.vector_dim)
+        )  # of the unit vectors of training users' texts
         self.register_buffer("text_map", torch.zeros(shape.vector_dim, rank))
         self.register_buffer("item_factors", torch.zeros(shape.num_items, rank))
         self.register_buffer("gates", torch.zeros(2))

@@ -91,7 +91,16 @@ def fit_reranker(
         return KnowledgeFit(_bare(model), result, None)
     if backbone is None:
         fitted = fit_reranker(
-            architecture, catalogue, train, valid, None, section, seed=seed, place=place, share=share, on_epoch=on_epoch
+            architecture,
+            catalogue,
+            train,
+            valid,
+            None,
+            section,
+            seed=seed,
+            place=place,
+            share=share,
+            on_epoch=on_epoch,
         )
         backbone, result = fitted.model, fitted.result
     else:
@@ -110,7 +119,9 @@ def fit_reranker(
         _fit_regression(model.branch, catalogue, train, valid, vectors, architecture, section, without)
     else:
         placed = place(model)
-        found = fit(placed, catalogue, train.select(share), valid, vectors, section, seed=seed, on_epoch=on_epoch)
+        found = fit(
+            placed, catalogue, train.select(share), valid, vectors, section, seed=seed, on_epoch=on_epoch
+        )
         model = _bare(placed)
         result = replace(found, history=[*result.history, *found.history])
     gain = _gain(model, catalogue, valid, vectors[:, 0], without, section.metric)

@@ -6,10 +6,10 @@ regressed on their texts at once (a linear autoencoder with text on its input si
 
     min_B  sum_u  1/K_u sum_k |y_u - B' (x_uk - mean)|^2 + ridge |B|^2
 
-x_uk: unit vector of text k of user u; y_u: the items that u liked, scaled by n_u^-1/4 so that users with many lists do not decide
-everything. B is cut to a low rank by the singular vectors of its predictions, which loses nothing measurable and lets a scorer hold
-`rank` numbers per item and text. An item's factors are divided by the fourth root of its popularity. Both exponents were chosen on
-MovieLens-1M's validation lists, and matter little (NDCG@5 +.0116 with them, +.0102 without).
+x_uk: unit vector of text k of user u; y_u: the items that u liked, scaled by n_u^-1/4 so that users with many lists do
+not decide everything. B is cut to a low rank by the singular vectors of its predictions, which loses nothing measurable and
+lets a scorer hold `rank` numbers per item and text. An item's factors are divided by the fourth root of its popularity. Both
+exponents were chosen on MovieLens-1M's validation lists, and matter little (NDCG@5 +.0116 with them, +.0102 without).
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def text_regression(
         return None
     rotated = directions.t() @ cross
     b = rotated / (eigenvalues.clamp(min=0) + ridge).unsqueeze(1)  # B in the basis `directions`
-    predictions = eigenvalues.clamp(min=0).sqrt().unsqueeze(1) * b  # has the singular vectors of the fitted values
+    predictions = (
+        eigenvalues.clamp(min=0).sqrt().unsqueeze(1) * b
+    )  # has the singular vectors of the fitted values
     strengths, left = torch.linalg.eigh(predictions @ predictions.t())
     strengths, left = strengths[-rank:].clamp(min=1e-12), left[:, -rank:]
     factors = predictions.t() @ left / strengths.sqrt()  # [num_items, rank], orthonormal columns

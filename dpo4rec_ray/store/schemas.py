@@ -68,6 +68,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     # Only the sample world knows the truth; nothing but the text-accuracy figure reads it.
     "truth": pa.schema([("user_id", pa.int64()), ("tastes", pa.list_(pa.string()))]),
+    # subject: "item" or "user"
     "knowledge": pa.schema(
         [
             ("round", pa.int32()),
