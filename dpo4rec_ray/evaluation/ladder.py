@@ -111,14 +111,22 @@ def _texts(heldout: Stats) -> Iterator[Rung]:
 
 
 def _channel(reward: Stats) -> Iterator[Rung]:
-    """The seam for an oracle text: "channel" is the NDCG@5 that it adds on validation, "channel_ci95" its interval."""
-    if "channel" in reward:
-        yield _rung(
-            "channel",
-            reward["channel"],
-            reward["channel_ci95"],
-            "NDCG@5 that a text made from later likes adds on validation: the most that texts can reach",
-        )
+    """What texts add on validation where rerankers are trained on them: an oracle's, if that was measured, else counted ones'."""
+    gains = reward.get("channel", {})
+    best = next((kind for kind in ("oracle", "statistics") if kind in gains), None)
+    if best is None:
+        return
+    made = {"oracle": "made from later likes, the most that texts can reach", "statistics": "counted from the history"}
+    others = ", ".join(
+        f"{kind} {one['gain']:+.4f}" for kind, one in gains.items() if kind not in (best, "random")
+    )
+    value, error = gains[best]["gain"], gains[best]["std_error"]
+    yield _rung(
+        "channel",
+        value,
+        (value - 1.96 * error, value + 1.96 * error),
+        f"NDCG@5 that a text adds on validation which is {made[best]}; others: {others or 'none'}",
+    )
 
 
 def _reader(reward: Stats) -> Iterator[Rung]:
