@@ -66,11 +66,10 @@ class CountedTexts:
 
 
 def _with_later_likes(store: RunDir, users: list[dict[str, Any]], like_at: float) -> list[dict[str, Any]]:
-    """Training and validation users with the items that they like in their lists as their history. Never test users."""
+    """Users with the items that they like in their training and validation lists as their history; others are left out."""
     lists = store.read("lists", split=("train", "valid"), columns=["user_id", "candidate_item_ids", "labels"])
-    wanted = {user["user_id"] for user in users if user["split"] != "test"}
-    liked: dict[int, dict[int, None]] = {user: {} for user in wanted}
-    for row in lists.filter(pc.is_in(lists["user_id"], pa.array(sorted(wanted), pa.int64()))).to_pylist():
+    liked: dict[int, dict[int, None]] = {user["user_id"]: {} for user in users}
+    for row in lists.filter(pc.is_in(lists["user_id"], pa.array(list(liked), pa.int64()))).to_pylist():
         pairs = zip(row["candidate_item_ids"], row["labels"], strict=True)
         liked[row["user_id"]].update({item: None for item, label in pairs if label > 0})
     return [
