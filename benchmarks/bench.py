@@ -1,4 +1,4 @@
-"""Measure a stage against its peer in the same run: python benchmarks/bench.py prepare|score|generate|dpo|serve [--help].
+"""Measure a stage against its peer in the same run: python benchmarks/bench.py prepare|score|generate|dpo|serve|channel [--help].
 
 Prints Markdown tables and writes the results as JSON.
 """
@@ -16,6 +16,7 @@ STAGES = {
     "score": "rewards of 10,000 texts, against a plain loop over lists",
     "generate": "samples per second, against vLLM and transformers alone",
     "dpo": "pairs per second and first steps, against TRL's DPOTrainer",
+    "channel": "what texts add to a backbone, by encoder, way and adapter, against the backbone",
     "serve": "requests per second, against a no-op deployment and bare FastAPI",
 }
 
