@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
                                 **row,
                                 "kept": kept,
                                 "seconds": round(time.perf_counter() - began, 1),
-                            }  # fmt: skip
+                            }
                         )
                         print(json.dumps(found[-1]), flush=True)
     harness.print_table(
