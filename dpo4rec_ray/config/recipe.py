@@ -35,7 +35,8 @@ class RunSection(Section):
     num_rounds: int = Field(default=1, ge=0)
     """Most rounds. 0: no DPO; the base LLM's texts are evaluated."""
     patience: int = Field(default=1, ge=1)
-    """Rounds without a better held-out reward before the run stops."""
+    """Rounds that are no better than the best one before the run stops. A round is better if its held-out reward is higher and
+    its reading is not clearly lower."""
 
     @field_validator("name")
     @classmethod

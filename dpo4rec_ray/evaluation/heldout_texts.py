@@ -40,7 +40,8 @@ LABELS = {
     "values": "attribute values named per text",
     "titles_history": "titles named that are in the history",
     "titles_catalogue": "titles named that are only in the catalogue",
-    "titles_invented": "titles named that do not exist",
+    "titles_invented": "titles named that the catalogue does not have",
+    "invented_share": "share of these among all titles named",
     "distinct_texts": "distinct texts per text of a user",
     "common_opening": "share of texts with the most common opening",
     "words": "words per text",
@@ -164,12 +165,16 @@ class HeldoutMeasure:
 
 
 def change_of(before: Figures, after: Figures) -> dict[str, Change]:
-    """Each figure and those in DERIVED before and after, with intervals over users."""
-
-    def with_derived(figures: Figures) -> Figures:
-        return figures | {name: figures[one] - figures[two] for name, (one, two) in DERIVED.items()}
-
+    """Each figure and those derived from them (`LABELS`) before and after, with intervals over users."""
     return changes(with_derived(before), with_derived(after))
+
+
+def with_derived(figures: Figures) -> Figures:
+    """The figures, the differences in DERIVED, and of the titles that a user's texts name the share that is invented."""
+    found = figures | {name: figures[one] - figures[two] for name, (one, two) in DERIVED.items()}
+    titles = sum(figures[f"titles_{kind}"] for kind in ("history", "catalogue", "invented"))
+    with np.errstate(invalid="ignore"):  # no title named: no share
+        return found | {"invented_share": figures["titles_invented"] / titles}
 
 
 def accuracy_stats(texts: UserTexts, tastes: Mapping[int, Sequence[str]]) -> dict[str, dict[str, Any]]:

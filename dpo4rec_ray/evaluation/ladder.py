@@ -140,17 +140,15 @@ def _reader(reward: Stats) -> Iterator[Rung]:
 
 
 def _reward(scores: Stats) -> Iterator[Rung]:
-    if "spread" not in scores:
-        return
-    row: Stats = next(iter(scores["metrics"].values()))
-    tied = row["best tied"]
-    yield _rung(
-        "spread",
-        scores["spread"],
-        None,
-        f"standard deviation of a user's rewards; the best text is tied for {tied:.1%} of users (half of them is too many)",
-        verdict=HOLDS if scores["spread"] > 0 and tied < TOO_MANY_TIED else FAILS,
-    )
+    if "best tied" in scores:
+        spread, tied = scores["spread"], scores["best tied"]
+        yield _rung(
+            "spread",
+            spread,
+            None,
+            f"standard deviation of a user's rewards; the best text is tied for {tied:.1%} of users (half of them is too many)",
+            verdict=HOLDS if spread > 0 and tied < TOO_MANY_TIED else FAILS,
+        )
     if scores.get("gap_held_out") is not None:
         yield _rung(
             "carry-over",

@@ -84,7 +84,7 @@ def personal_diagnosis(scores: pa.Table) -> dict[str, Any]:
 # The numbers of the metric that pairs are made of which stand at the top of the manifest.
 _TOP = (
     *("mean_reward", "spread", "users_in_carry_over", "gap_in_sample", "gap_held_out", "gap_held_out_ci95"),
-    *("carried", "rank_correlation"),
+    *("carried", "rank_correlation", "best tied"),
 )
 # Unknown where no user has two lists with a positive: None, and for intervals [NaN, NaN].
 _NEED_TWO_LISTS = (

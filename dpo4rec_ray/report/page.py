@@ -30,7 +30,7 @@ def run(
     config: Config, store: RunDir, last_round: int, log: list[dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
     """Write summary.json and report.html; print the table; return the summary."""
-    evaluated = read_evaluation(store)
+    best, evaluated = best_round(store, last_round), read_evaluation(store)
     # without a policy the only round ends with its pairs, because nothing is trained on them
     scored = last_round if config.has_policy else min(1, config.run.num_rounds)
     summary: dict[str, Any] = {
@@ -51,7 +51,7 @@ def run(
         "rounds": [
             _round(store, round_id, evaluated["comparisons"]) for round_id in range(1, last_round + 1)
         ],
-        "best_round": best_round(store, last_round),
+        "best_round": best,
         **evaluated,
         "versions": versions(),
         "commit": commit(),

@@ -197,5 +197,16 @@ def rounds_have_peaked(store: RunDir, round_id: int, patience: int) -> bool:
 
 
 def best_round(store: RunDir, last_round: int) -> int:
-    """The best of the rounds up to this one, as `validate` chose it; 0 when no round improved on the base LLM."""
-    return int(store.require("heldout", last_round).stats["best_round"]) if last_round else 0
+    """The best of the rounds up to this one, as `validate` chose it; 0 when no round improved on the base LLM.
+
+    Raises:
+        UserError: an older version validated the round.
+    """
+    if not last_round:
+        return 0
+    stats = store.require("heldout", last_round).stats
+    if "best_round" not in stats:
+        raise UserError(
+            f"{store.path('heldout', last_round)} was made before rounds were chosen by reading; run again with --from validate"
+        )
+    return int(stats["best_round"])

@@ -57,6 +57,11 @@ def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
     assert {"text_accuracy", "shuffle_drop", "gap_in_sample", "gap_held_out", "gap_held_out_ci95"} <= one[
         "diagnosis"
     ].keys()
+    names = [rung["name"] for rung in one["ladder"]]
+    assert names[:2] == ["text accuracy", "fit to later likes"] and "reading gain" in names
+    assert names[-1] == "test users, PRM against base-llm"
+    assert {"reward", "reading", "others_reward", "reading_ndcg", "fit_above"} <= one["figures"].keys()
+    assert summary["best_round"] == int(one["choice"]["kept"])
     assert summary["peak_rss_mb"] > 500
     assert summary["total_seconds"] > 0
     assert {"ray", "torch", "deepspeed", "transformers", "peft"} <= summary["versions"].keys()

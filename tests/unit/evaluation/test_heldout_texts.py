@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from dpo4rec_ray.evaluation.heldout_texts import HeldoutMeasure, UserTexts, accuracy_stats, change_of
+from dpo4rec_ray.evaluation.heldout_texts import (
+    LABELS,
+    HeldoutMeasure,
+    UserTexts,
+    accuracy_stats,
+    change_of,
+    with_derived,
+)
 from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleScorer
 from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
@@ -90,6 +96,9 @@ def test_reading_and_style_gain_by_hand() -> None:
     assert style.change.mean == pytest.approx(-0.25)
     assert changes["reward"].change.mean == pytest.approx(reading.change.mean + style.change.mean)
     assert changes["fit_above"].change.mean == pytest.approx(0.25)
+    # user 1 names titles only after, user 2 only before: nobody has a share of invented ones on both sides
+    assert "invented_share" not in changes and set(changes) < set(LABELS)
+    assert with_derived(found["before"])["invented_share"] == pytest.approx([np.nan, 0.5], nan_ok=True)
 
 
 def test_nobody_has_a_reward() -> None:
@@ -105,8 +114,8 @@ def test_a_single_user_has_no_others_but_all_counts() -> None:
     assert "reading" not in change_of(found["before"], found["after"])
 
 
-def test_later_likes_and_texts_belong_to_the_user_and_not_to_the_row() -> None:
-    texts = UserTexts(np.array([7, 7, 9]), ["a", "b", "c"], torch.arange(3.0)[:, None].numpy())
+def test_texts_are_taken_with_their_vectors() -> None:
+    texts = UserTexts(np.array([7, 7, 9]), ["a", "b", "c"], np.arange(3.0)[:, None])
     assert texts.per_user() == [["a", "b"], ["c"]] and texts.of(np.array([9])).texts == ["c"]
     assert texts.of(np.array([9])).vectors.tolist() == [[2.0]]
 

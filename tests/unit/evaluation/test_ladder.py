@@ -22,7 +22,7 @@ SCORES = {
     "carried": 0.4,
     "gap_held_out": 0.1,
     "gap_held_out_ci95": [0.05, 0.15],
-    "metrics": {"log_likelihood": {"best tied": 0.1}},
+    "best tied": 0.1,
 }
 POLICY = {"accuracy": 0.75, "pairs": {"valid": 108}}
 HELDOUT = {
@@ -112,7 +112,7 @@ def test_a_gain_that_is_mostly_manner_fails_the_style_rung() -> None:
 
 
 def test_rewards_that_tie_and_lists_that_cannot_be_halved() -> None:
-    scores = {"spread": 0.1, "gap_held_out": None, "metrics": {"ndcg@5": {"best tied": 0.6}}}
+    scores = {"spread": 0.1, "gap_held_out": None, "best tied": 0.6}
     found = rungs(scores=scores)
     assert found["spread"]["verdict"] == FAILS and "60.0%" in found["spread"]["says"]
     assert "carry-over" not in found

@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dpo4rec_ray.evaluation.tables import summarise
 from dpo4rec_ray.report import page
 from dpo4rec_ray.store.artifacts import RunDir
@@ -30,3 +32,30 @@ def test_names_from_outside_are_text_and_not_markup(tmp_path: Path) -> None:
     html = report(tmp_path, run="<script>alert(1)</script>", versions={"<b>": "&"})
     assert "<script>" not in html and "<b>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "&lt;b&gt; &amp;" in html
+
+
+def test_a_round_shows_its_ladder_its_figures_and_why_it_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "_plot_rewards", lambda *_: "")
+    monkeypatch.setattr(page, "_plot_dpo", lambda *_: "")
+    figure = {"before": 0.1, "after": 0.3, "change": 0.2, "change_ci95": [0.1, 0.3]}
+    unknown = {"value": 0.5, "ci95": None, "verdict": "not shown", "says": "<i>why</i>"}
+    row = {
+        "round": 1,
+        "heldout_users": 9,
+        "choice": {"kept": False, "against": 0, **_interval("reward", 0.2), **_interval("reading", -0.2)},
+        "figures": {"reading": figure},
+        "ladder": [{"name": "shuffle drop", **unknown}],
+        **{name: {} for name in ("dpo", "diagnosis", "dropped")},
+    }
+    html = report(tmp_path, rounds=[row])
+    assert "Round 1: not kept" in html
+    assert "Against round 0: reward +0.2000 [+0.1000, +0.3000], reading" in html
+    assert "<td>shuffle drop</td><td>+0.5000</td>" in html and "&lt;i&gt;why&lt;/i&gt;" in html
+    assert "<td>0.1000</td><td>0.3000</td><td>+0.2000</td><td>[+0.1000, +0.3000]</td>" in html
+    assert html.count("reading gain)") == 1 and "style gain)" not in html, "only figures that there are"
+
+
+def _interval(name: str, mean: float) -> dict[str, Any]:
+    return {name: mean, f"{name}_ci95": [mean - 0.1, mean + 0.1]}

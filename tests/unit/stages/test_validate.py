@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.validate import _choice, best_round, rounds_have_peaked
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
@@ -56,3 +57,11 @@ def test_no_round_beats_the_base_llm(tmp_path: Path) -> None:
     assert two["best_round"] == 0 and two["choice"]["reward"] == pytest.approx(-0.05)
     assert rounds_have_peaked(store, 2, patience=2)
     assert not rounds_have_peaked(store, 3, patience=1), "round 3 was not validated yet"
+
+
+def test_a_round_of_an_older_version_says_what_to_run(tmp_path: Path) -> None:
+    store = RunDir(tmp_path)
+    store.start("heldout", 1)
+    store.finish(Manifest("heldout", "", 0, stats={"heldout_reward_after": 0.5}), 1)
+    with pytest.raises(UserError, match="--from validate"):
+        best_round(store, 1)
