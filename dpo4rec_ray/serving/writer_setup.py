@@ -73,7 +73,7 @@ def read_setup(registry: Registry, version: str, settings: ServingSection) -> Wr
         str(llm) if llm.is_dir() else base_llm_path(config, RunDir(folder)),
         next((str(lora) for lora in loras if lora.is_dir()), None),  # "adapter": the former name
     )
-    return WriterSetup(version, config, engine_spec(config, weights))
+    return WriterSetup(version, config, engine_spec(config, weights, 0))
 
 
 def newest_setup(registry: Registry, settings: ServingSection) -> WriterSetup:
