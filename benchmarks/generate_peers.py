@@ -175,7 +175,7 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of LLM.generate, its start excluded: everything in one call, or one call per shard."""
     config, store = _prepared(options)
     set_env({**engine_env(config), "OMP_NUM_THREADS": str(options.threads)})
-    arguments = engine_spec(config, served_weights(config, store, 0)).arguments() | {
+    arguments = engine_spec(config, served_weights(config, store, 0), 0).arguments() | {
         "disable_log_stats": True
     }
     arguments |= json.loads(options.engine_args)
@@ -195,7 +195,7 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
         SamplingParams(
             n=section.num_samples,
             seed=None if options.no_seeds else seed,
-            temperature=section.temperature,
+            temperature=section.of_policy(0).temperature,
             top_p=section.top_p,
             max_tokens=section.max_new_tokens,
         )
@@ -272,7 +272,7 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=True,
-                temperature=section.temperature,
+                temperature=section.of_policy(0).temperature,
                 top_p=section.top_p,
                 top_k=0,
                 max_new_tokens=section.max_new_tokens,

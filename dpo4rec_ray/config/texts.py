@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from dpo4rec_ray.config.section import Section
+
+Temperature = Annotated[float, Field(gt=0, le=2)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class LLMSection(Section):
@@ -123,10 +126,22 @@ class GenerateSection(Section):
     """N: texts per user."""
     user_frac: float = Field(default=1.0, gt=0, le=1)
     """Share of the users that get N texts: texts cost GPU hours, and not all pairs may be needed."""
-    temperature: float = Field(default=0.9, gt=0)
-    """Sampling temperature."""
+    temperature: Temperature | tuple[Temperature, ...] = 0.9
+    """Sampling temperature, up to 2. A list has one per round: the first is the base LLM's, in round 1 and in its texts for the
+    rerankers, the second that of the policy of round 1, and so on; the last holds on."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus sampling: draw from the likeliest tokens that hold this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from so many of the likeliest tokens. 0: from all."""
+    min_p: float = Field(default=0, ge=0, le=1)
+    """Leave out tokens with a probability below this share of the likeliest one's. 0: none."""
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    """Above 1: tokens of prompt and text so far become less likely (their scores are divided or multiplied by it)."""
+    presence_penalty: float = Field(default=0, ge=-2, le=2)
+    """Taken off the score of each token that the text has already."""
+    stop: tuple[NonEmpty, ...] = ()
+    """A text ends before the first of these strings. The tokens of the string stay among those that DPO trains on, so that the
+    policy learns to end there."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Most tokens of a text."""
     format: Literal["text", "json"] = "text"
@@ -155,6 +170,20 @@ class GenerateSection(Section):
     """Keep engines between stages and rounds. It saves their start, where training has other GPUs."""
     users_per_shard: int = Field(default=64, ge=1)
     """Users per shard: what a crash can lose at most."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _one_at_least(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if value == ():
+            raise ValueError("a list of temperatures needs one at least")
+        return value
+
+    def of_policy(self, policy_round: int) -> GenerateSection:
+        """The section as it holds for texts of policy `policy_round`: with the one temperature of its round."""
+        if isinstance(self.temperature, tuple):
+            own = self.temperature[min(policy_round, len(self.temperature) - 1)]
+            return self.model_copy(update={"temperature": own})
+        return self
 
 
 class EncoderSection(Section):

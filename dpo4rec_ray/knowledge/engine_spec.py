@@ -42,6 +42,7 @@ class EngineSpec:
     """The sections of the recipe, and what exists at run time only.
 
     Attributes:
+        generate: with one temperature (`GenerateSection.of_policy`).
         weights: what the engine serves at first; it can change over to others of the same shape.
         max_lora_rank: highest rank of the LoRAs that the engine may be asked to serve. 0: it takes none, and is faster.
         schema: JSON schema that every sample has to follow. None: free text.
@@ -68,6 +69,12 @@ class EngineSpec:
         return {
             "temperature": section.temperature,
             "top_p": section.top_p,
+            "top_k": section.top_k,
+            "min_p": section.min_p,
+            "repetition_penalty": section.repetition_penalty,
+            "presence_penalty": section.presence_penalty,
+            # Cut off the text, while its tokens stay: DPO trains on these and must see where a text ends.
+            "stop": list(section.stop),
             "max_tokens": section.max_new_tokens,
         }
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dpo4rec_ray.knowledge import cpu_top_p
 from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineLoop, EngineStats, Request
@@ -34,6 +35,8 @@ class VLLMGenerator:
         began = time.monotonic()
         from vllm import LLM
 
+        if not spec.on_gpu:
+            cpu_top_p.install()
         self._spec = spec
         self._llm = LLM(**spec.arguments() | {"model": model_folder(spec.weights.model)})
         self._loop = EngineLoop(self._llm, alive, idle, time.monotonic() - began)

@@ -148,6 +148,12 @@ class Endpoint:
             "seed": seed,
             "extra_headers": self._headers,
         }
+        if section.stop:
+            arguments["stop"] = list(section.stop)
+        if section.presence_penalty:
+            arguments["presence_penalty"] = section.presence_penalty
+        if more := _beyond_openai(section):
+            arguments["extra_body"] = more
         if count > 1:
             arguments["n"] = count
         if self._schema is not None:
@@ -230,6 +236,13 @@ class Endpoint:
 def requests_at_once(openai: OpenAISection, generate: GenerateSection) -> int:
     """Requests at the same time of one worker: its share of openai.max_concurrency."""
     return max(1, openai.max_concurrency // generate.num_engines)
+
+
+def _beyond_openai(section: GenerateSection) -> dict[str, Any]:
+    """What is set of the parameters that OpenAI has not, but vLLM, SGLang and others: an endpoint may refuse or ignore them."""
+    plain = GenerateSection()
+    names = ("top_k", "min_p", "repetition_penalty")
+    return {name: getattr(section, name) for name in names if getattr(section, name) != getattr(plain, name)}
 
 
 def _plain(value: object) -> str:

@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError, first_line
@@ -138,7 +139,7 @@ def _convert(file: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read(file: Path) -> tuple[object, object]:
+def _read(file: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a file, as they can be saved."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
@@ -147,7 +148,7 @@ def _read(file: Path) -> tuple[object, object]:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         metadata, _ = read_gguf_metadata(str(file))
-        dtype = _UNQUANTIZED.get(metadata.get("general.file_type"), "bfloat16")
+        dtype = _UNQUANTIZED.get(metadata.get("general.file_type", -1), "bfloat16")
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             **where,

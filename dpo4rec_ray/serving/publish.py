@@ -220,6 +220,7 @@ def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) ->
     for name, path in ((WRITER_LLM, weights.model), (WRITER_LORA, weights.lora)):
         if path and Path(path).is_relative_to(store.root):
             shutil.copytree(path, folder / name)
+    config = config.model_copy(update={"generate": config.generate.of_policy(round_id)})
     content = config.model_dump(mode="json", include=WRITER_CONFIG)
     if config.llm.path not in ("bundled", "bootstrap"):
         content["llm"]["path"] = base_llm_path(config, store)

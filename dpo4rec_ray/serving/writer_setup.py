@@ -79,7 +79,7 @@ def read_setup(registry: Registry, version: str, settings: ServingSection) -> Wr
     file = folder / WRITER_EXAMPLES
     examples = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     return WriterSetup(
-        version, config, engine_spec(config, weights), tuple(ExampleUser(**one) for one in examples)
+        version, config, engine_spec(config, weights, 0), tuple(ExampleUser(**one) for one in examples)
     )
 
 

@@ -85,7 +85,7 @@ class EndpointTexts(TextWriter):
             examples=examples,
         )
         schema = json_schema(config.prompt, config.generate)
-        self._endpoint = Endpoint(config.openai, config.generate, key, schema)
+        self._endpoint = Endpoint(config.openai, config.generate.of_policy(0), key, schema)
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         skips = [0] * len(rows)

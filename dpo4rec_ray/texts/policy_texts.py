@@ -34,14 +34,14 @@ def served_weights(config: Config, store: RunDir, policy_round: int) -> ServedWe
     return ServedWeights(weights.base, weights.lora)
 
 
-def engine_spec(config: Config, weights: ServedWeights) -> EngineSpec:
-    """The engine of the recipe that serves these weights."""
+def engine_spec(config: Config, weights: ServedWeights, policy_round: int) -> EngineSpec:
+    """The engine of the recipe that serves these weights, those of policy `policy_round`."""
     # An engine that is kept may serve the base LLM now and a LoRA in a later round.
     takes_lora = weights.lora is not None or (config.generate.keep_engines and not merges_lora(config))
     return EngineSpec(
         weights,
         config.llm,
-        config.generate,
+        config.generate.of_policy(policy_round),
         max_lora_rank=config.dpo.lora_rank if takes_lora else 0,
         schema=json_schema(config.prompt, config.generate),
     )
@@ -95,7 +95,7 @@ class PolicyTexts(TextWriter):
     def placement(cls, config: Config, store: RunDir, policy_round: int) -> WriterPlacement:
         """Policy `policy_round` in an engine of the actor's own, or in one that outlives the stage (keep_engines)."""
         section = config.generate
-        spec = engine_spec(config, served_weights(config, store, policy_round))
+        spec = engine_spec(config, served_weights(config, store, policy_round), policy_round)
         arguments = {
             "spec": spec,
             "tokenizer": policy_weights(config, store, policy_round).base,

@@ -56,7 +56,7 @@ def test_a_warm_engine_switches_and_a_killed_one_comes_back(local_ray: None, tmp
 
     config = load_config(ROOT / DEMO, KEEP)
     store = RunDir(tmp_path)
-    spec = engine_spec(config, served_weights(config, store, 0))
+    spec = engine_spec(config, served_weights(config, store, 0), 0)
     base_model = spec.weights.model
     other = other_policy(tmp_path / "other")
     prompts, seeds, counts = [[1, 5, 6, 7, 8, 9], [1, 9, 8, 7]], [3, 4], [2, 2]

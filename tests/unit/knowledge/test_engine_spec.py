@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from dpo4rec_ray.config.texts import GenerateSection, LLMSection
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
@@ -20,6 +21,11 @@ def with_generate(**changes: Any) -> EngineSpec:
     [
         with_generate(temperature=0.5),
         with_generate(top_p=0.5),
+        with_generate(top_k=50),
+        with_generate(min_p=0.1),
+        with_generate(repetition_penalty=1.1),
+        with_generate(presence_penalty=0.5),
+        with_generate(stop=["\n"]),
         with_generate(max_new_tokens=64),
         with_generate(max_num_seqs=8),
         with_generate(tensor_parallel_size=2),
@@ -56,3 +62,47 @@ def test_an_engine_takes_loras_only_if_asked_to() -> None:
 
 def test_engine_args_come_last() -> None:
     assert with_generate(engine_args={"enforce_eager": False}).arguments()["enforce_eager"] is False
+
+
+def test_vllm_takes_every_sampling_setting() -> None:
+    """Their names and ranges are vLLM's: each bound of the recipe's keys is a value that its own checks let through."""
+    from vllm import SamplingParams
+
+    low = {"temperature": 0.01, "top_p": 0.01, "min_p": 0, "repetition_penalty": 0.01, "presence_penalty": -2}
+    high = {
+        "temperature": 2,
+        "top_p": 1,
+        "top_k": 9,
+        "min_p": 1,
+        "repetition_penalty": 2,
+        "presence_penalty": 2,
+    }
+    for chosen in ({}, low, high | {"stop": ["\n", "User:"]}):
+        params = SamplingParams(**with_generate(**chosen).sampling())
+        assert {name: getattr(params, name) for name in chosen} == chosen
+        assert not params.include_stop_str_in_output
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0},
+        {"temperature": 2.1},
+        {"temperature": []},
+        {"temperature": [1.0, 0.0]},
+        {"top_k": -1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0},
+        {"presence_penalty": 2.5},
+        {"stop": [""]},
+    ],
+)
+def test_what_no_engine_could_sample_with_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        GenerateSection(**wrong)
+
+
+def test_a_list_of_temperatures_has_one_per_policy_and_the_last_holds_on() -> None:
+    section = GenerateSection(temperature=[1.0, 0.8, 0.6])
+    assert [section.of_policy(number).temperature for number in range(5)] == [1.0, 0.8, 0.6, 0.6, 0.6]
+    assert GenerateSection(temperature=0.7).of_policy(3).temperature == 0.7

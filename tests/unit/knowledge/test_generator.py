@@ -106,6 +106,29 @@ def test_seeds_repeat_in_another_order_and_one_by_one(
     assert single == answers
 
 
+def test_a_stop_string_ends_text_and_tokens(
+    start_engine: Start, bundled: Path, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    """The text ends before the string. The tokens end with those of the string: DPO sees where the text is to end."""
+    tokenizer = load_tokenizer(str(bundled))
+    stopping = start_engine(
+        bundled, SAMPLING.model_copy(update={"stop": ("drama",)}), max_model_len=MAX_MODEL_LEN
+    )
+    found = stopping.generate(prompts, SEEDS, COUNTS)
+    stopped = 0
+    for answer, free in zip(found, answers, strict=True):
+        for sample, whole in zip(answer.samples, free.samples, strict=True):
+            assert whole.token_ids[: len(sample.token_ids)] == sample.token_ids
+            if "drama" in whole.text:
+                stopped += 1
+                assert sample.text == whole.text.partition("drama")[0]
+                assert sample.finish_reason == "stop"
+                assert tokenizer.decode(sample.token_ids).endswith("drama")
+            else:
+                assert sample == whole
+    assert stopped
+
+
 def test_another_seed_gives_other_samples(
     generator: VLLMGenerator, prompts: list[list[int]], answers: list[Answer]
 ) -> None:

@@ -157,6 +157,16 @@ def test_what_is_sent_and_what_comes_back(server: Server) -> None:
     assert server.keys == [f"Bearer {KEY}"]
 
 
+def test_only_what_is_set_of_the_other_sampling_settings_is_sent(server: Server) -> None:
+    """An endpoint that does not know a parameter may refuse the request."""
+    one(server.endpoint(GenerateSection()))
+    names = {"stop", "presence_penalty", "top_k", "min_p", "repetition_penalty"}
+    assert not names & server.bodies.pop().keys()
+    chosen = {"stop": ["\n"], "presence_penalty": 0.5, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.2}
+    one(server.endpoint(GenerateSection(**chosen)))
+    assert {name: server.bodies[-1][name] for name in names} == chosen
+
+
 def test_samples_in_requests_of_their_own(server: Server) -> None:
     """No `n` at all, a seed for each, the same ones again, and the order of samples is that of the seeds."""
     endpoint = server.endpoint(samples_per_request=1)

@@ -51,7 +51,7 @@ CONFIG = default_config(["llm.source=template"]).model_copy(
 
 
 def test_the_engine() -> None:
-    spec = engine_spec(CONFIG, ServedWeights("model"))
+    spec = engine_spec(CONFIG, ServedWeights("model"), 0)
     assert spec.generate.new_key == spec.llm.new_key == 7
 
 
