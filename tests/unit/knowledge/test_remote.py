@@ -157,6 +157,12 @@ def test_what_is_sent_and_what_comes_back(server: Server) -> None:
     assert server.keys == [f"Bearer {KEY}"]
 
 
+def test_a_chat_of_several_messages_is_sent_as_it_is(server: Server) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    server.endpoint(GenerateSection()).generate([chat], [3], [1])
+    assert server.bodies[0]["messages"] == chat
+
+
 def test_samples_in_requests_of_their_own(server: Server) -> None:
     """No `n` at all, a seed for each, the same ones again, and the order of samples is that of the seeds."""
     endpoint = server.endpoint(samples_per_request=1)
