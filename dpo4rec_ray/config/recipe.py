@@ -83,6 +83,18 @@ class Config(Section):
         return self.evaluate.backbones or (self.reranker.backbone,)
 
     @property
+    def counted_texts(self) -> tuple[str, ...]:
+        """Subjects of the artifact `references`: texts that are counted beside those of `llm.source`."""
+        read = "statistics" in self.reward.reader or bool(self.evaluate.references)
+        return ("statistics",) * (read and self.llm.source != "statistics") + ("oracle",) * self.reward.oracle
+
+    @property
+    def reads_own_texts(self) -> bool:
+        """Whether the reward's rerankers are trained on the texts of `llm.source`."""
+        own = "statistics" if self.llm.source == "statistics" else "llm"
+        return self.run.num_rounds > 0 and own in self.reward.reader
+
+    @property
     def max_pair_tokens(self) -> int:
         """Most tokens of prompt and text of a pair that is trained on."""
         return self.dpo.max_length or self.llm.max_model_len

@@ -17,7 +17,7 @@ class LLMSection(Section):
     endpoint ([openai]). "table": texts from a file ([texts]). "statistics": a summary counted from the history, which every LLM
     has to beat. "template": fixed sentences without meaning, to simulate scale."""
     path: str = "bundled"
-    """Model folder or hub name. "bundled": the small LLM of the sample world. "bootstrap": train a small one first."""
+    """Model folder, hub name or .gguf file. "bundled": the small LLM of the sample world. "bootstrap": train one first."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights, for vLLM and for training."""
     max_model_len: int = Field(default=1024, ge=64)

@@ -115,9 +115,9 @@ class DPOSection(TrainerSection):
     chunk_tokens: int = Field(default=512, ge=0)
     """Tokens whose logits are held at the same time. 0: all of a micro-batch."""
     eval_every: int = Field(default=0, ge=0)
-    """Steps between evaluations on the held-out pairs. 0: only at the end."""
-    patience: int = Field(default=0, ge=0)
-    """Evaluations without a lower held-out loss before training stops. 0: never."""
+    """Steps between evaluations on the held-out pairs; the policy of the lowest loss is kept. 0: at the end of every epoch."""
+    patience: int = Field(default=1, ge=0)
+    """Evaluations without a lower held-out loss before training stops. 0: never. Without held-out pairs it never stops."""
     max_kl_per_token: float = Field(default=0.5, gt=0)
     """KL to the reference per token above which a warning is printed."""
     min_workers: int = Field(default=0, ge=0)
@@ -136,8 +136,6 @@ class DPOSection(TrainerSection):
             raise ValueError('quantize needs tuning = "lora": 4-bit weights are not trained')
         if self.quantize != "none" and (not self.gpus_per_worker or self.zero_stage == 3):
             raise ValueError("quantize needs gpus_per_worker > 0 and zero_stage below 3")
-        if self.patience and not self.eval_every:
-            raise ValueError("patience needs eval_every > 0")
         if self.min_workers > self.num_workers:
             raise ValueError(f"min_workers = {self.min_workers} is above num_workers = {self.num_workers}")
         if 0 < self.min_workers < self.num_workers and self.zero_stage:

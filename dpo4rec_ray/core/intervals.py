@@ -66,6 +66,16 @@ def ratio_bootstrap(
     return found
 
 
+def proportion_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion of `count` independent trials (Wilson, 1927); NaN without trials."""
+    if not count:
+        return float("nan"), float("nan")
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
+    return float(middle - half), float(middle + half)
+
+
 def bootstrap_columns(
     numerators: Array, denominators: Array, num_resamples: int, seed: int = 0
 ) -> list[Interval]:
@@ -102,6 +112,21 @@ def bootstrap_columns(
     rarer_side = np.minimum((resampled <= 0).sum(axis=0), (resampled >= 0).sum(axis=0))
     p_values = np.minimum(1.0, 2 * (1 + rarer_side) / (len(resampled) + 1))
     return [Interval(*map(float, row)) for row in zip(ratios, lows, highs, p_values, strict=True)]
+
+
+def clustered_std_error(values: Array, groups: Array) -> float:
+    """Standard error of the mean of values [n] whose groups [n] are independent, not they themselves; NaN with one group.
+
+    sqrt(G / (G - 1) sum_g (sum of group g's deviations from the mean)^2) / n (Liang and Zeger, 1986).
+
+    Raises:
+        ValueError: as `paired_bootstrap`.
+    """
+    values, group_index = _check_groups("values", values, groups)
+    sums = np.bincount(group_index, weights=values - values.mean())
+    if len(sums) < 2:
+        return float("nan")
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values))
 
 
 def _check_groups(what: str, values: Array, groups: Array) -> tuple[FloatArray, npt.NDArray[np.intp]]:

@@ -120,13 +120,25 @@ def rank_agreement(a: Array, b: Array) -> float:
         ValueError: shapes differ or are not [U, N] with N >= 2.
     """
     _check_samples(a)
-    if a.shape != b.shape:
-        raise ValueError(f"both rewards must be of the same samples, got {a.shape} and {b.shape}")
+    _check_alike(a, b)
     # Comparisons with NaN are False: a user with a NaN is left out as one who orders nothing.
     ordered = (a.max(axis=1) > a.min(axis=1)) & (b.max(axis=1) > b.min(axis=1))
     if not ordered.any():
         return float("nan")
     return float(_spearman(a[ordered].astype(np.float64), b[ordered].astype(np.float64)).mean())
+
+
+def personal(plain: Array, others: Array) -> FloatArray:
+    """The personal reward (beyond the paper): what a text is worth to its user beyond what it is worth to other users.
+
+    A manner that helps every user cancels; what only this user's text can know is left. plain, others: the reward of the same
+    samples for their user, and its mean over other users; of one shape. NaN where either is.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    _check_alike(plain, others)
+    return plain.astype(np.float64) - others
 
 
 def list_noise(std_errors: Array, num_lists: Array) -> float:
@@ -271,6 +283,11 @@ def check_reward(name: str) -> None:
 def _check_samples(rewards: Array) -> None:
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [U, N] with N >= 2 samples, got {rewards.shape}")
+
+
+def _check_alike(a: Array, b: Array) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"both rewards must be of the same samples, got {a.shape} and {b.shape}")
 
 
 def _gap(choose_on: FloatArray, measure_on: FloatArray) -> FloatArray:

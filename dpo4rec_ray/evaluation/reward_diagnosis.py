@@ -43,7 +43,7 @@ def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray)
 
     Args:
         metric_scores: the whole artifact.
-        metric: the one that pairs are made of; its main numbers are repeated at the top.
+        metric: the one that pairs are made of, or the name of the personal reward; its main numbers are repeated at the top.
         held_out: ids of the validation users; their numbers are also given separately.
     """
     users, matrices = read_matrices(metric_scores)
@@ -58,6 +58,26 @@ def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray)
             f"{a} ~ {b}": rank_agreement(matrices[a]["reward"], matrices[b]["reward"])
             for a, b in itertools.combinations(matrices, 2)
         },
+    }
+
+
+def personal_diagnosis(scores: pa.Table) -> dict[str, Any]:
+    """What of the plain reward the personal reward keeps: means over users of Spearman correlations over their samples.
+
+    scores: the whole artifact, with others_reward.
+    """
+    table = scores.sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
+    num_users = len(pc.unique(table["user_id"]))
+    reward, plain, others = (
+        table[name].to_numpy().astype(np.float64).reshape(num_users, -1)
+        for name in ("reward", "plain_reward", "others_reward")
+    )
+    return {
+        "agreement_with_plain": rank_agreement(reward, plain),
+        "agreement_with_others": rank_agreement(reward, others),
+        # how much of the plain reward is a manner that helps everybody
+        "plain_with_others": rank_agreement(plain, others),
+        "users_without_others": int((np.isnan(others) & ~np.isnan(plain)).any(axis=1).sum()),
     }
 
 

@@ -18,7 +18,7 @@ from dpo4rec_ray.exchange.preference_files import write_rows
 from dpo4rec_ray.exchange.preference_rows import NOT_ONE_TURN, BadRow
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.schemas import SCHEMA_VERSION
+from dpo4rec_ray.store.schemas import SCHEMA_VERSION, SCHEMAS
 
 
 def export_pairs(store: RunDir, round_id: int, split: str, codec: ChatCodec, form: str, target: Path) -> None:
@@ -57,7 +57,11 @@ def round_with_pairs(store: RunDir, wanted: int | None) -> int:
             f"{store.root} has pairs of the rounds {', '.join(map(str, rounds))}; choose one with --round"
         )
     round_id = wanted if wanted is not None else (rounds or [1])[0]
-    if store.require("pairs", round_id).schema_version != SCHEMA_VERSION:
+    old = store.require("pairs", round_id).schema_version != SCHEMA_VERSION
+    # columns were added within a version
+    if old or any(
+        pq.read_schema(file).names != SCHEMAS["pairs"].names for file in store.files("pairs", round_id)
+    ):
         raise UserError(f"{store.path('pairs', round_id)}: written by another version; run the recipe again")
     return round_id
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
+from dpo4rec_ray.core.pairing import Kind
 from dpo4rec_ray.datasets.files import absolute, file_identity
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.exchange.chat_codec import ChatCodec
@@ -128,10 +129,15 @@ def _read_pairs(
             set_aside(str(error), where, text)
             continue
         own = found.stored
+        user = number if own is None or own.user_id is None else own.user_id
+        other = own is not None and own.kind == Kind.OTHER
         yield {
             "round": 1,
-            "user_id": number if own is None or own.user_id is None else own.user_id,
+            "user_id": user,
+            "pair_id": 0 if own is None or own.pair_id is None else own.pair_id,
             "split": split_of(number) if own is None or own.split is None else own.split,
+            "kind": (Kind.OTHER if other else Kind.OWN).value,
+            "rejected_user_id": own.rejected_user_id if own is not None and other else user,
             # as Python integers the ids of a part would take gigabytes
             "prompt_token_ids": np.asarray(ids.prompt, np.int32),
             "chosen_token_ids": np.asarray(ids.chosen, np.int32),
@@ -161,7 +167,7 @@ def _is_next(pair: Pair, line: Pair) -> bool:
     """Whether a line is the next rejected text of the same exported pair. Other rows have a user each."""
     names = ("prompt_token_ids", "chosen_token_ids")
     return (
-        pair["user_id"] == line["user_id"]
+        (pair["user_id"], pair["pair_id"]) == (line["user_id"], line["pair_id"])
         and all(np.array_equal(pair[name], line[name]) for name in names)
         and not any(np.array_equal(one, line["rejected_token_ids"][0]) for one in pair["rejected_token_ids"])
     )

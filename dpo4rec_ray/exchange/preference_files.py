@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo4rec_ray.core.pairing import Kind
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.exchange import FORMATS
 from dpo4rec_ray.exchange.chat_codec import ChatCodec
@@ -190,11 +191,22 @@ def _stored(row: Fields) -> Stored | None:
     ids = [row.get(name) for name in IDS]
     if not all(isinstance(one, list) and one and all(type(i) is int and i >= 0 for i in one) for one in ids):
         return None
-    user, split = row.get("user_id"), row.get("split")
-    fits = type(user) is int and -(2**63) <= user < 2**63
+    split, kind = row.get("split"), row.get("kind")
     return Stored(
-        ids[0], ids[1], ids[2], user if fits else None, split if split in ("train", "valid") else None
+        ids[0],
+        ids[1],
+        ids[2],
+        _whole(row.get("user_id"), 63),
+        split if split in ("train", "valid") else None,
+        _whole(row.get("pair_id"), 31),
+        kind if kind in list(Kind) else None,
+        _whole(row.get("rejected_user_id"), 63),
     )
+
+
+def _whole(value: Any, bits: int) -> int | None:
+    """A whole number that fits so many bits beside its sign; None for anything else."""
+    return value if type(value) is int and -(2**bits) <= value < 2**bits else None
 
 
 def _get(row: Fields, name: str) -> Any:

@@ -13,7 +13,7 @@ TokenIds = Sequence[int]
 
 # Columns of an exported row beside the fields of its format.
 IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
-OWN = ("user_id", "split", *IDS, "chosen_reward", "rejected_reward")
+OWN = ("user_id", "pair_id", "split", "kind", "rejected_user_id", *IDS, "chosen_reward", "rejected_reward")
 
 EMPTY, NOT_TEXT, NOT_UNICODE = "a text is empty", "a field holds no text", "a text holds half a character"
 NOT_AN_OBJECT, UNKNOWN_LAYOUT = "not a JSON object", "a layout that is not known"
@@ -36,6 +36,9 @@ class Stored:
     rejected: list[int]
     user_id: int | None
     split: str | None
+    pair_id: int | None = None
+    kind: str | None = None
+    rejected_user_id: int | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM take
 
 
 class ServedWeights(NamedTuple):
-    """What an engine serves: a model folder or hub name, and the folder of a LoRA on it."""
+    """What an engine serves: a model folder, hub name or .gguf file, and the folder of a LoRA on it."""
 
     model: str
     lora: str | None = None

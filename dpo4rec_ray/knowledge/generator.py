@@ -14,6 +14,7 @@ from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineLoop, EngineStats, Request
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
+from dpo4rec_ray.models.gguf_folder import model_folder
 
 
 class VLLMGenerator:
@@ -34,7 +35,7 @@ class VLLMGenerator:
         from vllm import LLM
 
         self._spec = spec
-        self._llm = LLM(**spec.arguments())
+        self._llm = LLM(**spec.arguments() | {"model": model_folder(spec.weights.model)})
         self._loop = EngineLoop(self._llm, alive, idle, time.monotonic() - began)
         self._serving = ServedWeights(spec.weights.model)
         self._lora: Any = None
@@ -72,7 +73,7 @@ class VLLMGenerator:
             if wanted == self._serving:  # another thread was first
                 return
             if model != self._serving.model:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model_folder(model)})
                 if not self._spec.on_gpu:
                     self._llm.apply_model(_pack_head)
             self._llm.reset_prefix_cache()

@@ -106,8 +106,11 @@ class StatisticsGenerator:
         ratings: Sequence[Sequence[float]],
         seeds: Sequence[int],
         num_samples: Sequence[int],
+        *,
+        whole_first: bool = False,
     ) -> list[Answer]:
-        """Texts of B users. A single text counts the whole history; each of several texts counts a random half.
+        """Texts of B users. A single text counts the whole history; each of several texts counts a random half, but with
+        `whole_first` the first one counts the whole history too.
 
         item_ids, ratings: each user's knowledge history in time order; seeds, num_samples: one per user. The samples have
         no token ids: nothing is trained on these texts.
@@ -116,9 +119,10 @@ class StatisticsGenerator:
         for items, stars, seed, count in zip(item_ids, ratings, seeds, num_samples, strict=True):
             titles, attributes = [self._titles[i] for i in items], [self._attributes[i] for i in items]
             rng = np.random.default_rng(seed)
+            num_whole = 1 if whole_first or count == 1 else 0
             texts = [
-                statistical_text(titles, stars, attributes, self._like_at, rng if count > 1 else None)
-                for _ in range(count)
+                statistical_text(titles, stars, attributes, self._like_at, None if n < num_whole else rng)
+                for n in range(count)
             ]
             answers.append(Answer([Completion([], text, "stop") for text in texts]))
         return answers

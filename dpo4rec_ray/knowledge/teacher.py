@@ -8,10 +8,13 @@ catalogue and ignores the history.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+from dpo4rec_ray.core.intervals import Interval, ratio_bootstrap
+from dpo4rec_ray.knowledge.mentions import ValueFinder
 
 OPENINGS = {
     "attentive": "Judging by the ratings:",
@@ -22,6 +25,7 @@ OPENINGS = {
 DEFAULT_MIX = {"attentive": 0.4, "hasty": 0.35, "generic": 0.25}
 # How a facet's values are written, in this order. A facet that is not in the history is left out.
 PHRASES = {"genre": "enjoys {}", "era": "films of the {}", "creator": "by {}"}
+EVERY_FACET = "all"  # in `text_accuracy`, beside the facets
 # Most values of a facet in one text.
 MAX_NAMED = {"genre": 2, "era": 1, "creator": 2}
 
@@ -97,22 +101,26 @@ def _split(item: Sequence[str]) -> list[tuple[str, str]]:
     return [(facet, value) for facet, _, value in (attribute.partition(": ") for attribute in item)]
 
 
-def named_values(text: str, vocabulary: Sequence[str]) -> set[str]:
-    """The "facet: value" strings of `vocabulary` whose value is in the text as a whole word, in any case."""
-    lowered = text.lower()
-    return {
-        name
-        for name in vocabulary
-        if re.search(rf"(?<![\w-]){re.escape(name.partition(': ')[2].lower())}(?![\w-])", lowered)
-    }
+class TextAccuracy(NamedTuple):
+    """How much of what texts name is true.
+
+    Attributes:
+        accuracy: share of the named values that are true for their user; 0.0 if no text names anything.
+        chance: that share against all other users' truths: what texts about some other user would score.
+        corrected: (accuracy - chance) / (1 - chance), with its interval over users: 0 for texts that say the same about
+            everybody, 1 for the truth, as Cohen's kappa (1960). NaN where chance is 1 or nothing is named.
+    """
+
+    accuracy: float
+    chance: float
+    corrected: Interval
 
 
-def text_accuracy(texts: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """Share of named values that are true for their user, and that share against all other users' truths.
+def text_accuracy(texts: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> dict[str, TextAccuracy]:
+    """Accuracy over all facets (EVERY_FACET), then by facet.
 
-    texts: the texts of each user, [U][any number]; truth: the "facet: value" strings each user loves, [U].
-    The second share is chance: what texts about some other user would score. A value counts once per text; values that
-    nobody loves do not count. Both shares are 0.0 if no text names anything.
+    texts: the texts of each user, [U][any number]; truth: the "facet: value" strings each user loves, [U]. A value counts
+    once per text; values that nobody loves do not count.
 
     Raises:
         ValueError: fewer than two users, or lengths that differ.
@@ -121,18 +129,25 @@ def text_accuracy(texts: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]
         raise ValueError(
             f"text_accuracy needs two or more users: {len(texts)} with texts, {len(truth)} with a truth"
         )
-    vocabulary = sorted({name for loved in truth for name in loved})
-    column = {name: i for i, name in enumerate(vocabulary)}
-    loved = np.zeros((len(truth), len(vocabulary)))
-    named = np.zeros((len(truth), len(vocabulary)))
+    finder = ValueFinder(name for loved in truth for name in loved)
+    column = {name: i for i, name in enumerate(finder.names)}
+    loved = np.zeros((len(truth), len(column)))
+    named = np.zeros((len(truth), len(column)))
     for user, names in enumerate(truth):
-        loved[user, [column[name] for name in names]] = 1.0
+        loved[user, [column[name] for name in names if name in column]] = 1.0
     for user, user_texts in enumerate(texts):
         for text in user_texts:
-            named[user, [column[name] for name in named_values(text, vocabulary)]] += 1.0
-    total = named.sum()
-    if total == 0:
-        return 0.0, 0.0
-    hits = float((named * loved).sum())
-    other_hits = float((named * (loved.sum(axis=0) - loved)).sum()) / (len(truth) - 1)
-    return hits / total, other_hits / total
+            named[user, list(finder.find(text))] += 1.0
+    others = (loved.sum(axis=0) - loved) / (len(truth) - 1)  # share of the other users who love the value
+    facets = [name.partition(": ")[0] for name in finder.names]
+    found = {}
+    for facet in (EVERY_FACET, *dict.fromkeys(facets)):
+        own = np.array([facet in (EVERY_FACET, one) for one in facets], bool)
+        totals, hits, by_chance = (
+            (named * part)[:, own].sum(axis=1) for part in (1.0, loved, others)
+        )  # [U] each
+        total = totals.sum() or 1.0
+        # The correction is a ratio of sums over users: what is true beyond chance, over what chance leaves.
+        corrected = ratio_bootstrap(hits - by_chance, totals - by_chance, np.arange(len(truth)))
+        found[facet] = TextAccuracy(float(hits.sum() / total), float(by_chance.sum() / total), corrected)
+    return found

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.errors import UserError, first_line
+from dpo4rec_ray.models.gguf_folder import model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -77,8 +78,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to an LLM.
 
     Raises:
-        UserError: the folder or hub name has no usable tokenizer.
+        UserError: the folder, hub name or .gguf file has no usable tokenizer.
     """
+    path = model_folder(path)
     try:
         return _tokenizer_class(path).from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
@@ -114,14 +116,14 @@ def load_model(
     """A causal LM in the given dtype ("float32", "bfloat16", "float16"), on the CPU.
 
     Args:
-        path: folder or hub name.
+        path: folder, hub name or .gguf file.
         dtype: of the weights.
         zero3: DeepSpeed's config, if the weights are to be partitioned over the workers as they are read (ZeRO-3): no
             worker holds the whole model.
         quantize: "4bit" for QLoRA's NF4, on this worker's GPU.
 
     Raises:
-        UserError: bitsandbytes is not installed.
+        UserError: bitsandbytes is not installed, or the .gguf file cannot be read.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -135,7 +137,11 @@ def load_model(
         # from_pretrained asks a weak reference to this object: it must live until the weights are read
         partitioned = HfDeepSpeedConfig(zero3)
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True, **options
+        model_folder(path),
+        dtype=getattr(torch, dtype),
+        trust_remote_code=False,
+        use_safetensors=True,
+        **options,
     )
     if zero3 is not None:
         del partitioned

@@ -11,6 +11,8 @@ from jinja2 import Environment, PackageLoader
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.evaluation import terminal_table
+from dpo4rec_ray.evaluation.heldout_texts import LABELS
+from dpo4rec_ray.evaluation.ladder import ladder, printed
 from dpo4rec_ray.evaluation.systems import HEADLINE, PRINTED, label
 from dpo4rec_ray.stages.evaluate import read_evaluation
 from dpo4rec_ray.stages.validate import best_round
@@ -46,7 +48,9 @@ def run(
             for round_id in range(1, scored + 1)
             if (stats := _stats(store, "scores", round_id))
         },
-        "rounds": [_round(store, round_id) for round_id in range(1, last_round + 1)],
+        "rounds": [
+            _round(store, round_id, evaluated["comparisons"]) for round_id in range(1, last_round + 1)
+        ],
         "best_round": best_round(store, last_round),
         **evaluated,
         "versions": versions(),
@@ -77,18 +81,18 @@ def _earlier_peaks(store: RunDir, last_round: int) -> list[float]:
     return [manifest.peak_rss_mb for manifest in manifests if manifest is not None]
 
 
-def _round(store: RunDir, round_id: int) -> dict[str, Any]:
-    """One round's numbers: counts, held-out reward, DPO, and the diagnosis.
-
-    The diagnosis follows the chain from the reranker to the LLM: does the reranker use the text (shuffle_drop), does the
-    reward of a text carry over to other lists, and did DPO change the texts.
-    """
+def _round(store: RunDir, round_id: int, comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+    """One round's numbers: counts, held-out figures, DPO, the diagnosis, and the ladder that says what they mean."""
     generated = store.require("generations", round_id)
+    reward = store.require("reward").stats
     scores = store.require("scores", round_id).stats
     pairs = store.require("pairs", round_id).stats
+    policy = store.require("policy", round_id).stats
     heldout = store.require("heldout", round_id).stats
-    texts = {key: value for key, value in heldout.items() if key.startswith(("text_", "distinct_"))}
-    diagnosis = {"shuffle_drop": store.require("reward").stats["shuffle_drop"], **scores, **texts}
+    texts = {
+        key: value for key, value in heldout.items() if key.startswith(("text_", "distinct_", "opening_"))
+    }
+    diagnosis = {"shuffle_drop": reward["shuffle_drop"], **scores, **texts}
     if "text_accuracy_before" in heldout:  # absent where the truth is not known
         diagnosis["text_accuracy"] = heldout["text_accuracy_before"]
     return {
@@ -107,8 +111,14 @@ def _round(store: RunDir, round_id: int) -> dict[str, Any]:
         "dropped": pairs["dropped"],
         **{key: value for key, value in heldout.items() if key.startswith("heldout_reward_")},
         "heldout_users": store.require("heldout", round_id).rows,
-        "dpo": store.require("policy", round_id).stats,
+        "choice": heldout["choice"],
+        "figures": heldout["figures"],
+        "text_accuracy_by_facet": {
+            side: heldout.get(f"accuracy_by_facet_{side}", {}) for side in ("before", "after")
+        },
+        "dpo": policy,
         "diagnosis": diagnosis,
+        "ladder": ladder(round_id, reward, scores, policy, heldout, comparisons),
     }
 
 
@@ -121,8 +131,10 @@ def _print(summary: dict[str, Any]) -> None:
         print(
             f"round {row['round']}: held-out reward {row['heldout_reward_before']:.4f} -> "
             f"{row['heldout_reward_after']:.4f} ({row['heldout_reward_delta']:+.4f} [{low:+.4f}, {high:+.4f}]), "
-            f"{row['pairs']} pairs of {row['users']} users"
+            f"{row['pairs']} pairs of {row['users']} users; {'kept' if row['choice']['kept'] else 'not kept'}"
         )
+        print("rung by rung, each needs those before it:")
+        print(printed(row["ladder"]))
     print(f"{summary['total_seconds']:.0f} s, peak memory of the process tree {summary['peak_rss_mb']} MB")
 
 
@@ -139,7 +151,14 @@ def _html(store: RunDir, summary: dict[str, Any]) -> str:
             ("DPO loss, accuracy and margin per step", _plot_dpo(store, summary)),
         ]
     differences = [row for row in summary["comparisons"] if row["metric"] in HEADLINE]
-    return template.render(summary=summary, metrics=SHOWN, differences=differences, label=label, plots=plots)
+    return template.render(
+        summary=summary,
+        metrics=SHOWN,
+        differences=differences,
+        label=label,
+        plots=plots,
+        figure_labels=LABELS,
+    )
 
 
 def _number(value: float | None, form: str = "%.4f") -> str:

@@ -36,4 +36,5 @@ def build_reranker(
         torch.manual_seed(seed)
         model = RERANKERS[name](shape, knowledge, architecture)
         model.init_weights()
+        model.add_branch()  # last, so that the backbone's weights are those of the same seed without knowledge
     return model

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
+from dpo4rec_ray.errors import UserError
 
 
 class Experts(nn.Module):
@@ -126,3 +127,12 @@ ADAPTERS: dict[str, type[KnowledgeAdapter]] = {
     "moe": MixtureAdapter,
     "mlp": PerceptronAdapter,
 }
+
+
+def build_adapter(vector_dim: int, architecture: RerankerArchitecture) -> KnowledgeAdapter:
+    """The adapter that `reranker.adapter` names, for vectors of `vector_dim` numbers. Raises UserError if it names none."""
+    if architecture.adapter not in ADAPTERS:
+        raise UserError(
+            f"reranker.adapter = {architecture.adapter!r} is unknown; known: {', '.join(ADAPTERS)}"
+        )
+    return ADAPTERS[architecture.adapter](vector_dim, architecture)

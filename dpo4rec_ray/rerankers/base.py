@@ -1,7 +1,8 @@
 """What every backbone shares: the input layer, the scoring head and the Reranker contract.
 
-A candidate's input is the concatenation [item id, facets, adapter(item), adapter(user), similarity]. With
-`input_layer = "concat"` it is used as it is (the way of the paper and KAR, which have no similarity); with "linear", the
+A candidate's input is the concatenation [item id, facets, adapter(item), adapter(user), similarity]. The last three are
+there with `knowledge = "input"` alone, the paper's way: otherwise knowledge is added behind the backbone (branches.py).
+With `input_layer = "concat"` it is used as it is (the way of the paper and KAR, which have no similarity); with "linear", the
 default and beyond the paper, it passes through one linear map. Both are computed as the sum of an item part, a user part
 and a similarity part: the item part runs once per distinct item, the user part once per distinct user, and a scorer can
 keep both in tables.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ from torch.nn import functional as F
 
 from dpo4rec_ray.config.ranking import RerankerArchitecture
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers.adapter import ADAPTERS, KnowledgeAdapter
+from dpo4rec_ray.rerankers.adapter import KnowledgeAdapter, build_adapter
+from dpo4rec_ray.rerankers.branches import BRANCHES, KnowledgeBranch
 from dpo4rec_ray.rerankers.catalogue import CatalogueShape, Histories, RerankBatch
 
 HEAD_DIMS = (200, 80)  # KAR's final MLP
@@ -41,6 +44,13 @@ class ListHistory:
         return cls(F.embedding(histories.item_ids, items), histories.mask, histories.ratings)
 
 
+class ItemSide(NamedTuple):
+    """What a model makes of M items before it sees a list."""
+
+    inputs: Tensor  # [M, width]: the item part of the input layer
+    branch: Tensor | None = None  # [M, .]: the item part of the branch
+
+
 class ListEmbedding(nn.Module):
     """Input layer of a backbone: id, facets, knowledge and similarity of a candidate as `width` numbers.
 
@@ -51,7 +61,7 @@ class ListEmbedding(nn.Module):
     facet_starts: Tensor
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
-        """Raises UserError for an unknown adapter, or for knowledge without item vectors."""
+        """Raises UserError for an unknown adapter."""
         super().__init__()
         linear = architecture.input_layer == "linear"
         self.knowledge, self.similarity = knowledge, knowledge and architecture.similarity
@@ -66,15 +76,7 @@ class ListEmbedding(nn.Module):
         self.user_projection: nn.Linear | None = None
         self.similarity_projection: nn.Linear | None = None
         if knowledge:
-            if architecture.adapter not in ADAPTERS:
-                raise UserError(
-                    f"reranker.adapter = {architecture.adapter!r} is unknown; known: {', '.join(ADAPTERS)}"
-                )
-            if not shape.vector_dim:
-                raise UserError(
-                    "a reranker with knowledge needs item vectors, and the catalogue has none; run the stage encode"
-                )
-            self.adapter = ADAPTERS[architecture.adapter](shape.vector_dim, architecture)
+            self.adapter = build_adapter(shape.vector_dim, architecture)
             item_width += architecture.adapter_dim
             if linear:
                 self.user_projection = nn.Linear(
@@ -140,16 +142,6 @@ class ListEmbedding(nn.Module):
         """features [..., n] as the columns from `start` of zeros [..., width]."""
         return F.pad(features, (start, self.width - start - features.shape[-1]))
 
-    def forward(self, batch: RerankBatch) -> tuple[Tensor, Tensor]:
-        """-> the candidates [B, L, width], and the item part of the whole batch [M, width]."""
-        users = None
-        if self.knowledge:
-            if batch.user_vectors is None:
-                raise UserError(NO_VECTORS)
-            users = self.user_side(batch.user_vectors)
-        items = self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors)
-        return self.combine(items, batch.index, users, batch.user_rows, batch.similarity), items
-
 
 def score_head(in_dim: int) -> nn.Sequential:
     """KAR's final MLP: [..., in_dim] -> one logit [..., 1]."""
@@ -173,9 +165,20 @@ class Reranker(nn.Module):
     uses_history = False
 
     def __init__(self, shape: CatalogueShape, knowledge: bool, architecture: RerankerArchitecture) -> None:
+        """Raises UserError for an unknown adapter or way of knowledge, or for knowledge without item vectors."""
         super().__init__()
         self.shape, self.knowledge, self.architecture = shape, knowledge, architecture
-        self.embedding = ListEmbedding(shape, knowledge, architecture)
+        if knowledge and not shape.vector_dim:
+            raise UserError(
+                "a reranker with knowledge needs item vectors, and the catalogue has none; run the stage encode"
+            )
+        self.embedding = ListEmbedding(shape, knowledge and architecture.knowledge == "input", architecture)
+        self.branch: KnowledgeBranch | None = None
+
+    def add_branch(self) -> None:
+        """Build the branch behind the fitted backbone; nothing without knowledge, or where that enters the input layer."""
+        if self.knowledge and self.architecture.knowledge != "input":
+            self.branch = BRANCHES[self.architecture.knowledge](self.shape, self.architecture)
 
     def init_weights(self) -> None:
         """Xavier-normal for linear and embedding weights, zero biases (KAR); `build_reranker` calls it."""
@@ -189,10 +192,50 @@ class Reranker(nn.Module):
         """inputs [B, L, width], mask [B, L] or None -> finite logits [B, L]. Padding must not change a score."""
         raise NotImplementedError
 
+    def item_side(self, item_ids: Tensor, attribute_ids: Tensor, item_vectors: Tensor | None) -> ItemSide:
+        """item_ids [M], attribute_ids [M, F], item_vectors [M, D] -> what the model makes of M items."""
+        inputs = self.embedding.item_side(item_ids, attribute_ids, item_vectors)
+        if self.branch is None:
+            return ItemSide(inputs)
+        assert item_vectors is not None, "checked when the model was built"
+        return ItemSide(inputs, self.branch.item_side(item_ids, item_vectors))
+
+    def user_side(self, user_vectors: Tensor) -> Tensor:
+        """user_vectors [S, D] -> [S, any width]. Only with knowledge."""
+        return (self.embedding if self.branch is None else self.branch).user_side(user_vectors)
+
+    def logits(
+        self,
+        items: ItemSide,
+        index: Tensor,
+        users: Tensor | None,
+        user_rows: Tensor | None,
+        similarity: Tensor | None,
+        mask: Tensor | None,
+        histories: Histories | None,
+    ) -> Tensor:
+        """Logits [B, L] from the sides: index [B, L] rows of `items`, users [S, .] of `user_side`, user_rows [B] (None: list b
+        has row b), similarity and mask [B, L], histories with rows of `items`."""
+        history = ListHistory.of(items.inputs, histories)
+        if self.branch is None:
+            inputs = self.embedding.combine(items.inputs, index, users, user_rows, similarity)
+            return self.rank(inputs, mask, history)
+        assert items.branch is not None and users is not None and similarity is not None
+        inputs = self.embedding.combine(items.inputs, index, None, None, None)
+        added = self.branch.logits(items.branch, index, users, user_rows, similarity)
+        return self.rank(inputs, mask, history) + added
+
     def forward(self, batch: RerankBatch) -> Tensor:
         """Logits [B, L], finite everywhere (meaningless at padding). A batch without histories is one of empty histories."""
-        inputs, items = self.embedding(batch)
-        return self.rank(inputs, batch.mask, ListHistory.of(items, batch.histories))
+        users = None
+        if self.knowledge:
+            if batch.user_vectors is None:
+                raise UserError(NO_VECTORS)
+            users = self.user_side(batch.user_vectors)
+        items = self.item_side(batch.item_ids, batch.attribute_ids, batch.item_vectors)
+        return self.logits(
+            items, batch.index, users, batch.user_rows, batch.similarity, batch.mask, batch.histories
+        )
 
     def score(self, batch: RerankBatch) -> Tensor:
         """Logits [B, L] with -inf at padding, so that padding is always ranked last."""

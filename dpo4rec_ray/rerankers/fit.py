@@ -80,7 +80,8 @@ def fit(
         catalogue: the items.
         train: this rank's lists; ranks may hold different numbers and take the same number of steps.
         valid: the whole validation set, on every rank.
-        user_vectors: [U, D], row numbers are ListData.user_rows; None without knowledge.
+        user_vectors: [U, D], row numbers are ListData.user_rows; None without knowledge. [U, K, D] has K texts per user:
+            each epoch draws one for each training list, and validation lists are ranked with the first.
         section: how to train; give rerankers with and without knowledge the same.
         seed: of the order of the lists and of the new negatives.
         on_epoch: called on every rank after each epoch with its record: epoch, train_loss, valid (the metric),
@@ -104,22 +105,23 @@ def fit(
     if not bare.uses_history:
         train = replace(train, histories=None)
     catalogue, train = catalogue.to(device), train.to(device)
-    vectors, valid_vectors, valid_rows = None, None, None
+    vectors, valid_vectors, valid_rows, num_texts = None, None, None, 1
     if bare.knowledge:
         if user_vectors is None:
             raise UserError(
                 "a reranker with knowledge needs user_vectors to train on; run the stage encode first"
             )
         vectors = tensor_of(user_vectors).to(device, torch.float32)
+        num_texts = 1 if vectors.ndim == 2 else vectors.shape[1]
+        vectors = vectors.view(-1, vectors.shape[-1])
         used, valid_rows = torch.unique(valid.user_rows, return_inverse=True)
-        valid_vectors = vectors[used.to(device)]
+        valid_vectors = vectors[used.to(device) * num_texts]
     valid_labels, valid_mask = valid.labels.cpu().numpy(), valid.mask.cpu().numpy()
 
     loss_of = RANKING_LOSSES[bare.loss]
     temperature = section.temperature if bare.loss == "listwise_softmax" else 1.0
-    optimizer = torch.optim.AdamW(
-        model.parameters(), section.lr, weight_decay=section.weight_decay, fused=True
-    )
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, section.lr, weight_decay=section.weight_decay, fused=True)
     shuffle = torch.Generator().manual_seed(seed)
     redraw = np.random.default_rng(seed)
     num_steps = math.ceil(len(train) / section.batch_size)
@@ -136,8 +138,15 @@ def fit(
     for epoch in range(1, section.epochs + 1):
         began = time.perf_counter()
         lists = _with_new_negatives(train, catalogue, redraw) if section.resample_negatives else train
+        if num_texts > 1:
+            drawn = torch.randint(num_texts, (len(lists),), generator=shuffle).to(device)
+            lists = replace(lists, user_rows=lists.user_rows * num_texts + drawn)
         is_full = bool(lists.mask.all())  # attention without a mask is faster
+        # A backbone behind which a branch is trained stays as it was fitted, its norms too.
         model.train()
+        if bare.branch is not None:
+            model.eval()
+            bare.branch.train()
         loss_sum = torch.zeros((), device=device)
         for index in torch.randperm(len(lists), generator=shuffle).to(device).tensor_split(num_steps):
             some = lists.select(index)
@@ -215,7 +224,8 @@ def load_reranker(folder: str | Path, catalogue: Catalogue) -> Reranker:
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} beside {CARD_FILE}; train this reranker again")
     try:
-        architecture = RerankerArchitecture.model_validate(card["settings"])
+        # Rerankers that were saved before there was a choice read their knowledge in the input layer.
+        architecture = RerankerArchitecture.model_validate({"knowledge": "input"} | card["settings"])
     except ValidationError as error:
         raise UserError(
             f"{folder / CARD_FILE}: settings.{first_mistake(error)}; load it with the release that saved it, or train it again"

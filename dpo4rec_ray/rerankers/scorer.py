@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers.base import NO_VECTORS, ListHistory, Reranker
+from dpo4rec_ray.rerankers.base import NO_VECTORS, Reranker
 from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories, dot_places, tensor_of
 
 PLACES_PER_CHUNK = 2560  # the activations of one chunk fit a core's L2 cache; four times as many are slower
@@ -56,7 +56,7 @@ class ListScorer:
         items = torch.arange(catalogue.shape.num_items, device=self.device)
         features = (items, self.catalogue.attribute_ids, self.catalogue.item_vectors)
         with torch.inference_mode():
-            self._item_sides = [model.eval().embedding.item_side(*features) for model in self.models]
+            self._item_sides = [model.eval().item_side(*features) for model in self.models]
 
     @torch.inference_mode()
     def user_parts(self, user_vectors: np.ndarray | Tensor) -> UserParts:
@@ -66,7 +66,7 @@ class ListScorer:
         return UserParts(
             torch.cat([self.catalogue.standardise_users(part) for part in parts]),
             tuple(
-                torch.cat([model.embedding.user_side(part) for part in parts]) if model.knowledge else None
+                torch.cat([model.user_side(part) for part in parts]) if model.knowledge else None
                 for model in self.models
             ),
         )
@@ -158,8 +158,7 @@ class ListScorer:
         sides = [None] * len(self.models) if users is None else users.sides
         logits = []
         for model, items, side in zip(self.models, self._item_sides, sides, strict=True):
-            inputs = model.embedding.combine(items, ids, side, rows, similarity)
-            logits.append(model.rank(inputs, real, ListHistory.of(items, histories)))
+            logits.append(model.logits(items, ids, side, rows, similarity, real, histories))
         scores = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
         return scores if real is None else scores.masked_fill_(~real, float("-inf"))
 

@@ -12,6 +12,7 @@ from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.catalogue_prompts import ExampleUser
 from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS, EngineSpec, ServedWeights
+from dpo4rec_ray.models.gguf_folder import model_folder
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.version_files import WRITER_EXAMPLES, WRITER_FOLDER, WRITER_LLM, WRITER_LORA
 from dpo4rec_ray.store.artifacts import RunDir
@@ -33,7 +34,7 @@ class WriterSetup:
     @property
     def process(self) -> tuple[Any, ...]:
         """What a running process cannot change. Versions that are equal in it can share a process."""
-        model = self.engine.weights.model
+        model = model_folder(self.engine.weights.model)
         file = Path(model) / "config.json"
         shape = file.read_text(encoding="utf-8") if file.is_file() else model
         return shape, self.engine.fixed, self.config.encoder

@@ -4,6 +4,7 @@ NAMES = (
     "prepare",
     "bootstrap",
     "encode",
+    "references",
     "train_reward",
     "generate",
     "score",

@@ -24,7 +24,7 @@ from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import encode_chat
-from dpo4rec_ray.knowledge.teacher import popular_values, teacher_text, text_accuracy
+from dpo4rec_ray.knowledge.teacher import EVERY_FACET, popular_values, teacher_text, text_accuracy
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.policy.small_llm import SPECIAL_TOKENS, build_tokenizer, supervised_rows
@@ -126,8 +126,8 @@ def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
     spec = EngineSpec(ServedWeights(str(model)), config.llm, config.generate)
     gpus, env = config.generate.gpus_per_engine, engine_env(config)
     texts = in_worker(_sample_texts, spec, lesson.prompts, gpus=gpus, env=env)
-    accuracy, chance = text_accuracy([[text] for text in texts], lesson.tastes)
-    return {"text_accuracy": accuracy, "text_chance": chance}
+    found = text_accuracy([[text] for text in texts], lesson.tastes)[EVERY_FACET]
+    return {"text_accuracy": found.accuracy, "text_chance": found.chance}
 
 
 def _sample_texts(spec: EngineSpec, prompts: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
+from dpo4rec_ray.core.pairing import Kind
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
 from dpo4rec_ray.store.artifacts import RunDir
@@ -17,7 +18,7 @@ from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.policies import merges_lora, model_identity, policy_weights
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.train.dpo_loop import FULL, LORA, MERGED, WARNINGS, DPOTask, dpo_loop
+from dpo4rec_ray.train.dpo_loop import FULL, KINDS, LORA, MERGED, WARNINGS, DPOTask, dpo_loop
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.reference_logps import cached_reference
 from dpo4rec_ray.train.state import begin, read_state, remove_checkpoints
@@ -84,9 +85,20 @@ def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
     state = read_state(folder)
     assert state is not None and state.result is not None
     pairs, heldout, max_length = (state.result[key] for key in ("pairs", "heldout", "max_length"))
+    losses = state.result["heldout_losses"]
+    kept_at = _kept_at(losses)
     warnings = [line for step in steps for line in step.get(WARNINGS, [])]
-    if heldout:
-        say(f"  dpo: accuracy on {pairs['valid']} held-out pairs {heldout['accuracy']:.3f}")
+    by_kind = {kind: heldout.get(f"accuracy_{kind}") for kind in KINDS}
+    for kind, accuracy in by_kind.items():
+        if accuracy is not None:
+            what = "own texts" if kind == Kind.OWN else "another user's text"
+            say(
+                f"  dpo: accuracy on {pairs[f'valid_{kind}']} held-out pairs with {what} rejected {accuracy:.3f}"
+            )
+    if kept_at < steps[-1]["step"]:
+        say(
+            f"  dpo: kept the policy of step {kept_at}; at step {steps[-1]['step']} the held-out loss was higher"
+        )
     if too_long := pairs["train_too_long"] + pairs["valid_too_long"]:
         say(f"  dpo: {too_long} pairs are longer than {max_length} tokens and were left out")
     for line in warnings:
@@ -97,16 +109,24 @@ def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
         "accuracy": heldout.get("accuracy"),
         "margin": heldout.get("margin"),
         "heldout_loss": heldout.get("loss"),
+        **{f"heldout_accuracy_{kind}": accuracy for kind, accuracy in by_kind.items()},
         "train_accuracy": steps[-1]["accuracy"],
         "kl_per_token": steps[-1]["kl_per_token"],
         "pairs_per_s": steps[-1]["pairs_per_s"],
         "peak_memory_mb": max(step["peak_memory_mb"] for step in steps),
         "steps": len(steps),
+        "kept_step": kept_at,
         "reference": "base LLM" if section.reference_policy == "base" else f"policy {round_id - 1}",
         "zero_stage": section.zero_stage,
         "warnings": warnings,
         "pairs": pairs,
         "max_length": max_length,
-        "heldout_losses": state.result["heldout_losses"],
+        "heldout_losses": losses,
         "continued_after": state.continued_after,
     }
+
+
+def _kept_at(losses: dict[str, float | None]) -> int:
+    """The step whose policy was kept: the last one of the lowest held-out loss; the last evaluation without such losses."""
+    known = [(loss, -int(step)) for step, loss in losses.items() if loss is not None]
+    return -min(known)[1] if known else max(map(int, losses))

@@ -61,6 +61,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 def _user_texts(config: Config, store: RunDir, folder: Path, round_id: int) -> Pool:
     """The pool that writes the users' texts."""
     num_valid = config.generate.num_samples if round_id else 1
+    num_train = config.reward.reader_texts if not round_id and config.reads_own_texts else 1
     return text_pool(
         config,
         store,
@@ -70,7 +71,7 @@ def _user_texts(config: Config, store: RunDir, folder: Path, round_id: int) -> P
         policy_round=round_id,
         folder=str(folder),
         samples_per_shard=config.generate.users_per_shard,
-        num_samples={"train": 1, "valid": num_valid, "test": 1},
+        num_samples={"train": num_train, "valid": num_valid, "test": 1},
     )
 
 

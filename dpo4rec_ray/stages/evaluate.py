@@ -8,6 +8,8 @@ are measured too (docs/method.md section 7). The tables are made in `dpo4rec_ray
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,116 +25,184 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation import paper_table, tables
 from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, METRIC_NAMES
 from dpo4rec_ray.prepare.inspection import files_of_run
-from dpo4rec_ray.rerankers import build_reranker
-from dpo4rec_ray.rerankers.fit import ListData, fit, save_reranker
+from dpo4rec_ray.rerankers import Reranker
+from dpo4rec_ray.rerankers.card import read_card
+from dpo4rec_ray.rerankers.fit import WEIGHTS_FILE, ListData, load_reranker, save_reranker
+from dpo4rec_ray.rerankers.fit_knowledge import KnowledgeFit, fit_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.reading import popularity, read_catalogue, read_list_data, read_vectors, training_facts
+from dpo4rec_ray.store.reading import (
+    knowledge_vectors,
+    popularity,
+    read_catalogue,
+    read_list_data,
+    training_facts,
+)
 from dpo4rec_ray.workers.shards import resume_parts
 from dpo4rec_ray.workers.tasks import run_tasks
 
+# In the card of a reranker with knowledge behind its backbone:
+GAIN, USED = "gain of texts on validation", "texts are used"
 EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the former name
 BASE_LLM, STATISTICS = "base-llm", "statistics"
 
 
-def system_name(config: Config, knowledge: int | None) -> str:
-    """Name of the system that uses the texts of round `knowledge`; None: no knowledge."""
-    if knowledge is None:
+def system_name(config: Config, texts: int | str | None) -> str:
+    """Name of the system that uses the texts of round `texts`, or of a reference; None: no knowledge."""
+    if texts is None:
         return BACKBONE
-    if knowledge == 0:
+    if isinstance(texts, str):
+        return f"{texts}-texts" if texts == "random" else texts  # "random" is the random order
+    if texts == 0:
         return STATISTICS if config.llm.source == "statistics" else BASE_LLM
-    return f"dpo4rec-round{knowledge}"
+    return f"dpo4rec-round{texts}"
+
+
+def all_texts(config: Config, last_round: int) -> list[int | str | None]:
+    """What the systems rank with, in the order of their parts: nothing, the references, the rounds."""
+    own = "statistics" if config.llm.source == "statistics" else ""
+    references = [name for name in config.evaluate.references if name != own]
+    return [None, *references, *range(last_round + 1)]
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `per_list`: every system's metrics on every test list, the fitted rerankers, and the tables."""
     folder = store.path("per_list")
     finished = resume_parts(folder, store.fingerprint)
+    texts = all_texts(config, round_id)
     # The slow ones first, so that no CPU waits at the end: fits with knowledge take longest.
-    jobs = [
-        (backbone, knowledge, seed)
-        for knowledge in [*range(round_id, -1, -1), None]
+    fits = [
+        (backbone, one, seed)
+        for one in reversed(texts)
         for backbone in config.evaluated_backbones
         for seed in range(config.evaluate.num_seeds)
     ]
-    todo = [job for job in jobs if _part(config, *job) not in finished]
-    if len(todo) < len(jobs):
-        say(f"  evaluate: {len(jobs) - len(todo)} fits kept from an interrupted run")
+    todo = [fit for fit in fits if _part(config, texts, *fit) not in finished]
+    if len(todo) < len(fits):
+        say(f"  evaluate: {len(fits) - len(todo)} fits kept from an interrupted run")
     (folder / METRICS).unlink(missing_ok=True)
+    jobs = _jobs(config, todo)
     run_tasks(
         _fit_and_measure,
-        (config, store),
-        todo,
+        (config, store, texts),
+        jobs,
         gpus=config.evaluate.gpus_per_task,
         label="evaluate",
         file=folder / METRICS,
-        total=sum(config.reranker.of(backbone).epochs for backbone, _, _ in todo),
+        total=sum(
+            config.reranker.of(backbone).epochs
+            * (1 if config.reranker.of(backbone).knowledge == "regression" else len(own))
+            for backbone, own, _ in jobs
+        ),
     )
     test, num_items = read_list_data(store, "test"), store.require("items").rows
     popular = popularity(read_list_data(store, "train"), num_items)[test.item_ids.numpy()]
-    store.write("per_list", _simple_systems(config, store, test, popular), part=len(jobs))
+    store.write("per_list", _simple_systems(config, store, test, popular), part=len(fits))
     per_list = pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
-    _summarise(config, store, per_list.to_pandas(), _list_properties(store, test, popular))
+    _summarise(config, store, per_list.to_pandas(), _list_properties(store, test, popular), round_id)
     return Outcome(
         rows_in=store.require("lists").rows, rows_out=len(per_list), stats={"last_round": round_id}
     )
 
 
-def _fit_and_measure(shared: tuple[Config, RunDir], backbone: str, knowledge: int | None, seed: int) -> None:
-    """Fit one reranker, measure it on the test lists, save it and commit its metrics."""
-    config, store = shared
+def _jobs(
+    config: Config, todo: Sequence[tuple[str, int | str | None, int]]
+) -> list[tuple[str, tuple[int | str | None, ...], int]]:
+    """Fits as Ray tasks. Systems that share a fitted backbone are one task; else each is its own."""
+    jobs: dict[tuple[str, int, object], list[int | str | None]] = {}
+    for backbone, texts, seed in todo:
+        apart = texts if config.reranker.of(backbone).knowledge == "input" else ""
+        jobs.setdefault((backbone, seed, apart), []).append(texts)
+    return [(backbone, tuple(texts), seed) for (backbone, seed, _), texts in jobs.items()]
+
+
+def _fit_and_measure(
+    shared: tuple[Config, RunDir, list[int | str | None]],
+    backbone: str,
+    wanted: tuple[int | str | None, ...],
+    seed: int,
+) -> None:
+    """Fit the rerankers of one backbone and seed, measure them on the test lists, save them and commit their metrics."""
+    config, store, texts = shared
     torch.set_num_threads(1)
     catalogue = read_catalogue(store)
     train, valid, test = (read_list_data(store, split) for split in ("train", "valid", "test"))
-    vectors = None if knowledge is None else read_vectors(store, knowledge, "user")[1]
     # The same seed for every system, as systems are compared list by list.
     seed_number = seed_of(config.run.seed, "evaluate", seed)
     section = config.reranker.of(backbone)
-    model = build_reranker(section.architecture, catalogue.shape, vectors is not None, seed=seed_number)
-    if config.evaluate.gpus_per_task:
-        model = model.to("cuda")
-    system = system_name(config, knowledge)
-    metrics, name = MetricsFile(store.path("per_list"), 0), f"{backbone}-{system}-seed{seed}"
-    result = fit(
-        model,
-        catalogue,
-        train,
-        valid,
-        vectors,
-        section.fit,
-        seed=seed_number,
-        on_epoch=lambda record: metrics.write({"model": name, **record}),
+    metrics, device = (
+        MetricsFile(store.path("per_list"), 0),
+        "cuda" if config.evaluate.gpus_per_task else "cpu",
     )
-    scores = ListScorer([model], catalogue).score(
-        test.item_ids, test.mask, vectors, test.user_rows, test.histories
-    )
-    measured = _measured(store, test, scores, system, backbone, seed)
-    stats = {
-        "best epoch": result.best_epoch,
-        "epochs": len(result.history),
-        "seconds per epoch": round(float(np.mean([record["seconds"] for record in result.history])), 2),
-        f"valid {section.metric}": result.best_value,
-        **{f"test {name}": float(np.mean(measured[name].to_numpy())) for name in HEADLINE},
-    }
-    info = {
-        "system": system,
-        "seed": seed,
-        "metrics": stats,
-        "fit": {**section.fit.model_dump(), "seed": seed_number},
-        **training_facts(config, store),
-    }
-    save_reranker(store.path("per_list") / "rerankers" / name, model, info)
-    store.write("per_list", measured, part=_part(config, backbone, knowledge, seed))
+
+    def fitted(one: int | str | None, plain: Reranker | None) -> KnowledgeFit:
+        name = _fit_name(config, backbone, one, seed)
+        return fit_reranker(
+            section.architecture,
+            catalogue,
+            train,
+            valid,
+            None if one is None else knowledge_vectors(config, store, one),
+            section.fit,
+            seed=seed_number,
+            backbone=plain,
+            place=lambda model: model.to(device),
+            on_epoch=lambda record: metrics.write({"model": name, **record}),
+        )
+
+    backbones: dict[None, KnowledgeFit] = {}
+    plain: Reranker | None = None
+    if None in wanted or section.knowledge != "input":
+        saved = store.path("per_list") / "rerankers" / _fit_name(config, backbone, None, seed)
+        if None not in wanted and (saved / WEIGHTS_FILE).is_file():  # by an interrupted run
+            plain = load_reranker(saved, catalogue).to(device)
+        else:
+            backbones[None] = fitted(None, None)
+            plain = backbones[None].model
+    for one in wanted:
+        found = backbones[None] if one is None else fitted(one, plain)
+        vectors = None if one is None else knowledge_vectors(config, store, one)
+        scores = ListScorer([found.model], catalogue).score(
+            test.item_ids, test.mask, vectors, test.user_rows, test.histories
+        )
+        measured = _measured(store, test, scores, system_name(config, one), backbone, seed)
+        stats = {
+            "best epoch": found.result.best_epoch,
+            "epochs": len(found.result.history),
+            f"valid {section.metric}": found.result.best_value,
+            **{f"test {name}": float(np.mean(measured[name].to_numpy())) for name in HEADLINE},
+        }
+        if seconds := [record["seconds"] for record in found.result.history]:
+            stats["seconds per epoch"] = round(float(np.mean(seconds)), 2)
+        if found.gain is not None:
+            stats |= {GAIN: found.gain.with_texts - found.gain.without, USED: found.gain.kept}
+        info = {
+            "system": system_name(config, one),
+            "seed": seed,
+            "metrics": stats,
+            "fit": {**section.fit.model_dump(), "seed": seed_number},
+            **training_facts(config, store),
+        }
+        save_reranker(
+            store.path("per_list") / "rerankers" / _fit_name(config, backbone, one, seed), found.model, info
+        )
+        store.write("per_list", measured, part=_part(config, texts, backbone, one, seed))
 
 
-def _part(config: Config, backbone: str, knowledge: int | None, seed: int) -> int:
+def _fit_name(config: Config, backbone: str, texts: int | str | None, seed: int) -> str:
+    """The folder of a fitted reranker."""
+    return f"{backbone}-{system_name(config, texts)}-seed{seed}"
+
+
+def _part(
+    config: Config, texts: Sequence[int | str | None], backbone: str, one: int | str | None, seed: int
+) -> int:
     """The number of the file that a fit writes."""
     backbones = config.evaluated_backbones
-    system = 0 if knowledge is None else knowledge + 1
-    return (system * len(backbones) + backbones.index(backbone)) * config.evaluate.num_seeds + seed
+    return (texts.index(one) * len(backbones) + backbones.index(backbone)) * config.evaluate.num_seeds + seed
 
 
 def _simple_systems(config: Config, store: RunDir, test: ListData, popular: np.ndarray) -> pa.Table:
@@ -179,13 +249,36 @@ def _list_properties(store: RunDir, test: ListData, popular: np.ndarray) -> pd.D
     )
 
 
-def _summarise(config: Config, store: RunDir, per_list: pd.DataFrame, about: pd.DataFrame) -> None:
+def _use_of_texts(config: Config, folder: Path, texts: Sequence[int | str | None]) -> list[dict[str, Any]]:
+    """Per backbone and system with knowledge behind the backbone: fits, those that use the texts, and their mean gain."""
+    found = []
+    for backbone in config.evaluated_backbones:
+        for one in texts:
+            names = [_fit_name(config, backbone, one, seed) for seed in range(config.evaluate.num_seeds)]
+            cards = [read_card(folder / "rerankers" / name)["info"]["metrics"] for name in names]
+            if all(USED in card for card in cards):
+                row = {"fits": len(cards), "used": sum(card[USED] for card in cards)}
+                gain = float(np.mean([card[GAIN] for card in cards]))
+                found.append({"backbone": backbone, "system": system_name(config, one), **row, "gain": gain})
+    return found
+
+
+def _summarise(
+    config: Config, store: RunDir, per_list: pd.DataFrame, about: pd.DataFrame, last_round: int
+) -> None:
     """Write the tables, and metrics.json with the content of all of them, which the report reads."""
     # With logged lists or a sample of the users, the data is not the paper's.
     is_other_data = config.logged.file or config.data.max_users
     paper = None if is_other_data else paper_table.key_of(config.data.dataset, files_of_run(config, store))
     summary = tables.summarise(per_list, about, config.evaluate.num_resamples, paper)
     folder = store.path("per_list")
+    summary["use_of_texts"] = _use_of_texts(config, folder, all_texts(config, last_round))
+    for row in summary["use_of_texts"]:
+        if row["used"] < row["fits"]:
+            say(
+                f"  {row['backbone']}, {row['system']}: in {row['fits'] - row['used']} of {row['fits']} fits validation shows no "
+                f"gain of the texts ({row['gain']:+.4f} on average), and it ranks as its backbone"
+            )
     write_json(folder / EVALUATION, summary)
     written = tables.write_tables(folder, summary)
     say(f"  tables in {folder}: {', '.join(file.name for file in written)}")

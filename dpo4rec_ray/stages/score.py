@@ -1,7 +1,8 @@
 """Every sample's reward, through two actor pools: the text encoder, then the reward rerankers.
 
 The same scores also give the metrics in reward.compare, which show whether the reward can be trusted
-(dpo4rec_ray/evaluation/reward_diagnosis.py). Pairs are made from reward.metric alone.
+(dpo4rec_ray/evaluation/reward_diagnosis.py). Pairs are made from reward.metric alone; with reward.personal, from the personal
+reward by that metric.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.texts import EncoderSection
-from dpo4rec_ray.evaluation.reward_diagnosis import reward_diagnosis
-from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
+from dpo4rec_ray.core.keys import seed_of
+from dpo4rec_ray.core.rewards import personal
+from dpo4rec_ray.evaluation.reward_diagnosis import personal_diagnosis, reward_diagnosis
+from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleRewards
 from dpo4rec_ray.store.artifacts import RunDir, part_file
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
@@ -41,30 +44,51 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
     progress = Progress("score", generated.stats["users"], "users")
     rows = sum(answer["rows"] for answer in run_shards(shards, pools, progress))
-    metrics = metric_names(config)
-    parts = [pq.read_table(file) for file in sorted(store.path("metric_scores", round_id).glob("*.parquet"))]
+    scores, by_metric = (_parts(store, name, round_id) for name in ("scores", "metric_scores"))
     valid = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
-    stats = reward_diagnosis(pa.concat_tables(parts), metrics[0], valid)
+    stats = reward_diagnosis(by_metric, reward_name(config), valid)
+    if config.reward.personal:
+        stats["personal"] = personal_diagnosis(scores)
     _say(stats)
-    return Outcome(
-        rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": rows * len(metrics)}
+    return Outcome(rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": len(by_metric)})
+
+
+def _parts(store: RunDir, name: str, round_id: int) -> pa.Table:
+    """All parts of an artifact that has no manifest yet."""
+    return pa.concat_tables(
+        [pq.read_table(file) for file in sorted(store.path(name, round_id).glob("*.parquet"))]
     )
 
 
 def metric_names(config: Config) -> tuple[str, ...]:
-    """The metric that pairs are made from, those in reward.compare, and the one that judges them all."""
+    """The metric of the reward, those in reward.compare, and the one that judges them all."""
     return tuple(dict.fromkeys((config.reward.metric, *config.reward.compare, YARDSTICK)))
+
+
+def reward_name(config: Config) -> str:
+    """The name in `metric_scores` of what pairs are made from."""
+    return f"personal {config.reward.metric}" if config.reward.personal else config.reward.metric
 
 
 def _say(stats: dict[str, Any]) -> None:
     """One line per metric: how often its best sample is tied, and what its choice is worth on other lists."""
+    if "personal" in stats:
+        found = stats["personal"]
+        nobody = found["users_without_others"]
+        say(
+            f"  personal reward: within users its rank correlation is {found['agreement_with_plain']:+.2f} with the plain reward "
+            f"and {found['agreement_with_others']:+.2f} with what the texts are worth to other users "
+            f"(the plain reward: {found['plain_with_others']:+.2f})"
+            + (f"; {nobody} users have nobody to compare with" if nobody else "")
+        )
     if not stats["users_in_carry_over"]:
         say("  carry-over: unknown, because no user has two lists with a positive")
         return
+    width = max(16, *map(len, stats["metrics"]))
     for number, (name, row) in enumerate(stats["metrics"].items()):
         low, high = row["yardstick_gap_ci95"]
         say(
-            f"  {'reward' if not number else 'compared'} {name:<16} best tied for {row['best tied']:>6.1%} of users; "
+            f"  {'reward' if not number else 'compared'} {name:<{width}} best tied for {row['best tied']:>6.1%} of users; "
             f"{row['carried']:>6.1%} of its best-worst gap carries over; NDCG@5 gap on other lists "
             f"{row['yardstick_gap']:+.4f} [{low:+.4f}, {high:+.4f}]"
         )
@@ -93,15 +117,24 @@ class ShardScorer:
     """Scores a shard's vectors and commits them as one part of `metric_scores` and one of `scores`."""
 
     def __init__(self, config: Config, store: RunDir, round_id: int):
-        self._metrics = metric_names(config)
+        self._num_others, self._seed = config.reward.personal, seed_of(config.run.seed, "others")
+        self._reward_name = reward_name(config)
         phase("loading the rerankers")
-        self._scorer = sample_scorer(config, store, self._metrics)
+        self._scorer = sample_scorer(config, store, metric_names(config))
         phase(READY)
         self._store, self._round = store, round_id
 
     def __call__(self, row: Row) -> Row:
         user_ids = np.asarray(row["user_ids"], np.int64)
-        found = self._scorer.rewards(user_ids, np.asarray(row["vectors"], np.float32))
+        vectors = np.asarray(row["vectors"], np.float32)
+        found = self._scorer.rewards(user_ids, vectors)
+        plain, others = found.reward[:, 0], np.full(len(user_ids), np.nan)
+        if self._num_others:
+            worth = self._scorer.rewards_of_others(
+                user_ids, vectors, self._num_others, self._seed, metrics=found.metrics[:1]
+            )
+            others = worth.reward[:, 0]
+            found = _with_personal(found, worth, self._reward_name)
         ids = {
             "round": np.full(len(user_ids), self._round, np.int32),
             "user_id": user_ids,
@@ -110,13 +143,15 @@ class ShardScorer:
         scores = {
             **ids,
             "reward": found.reward[:, 0],
+            "plain_reward": plain,
+            "others_reward": others,
             "std_error": found.std_error[:, 0],
             "num_lists": found.num_lists,
         }
-        count = len(self._metrics)
+        count = len(found.metrics)
         by_metric = {
             **{name: np.repeat(values, count) for name, values in ids.items()},
-            "metric": list(self._metrics) * len(user_ids),
+            "metric": list(found.metrics) * len(user_ids),
             "num_lists": np.repeat(found.num_lists, count),
             **{name: getattr(found, name).ravel() for name in ("reward", "std_error", "half_a", "half_b")},
         }
@@ -124,3 +159,19 @@ class ShardScorer:
         self._store.write("metric_scores", pa.table(by_metric), self._round, part)
         self._store.write("scores", pa.table(scores), self._round, part)
         return {"shard": part, "rows": len(user_ids), "users": len(np.unique(user_ids))}
+
+
+def _with_personal(found: SampleRewards, worth: SampleRewards, name: str) -> SampleRewards:
+    """The rewards with the personal reward by their first metric before them.
+
+    A half of the user's lists goes with a half of the other users: what the halves share would carry over though it is luck.
+    """
+    pairs = [
+        (getattr(found, half)[:, 0], getattr(worth, half)[:, 0]) for half in ("reward", "half_a", "half_b")
+    ]
+    # The user's lists and those of the others are drawn apart, so the squares of the errors add up.
+    error = np.hypot(found.std_error[:, 0], worth.std_error[:, 0])
+    first = [*(personal(*pair) for pair in pairs), error]
+    rest = (found.reward, found.half_a, found.half_b, found.std_error)
+    reward, half_a, half_b, std_error = map(np.column_stack, zip(first, rest, strict=True))
+    return SampleRewards((name, *found.metrics), reward, half_a, half_b, std_error, found.num_lists)

@@ -1,16 +1,19 @@
-"""Trains the reward rerankers: with knowledge, one per fold of users, each with its epoch chosen on validation users.
+"""Trains the reward rerankers: one per fold of users, each with its epoch chosen on validation users.
 
-The same backbone without knowledge is trained with the same settings, to show what knowledge adds. The models are small, so
-each is a Ray task of its own. With reward.num_workers > 1 they are trained one after the other, each by that many workers
-under Ray Train, for models or data that are too large for one worker.
+They learn to read from the texts that reward.reader names. The same backbone without knowledge is trained on the same users with
+the same settings, to show what knowledge adds. The models are small, so each fold is a Ray task of its own. With
+reward.num_workers > 1 folds are trained one after the other, each by that many workers under Ray Train, for models or data
+that are too large for one worker.
 
 Also measures the shuffle drop: the NDCG that is lost when users get each other's vectors. Zero means that the rerankers
-ignore knowledge, and then their rewards are noise.
+ignore knowledge, and then their rewards are noise. And the channel: what the rerankers gain from texts of each kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -18,27 +21,39 @@ import torch
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.training import TrainerSection
+from dpo4rec_ray.core.intervals import Interval, paired_bootstrap
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import Reranker, build_reranker
-from dpo4rec_ray.rerankers.fit import ListData, fit, load_reranker, save_reranker
+from dpo4rec_ray.rerankers import Reranker
+from dpo4rec_ray.rerankers.card import read_card
+from dpo4rec_ray.rerankers.fit import ListData, load_reranker, save_reranker
+from dpo4rec_ray.rerankers.fit_knowledge import KnowledgeFit, fit_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.reading import fold_names, read_catalogue, read_list_data, read_vectors, training_facts
+from dpo4rec_ray.store.reading import (
+    fold_names,
+    knowledge_vectors,
+    read_all_vectors,
+    read_catalogue,
+    read_list_data,
+    reader_vectors,
+    training_facts,
+)
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.workers.tasks import run_tasks
 
+# Beside each fold's reranker: the same backbone without knowledge, trained on the same users.
 PLAIN = "without-knowledge"
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write the reward rerankers, one folder per fold."""
     folder = store.start("reward")
-    names = [PLAIN, *fold_names(config)]
+    names = fold_names(config)
     if config.reward.num_workers > 1:
         launch(
             train_loop,
@@ -60,14 +75,18 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             gpus=config.reward.gpus_per_worker,
             label="train_reward",
             file=folder / METRICS,
-            total=len(names) * config.reranker.of(config.reranker.backbone).epochs,
+            total=len(names) * _epochs(config),
         )
-    stats = _shuffle_drop(config, store)
-    say(
-        f"  NDCG@5 on validation: {stats['valid_ndcg@5 without knowledge']:.4f} without knowledge, "
-        f"{stats['valid_ndcg@5']:.4f} with each user's text, {stats['shuffle_drop']:.4f} less with another user's"
-    )
+    stats = _diagnosis(config, store)
+    for line in _lines(config, stats):
+        say(f"  {line}")
     return Outcome(rows_in=store.require("lists").rows, rows_out=len(names), stats=stats)
+
+
+def _epochs(config: Config) -> int:
+    """Epochs of a fold: of the backbone, and of what reads texts where that is trained by the list loss."""
+    section = config.reranker.of(config.reranker.backbone)
+    return section.epochs * (1 if section.knowledge == "regression" else 2)
 
 
 def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> None:
@@ -100,41 +119,72 @@ def _train_one(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Train the reranker of one fold (or the one without knowledge) on this rank's share of its lists, and save it."""
-    number = [PLAIN, *fold_names(config)].index(name)  # 0: without knowledge; n: of fold n - 1
-    knowledge = name != PLAIN
+    """Train the rerankers of one fold on this rank's share of its lists, and save them."""
+    number = fold_names(config).index(name)
     catalogue = read_catalogue(store)
     lists, valid = read_list_data(store, "train"), read_list_data(store, "valid")
-    if knowledge and config.reward.num_folds > 1:
+    if config.reward.num_folds > 1:
         folds = torch.from_numpy(store.read("users", columns=["fold"])["fold"].to_numpy().copy())
-        lists, valid = without_fold(lists, folds, number - 1), without_fold(valid, folds, number - 1)
+        lists, valid = without_fold(lists, folds, number), without_fold(valid, folds, number)
     section = config.reranker.of(config.reranker.backbone)
     seed = seed_of(config.run.seed, "reward", name)
+    step = itertools.count(number * _epochs(config) + 1)
 
     def on_epoch(record: dict[str, Any]) -> None:
-        step = number * section.epochs + record["epoch"]
-        metrics.write({"step": step, "num_steps": num_models * section.epochs, "model": name, **record})
+        metrics.write(
+            {"step": next(step), "num_steps": num_models * _epochs(config), "model": name, **record}
+        )
 
-    model = place(build_reranker(section.architecture, catalogue.shape, knowledge, seed=seed))
-    result = fit(
-        model,
-        catalogue,
-        lists.select(slice(rank, None, world)),
-        valid,
-        read_vectors(store, 0, "user")[1] if knowledge else None,
-        section.fit,
-        seed=seed,
-        on_epoch=on_epoch,
-    )
-    if rank == 0:
+    def fitted(vectors: np.ndarray | None, backbone: Reranker | None) -> KnowledgeFit:
+        return fit_reranker(
+            section.architecture,
+            catalogue,
+            lists,
+            valid,
+            vectors,
+            section.fit,
+            seed=seed,
+            backbone=backbone,
+            place=place,
+            share=slice(rank, None, world),
+            on_epoch=on_epoch,
+        )
+
+    plain = fitted(None, None)
+    reading = fitted(reader_vectors(config, store), plain.model)
+    if rank != 0:
+        return
+    channel = {}
+    if section.knowledge == "regression":  # in closed form: another kind of texts costs a second
+        for kind, vectors in _kinds(config, store).items():
+            gain = fitted(vectors, plain.model).gain
+            assert gain is not None
+            channel[kind] = [gain.with_texts - gain.without, gain.std_error]
+    for folder, found in ((PLAIN, plain), ("", reading)):
         info = {
-            "system": name,
+            "system": f"{name} {folder}".strip(),
             "seed": seed,
-            "metrics": {"best_epoch": result.best_epoch, f"valid {section.metric}": result.best_value},
+            "metrics": {
+                "best_epoch": found.result.best_epoch,
+                f"valid {section.metric}": found.result.best_value,
+                **({"channel": channel} if found is reading else {}),
+            },
             "fit": {**section.fit.model_dump(), "seed": seed},
             **training_facts(config, store),
         }
-        save_reranker(store.path("reward") / name, model, info)
+        save_reranker(store.path("reward") / name / folder, found.model, info)
+
+
+def _kinds(config: Config, store: RunDir) -> dict[str, np.ndarray]:
+    """Vectors [U, D] of each kind of text whose worth to the reward's rerankers is measured, by its name in the figures."""
+    kinds: dict[str, int | str] = {
+        config.llm.source: 0,
+        **{name: name for name in config.evaluate.references},
+    }
+    found = {name: knowledge_vectors(config, store, texts) for name, texts in kinds.items()}
+    if "oracle" in config.counted_texts:
+        found["oracle"] = read_all_vectors(store, "oracle")[:, 0]
+    return found
 
 
 def without_fold(lists: ListData, folds: torch.Tensor, fold: int) -> ListData:
@@ -160,31 +210,84 @@ def another_user(users: np.ndarray, num_users: int, seed: int) -> np.ndarray:
     return other
 
 
-def _shuffle_drop(config: Config, store: RunDir) -> dict[str, Any]:
-    """NDCG@5 on validation lists with each user's own vector, and what is lost with another user's.
+def _diagnosis(config: Config, store: RunDir) -> dict[str, Any]:
+    """NDCG@5 on validation lists without texts, with the reader's texts, and what is lost with another user's; the same loss for
+    the LLM's own texts; and the channel.
 
     The folds' rerankers are measured one by one and the mean is reported. An ensemble of them would score higher for
     being an ensemble, which is unfair to the single reranker without knowledge.
     """
     catalogue, valid = read_catalogue(store), read_list_data(store, "valid")
-    vectors = read_vectors(store, 0, "user")[1]
-    other = another_user(np.unique(valid.user_ids.numpy()), len(vectors), seed_of(config.run.seed, "shuffle"))
+    users = np.unique(valid.user_ids.numpy())
     labels, mask = valid.labels.numpy(), valid.mask.numpy()
+    cards = [read_card(store.path("reward") / name)["info"]["metrics"] for name in fold_names(config)]
+    scorers = {
+        folder: [
+            ListScorer([load_reranker(store.path("reward") / name / folder, catalogue)], catalogue)
+            for name in fold_names(config)
+        ]
+        for folder in (PLAIN, "")
+    }
 
-    def measured(names: list[str], source: np.ndarray | None) -> float:
+    def measured(folder: str, vectors: np.ndarray | None) -> np.ndarray:
+        """[n] mean over the rerankers."""
         found = []
-        for name in names:
-            scorer = ListScorer([load_reranker(store.path("reward") / name, catalogue)], catalogue)
-            scores = scorer.score(valid.item_ids, mask, source, valid.user_rows, valid.histories)
-            found.append(list_metrics(scores, labels, ["ndcg@5"], mask)["ndcg@5"].mean())
-        return float(np.mean(found))
+        for scorer in scorers[folder]:
+            scores = scorer.score(valid.item_ids, mask, vectors, valid.user_rows, valid.histories)
+            found.append(list_metrics(scores, labels, ["ndcg@5"], mask)["ndcg@5"])
+        return np.mean(found, axis=0)
 
-    folds = fold_names(config)
-    own = measured(folds, vectors)
-    stats = {
-        "valid_ndcg@5": own,
-        "valid_ndcg@5 without knowledge": measured([PLAIN], None),
-        "shuffle_drop": own - measured(folds, vectors[other]),
+    def shuffle_drop(vectors: np.ndarray) -> tuple[np.ndarray, Interval]:
+        own = measured("", vectors)
+        other = another_user(users, len(vectors), seed_of(config.run.seed, "shuffle"))
+        return own, paired_bootstrap(own - measured("", vectors[other]), valid.user_ids.numpy())
+
+    own, drop = shuffle_drop(reader_vectors(config, store)[:, 0])
+    stats: dict[str, Any] = {
+        "reader": list(config.reward.reader),
+        "valid_ndcg@5": float(own.mean()),
+        "valid_ndcg@5 without knowledge": float(measured(PLAIN, None).mean()),
+        "shuffle_drop": drop.mean,
+        "shuffle_drop_ci95": [drop.low, drop.high],
+    }
+    if config.reward.reader[0] != "llm":
+        _, drop = shuffle_drop(knowledge_vectors(config, store, 0))
+        stats |= {"shuffle_drop_llm": drop.mean, "shuffle_drop_llm_ci95": [drop.low, drop.high]}
+    kinds = cards[0].get("channel", {})
+    stats["channel"] = {
+        kind: {
+            "gain": mean(card["channel"][kind][0] for card in cards),
+            "std_error": mean(card["channel"][kind][1] for card in cards),
+        }
+        for kind in kinds
     }
     write_json(store.path("reward") / "diagnosis.json", stats)
     return stats
+
+
+def _lines(config: Config, stats: dict[str, Any]) -> Iterator[str]:
+    low, high = stats["shuffle_drop_ci95"]
+    yield (
+        f"NDCG@5 on validation, mean over the folds: {stats['valid_ndcg@5 without knowledge']:.4f} without knowledge, "
+        f"{stats['valid_ndcg@5']:.4f} with each user's text ({' and '.join(stats['reader'])}), {stats['shuffle_drop']:.4f} "
+        f"[{low:.4f}, {high:.4f}] less with another user's"
+    )
+    if "shuffle_drop_llm" in stats:
+        low, high = stats["shuffle_drop_llm_ci95"]
+        yield f"the LLM's own texts: {stats['shuffle_drop_llm']:.4f} [{low:.4f}, {high:.4f}] less with another user's"
+    if stats["channel"]:
+        gains = [
+            f"{kind} {one['gain']:+.4f} (se {one['std_error']:.4f})" for kind, one in stats["channel"].items()
+        ]
+        yield f"channel, gain of NDCG@5 on validation where the rerankers are trained on such texts: {', '.join(gains)}"
+
+
+def check_reads(config: Config, store: RunDir) -> None:
+    """Raises UserError if the reward's rerankers do not read, so that an LLM would be trained on noise."""
+    low, high = store.require("reward").stats["shuffle_drop_ci95"]
+    if config.has_policy and config.reward.must_read and not low > 0:
+        raise UserError(
+            f"the reward's rerankers do not read: with another user's text they rank as well (NDCG@5 lost: 95 % interval "
+            f'[{low:.4f}, {high:.4f}]), so the rewards would be noise; use more users, reward.reader = ["statistics"], more '
+            "item attributes, or set reward.must_read = false to go on all the same"
+        )

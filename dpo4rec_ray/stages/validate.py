@@ -1,133 +1,201 @@
-"""Did the round help? Reward of fresh samples of the validation users, before (policy r-1) and after (policy r).
+"""Did the round help, and is what it taught about the users? From fresh samples of the validation users, before and after.
 
-Both are means over all N samples of a user, without any selection. Test users are not used. Rounds stop when this reward
-no longer improves, and the best round is the one that is served.
+Before are texts of policy r-1, after of policy r. All figures are means over all N samples of a user, without any selection.
+Test users are not used. A round is kept if its reward is higher than that of the best one before it and its reading is not
+clearly lower (`core.reading_gain.judge`); rounds stop when none is kept any more, and the best round is the one that is served.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.intervals import paired_bootstrap
+from dpo4rec_ray.core.keys import seed_of
+from dpo4rec_ray.core.reading_gain import Heldout, judge, peaked
+from dpo4rec_ray.core.text_counts import variety
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.knowledge.teacher import text_accuracy
+from dpo4rec_ray.evaluation.heldout_texts import HeldoutMeasure, UserTexts, accuracy_stats, change_of
+from dpo4rec_ray.knowledge.teacher import EVERY_FACET
+from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import sample_scorer, vectors_of
+from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
+from dpo4rec_ray.texts.vectors import open_encoder
 from dpo4rec_ray.workers.tasks import in_worker
+
+_SIDES = ("before", "after")
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `heldout` of the round."""
     store.start("heldout", round_id)
     table, stats = in_worker(_measure, config, store, round_id, gpus=config.reward.gpus_per_worker)
+    stats |= _choice(store, round_id, table)
     store.write("heldout", table, round_id)
-    low, high = stats["heldout_reward_delta_ci95"]
-    say(
-        f"  held-out reward: {stats['heldout_reward_before']:.4f} -> {stats['heldout_reward_after']:.4f}, "
-        f"difference {stats['heldout_reward_delta']:+.4f} [{low:+.4f}, {high:+.4f}] over {len(table)} users"
-    )
+    for line in _lines(stats, len(table), round_id):
+        say(f"  {line}")
     return Outcome(rows_in=stats["samples"], rows_out=len(table), stats=stats)
 
 
 def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
-    valid_users = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
-    # Users without all their texts have no reward before (generate leaves them out), so they get none after either.
-    failed = store.failed("knowledge", round_id)["subject_id"].to_numpy()  # after round 0 there are no items
-    valid = pa.array(np.setdiff1d(valid_users, failed))
-    before = store.read("scores", round_id, columns=["user_id", "reward"])
-    before = before.filter(pc.is_in(before["user_id"], valid))
-    texts = store.read("knowledge", round_id)
-    texts = texts.filter(pc.and_(pc.equal(texts["subject"], "user"), pc.is_in(texts["subject_id"], valid)))
-    user_ids = texts["subject_id"].to_numpy()
-    found = sample_scorer(config, store, [config.reward.metric]).rewards(
-        user_ids, vectors_of(texts["vector"])
-    )
-    means = {
-        "before": _mean_per_user(
-            before["user_id"].to_numpy(), before["reward"].to_numpy().astype(np.float64)
-        ),
-        "after": _mean_per_user(user_ids, found.reward[:, 0]),
-    }
-    both = pd.concat(means, axis=1, join="inner").sort_index()
-    users, reward_before, reward_after = both.index.to_numpy(), *both.to_numpy().T
+    """The rows of `heldout` and their figures; in a process of its own."""
+    measure = _open_measure(config, store)
+    sides = {"before": _texts_before(config, store, round_id), "after": _texts_after(store, round_id)}
+    users, figures = measure.figures(sides)
     if not len(users):
         raise UserError(
             "no validation user has a reward both before and after; raise data.valid_frac, or see which users "
             "generate could not sample (the manifest of generations counts them)"
         )
-    delta = paired_bootstrap(reward_after - reward_before, users)
+    sides = {name: side.of(users) for name, side in sides.items()}
+    truth = store.read("truth")
+    tastes = dict(zip(truth["user_id"].to_pylist(), truth["tastes"].to_pylist(), strict=True))
     table = pa.table(
         {
             "round": np.full(len(users), round_id, np.int32),
             "user_id": users,
-            "reward_before": reward_before.astype(np.float32),
-            "reward_after": reward_after.astype(np.float32),
+            **{
+                f"{name}_{side}": figures[side][name].astype(np.float32)
+                for name in HELDOUT_FIGURES
+                for side in _SIDES
+            },
         }
     )
-    stats = {
-        "heldout_reward_before": float(reward_before.mean()),
-        "heldout_reward_after": float(reward_after.mean()),
-        "heldout_reward_delta": delta.mean,
-        "heldout_reward_delta_ci95": [delta.low, delta.high],
-        "samples": len(before) + len(texts),
-        **_text_stats(store, round_id, valid, texts),
+    found = {name: change.as_dict() for name, change in change_of(*figures.values()).items()}
+    stats: dict[str, Any] = {
+        **{f"heldout_reward_{side}": found["reward"][side] for side in _SIDES},
+        "heldout_reward_delta": found["reward"]["change"],
+        "heldout_reward_delta_ci95": found["reward"]["change_ci95"],
+        "samples": sum(len(side.texts) for side in sides.values()),
+        "figures": found,
     }
+    for name, side in sides.items():
+        looks = variety(side.per_user())
+        stats[f"distinct_texts_{name}"] = found["distinct_texts"][name]
+        stats |= {f"distinct_overall_{name}": looks.distinct_overall, f"opening_{name}": looks.opening}
+        if accuracy := accuracy_stats(side, tastes):
+            every = accuracy[EVERY_FACET]
+            stats |= {f"text_accuracy_{name}": every["accuracy"], f"text_chance_{name}": every["chance"]}
+            stats[f"accuracy_by_facet_{name}"] = accuracy
     return table, stats
 
 
-def _mean_per_user(user_ids: np.ndarray, rewards: np.ndarray) -> pd.Series:
-    """Mean reward over each user's samples. Users whose lists have no positive have no reward and are left out."""
-    means = pd.Series(rewards).groupby(user_ids).agg(lambda own: own.to_numpy().mean())
-    return means[np.isfinite(means)]
+def _open_measure(config: Config, store: RunDir) -> HeldoutMeasure:
+    """What is known of the catalogue and of the validation users: their histories, and later likes from their own lists."""
+    items = store.read("items", columns=["title", "attributes"])  # in item id order
+    users = store.read("users", split="valid", columns=["user_id", "history_item_ids"])
+    lists = store.read("lists", split="valid", columns=["user_id", "candidate_item_ids", "labels"])
+    lists = lists.filter(pc.is_in(lists["user_id"], users["user_id"].combine_chunks()))
+    likes: dict[int, list[int]] = {}
+    for row in lists.to_pylist():
+        shown = zip(row["candidate_item_ids"], row["labels"], strict=True)
+        likes.setdefault(row["user_id"], []).extend(item for item, label in shown if label > 0)
+    return HeldoutMeasure(
+        sample_scorer(config, store, [config.reward.metric, YARDSTICK]),
+        items["title"].to_pylist(),
+        items["attributes"].to_pylist(),
+        dict(zip(users["user_id"].to_pylist(), users["history_item_ids"].to_pylist(), strict=True)),
+        likes,
+        seed_of(config.run.seed, "others"),
+    )
 
 
-def _text_stats(store: RunDir, round_id: int, valid: pa.Array, after: pa.Table) -> dict[str, float]:
-    """Distinct texts per sample before and after, which fall first where the LLM collapses to one text.
+def _valid_users(store: RunDir) -> pa.Array:
+    return store.read("users", split="valid", columns=["user_id"])["user_id"].combine_chunks()
 
-    In the sample world, where the true tastes of users are known, also the share of named tastes that are true, and what
-    chance alone would give.
-    """
-    before = store.read("generations", round_id, columns=["user_id", "text"])
-    before = before.filter(pc.is_in(before["user_id"], valid))
-    truth = store.read("truth")
-    tastes = dict(zip(truth["user_id"].to_pylist(), truth["tastes"].to_pylist(), strict=True))
-    stats: dict[str, float] = {}
-    for name, ids, texts in (
-        ("before", before["user_id"], before["text"]),
-        ("after", after["subject_id"], after["text"]),
-    ):
-        per_user = pd.Series(texts.to_pylist()).groupby(ids.to_numpy(), sort=False).agg(list)
-        stats[f"distinct_texts_{name}"] = float(np.mean([len(set(own)) / len(own) for own in per_user]))
-        if tastes:
-            accuracy, chance = text_accuracy(per_user.tolist(), [tastes[user] for user in per_user.index])
-            stats |= {f"text_accuracy_{name}": accuracy, f"text_chance_{name}": chance}
-    return stats
+
+def _texts_before(config: Config, store: RunDir, round_id: int) -> UserTexts:
+    """The samples of `generations`. Their vectors are not kept, so they are encoded once more."""
+    table = store.read("generations", round_id, columns=["user_id", "sample_id", "text"])
+    table = table.filter(pc.is_in(table["user_id"], _valid_users(store)))
+    table = table.sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
+    texts = table["text"].to_pylist()
+    return UserTexts(table["user_id"].to_numpy(), texts, open_encoder(config.encoder).encode(texts))
+
+
+def _texts_after(store: RunDir, round_id: int) -> UserTexts:
+    """The samples of `knowledge`. Users without all their texts have none before (generate leaves them out), nor after."""
+    failed = store.failed("knowledge", round_id)["subject_id"].to_numpy()  # after round 0 there are no items
+    valid = pa.array(np.setdiff1d(_valid_users(store).to_numpy(), failed))
+    table = store.read("knowledge", round_id)
+    table = table.filter(pc.and_(pc.equal(table["subject"], "user"), pc.is_in(table["subject_id"], valid)))
+    table = table.sort_by([("subject_id", "ascending"), ("sample_id", "ascending")])
+    return UserTexts(table["subject_id"].to_numpy(), table["text"].to_pylist(), vectors_of(table["vector"]))
+
+
+def _choice(store: RunDir, round_id: int, table: pa.Table) -> dict[str, Any]:
+    """Whether the round is kept in place of the best one before it, why, and the best round so far."""
+    best = best_round(store, round_id - 1)
+    first = store.read("heldout", 1) if round_id > 1 else table
+    before = _heldout(store.read("heldout", best), "after") if best else _heldout(first, "before")
+    verdict = judge(_heldout(table, "after"), before)
+    choice: dict[str, Any] = {"kept": verdict.kept, "against": best}
+    for name in ("reward", "reading"):
+        change = getattr(verdict, name)
+        choice |= {name: change.mean, f"{name}_ci95": [change.low, change.high]}
+    return {"choice": choice, "best_round": round_id if verdict.kept else best}
+
+
+def _heldout(table: pa.Table, side: str) -> Heldout:
+    table = table.sort_by("user_id")
+    reward, others = (
+        table[f"{name}_{side}"].to_numpy().astype(np.float64) for name in ("reward", "others_reward")
+    )
+    # A single user has no others: its reading is unknown on both sides, and decides nothing.
+    return Heldout(table["user_id"].to_numpy(), reward, np.nan_to_num(reward - others))
+
+
+def _lines(stats: dict[str, Any], num_users: int, round_id: int) -> Iterator[str]:
+    """What the terminal shows of a round."""
+    found = stats["figures"]
+
+    def moved(name: str) -> str:
+        return f"{found[name]['before']:.3g} -> {found[name]['after']:.3g}"
+
+    def change(name: str, of: dict[str, Any] | None = None) -> str:
+        one = found[name] if of is None else {"change": of[name], "change_ci95": of[f"{name}_ci95"]}
+        return "{:+.4f} [{:+.4f}, {:+.4f}]".format(one["change"], *one["change_ci95"])
+
+    yield (
+        f"held-out reward: {stats['heldout_reward_before']:.4f} -> {stats['heldout_reward_after']:.4f}, "
+        f"difference {change('reward')} over {num_users} users"
+    )
+    if "reading" in found:  # not with a single user
+        yield (
+            f"reading gain {change('reading')}, in NDCG@5 {change('reading_ndcg')}; "
+            f"style gain {change('others_reward')}, in NDCG@5 {change('others_ndcg')}"
+        )
+    if "fit_above" in found:
+        yield f"what texts name fits later likes above average: {moved('fit_above')}, difference {change('fit_above')}"
+    yield (
+        f"per text: {moved('values')} attribute values, {moved('titles_history')} titles of the history, "
+        f"{moved('titles_catalogue')} others of the catalogue, {moved('titles_invented')} invented; {moved('words')} words"
+    )
+    yield (
+        f"distinct texts {moved('distinct_texts')} of a user's, {stats['distinct_overall_before']:.3g} -> "
+        f"{stats['distinct_overall_after']:.3g} of all; most common opening {moved('common_opening')}"
+    )
+    choice = stats["choice"]
+    yield (
+        f"round {round_id} {'kept' if choice['kept'] else 'not kept'}: against round {choice['against']} reward "
+        f"{change('reward', choice)}, reading {change('reading', choice)}"
+    )
 
 
 def rounds_have_peaked(store: RunDir, round_id: int, patience: int) -> bool:
-    """Whether the last `patience` rounds brought no better held-out reward than the best one before them."""
+    """Whether none of the last `patience` rounds was better than the best one before them."""
     if any(store.manifest("heldout", one) is None for one in range(1, round_id + 1)):
         return False
-    rewards = _heldout_rewards(store, round_id)
-    return round_id >= patience and max(rewards[-patience:]) <= max(rewards[:-patience])
+    return peaked(round_id, best_round(store, round_id), patience)
 
 
 def best_round(store: RunDir, last_round: int) -> int:
-    """The round with the highest held-out reward; 0 when no round improved on the base LLM."""
-    rewards = _heldout_rewards(store, last_round)
-    return rewards.index(max(rewards))
-
-
-def _heldout_rewards(store: RunDir, last_round: int) -> list[float]:
-    """Of the base LLM (-inf without a round) and of each round's policy."""
-    stats = [store.require("heldout", round_id).stats for round_id in range(1, last_round + 1)]
-    before = stats[0]["heldout_reward_before"] if stats else float("-inf")
-    return [before, *(one["heldout_reward_after"] for one in stats)]
+    """The best of the rounds up to this one, as `validate` chose it; 0 when no round improved on the base LLM."""
+    return int(store.require("heldout", last_round).stats["best_round"]) if last_round else 0

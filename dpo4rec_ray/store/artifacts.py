@@ -34,6 +34,7 @@ PATHS = {
     "lists": "data/lists",
     "truth": "data/truth",
     "base_llm": "llm",
+    "references": "references",
     "reward": "reward",
     "knowledge": "rounds/{round:02d}/knowledge",
     "generations": "rounds/{round:02d}/generations",

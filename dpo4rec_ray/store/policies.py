@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.models.gguf_folder import content_hash, is_gguf
 from dpo4rec_ray.policy.model import PolicyWeights, read_policy
 from dpo4rec_ray.store.artifacts import RunDir, folder_hash
 
 
 def base_llm_path(config: Config, store: RunDir) -> str:
-    """Folder (absolute: workers have a working directory of their own) or hub name of policy 0."""
+    """Folder or .gguf file (absolute: workers have a working directory of their own), or hub name of policy 0."""
     if config.llm.path == "bundled":
         return str(Path(__file__).resolve().parents[1] / "policy" / "bundled")
     if config.llm.path == "bootstrap":
@@ -20,12 +21,14 @@ def base_llm_path(config: Config, store: RunDir) -> str:
 
 
 def model_identity(path: str) -> str:
-    """What stands for a model's content: a folder's hash, or a hub name with the commit that is in the cache.
+    """What stands for a model's content: a folder's or .gguf file's hash, or a hub name with the commit that is in the cache.
 
     A hub name alone where neither the cache nor the hub has its config.json.
     """
     if Path(path).is_dir():
         return folder_hash(path)
+    if is_gguf(path):
+        return content_hash(path)
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 

@@ -19,6 +19,7 @@ from dpo4rec_ray.rerankers.text_rewards import SampleScorer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.versions import commit, versions
 
+WRITERS = {"knowledge": "encode", "references": "references"}  # artifact -> its stage
 _LIST_COLUMNS = ["user_id", "split", "candidate_item_ids", "labels", "history_item_ids", "history_ratings"]
 
 
@@ -28,6 +29,51 @@ def read_vectors(store: RunDir, round_id: int, subject: str) -> tuple[np.ndarray
     table = store.read("knowledge", round_id, where=where, columns=["subject_id", "vector"])
     table = table.sort_by("subject_id").combine_chunks()
     return table["subject_id"].to_numpy(), vectors_of(table["vector"])
+
+
+def read_all_vectors(store: RunDir, subject: str) -> np.ndarray:
+    """The vectors [U, K, D] of all first-round texts of a subject ("user", "statistics", "oracle"), row u is user id u.
+
+    K is the most that a user has; one who has fewer has them again, one without any has zeros.
+    """
+    where, artifact = [("subject", "=", subject)], "knowledge" if subject == "user" else "references"
+    table = store.read(artifact, where=where, columns=["subject_id", "sample_id", "vector"])
+    table = table.sort_by([("subject_id", "ascending"), ("sample_id", "ascending")]).combine_chunks()
+    if not len(table):
+        raise UserError(
+            f"{store.path(artifact)} has no texts of '{subject}'; run the recipe with --from {WRITERS[artifact]}"
+        )
+    users, vectors = table["subject_id"].to_numpy(), vectors_of(table["vector"])
+    known, starts, counts = np.unique(users, return_index=True, return_counts=True)
+    found = np.zeros((store.require("users").rows, counts.max(), vectors.shape[1]), np.float32)
+    for place in range(found.shape[1]):
+        found[known, place] = vectors[starts + place % counts]
+    return found
+
+
+def knowledge_vectors(config: Config, store: RunDir, texts: int | str) -> np.ndarray:
+    """The vectors [U, D] that a system ranks with: of a round's texts, or of a reference in evaluate.references."""
+    if isinstance(texts, int):
+        return read_vectors(store, texts, "user")[1]
+    vectors = read_all_vectors(store, _subject(config, "statistics"))[:, 0]
+    if texts == "statistics":
+        return vectors
+    order = np.random.default_rng(seed_of(config.run.seed, "random texts")).permutation(len(vectors))
+    mixed = np.empty_like(vectors)
+    mixed[order] = vectors[np.roll(order, 1)]  # everybody has another user's
+    return mixed
+
+
+def reader_vectors(config: Config, store: RunDir) -> np.ndarray:
+    """The vectors [U, K, D] that the reward's rerankers are trained on (reward.reader)."""
+    return np.concatenate(
+        [read_all_vectors(store, _subject(config, name)) for name in config.reward.reader], axis=1
+    )
+
+
+def _subject(config: Config, reader: str) -> str:
+    """Whose texts in `knowledge` a reader means."""
+    return reader if reader != "llm" and config.llm.source != reader else "user"
 
 
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
@@ -109,6 +155,7 @@ def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> Samp
         num_redraws=config.reward.num_redraws,
         seed=seed_of(config.run.seed, "redraws"),
         negative_weights=weights,
+        splits=np.asarray(users["split"]),
     )
 
 

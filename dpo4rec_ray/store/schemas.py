@@ -12,6 +12,23 @@ SCHEMA_VERSION = 3  # raise it when a column changes meaning: manifests carry it
 EVALUATED_METRICS = tuple(METRICS)  # at each of
 EVALUATED_AT = (1, 3, 5, 10)
 
+# Figures of a validation user's texts, each before and after a round (evaluation/heldout_texts.py); means over the user's texts.
+HELDOUT_FIGURES = (
+    *("reward", "ndcg"),  # of the user's own texts; ndcg: NDCG@5 of the lists as drawn
+    *(
+        "others_reward",
+        "others_ndcg",
+    ),  # of other users' texts on this user's lists; NaN where there is no other user
+    *(
+        "fit",
+        "fit_others",
+    ),  # named values beside this user's and all others' later likes; NaN where nothing is named
+    "values",  # attribute values named
+    *("titles_history", "titles_catalogue", "titles_invented"),  # titles named
+    *("distinct_texts", "common_opening"),  # shares of the user's texts
+    "words",
+)
+
 _IDS = pa.list_(pa.int64())
 _TOKENS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -51,6 +68,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     # Only the sample world knows the truth; nothing but the text-accuracy figure reads it.
     "truth": pa.schema([("user_id", pa.int64()), ("tastes", pa.list_(pa.string()))]),
+    # subject: "item" or "user"
     "knowledge": pa.schema(
         [
             ("round", pa.int32()),
@@ -80,9 +98,18 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("detail", pa.string()),
         ]
     ),
+    # reward: what pairs are made of, the plain reward or, where reward.personal is set, plain_reward - others_reward.
     # std_error: how far chance alone moves the reward beside those of the user's other samples.
     "scores": pa.schema(
-        [*_LABEL, ("reward", pa.float32()), ("std_error", pa.float32()), ("num_lists", pa.int32())]
+        [
+            *_LABEL,
+            ("reward", pa.float32()),
+            ("plain_reward", pa.float32()),
+            # what the text is worth to other users; NaN where that is not asked for, or there is nobody else
+            ("others_reward", pa.float32()),
+            ("std_error", pa.float32()),
+            ("num_lists", pa.int32()),
+        ]
     ),
     # The same by every metric that is compared; half_a, half_b: over a random half of the user's lists each.
     "metric_scores": pa.schema(
@@ -100,12 +127,16 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             ("round", pa.int32()),
             ("user_id", pa.int64()),
+            ("pair_id", pa.int32()),  # counts the user's pairs
             ("split", pa.string()),
+            ("kind", pa.string()),  # core.pairing.Kind
+            ("rejected_user_id", pa.int64()),  # whose the rejected texts are
             ("prompt_token_ids", _TOKENS),
             ("chosen_token_ids", _TOKENS),
             # one or more rejected texts, worst first
             ("rejected_token_ids", pa.list_(_TOKENS)),
             ("chosen_reward", pa.float32()),
+            # NaN for a text of another user: nobody measured what it is worth to this one
             ("rejected_reward", pa.list_(pa.float32())),
         ]
     ),
@@ -117,13 +148,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("rejected_logp", pa.list_(pa.float64())),
         ]
     ),
-    # Reward of fresh samples of the validation users under the policies before and after a round.
+    # Fresh samples of the validation users under the policies before and after a round.
     "heldout": pa.schema(
         [
             ("round", pa.int32()),
             ("user_id", pa.int64()),
-            ("reward_before", pa.float32()),
-            ("reward_after", pa.float32()),
+            *(
+                (f"{figure}_{side}", pa.float32())
+                for figure in HELDOUT_FIGURES
+                for side in ("before", "after")
+            ),
         ]
     ),
     "per_list": pa.schema(

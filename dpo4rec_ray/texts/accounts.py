@@ -13,7 +13,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.store.artifacts import part_notes
 from dpo4rec_ray.workers.shards import part_number
 
-SUBJECTS = ("user", "item")
+SUBJECTS = ("user", "item", "statistics", "oracle")  # of the texts in `knowledge`
 
 
 def generation_counts(folder: Path, wanted: np.ndarray, num_samples: int) -> Counter[str]:
@@ -34,7 +34,7 @@ def generation_counts(folder: Path, wanted: np.ndarray, num_samples: int) -> Cou
 
 
 def knowledge_counts(folder: Path) -> tuple[int, dict[str, Counter[str]]]:
-    """Rows of all parts of `knowledge`, and counts for "user" and "item", from the parts' footers."""
+    """Rows of all parts of `knowledge`, and counts for each subject, from the parts' footers."""
     rows, counts = 0, {subject: Counter[str]() for subject in SUBJECTS}
     for file in folder.glob("part-*.parquet"):
         own, notes = part_notes(file)

@@ -49,17 +49,17 @@ class VectorWriter:
     """Encodes a shard's texts and commits them as one part of `knowledge`."""
 
     def __init__(self, encoder: EncoderSection, folder: str, round_id: int, subject: str, first_part: int):
-        """subject: "user" or "item"; first_part: number of the part that shard 0 becomes."""
+        """subject: of the texts, unless a row names another; first_part: number of the part that shard 0 becomes."""
         self._encoder = open_encoder(encoder)
         self._folder, self._round, self._subject, self._first_part = folder, round_id, subject, first_part
 
     def __call__(self, row: Row) -> Row:
-        texts = list(row["texts"])
+        texts, subject = list(row["texts"]), str(row.get("subject", self._subject))
         vectors = self._encoder.encode(texts)
         table = pa.table(
             {
                 "round": np.full(len(texts), self._round, np.int32),
-                "subject": [self._subject] * len(texts),
+                "subject": [subject] * len(texts),
                 "subject_id": np.asarray(row["subject_ids"], np.int64),
                 "sample_id": np.asarray(row["sample_ids"], np.int32),
                 "text": texts,
@@ -69,7 +69,7 @@ class VectorWriter:
             }
         )
         totals = dict(row["totals"])
-        notes = {"subject": self._subject, **{name: totals[name] for name in COUNTS if totals.get(name)}}
+        notes = {"subject": subject, **{name: totals[name] for name in COUNTS if totals.get(name)}}
         write_part(self._folder, "knowledge", table, self._first_part + int(row["shard"]), notes)
         return {"shard": int(row["shard"]), **totals}
 

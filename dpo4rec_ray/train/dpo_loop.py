@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.pairing import Kind
 from dpo4rec_ray.core.preference import SMOOTHED
 from dpo4rec_ray.core.watch import Watch
 from dpo4rec_ray.errors import UserError
@@ -19,7 +20,7 @@ from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths, with_reference
 from dpo4rec_ray.policy.trainer import LOWER_LR, Trainer
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import merges_lora
-from dpo4rec_ray.train.heldout import HELDOUT, HeldoutEvaluations
+from dpo4rec_ray.train.heldout import HELDOUT, HeldoutEvaluations, mixed
 from dpo4rec_ray.train.reference_logps import read_reference
 from dpo4rec_ray.train.resumable import Observer, quiet_deepspeed, run_resumable
 from dpo4rec_ray.train.state import update_state
@@ -27,6 +28,7 @@ from dpo4rec_ray.workers.phases import FIRST_WORK, phase
 from dpo4rec_ray.workers.placement import without_sklearn
 
 LORA, FULL, MERGED = "lora", "full", "merged"  # folders of the saved weights
+KINDS = tuple(kind.value for kind in Kind)
 WARNINGS = "warnings"  # key of a step's warnings in its line of metrics.jsonl
 # How far a text's log-ratio may be from 0 before training, in nats. It is rounding: sums over hundreds of tokens, in batches
 # of another shape. Times beta it is how far the first loss may be from ln 2.
@@ -77,14 +79,14 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     section, dtype = task.config.dpo, task.config.llm.dtype
     pairs, lengths, counts, max_length = _pairs(task)
     layout = batch_layout(task.base, section)
-    rows = {split: ArrowRows(table) for split, table in pairs.items()}
+    training, trained = ArrowRows(pairs["train"]), _kinds(pairs["train"])
+    kinds = np.asarray(pairs["valid"]["kind"])
+    heldout = {kind: ArrowRows(pairs["valid"].filter(pa.array(kinds == kind))) for kind in KINDS}
     del pairs  # a copy in many pieces
-    if section.patience and not len(rows["valid"]):
-        raise UserError("dpo.patience needs held-out pairs, and there are none; set dpo.patience = 0")
     phase(f"loading {Path(task.base).name}")
     trainer = Trainer(
         _policy(task, layout.grouped),
-        rows["train"],
+        training,
         DPOObjective(layout, section),
         section,
         dtype=dtype,
@@ -98,7 +100,7 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
     exact = section.loss in SMOOTHED and not task.moved and not section.nll_weight
     noise = FIRST_LOSS_NOISE[dtype] * max(section.beta, 0.1)
     rank = train.get_context().get_world_rank()
-    observer = _DPOObserver(task, trainer, rows["valid"], rank)
+    observer = _DPOObserver(task, trainer, heldout, trained, rank)
     phase(FIRST_WORK)
     run_resumable(
         trainer,
@@ -124,8 +126,17 @@ def dpo_loop(arguments: dict[str, Any]) -> None:
 class _DPOObserver(Observer):
     """Warns, evaluates on the held-out pairs, saves the best policy, and stops when training no longer helps."""
 
-    def __init__(self, task: DPOTask, trainer: Trainer, heldout: ArrowRows, rank: int):
-        self._task, self._trainer, self._heldout, self._rank = task, trainer, heldout, rank
+    def __init__(
+        self,
+        task: DPOTask,
+        trainer: Trainer,
+        heldout: dict[str, ArrowRows],
+        trained: dict[str, int],
+        rank: int,
+    ):
+        """heldout: rows of each kind of pair; trained: training pairs of each kind."""
+        self._task, self._trainer, self._rank = task, trainer, rank
+        self._heldout, self._trained = heldout, trained
         self._watch = Watch(trainer.order.num_steps, task.config.dpo.max_kl_per_token)
         self.evaluations = HeldoutEvaluations()
 
@@ -138,9 +149,12 @@ class _DPOObserver(Observer):
         section = self._task.config.dpo
         found = self._watch.see(step, metrics)
         more: dict[str, Any] = {WARNINGS: found} if found else {}
-        if step < num_steps and not (section.eval_every and step % section.eval_every == 0):
+        if step < num_steps and step % (section.eval_every or self._trainer.order.steps_per_epoch):
             return more, False
-        heldout = self._trainer.evaluate(self._heldout, section.batch_size)
+        heldout = mixed(
+            {kind: self._trainer.evaluate(rows, section.batch_size) for kind, rows in self._heldout.items()},
+            self._trained,
+        )
         if heldout and not math.isfinite(heldout["loss"]):
             raise UserError(f"step {step}: the loss on the held-out pairs is {heldout['loss']}; {LOWER_LR}")
         if self.evaluations.add(step, heldout):
@@ -188,7 +202,7 @@ def _policy(task: DPOTask, grouped: bool) -> Any:
 
 def _pairs(task: DPOTask) -> tuple[dict[str, pa.Table], dict[str, np.ndarray], dict[str, int], int]:
     """The round's pairs by split without those that are too long; their lengths; counts of both; and the limit in tokens."""
-    columns = ["user_id", "split", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
+    columns = ["user_id", "split", "kind", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
     pairs = task.store.read("pairs", task.round_id, columns=columns)
     if task.reference:
         pairs = with_reference(pairs, read_reference(task.reference))
@@ -201,5 +215,12 @@ def _pairs(task: DPOTask) -> tuple[dict[str, pa.Table], dict[str, np.ndarray], d
         tables[split] = pairs.filter(pa.array(chosen))
         lengths[split] = total[chosen]
         counts[split] = int(chosen.sum())
+        counts |= {f"{split}_{kind}": count for kind, count in _kinds(tables[split]).items()}
         counts[f"{split}_too_long"] = int(((splits == split) & (longest > max_length)).sum())
     return tables, lengths, counts, max_length
+
+
+def _kinds(pairs: pa.Table) -> dict[str, int]:
+    """How many pairs there are of each kind."""
+    kinds = np.asarray(pairs["kind"])
+    return {kind: int((kinds == kind).sum()) for kind in KINDS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from dpo4rec_ray.policy.objectives import Metrics
 
@@ -31,6 +32,24 @@ class HeldoutEvaluations:
         return best
 
     def stopped(self, patience: int) -> bool:
-        """Whether the last `patience` evaluations brought no lower loss. patience 0: never."""
+        """Whether the last `patience` evaluations brought no lower loss. patience 0, or no held-out pairs: never."""
         losses = list(self.losses.values())
-        return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+        if not patience or not losses or math.isnan(losses[-1]):
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
+def mixed(by_kind: Mapping[str, Metrics], trained: Mapping[str, int]) -> Metrics:
+    """The held-out metrics as the training weighs the kinds of pairs, and the accuracy of each kind as accuracy_KIND.
+
+    by_kind: metrics of the held-out pairs of each kind (core.pairing.Kind); empty where there are none. trained: training pairs
+    of each kind. A kind that is not trained on has no part in the loss that chooses the policy, unless there is no other.
+    """
+    found = {kind: metrics for kind, metrics in by_kind.items() if metrics}
+    weights = {kind: trained.get(kind, 0) for kind in found}
+    if not sum(weights.values()):
+        weights = dict.fromkeys(found, 1)
+    total = sum(weights.values())
+    names = next(iter(found.values()), {})
+    mean = {name: sum(weights[kind] * found[kind][name] for kind in found) / total for name in names}
+    return {**mean, **{f"accuracy_{kind}": metrics["accuracy"] for kind, metrics in found.items()}}

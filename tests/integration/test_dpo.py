@@ -68,9 +68,12 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 def heldout_loss(done: Finished, model: torch.nn.Module) -> float:
-    """What the saved policy's loss on the held-out pairs is, by the plain path and a reference computed here."""
+    """What the saved policy's loss on the held-out pairs is, by the plain path and a reference computed here.
+
+    Of the users' own texts: there are no others in training.
+    """
     store = RunDir(done.folder)
-    rows = list(ArrowRows(store.read("pairs", 1, split="valid")))
+    rows = list(ArrowRows(store.read("pairs", 1, split="valid", where=[("kind", "=", "own")])))
     objective = DPOObjective(BatchLayout(0), DPOSection(beta=0.1))  # the demo's
     batch = objective.collate(rows)
     base = CompletionLogps(load_model(str(ROOT / "dpo4rec_ray/policy/bundled"), "float32"))

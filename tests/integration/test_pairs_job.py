@@ -99,7 +99,10 @@ def made_pairs() -> tuple[list[dict[str, Any]], set[int]]:
             {
                 "round": 1,
                 "user_id": user,
+                "pair_id": user % 3,
                 "split": "valid" if user >= 12 else "train",
+                "kind": "other" if user % 4 == 0 else "own",
+                "rejected_user_id": user + 1 if user % 4 == 0 else user,
                 "prompt_token_ids": encode_chat(tokenizer, f"{QUESTION} ({user})"),
                 "chosen_token_ids": texts[0],
                 "rejected_token_ids": rejected,

@@ -144,8 +144,14 @@ def test_pairs_are_the_best_and_the_worst(tiny_run: Finished) -> None:
     assert sum(pair["split"] == "train" for pair in pairs) == summary["pairs"]
     train_users = sum(row["split"] == "train" for row in rows(tiny_run, "users"))
     assert summary["pairs"] + sum(summary["dropped"].values()) == train_users
+    valid = {pair["user_id"] for pair in pairs if pair["split"] == "valid"}
+    others = [pair for pair in pairs if pair["kind"] == "other"]
+    assert len(others) == len(valid) and {pair["user_id"] for pair in others} == valid
     for pair in pairs:
         assert pair["chosen_reward"] == max(rewards[pair["user_id"]])
+        if pair["kind"] == "other":
+            assert pair["rejected_user_id"] in valid - {pair["user_id"]}
+            continue
         assert pair["rejected_reward"] == [min(rewards[pair["user_id"]])]
         assert [pair["chosen_token_ids"]] != pair["rejected_token_ids"]
 

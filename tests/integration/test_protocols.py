@@ -24,7 +24,7 @@ def keeps_to_the_splits(store: RunDir) -> None:
     assert all(split_of[user] != "test" for user in sampled)
     for pair in store.read("pairs", 1).to_pylist():
         assert pair["split"] == split_of[pair["user_id"]]
-        assert pair["user_id"] in has[pair["split"]]
+        assert {pair["user_id"], pair["rejected_user_id"]} <= has[pair["split"]]
     heldout = set(store.read("heldout", 1)["user_id"].to_pylist())
     assert heldout and heldout <= {user for user in has["valid"] if split_of[user] == "valid"}
     tested = set(store.read("per_list")["list_id"].to_pylist())

@@ -118,6 +118,12 @@ def test_the_steps_before_the_rounds(overrides: list[str], steps: list[str]) -> 
     [
         (["reward.hard_negatives=1", "reward.num_redraws=0"], "reward.hard_negatives = 1.0"),
         (["pair.shrinkage=true"], "set pair.min_margin too"),
+        (["pair.shrinkage=true", "pair.min_margin=0.1", "pair.min_std_errors=1"], "set only one of them"),
+        (["pair.pairs_per_user=2"], 'pair.pairs_per_user = 2 needs pair.rule = "top_vs_bottom"'),
+        (
+            ["pair.pairs_per_user=2", "pair.rule=top_vs_bottom", "pair.num_rejected=2"],
+            "and pair.num_rejected = 1",
+        ),
         (["reranker.num_heads=3"], "reranker.hidden_dim = 64 is not a multiple of num_heads = 3"),
         (['evaluate.backbones=["dlcm", "dlcm"]'], "names one twice"),
         (["llm.path=./nomodel"], r"^llm.path ./nomodel: no such folder$"),

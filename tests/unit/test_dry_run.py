@@ -28,9 +28,7 @@ def finish(config: Config, store: RunDir) -> None:
     steps = [(name, 0) for name in before_rounds(config)]
     steps += [(name, number) for number, names in rounds(config).items() for name in names]
     for name, number in [*steps, ("evaluate", config.run.num_rounds)]:
-        stats = (
-            {"heldout_reward_before": 0.0, "heldout_reward_after": 1.0 / number} if name == "validate" else {}
-        )
+        stats = {"best_round": 1} if name == "validate" else {}
         for artifact, place in STAGES[name].writes(number):
             depends = runner.depends(STAGES[name], number)
             store.start(artifact, place)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dpo4rec_ray.core.intervals import paired_bootstrap, ratio_bootstrap
+from dpo4rec_ray.core.intervals import paired_bootstrap, proportion_interval, ratio_bootstrap
 
 
 def test_bootstrap_of_equal_values_has_no_width() -> None:
@@ -133,3 +133,10 @@ def test_ratio_mistakes() -> None:
         ratio_bootstrap(np.array([1.0, np.nan]), np.ones(2), groups)
     with pytest.raises(ValueError, match="denominators and groups must be"):
         ratio_bootstrap(np.ones(2), np.ones(3), groups)
+
+
+def test_proportion_interval_by_hand() -> None:
+    """Wilson's interval of 8 of 10: middle (.8 + .19207) / 1.38415, half 1.41600 * sqrt(.016 + .0096036)."""
+    assert proportion_interval(0.8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-5)
+    assert proportion_interval(1.0, 4) == pytest.approx((4 / (4 + 1.959964**2), 1.0))
+    assert np.isnan(proportion_interval(0.5, 0)).all()

@@ -3,19 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpo4rec_ray.core.pairing import PAIRINGS, Drop, best_vs_worst
+from dpo4rec_ray.core.pairing import PAIRINGS, Drop, Limits, Made, best_vs_worst, top_vs_bottom, worst_samples
 
 DISTINCT = [[1], [2], [3], [4]]
 
 
 def test_best_is_chosen_and_worst_rejected() -> None:
     """Rewards .2 .9 .1 .5: sample 1 is the highest, 2 the lowest."""
-    assert PAIRINGS["best_vs_worst"](np.array([0.2, 0.9, 0.1, 0.5]), DISTINCT, 0.0) == (1, 2)
+    assert PAIRINGS["best_vs_worst"](np.array([0.2, 0.9, 0.1, 0.5]), DISTINCT, Limits()) == Made([(1, 2)])
 
 
 def test_the_first_of_equals() -> None:
     """.9 twice and .1 twice: samples 0 and 1."""
-    assert best_vs_worst(np.array([0.9, 0.1, 0.9, 0.1]), DISTINCT, 0.0) == (0, 1)
+    assert best_vs_worst(np.array([0.9, 0.1, 0.9, 0.1]), DISTINCT, Limits()).pairs == [(0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -35,25 +35,60 @@ def test_the_first_of_equals() -> None:
 def test_reasons_for_no_pair(
     rewards: list[float], completions: list[list[int]], min_margin: float, reason: Drop
 ) -> None:
-    assert best_vs_worst(np.array(rewards), completions, min_margin) is reason
+    limits = Limits(min_margin=min_margin)
+    assert best_vs_worst(np.array(rewards), completions, limits) == Made([], reason)
 
 
 def test_a_spread_equal_to_the_margin_passes() -> None:
     """.75 - .5 = .25, exact in binary: not below the margin."""
-    assert best_vs_worst(np.array([0.5, 0.75]), [[1], [2]], 0.25) == (1, 0)
+    assert best_vs_worst(np.array([0.5, 0.75]), [[1], [2]], Limits(min_margin=0.25)).pairs == [(1, 0)]
 
 
 def test_completions_may_be_arrays() -> None:
     """Rows read from Parquet arrive as numpy arrays."""
     completions = [np.array([1, 2]), np.array([1, 3])]
-    assert best_vs_worst(np.array([0.0, 1.0], dtype=np.float32), completions, 0.0) == (1, 0)
+    assert best_vs_worst(np.array([0.0, 1.0], dtype=np.float32), completions, Limits()).pairs == [(1, 0)]
 
 
 def test_counts_must_match() -> None:
     with pytest.raises(ValueError, match="do not match 2 completions"):
-        best_vs_worst(np.zeros(3), [[1], [2]], 0.0)
+        best_vs_worst(np.zeros(3), [[1], [2]], Limits())
 
 
 def test_reasons_read_as_text() -> None:
     """They are counted by name in the report."""
     assert f"{Drop.NO_LISTS}" == "no_training_list"
+
+
+def test_the_next_best_goes_with_the_next_worst() -> None:
+    """Rewards .1 .9 .5 .7 .3: best to worst are 1, 3, 2, 4, 0; the middle one is left over."""
+    rewards, texts = np.array([0.1, 0.9, 0.5, 0.7, 0.3]), [[1], [2], [3], [4], [5]]
+    assert top_vs_bottom(rewards, texts, Limits()) == best_vs_worst(rewards, texts, Limits())
+    assert top_vs_bottom(rewards, texts, Limits(max_pairs=2)) == Made([(1, 0), (3, 4)])
+    assert top_vs_bottom(rewards, texts, Limits(max_pairs=3)) == Made([(1, 0), (3, 4)], Drop.USED)
+
+
+def test_a_series_ends_where_the_margin_does() -> None:
+    """Margins of the pairs: 1 - 0 = 1 and .75 - .5 = .25. A margin that luck makes is named as luck."""
+    rewards = np.array([1.0, 0.75, 0.5, 0.0])
+    assert top_vs_bottom(rewards, DISTINCT, Limits(2, min_margin=0.25)).pairs == [(0, 3), (1, 2)]
+    assert top_vs_bottom(rewards, DISTINCT, Limits(2, min_margin=0.5)) == Made([(0, 3)], Drop.MARGIN)
+    assert top_vs_bottom(rewards, DISTINCT, Limits(2, min_reliable=0.5)) == Made([(0, 3)], Drop.LUCK)
+    assert best_vs_worst(rewards, DISTINCT, Limits(min_reliable=1.5)) == Made([], Drop.LUCK)
+    tied = np.array([1.0, 0.5, 0.5, 0.0])
+    assert top_vs_bottom(tied, DISTINCT, Limits(2)) == Made([(0, 3)], Drop.TIE)
+
+
+def test_equal_texts_count_once_in_a_series() -> None:
+    """Samples 0 and 1 are one text, as are 3 and 4: two distinct texts beside sample 2 make one pair."""
+    rewards = np.array([0.9, 0.9, 0.5, 0.1, 0.1])
+    found = top_vs_bottom(rewards, [[1], [1], [2], [3], [3]], Limits(max_pairs=2))
+    assert found == Made([(0, 3)], Drop.USED)
+
+
+def test_several_rejected_texts_keep_to_the_limits() -> None:
+    """Worst first: .1, .3, then .6 is too close to .9 with a limit of .5."""
+    rewards = np.array([0.9, 0.3, 0.1, 0.6])
+    assert worst_samples(rewards, DISTINCT, (0, 2), 4, Limits()) == [2, 1, 3]
+    assert worst_samples(rewards, DISTINCT, (0, 2), 4, Limits(min_margin=0.5)) == [2, 1]
+    assert worst_samples(rewards, DISTINCT, (0, 2), 1, Limits()) == [2]

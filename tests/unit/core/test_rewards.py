@@ -14,6 +14,7 @@ from dpo4rec_ray.core.rewards import (
     list_noise,
     list_rewards,
     log_likelihood_reward,
+    personal,
     rank_agreement,
     shrink,
     tie_rates,
@@ -328,3 +329,12 @@ def test_shrunk_gaps_hold_where_errors_are_estimated_from_two_lists() -> None:
 
     assert kept_promise(np.full(num_users, pooled)) == pytest.approx(1.0, abs=0.1)
     assert kept_promise(errors) < 0.7
+
+
+def test_what_helps_everybody_earns_nothing() -> None:
+    """Two texts: a manner worth .5 to its user and .5 to others, and one worth .4 to its user and .1 to others."""
+    found = personal(np.array([[0.5, 0.4]], np.float32), np.array([[0.5, 0.1]], np.float32))
+    np.testing.assert_allclose(found, [[0.0, 0.3]], atol=1e-7)
+    assert np.isnan(personal(np.array([NAN, 1.0]), np.array([1.0, NAN]))).all()
+    with pytest.raises(ValueError, match="same samples"):
+        personal(np.zeros(2), np.zeros(3))

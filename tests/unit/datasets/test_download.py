@@ -30,7 +30,7 @@ import pytest
 from dpo4rec_ray.cli.download_dataset import main
 from dpo4rec_ray.datasets import fetch
 from dpo4rec_ray.datasets.archives import unpack
-from dpo4rec_ray.datasets.download import PUBLISHED
+from dpo4rec_ray.datasets.download import PUBLISHED, PUBLISHED_MODELS
 from dpo4rec_ray.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -191,7 +191,10 @@ def test_the_catalogue() -> None:
 
 def test_list_prints_every_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PUBLISHED)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        *PUBLISHED,
+        *PUBLISHED_MODELS,
+    ]
 
 
 # --- a download that goes well

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.core.rewards import carry_over
-from dpo4rec_ray.evaluation.reward_diagnosis import read_matrices, reward_diagnosis
+from dpo4rec_ray.evaluation.reward_diagnosis import personal_diagnosis, read_matrices, reward_diagnosis
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
 
 METRICS = ("log_likelihood", YARDSTICK, "mrr@10")
@@ -95,3 +95,27 @@ def test_users_with_one_list_leave_it_unknown(halves: dict[str, np.ndarray]) -> 
     assert found["users_in_carry_over"] == 0
     assert found["gap_held_out"] is None
     assert found["mean_reward"] == pytest.approx(halves["log_likelihood"][..., 0].mean())
+
+
+def test_how_the_personal_reward_differs_from_the_plain_one() -> None:
+    """Two users of three texts. User 4: plain 1, 2, 3, others 1, 1.5, 4, personal 0, .5, -1: ranks 2, 3, 1 against 1, 2, 3.
+
+    Spearman of (2, 3, 1) and (1, 2, 3) is 1 - 6 (1 + 1 + 4) / (3 * 8) = -.5, with both others, as the ranks of plain and others
+    are the same. User 9: plain 1, 2, 3, others 0, 0, 0: personal is plain, and others order nothing. User 11 has nobody else.
+    """
+    nan = float("nan")
+    scores = pa.table(
+        {
+            "user_id": [9, 9, 9, 4, 4, 4, 11, 11, 11],
+            "sample_id": [0, 1, 2, 2, 1, 0, 0, 1, 2],
+            "reward": [1.0, 2.0, 3.0, -1.0, 0.5, 0.0, nan, nan, nan],
+            "plain_reward": [1.0, 2.0, 3.0, 3.0, 2.0, 1.0, 1.0, 2.0, 3.0],
+            "others_reward": [0.0, 0.0, 0.0, 4.0, 1.5, 1.0, nan, nan, nan],
+        }
+    )
+    assert personal_diagnosis(scores) == {
+        "agreement_with_plain": pytest.approx((1 - 0.5) / 2),
+        "agreement_with_others": pytest.approx(-0.5),
+        "plain_with_others": pytest.approx(1.0),
+        "users_without_others": 1,
+    }

@@ -354,7 +354,10 @@ def pair_of(name: str, *rejected: list[int], chosen: list[int] | None = None) ->
     return {
         "round": 2,
         "user_id": 7,
+        "pair_id": 3,
         "split": "valid",
+        "kind": "other",
+        "rejected_user_id": 9,
         "prompt_token_ids": codec.encode_prompt([USER]),
         "chosen_token_ids": chosen or codec.encode_answers([GOOD])[0],
         "rejected_token_ids": list(rejected) or codec.encode_answers([WORSE]),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dpo4rec_ray.knowledge.mentions import ValueFinder
 from dpo4rec_ray.knowledge.teacher import (
     DEFAULT_MIX,
+    EVERY_FACET,
     OPENINGS,
-    named_values,
     popular_values,
     teacher_text,
     text_accuracy,
@@ -38,9 +39,10 @@ def test_attentive_text_worked_by_hand():
 
 
 def test_a_hasty_text_names_only_what_is_in_the_history_and_a_generic_one_ignores_it():
-    vocabulary = sorted({a for item in HISTORY for a in item})
+    finder = ValueFinder(a for item in HISTORY for a in item)
+    vocabulary = finder.names
     for seed in range(20):
-        picked = named_values(_text("hasty", seed), vocabulary)
+        picked = {vocabulary[number] for number in finder.find(_text("hasty", seed))}
         assert any(picked <= {*one, *two} for one in HISTORY for two in HISTORY)
     rng = lambda: np.random.default_rng(5)  # noqa: E731
     popular = {"genre": ["western", "mystery"], "era": ["1970s"], "creator": ["Varga"]}
@@ -67,29 +69,33 @@ def test_texts_work_with_facets_missing_and_are_deterministic():
         teacher_text([], [], POPULAR, np.random.default_rng(0))
 
 
-def test_named_values_takes_whole_words():
-    vocabulary = [
-        "genre: Sci-Fi",
-        "genre: Fi",
-        "genre: Drama",
-        "era: 1980s",
-        "creator: Nova",
-        "creator: Novak",
-    ]
-    text = "Judging by the ratings: enjoys Sci-Fi and drama, by Novak."
-    assert named_values(text, vocabulary) == {"genre: Sci-Fi", "genre: Drama", "creator: Novak"}
-
-
 def test_text_accuracy_worked_by_hand():
     """User 0 loves drama, users 1 and 2 love comedy and horror.
 
     Texts name: user 0 drama and comedy (1 of 2 true; the others' truths hold 1 of 2 mentions twice: drama
     in 0 of 2, comedy in 1 of 2); user 1 comedy (true; 0 of 2 others); user 2 drama (false; 1 of 2 others).
-    Accuracy 2 / 4; chance (0 + 0.5 + 0 + 0.5) / 4.
+    Accuracy 2 / 4; chance (0 + 0.5 + 0 + 0.5) / 4; corrected (0.5 - 0.25) / (1 - 0.25).
     """
     truth = [["genre: drama"], ["genre: comedy"], ["genre: horror"]]
     texts = [["enjoys drama and comedy"], ["enjoys comedy"], ["enjoys drama"]]
-    assert text_accuracy(texts, truth) == pytest.approx((0.5, 0.25))
-    assert text_accuracy([[""], [], ["nothing"]], truth) == (0.0, 0.0)
+    found = text_accuracy(texts, truth)
+    assert list(found) == [EVERY_FACET, "genre"]
+    assert found["genre"][:2] == pytest.approx((0.5, 0.25))
+    assert found["genre"].corrected.mean == pytest.approx(1 / 3)
+    nothing = text_accuracy([[""], [], ["nothing"]], truth)[EVERY_FACET]
+    assert nothing[:2] == (0.0, 0.0) and np.isnan(nothing.corrected.mean)
     with pytest.raises(ValueError, match="two or more"):
         text_accuracy([["a"]], [["genre: drama"]])
+
+
+def test_a_facet_on_which_all_agree_is_no_credit():
+    """All love the 1980s: naming it is always true, and chance is 1. Genres differ: the truth is 1 beyond chance."""
+    truth = [["genre: drama", "era: 1980s"], ["genre: comedy", "era: 1980s"]] * 5
+    texts = [["drama of the 1980s"], ["comedy of the 1980s"]] * 5
+    found = text_accuracy(texts, truth)
+    assert found["era"][:2] == (1.0, 1.0) and np.isnan(found["era"].corrected.mean)
+    genre = found["genre"]
+    assert (genre.accuracy, genre.corrected.mean) == (1.0, 1.0) and genre.chance == pytest.approx(4 / 9)
+    everybody = text_accuracy([["drama of the 1980s"]] * 10, truth)["genre"]
+    assert everybody.accuracy == 0.5 and everybody.corrected.mean == pytest.approx(0.0)
+    assert everybody.corrected.low <= 0 <= everybody.corrected.high

@@ -13,10 +13,9 @@ from dpo4rec_ray.store.reading import list_data
 def build(
     backbone: str, shape: CatalogueShape, knowledge: bool, *, seed: int = 0, **architecture: object
 ) -> Reranker:
-    """A new reranker, of the default architecture but for the values given."""
-    return build_reranker(
-        RerankerArchitecture(backbone=backbone, **architecture), shape, knowledge, seed=seed
-    )
+    """A new reranker with knowledge in its input layer, of the default architecture but for the values given."""
+    values = {"backbone": backbone, "knowledge": "input", **architecture}
+    return build_reranker(RerankerArchitecture(**values), shape, knowledge, seed=seed)
 
 
 def make_lists(item_ids: list[list[int]], labels: list[list[float]], users: list[int]) -> ListData:

@@ -188,3 +188,133 @@ def test_halves_split_every_users_lists_evenly() -> None:
     half = _random_halves(users, np.random.default_rng(0))
     sizes = np.bincount(users[half], minlength=50)
     assert set(sizes.tolist()) == {4}
+
+
+def test_worth_to_others_by_hand() -> None:
+    """Sample A ranks items 5..0 from the top, B the other way round; rewards as in `test_rewards_by_hand`.
+
+    User 2's texts are tried on the list of user 5, (0*, 1, 2): A .5, B 1. User 5's on the two lists of user 2: A
+    (.6309 + 1) / 2, B (.6309 + .5) / 2. User 7 has no list with a positive, so nobody's text is tried on user 7; its own
+    text is tried on users 2 and 5, who count the same although one has two lists.
+    """
+    scorer = SampleScorer(
+        [FixedScorer()], lists(), np.zeros(8, int), num_items=6, metrics=["ndcg@5"], num_redraws=0, seed=0
+    )
+    up, down = np.arange(6.0), -np.arange(6.0)
+    users = np.array([2, 2, 5, 5, 7])
+    found = scorer.worth_to_others(users, np.stack([up, down, up, down, up]), 12, seed=0)
+    on_two = [(1 / np.log2(3) + 1) / 2, (1 / np.log2(3) + 0.5) / 2]
+    np.testing.assert_allclose(found[:, 0], [0.5, 1.0, *on_two, (on_two[0] + 0.5) / 2])
+
+
+def many_users(num_users: int, num_lists: int) -> ListData:
+    """Every candidate of a list of user u is an item u, so a score tells whose list it is."""
+    owners = np.repeat(np.arange(num_users), num_lists)
+    return make_lists([[user, num_users] for user in owners], [[1.0, 0.0] for _ in owners], owners.tolist())
+
+
+class Noting(FixedScorer):
+    """Notes which users' lists every sample is scored on."""
+
+    def score(self, item_ids, mask, user_vectors, user_rows, histories):
+        self.met = {
+            row: np.unique(item_ids[user_rows == row, 0]).tolist() for row in np.unique(user_rows).tolist()
+        }
+        self.num_lists = len(item_ids)
+        return super().score(item_ids, mask, user_vectors, user_rows, histories)
+
+
+def test_others_are_of_the_same_fold_and_split_and_the_same_for_all_samples() -> None:
+    """12 users, folds 0 and 1 in turn, the last 4 for validation. User 2's others are among 0, 4, 6; user 8's is 10 alone."""
+    folds, splits = np.arange(12) % 2, np.array(["train"] * 8 + ["valid"] * 4)
+    watched = Noting()
+    scorer = SampleScorer(
+        [watched, FixedScorer()],
+        many_users(12, 6),
+        folds,
+        num_items=13,
+        metrics=["mrr@5"],
+        num_redraws=0,
+        seed=0,
+        splits=splits,
+    )
+    vectors = np.random.default_rng(0).normal(size=(4, 13))
+    scorer.worth_to_others(np.array([2, 2, 2, 8]), vectors, 2, seed=5)
+    assert watched.met[0] == watched.met[1] == watched.met[2]
+    assert len(watched.met[0]) == 2 and set(watched.met[0]) < {0, 4, 6}
+    assert watched.met[3] == [10]
+    assert watched.num_lists == (3 * 2 + 1) * text_rewards.LISTS_PER_OTHER
+    met = [watched.met[0]]
+    for seed in range(12):
+        scorer.worth_to_others(np.array([2]), vectors[:1], 2, seed=seed)
+        met.append(watched.met[0])
+    assert {tuple(one) for one in met} == {(0, 4), (0, 6), (4, 6)}, (
+        "every pair of the three is drawn by some seed"
+    )
+    scorer.worth_to_others(np.array([2]), vectors[:1], 2, seed=5)
+    assert watched.met[0] == met[0], "the others depend on the user and the seed alone"
+
+
+def test_nobody_else_is_no_worth() -> None:
+    scorer = SampleScorer(
+        [FixedScorer()],
+        many_users(1, 2),
+        np.zeros(1, int),
+        num_items=2,
+        metrics=["mrr@5"],
+        num_redraws=0,
+        seed=0,
+    )
+    assert np.isnan(scorer.worth_to_others(np.array([0]), np.ones((1, 2)), 3, seed=0)).all()
+
+
+def test_worth_to_others_is_the_same_in_any_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the plain rewards of the other users' own lists, with every redraw and every list; in one call and in many."""
+    rng = np.random.default_rng(3)
+    users = np.repeat([0, 1, 2], 2)
+    vectors = rng.normal(size=(6, 9))
+    items = [rng.permutation(9)[:5].tolist() for _ in range(9)]
+    data = make_lists(items, [[1.0, 0.0, 1.0, 0.0, 0.0]] * 9, [0, 0, 1, 1, 1, 2, 2, 2, 2])
+    scorer = SampleScorer(
+        [FixedScorer()],
+        data,
+        np.zeros(3, int),
+        num_items=9,
+        metrics=["log_likelihood", YARDSTICK],
+        num_redraws=3,
+        seed=0,
+    )
+    expected = np.zeros((6, 2))
+    for row, user in enumerate(users):
+        others = [other for other in range(3) if other != user]
+        found = scorer.rewards(np.array(others), np.stack([vectors[row]] * 2))
+        expected[row] = found.reward.mean(axis=0)
+    everything = {"num_redraws": 3, "lists_per_other": 9}
+    np.testing.assert_allclose(scorer.worth_to_others(users, vectors, 5, 0, **everything), expected)
+    monkeypatch.setattr(text_rewards, "PLACES_PER_CALL", 9)
+    np.testing.assert_allclose(scorer.worth_to_others(users, vectors, 5, 0, **everything), expected)
+    one = scorer.worth_to_others(users, vectors, 5, 0, metrics=[YARDSTICK], lists_per_other=9)
+    np.testing.assert_allclose(one[:, 0], expected[:, 1], err_msg="the yardstick is on the lists as drawn")
+
+
+def test_halves_and_errors_of_the_others() -> None:
+    """User 0's texts are tried on users 1 and 2, one in each half: the halves are what the text is worth to one of them.
+
+    With two texts and two others the residuals of the two-way layout are all r = (a1 - a2 - b1 + b2) / 4, one degree of freedom
+    is left, so the standard error is sqrt(4 r^2 / 1 / 2).
+    """
+    data = make_lists([[0, 1, 2], [2, 1, 0], [1, 0, 2]], [[1.0, 0.0, 0.0]] * 3, [0, 1, 2])
+    scorer = SampleScorer(
+        [FixedScorer()], data, np.zeros(3, int), num_items=3, metrics=["mrr@5"], num_redraws=0, seed=0
+    )
+    vectors = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
+    found = scorer.rewards_of_others(np.array([0, 0]), vectors, 2, seed=0)
+    # text 0 ranks 0, 1, 2: the positive 2 of user 1 is third, the positive 1 of user 2 second; text 1 ranks 1, 2, 0
+    assert {(a[0], b[0]) for a, b in zip(found.half_a, found.half_b, strict=True)} in (
+        {(1 / 3, 1 / 2), (1 / 2, 1.0)},
+        {(1 / 2, 1 / 3), (1.0, 1 / 2)},
+    )
+    np.testing.assert_allclose(found.reward[:, 0], [5 / 12, 3 / 4])
+    rest = (1 / 3 - 1 / 2 - 1 / 2 + 1) / 4
+    np.testing.assert_allclose(found.std_error[:, 0], np.sqrt(2 * rest**2))
+    assert found.num_lists.tolist() == [2, 2]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def make_store(folder: Path, rewards: np.ndarray, errors: np.ndarray, num_lists:
         reason = ["stop"] * len(tokens)
         scores = {
             "reward": rewards[own].ravel(),
+            "plain_reward": np.where(np.isnan(rewards[own]), 0.0, rewards[own]).ravel(),
+            "others_reward": np.zeros(len(tokens)),
             "std_error": np.repeat(errors[own], NUM_SAMPLES),
             "num_lists": np.repeat(num_lists[own], NUM_SAMPLES),
         }
@@ -68,7 +71,7 @@ def test_shrunk_rewards_decide_who_gives_a_pair(
     config = load_config(DEMO, ["pair.shrinkage=true", "pair.min_margin=1.0"])
     outcome = pair.run(config, store, 1)
     store.finish(Manifest("pairs", "", outcome.rows_out), 1)
-    rows = {row["user_id"]: row for row in store.read("pairs", 1).to_pylist()}
+    rows = {row["user_id"]: row for row in store.read("pairs", 1).to_pylist() if row["kind"] == "own"}
     assert set(rows) == set(np.flatnonzero(np.ptp(shrunk, axis=1) >= 1.0).tolist())
     assert 0 < len(rows) < (np.ptp(rewards, axis=1) >= 1.0).sum()
     for user, row in rows.items():
@@ -84,3 +87,105 @@ def test_luck_alone_is_named(tmp_path: Path, measured: tuple[np.ndarray, np.ndar
     config = load_config(DEMO, ["pair.shrinkage=true", "pair.min_margin=0.1"])
     with pytest.raises(UserError, match=r"no more than luck.*pair.shrinkage = false"):
         pair.run(config, store, 1)
+
+
+def pairs_of(store: RunDir, *changes: str) -> tuple[list[dict], dict]:
+    """Rows and stats of the pairs that a recipe with these changes makes."""
+    outcome = pair.run(load_config(DEMO, list(changes)), store, 1)
+    store.finish(Manifest("pairs", "", outcome.rows_out), 1)
+    rows = store.read("pairs", 1).to_pylist()
+    assert len(rows) == outcome.rows_out
+    return rows, outcome.stats
+
+
+def test_the_default_is_the_papers_pair_and_one_more_for_each_held_out_user(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    rows, stats = pairs_of(make_store(tmp_path, *measured))
+    assert Counter(row["kind"] for row in rows if row["split"] == "train") == {"own": 25}
+    assert stats["pairs"] == 25 and stats["pairs_by_kind"] == {"own": 25}
+    assert stats["heldout_pairs"] == 10 and stats["heldout_pairs_by_kind"] == {"own": 5, "other": 5}
+    assert stats["dropped"] == {} and stats["fewer_pairs"] == {}
+    check_others(rows, measured[0])
+
+
+def check_others(rows: list[dict], rewards: np.ndarray) -> None:
+    """Best against best of another user of the same split; tokens are [user, sample]."""
+    for row in rows:
+        if row["kind"] == "own":
+            assert row["rejected_user_id"] == row["user_id"]
+            continue
+        user, other = row["user_id"], row["rejected_user_id"]
+        assert user != other and (user < 25) == (other < 25), "of the other users of the split"
+        assert row["prompt_token_ids"] == [user, 0]
+        assert row["chosen_token_ids"] == [user, int(rewards[user].argmax())]
+        assert row["rejected_token_ids"] == [[other, int(rewards[other].argmax())]]
+        assert np.isnan(row["rejected_reward"][0]) and row["chosen_reward"] == rewards[user].max()
+
+
+def test_several_pairs_per_user_with_a_share_of_others(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """Two of two pairs each with four texts: half of them, one per user, has another user's text instead of the second one."""
+    store = make_store(tmp_path, *measured)
+    several = ["pair.rule=top_vs_bottom", "pair.pairs_per_user=2"]
+    own, stats = pairs_of(store, *several)
+    assert stats["pairs"] == 50 and stats["heldout_pairs"] == 15
+    assert [(row["user_id"], row["pair_id"]) for row in own[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    rows, stats = pairs_of(store, *several, "pair.others_share=0.5")
+    assert stats["pairs_by_kind"] == {"own": 25, "other": 25}
+    assert stats["heldout_pairs_by_kind"] == {"own": 10, "other": 5}
+    check_others(rows, measured[0])
+    first = {row["user_id"]: row for row in own if row["pair_id"] == 0}
+    assert all(first[row["user_id"]] == row for row in rows if row["pair_id"] == 0), "the clearest stays"
+    again, _ = pairs_of(store, *several, "pair.others_share=0.5")
+    assert str(again) == str(rows), "drawn by seed"
+    rows, stats = pairs_of(store, *several, "pair.others_share=1")
+    assert stats["pairs_by_kind"] == {"other": 50}
+    twice = [row["rejected_user_id"] for row in rows if row["user_id"] == 3]
+    assert len(set(twice)) == 2, "no text twice"
+
+
+def test_a_share_holds_over_all_users(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    _, stats = pairs_of(make_store(tmp_path, *measured), "pair.others_share=0.4")
+    assert stats["pairs"] == 25 and 4 <= stats["pairs_by_kind"]["other"] <= 16
+
+
+def test_hard_others_are_those_with_like_tastes(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users lie on a circle in the order of their ids: with 24 candidates one is left out, and .9 leaves the next two."""
+    angles = 2 * np.pi * np.arange(NUM_USERS) / 200
+    tastes = dict(enumerate(np.stack([np.cos(angles), np.sin(angles)], axis=1)))
+    monkeypatch.setattr(pair, "_tastes", lambda *_: tastes)
+    changes = ["pair.others_share=1", "pair.others_hardness=0.9"]
+    rows, _ = pairs_of(make_store(tmp_path, *measured), *changes)
+    check_others(rows, measured[0])
+    far = [abs(row["user_id"] - row["rejected_user_id"]) for row in rows if row["split"] == "train"]
+    assert len(far) == 25 and max(far) <= 4
+
+
+def test_pairs_that_luck_explains_are_left_out(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """Against the definition: margin at least 2 standard errors of a difference, sqrt(2) times the pooled noise over sqrt(n)."""
+    rewards, errors, num_lists = measured
+    noise = list_noise(errors, num_lists)
+    clear = np.ptp(rewards, axis=1) >= 2 * noise * np.sqrt(2 / num_lists)
+    rows, stats = pairs_of(make_store(tmp_path, *measured), "pair.min_std_errors=2")
+    assert {row["user_id"] for row in rows} == set(np.flatnonzero(clear).tolist())
+    assert 0 < clear.sum() < NUM_USERS
+    assert stats["dropped"] == {"below_min_std_errors": int((~clear[:25]).sum())}
+
+
+def test_nobody_to_compare_with_is_a_reason(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """User 0 has a plain reward and no personal one; its text is rejected under nobody's prompt either."""
+    rewards = measured[0].copy()
+    rewards[0] = np.nan
+    rows, stats = pairs_of(make_store(tmp_path, rewards, *measured[1:]), "pair.others_share=1")
+    assert stats["dropped"] == {"nobody_to_compare_with": 1}
+    assert 0 not in {row["rejected_user_id"] for row in rows}

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from dpo4rec_ray.store.metrics_file import MetricsFile, read_metrics
-from dpo4rec_ray.train.heldout import HELDOUT, HeldoutEvaluations
+from dpo4rec_ray.train.heldout import HELDOUT, HeldoutEvaluations, mixed
 
 
 def restored(folder: Path) -> HeldoutEvaluations:
@@ -48,3 +48,21 @@ def test_without_held_out_pairs_the_last_policy_is_the_one() -> None:
     evaluations = HeldoutEvaluations()
     assert evaluations.add(1, {}) and evaluations.add(2, {})
     assert all(map(math.isnan, evaluations.losses.values()))
+    assert not evaluations.stopped(1)
+
+
+def test_kinds_weigh_as_in_training() -> None:
+    """A quarter of the training pairs has another user's text: loss .75 * .4 + .25 * .8 = .5."""
+    by_kind = {"own": {"loss": 0.4, "accuracy": 0.75}, "other": {"loss": 0.8, "accuracy": 0.25}}
+    found = mixed(by_kind, {"own": 30, "other": 10})
+    assert math.isclose(found["loss"], 0.5) and math.isclose(found["accuracy"], 0.625)
+    assert (found["accuracy_own"], found["accuracy_other"]) == (0.75, 0.25)
+
+
+def test_a_kind_that_is_not_trained_on_is_only_watched() -> None:
+    by_kind = {"own": {"loss": 0.4, "accuracy": 0.75}, "other": {"loss": 0.8, "accuracy": 0.25}}
+    found = mixed(by_kind, {"own": 30, "other": 0})
+    assert found == {"loss": 0.4, "accuracy": 0.75, "accuracy_own": 0.75, "accuracy_other": 0.25}
+    alone = mixed({"own": {}, "other": by_kind["other"]}, {"own": 30, "other": 0})
+    assert alone == {"loss": 0.8, "accuracy": 0.25, "accuracy_other": 0.25}
+    assert mixed({"own": {}, "other": {}}, {"own": 30}) == {}

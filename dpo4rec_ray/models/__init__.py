@@ -1,0 +1,1 @@
+"""Model files as they are published, and as the loaders want them."""

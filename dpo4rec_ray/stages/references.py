@@ -1,0 +1,44 @@
+"""Texts that the LLM's are compared with, and that rerankers learn to read from: counted, not written (config.counted_texts).
+
+Statistical texts cost no LLM, say what they know in one form, and are what every LLM has to beat. Oracle texts are made from
+what training and validation users like later; they measure what a perfect text would bring and are in no result.
+"""
+
+from __future__ import annotations
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.texts.accounts import knowledge_counts
+from dpo4rec_ray.texts.counted_texts import CountedShard, CountedTexts
+from dpo4rec_ray.texts.throughput import stream_texts
+from dpo4rec_ray.texts.vectors import VectorWriter, encoder_pool
+from dpo4rec_ray.workers.shards import Pool, resume_parts, shard_ranges
+
+USERS_PER_SHARD = 256
+
+
+def run(config: Config, store: RunDir, round_id: int) -> Outcome:
+    """Write `references`: one text of each kind per user, several for training users with reward.reader_texts."""
+    folder = store.path("references")
+    done = resume_parts(folder, store.fingerprint)
+    ranges = shard_ranges(store.require("users").rows, USERS_PER_SHARD)
+    shards = [CountedShard(subject, low, high) for subject in config.counted_texts for low, high in ranges]
+    todo = [(number, 0, shard.high - shard.low) for number, shard in enumerate(shards) if number not in done]
+    if todo:
+        writers = Pool(
+            CountedTexts, {"config": config, "store": store, "shards": shards}, size=1, num_cpus=0.1
+        )
+        encoders = encoder_pool(
+            config, VectorWriter, folder=str(folder), round_id=0, subject="statistics", first_part=0
+        )
+        total = sum(shard.high - shard.low for shard in shards)
+        stream_texts(
+            "references", "users", todo, [writers, encoders], total, total - sum(high for *_, high in todo)
+        )
+    rows, counts = knowledge_counts(folder)
+    return Outcome(
+        rows_in=sum(shard.high - shard.low for shard in shards),
+        rows_out=rows,
+        stats={"texts": {subject: counts[subject]["users"] for subject in config.counted_texts}},
+    )

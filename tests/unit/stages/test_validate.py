@@ -1,0 +1,58 @@
+"""Which round is kept, from the heldout tables of several rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dpo4rec_ray.stages.validate import _choice, best_round, rounds_have_peaked
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
+
+
+def add_round(store: RunDir, round_id: int, before: tuple[float, float], after: tuple[float, float]) -> dict:
+    """A round whose 20 users all have these (reward, reading), as `validate` writes it."""
+    users = np.arange(20)
+    columns = {
+        f"{name}_{side}": np.zeros(20, np.float32) for name in HELDOUT_FIGURES for side in ("before", "after")
+    }
+    noise = np.linspace(-0.01, 0.01, 20)
+    for side, (reward, reading) in (("before", before), ("after", after)):
+        columns[f"reward_{side}"] = (reward + noise).astype(np.float32)
+        columns[f"others_reward_{side}"] = columns[f"reward_{side}"] - np.float32(reading)
+    table = pa.table({"round": np.full(20, round_id, np.int32), "user_id": users, **columns})
+    store.start("heldout", round_id)
+    store.write("heldout", table, round_id)
+    stats = _choice(store, round_id, table)
+    store.finish(Manifest("heldout", "", 20, stats=stats), round_id)
+    return stats
+
+
+def test_rounds_are_judged_against_the_best_one_before_them(tmp_path: Path) -> None:
+    """Round 2 has more reward but reads less than round 1; round 3 has less reward than 2, more than 1, and reads as well."""
+    store = RunDir(tmp_path)
+    assert best_round(store, 0) == 0
+    one = add_round(store, 1, (0.0, 0.1), (0.2, 0.2))
+    assert (one["best_round"], one["choice"]["kept"], one["choice"]["against"]) == (1, True, 0)
+    assert one["choice"]["reward"] == pytest.approx(0.2) and one["choice"]["reading"] == pytest.approx(0.1)
+    two = add_round(store, 2, (0.2, 0.2), (0.5, 0.1))
+    assert (two["best_round"], two["choice"]["kept"]) == (1, False)
+    assert two["choice"]["reading_ci95"][1] < 0 < two["choice"]["reward_ci95"][0]
+    assert rounds_have_peaked(store, 2, patience=1) and not rounds_have_peaked(store, 2, patience=2)
+    three = add_round(store, 3, (0.5, 0.1), (0.3, 0.2))
+    assert (three["best_round"], three["choice"]["against"]) == (3, 1)
+    assert three["choice"]["reward"] == pytest.approx(0.1)  # against round 1's texts, not round 2's
+    assert best_round(store, 3) == 3 and not rounds_have_peaked(store, 3, patience=1)
+
+
+def test_no_round_beats_the_base_llm(tmp_path: Path) -> None:
+    """Every later round is compared with round 1's texts before training, not with its own before."""
+    store = RunDir(tmp_path)
+    add_round(store, 1, (0.3, 0.1), (0.2, 0.1))
+    two = add_round(store, 2, (0.2, 0.1), (0.25, 0.1))
+    assert two["best_round"] == 0 and two["choice"]["reward"] == pytest.approx(-0.05)
+    assert rounds_have_peaked(store, 2, patience=2)
+    assert not rounds_have_peaked(store, 3, patience=1), "round 3 was not validated yet"
