@@ -167,6 +167,12 @@ def test_only_what_is_set_of_the_other_sampling_settings_is_sent(server: Server)
     assert {name: server.bodies[-1][name] for name in names} == chosen
 
 
+def test_a_chat_of_several_messages_is_sent_as_it_is(server: Server) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    server.endpoint(GenerateSection()).generate([chat], [3], [1])
+    assert server.bodies[0]["messages"] == chat
+
+
 def test_samples_in_requests_of_their_own(server: Server) -> None:
     """No `n` at all, a seed for each, the same ones again, and the order of samples is that of the seeds."""
     endpoint = server.endpoint(samples_per_request=1)

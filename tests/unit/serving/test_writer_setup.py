@@ -9,9 +9,10 @@ import pytest
 
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.knowledge.catalogue_prompts import ExampleUser
 from dpo4rec_ray.serving.deployment import build
 from dpo4rec_ray.serving.registry import Registry
-from dpo4rec_ray.serving.version_files import WRITER_FOLDER, WRITER_LORA
+from dpo4rec_ray.serving.version_files import WRITER_EXAMPLES, WRITER_FOLDER, WRITER_LORA
 from dpo4rec_ray.serving.writer_setup import newest_setup, read_setup
 
 
@@ -70,6 +71,23 @@ def test_the_writers_place_is_its_own_not_the_runs(registry: Registry) -> None:
     setup = read_setup(registry, "v1", ServingSection(writer_gpus=0.5))
     assert setup.engine.on_gpu and setup.engine.generate.gpu_memory_utilization == pytest.approx(0.45)
     assert setup.config.generate.temperature == 0.3
+
+
+def test_examples_and_the_own_prompt_travel_with_a_version(registry: Registry) -> None:
+    folder = registry.folder("v1") / WRITER_FOLDER
+    folder.mkdir()
+    prompt = {"examples": 1, "template": "{liked}", "lead_in": "He likes"}
+    (folder / "config.json").write_text(json.dumps({"prompt": prompt, "data": {"positive_rating": 3}}))
+    shown = {"user_id": 3, "profile": "a nurse", "item_ids": [0, 1], "ratings": [5.0, 2.0]}
+    (folder / WRITER_EXAMPLES).write_text(json.dumps([shown, {**shown, "user_id": 4}]))
+    setup = read_setup(registry, "v1", ServingSection())
+    assert setup.examples == (
+        ExampleUser(3, "a nurse", [0, 1], [5.0, 2.0]),
+        ExampleUser(4, "a nurse", [0, 1], [5.0, 2.0]),
+    )
+    assert setup.config.prompt.template == "{liked}" and setup.config.like_at == 3
+    (folder / WRITER_EXAMPLES).unlink()
+    assert read_setup(registry, "v1", ServingSection()).examples == ()
 
 
 @pytest.mark.parametrize("name", [WRITER_LORA, "adapter"])
