@@ -116,7 +116,10 @@ def _channel(reward: Stats) -> Iterator[Rung]:
     best = next((kind for kind in ("oracle", "statistics") if kind in gains), None)
     if best is None:
         return
-    made = {"oracle": "made from later likes, the most that texts can reach", "statistics": "counted from the history"}
+    made = {
+        "oracle": "made from later likes, the most that texts can reach",
+        "statistics": "counted from the history",
+    }
     others = ", ".join(
         f"{kind} {one['gain']:+.4f}" for kind, one in gains.items() if kind not in (best, "random")
     )
