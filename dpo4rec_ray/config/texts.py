@@ -39,8 +39,8 @@ class PromptSection(Section):
     """"chat": a question as a user's turn of the LLM's chat template. "completion": a text that the LLM goes on with, for base
     models. "auto": chat where the tokenizer has a chat template."""
     template: str = ""
-    """Your own prompt about a user. Placeholders: {profile}, {history}, {liked}, {disliked}, {counts}, {factors}, {date}; a brace
-    that is text is doubled. A line with a placeholder that is empty is left out. "": the style's own wording."""
+    """Your own prompt about a user. Placeholders: {profile}, {history}, {liked}, {disliked}, {typical}, {factors}, {date}; a
+    brace that is text is doubled. A line with a placeholder that is empty is left out. "": the style's own wording."""
     template_file: str = ""
     """File with the template. It is read with the recipe, and its text becomes prompt.template."""
     item_template: str = ""
@@ -54,6 +54,8 @@ class PromptSection(Section):
     """Training users shown as examples before the question, each with a text counted from its history."""
     date: str = ""
     """What {date} in a template says. Fixed, so that a run that goes on tomorrow asks the same."""
+    max_events: int = Field(default=0, ge=0)
+    """Most events of a history that are shown, the newest; {typical} counts all. 0: all."""
     item_attributes: bool = False
     """Show each title's attributes behind it: small LLMs do not know the titles."""
     ratings: bool = True

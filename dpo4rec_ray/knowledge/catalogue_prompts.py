@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,15 +18,18 @@ from dpo4rec_ray.knowledge.prompts import (
     encode_prompt,
     fit_history,
     item_prompt,
+    likes,
     style_of,
     user_prompt,
 )
-from dpo4rec_ray.knowledge.statistics import counted_sentence
+from dpo4rec_ray.knowledge.statistics import typical_sentence, typical_values
 from dpo4rec_ray.knowledge.wording import LIKES, wording_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# An example's events: enough to show what an answer is made of, few enough to leave room for the user's own.
+EXAMPLE_EVENTS = 4
 NOBODY = -1  # the id of a user whom the run does not know
 
 
@@ -63,23 +67,32 @@ class CataloguePrompts:
         self._like_at = like_at
         self._clean = partial(clean_text, special_tokens=tuple(special_tokens))
         self._titles = [self._clean(title) for title in items["title"].to_pylist()]
-        read = prompt.item_attributes or prompt.examples or "counts" in self.wording.user.names
-        rows = items["attributes"].to_pylist() if read else [()] * len(self._titles)
-        self._attributes = [[self._clean(value) for value in row] for row in rows]
+        typical = bool(prompt.examples) or "typical" in self.wording.user.names
+        rows = items["attributes"].to_pylist() if prompt.item_attributes or typical else None
+        self._attributes = rows and [[self._clean(value) for value in row] for row in rows]
+        counts = Counter(value for row in self._attributes or () for value in dict.fromkeys(row))
+        self._shares = {value: count / len(items) for value, count in counts.items()} if typical else None
         self._examples = [(one.user_id, self._example(one)) for one in examples]
 
     def user(self, profile: str, item_ids: Sequence[int], ratings: Sequence[float], skip: int = 0) -> str:
-        """The question about one user with this knowledge history, without its `skip` oldest events."""
-        item_ids, ratings = item_ids[skip:], ratings[skip:]
+        """The question about one user with this knowledge history, without its `skip` oldest events.
+
+        {typical} is counted from the whole history, also where prompt.max_events or `skip` leaves events out.
+        """
+        liked, _ = self._liked(item_ids, ratings)
+        first = max(skip, len(item_ids) - self.prompt.max_events if self.prompt.max_events else 0, 0)
+        shown = item_ids[first:]
         return user_prompt(
             self.wording,
             self._clean(profile),
-            [self._titles[item] for item in item_ids],
-            ratings,
-            [self._attributes[item] for item in item_ids],
+            [self._titles[item] for item in shown],
+            ratings[first:],
+            [self._attributes[item] for item in shown]
+            if self._attributes and self.prompt.item_attributes
+            else [()] * len(shown),
             like_at=self._like_at,
-            show_attributes=self.prompt.item_attributes,
             show_ratings=self.prompt.ratings,
+            typical=self._typical(liked),
             date=self.prompt.date,
         )
 
@@ -94,16 +107,22 @@ class CataloguePrompts:
         """The question about one item."""
         return item_prompt(self.wording, self._clean(title), [self._clean(value) for value in attributes])
 
+    def _liked(self, item_ids: Sequence[int], ratings: Sequence[float]) -> tuple[list[int], list[int]]:
+        """The liked items in time order, and the best rated first, of equal ones the newest."""
+        liked = [i for i, rating in enumerate(ratings) if likes(rating, self._like_at)]
+        best = sorted(liked, key=lambda i: (0.0 if self._like_at is None else -ratings[i], -i))
+        return [item_ids[i] for i in liked], [item_ids[i] for i in best]
+
+    def _typical(self, liked: Sequence[int]) -> list[str]:
+        if self._shares is None or not self._attributes:
+            return []
+        return typical_values([self._attributes[item] for item in liked], self._shares)
+
     def _example(self, user: ExampleUser) -> tuple[str, str]:
-        answer = counted_sentence(
-            [self._titles[item] for item in user.item_ids],
-            user.ratings,
-            [self._attributes[item] for item in user.item_ids],
-            self._like_at,
-        )
-        return self.user(
-            user.profile, user.item_ids, user.ratings
-        ), f"{self.wording.lead_in or LIKES} {answer}"
+        liked, best = self._liked(user.item_ids, user.ratings)
+        answer = typical_sentence(self._typical(liked), [self._titles[item] for item in best])
+        question = self.user(user.profile, user.item_ids, user.ratings, len(user.item_ids) - EXAMPLE_EVENTS)
+        return question, f"{self.wording.lead_in or LIKES} {answer}"
 
 
 class TokenizedPrompts:

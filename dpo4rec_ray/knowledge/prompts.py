@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,7 +40,6 @@ _HEADINGS = re.compile(r"#{2,}")
 TEMPLATE_SWITCHES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 # Titles are shorter. Without a limit, one absurd text would push everything else out of the prompt.
 MAX_CHARS = 300
-MAX_COUNTED = 6  # attribute values that {counts} names
 # Unicode categories of characters that cannot be seen:
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, lone surrogate, line, paragraph
 
@@ -74,41 +72,37 @@ def user_prompt(
     attributes: Sequence[Sequence[str]],
     *,
     like_at: float | None = None,
-    show_attributes: bool = False,
     show_ratings: bool = True,
+    typical: Sequence[str] = (),
     date: str = "",
 ) -> str:
     """The question about one user. All texts must be clean (`clean_text`); the history is in time order.
 
-    attributes: "facet: value" strings per title, of which the values are shown.
+    attributes: "facet: value" strings per title, of which the values are shown. Empty ones: only titles are shown.
     like_at: the least rating of a liked event; None: implicit feedback, everything is liked.
     show_ratings: off for implicit feedback, where all ratings are the same number.
+    typical: values of attributes for {typical}.
     """
-    events = list(zip(titles, ratings, attributes, strict=True))
-    shown = [(title, values if show_attributes else ()) for title, _, values in events]
-    likes = [like_at is None or rating >= like_at for rating in ratings]
-    counts = Counter(
-        value
-        for (*_, values), liked in zip(events, likes, strict=True)
-        if liked
-        for value in dict.fromkeys(values)
-    )
+    events = [_event(title, values) for title, values in zip(titles, attributes, strict=True)]
+    rated = list(zip(events, ratings, strict=True))
     return wording.user.fill(
         {
             "profile": profile,
             "history": " ".join(
-                f"{_event(*one)}{f', {rating:g} stars' if show_ratings else ''};"
-                for one, rating in zip(shown, ratings, strict=True)
+                f"{event}{f', {rating:g} stars' if show_ratings else ''};" for event, rating in rated
             ),
-            "liked": "; ".join(_event(*one) for one, liked in zip(shown, likes, strict=True) if liked),
-            "disliked": "; ".join(_event(*one) for one, liked in zip(shown, likes, strict=True) if not liked),
-            "counts": ", ".join(
-                f"{name.partition(': ')[2]} ({count})" for name, count in counts.most_common(MAX_COUNTED)
-            ),
+            "liked": "; ".join(event for event, rating in rated if likes(rating, like_at)),
+            "disliked": "; ".join(event for event, rating in rated if not likes(rating, like_at)),
+            "typical": ", ".join(typical),
             "factors": ", ".join(wording.factors),
             "date": date,
         }
     )
+
+
+def likes(rating: float, like_at: float | None) -> bool:
+    """Whether a rating means that the item was liked; without a least rating everything is."""
+    return like_at is None or rating >= like_at
 
 
 def item_prompt(wording: Wording, title: str, attributes: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ a mean over tokens does not know that they were disliked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from dpo4rec_ray.knowledge.prompts import clean_text
 STATISTICS_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
 MAX_VALUES = 5  # attribute values named
 MAX_TITLES = 15
+TYPICAL_VALUES = 5  # that a prompt names
 EXAMPLE_VALUES, EXAMPLE_TITLES = 4, 2  # of the sentence that an example in a prompt answers
 # For catalogues with long names. A text has at most 150 words; an encoder that reads 256 tokens sees about 120 of them.
 MAX_NAME_WORDS = 12
@@ -68,22 +69,30 @@ def statistical_text(
     return f"{likes}Liked: {_listed([titles[i] for i in liked])}."
 
 
-def counted_sentence(
-    titles: Sequence[str],
-    ratings: Sequence[float],
-    attributes: Sequence[Sequence[str]],
-    like_at: float | None,
-) -> str:
-    """How 'This user likes' goes on, counted: 'Comedy, 1970s and War, such as Duck Soup (1933) and M*A*S*H (1970).'
+def typical_values(
+    liked: Sequence[Sequence[str]], shares: Mapping[str, float], most: int = TYPICAL_VALUES
+) -> list[str]:
+    """The attributes that tell a user from others: those whose share of the liked items exceeds their share of the catalogue
+    most, without their facets; ties in the order of the names.
 
-    What an example in a prompt answers. Arguments as in `statistical_text`. The titles are the best rated ones, of equal ones
-    the newest. A user who liked nothing likes 'none of these'.
+    Beside the most frequent ones, which are Drama and Comedy for nearly everybody, they fit later likes better (MovieLens-1M,
+    80 users, 5 values, genres' share of later likes above average): .074 against .050, standard error .012.
+
+    liked: "facet: value" strings per liked item; shares: of the catalogue's items that have an attribute.
     """
-    liked = [i for i in range(len(titles)) if like_at is None or ratings[i] >= like_at]
-    best = sorted(liked, key=lambda i: (0 if like_at is None else -ratings[i], -i))
-    counts = Counter(value for i in liked for value in dict.fromkeys(attributes[i]))
-    values = [_cut(name.partition(": ")[2]) for name, _ in counts.most_common(EXAMPLE_VALUES)]
-    named = [_cut(titles[i]) for i in best[:EXAMPLE_TITLES]]
+    counts = Counter(value for values in liked for value in dict.fromkeys(values))
+    above = {value: count / len(liked) - shares[value] for value, count in counts.items()}
+    return [
+        _cut(value.partition(": ")[2]) for value in sorted(above, key=lambda one: (-above[one], one))[:most]
+    ]
+
+
+def typical_sentence(typical: Sequence[str], titles: Sequence[str]) -> str:
+    """How 'This user likes' goes on in an example: 'Comedy, 1970s and War, such as Duck Soup (1933) and M*A*S*H (1970).'
+
+    typical: from `typical_values`; titles: of liked items, the best first. Who liked nothing likes 'none of these'.
+    """
+    values, named = typical[:EXAMPLE_VALUES], [_cut(title) for title in titles[:EXAMPLE_TITLES]]
     if not named:
         return "none of these."
     return f"{_and(values)}, such as {_and(named)}." if values else f"{_and(named)}."

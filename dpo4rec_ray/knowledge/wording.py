@@ -1,7 +1,7 @@
 """What is asked: the wordings by style and domain, and what a recipe's [prompt] puts in their place.
 
 The chat wording follows KAR's factor prompts (Xi et al., arXiv 2306.10933), as the paper does, but in fewer words: on a CPU
-every token of a prompt costs time. Base LLMs are not asked: they go on with a text about the user (`COMPLETION`).
+every token of a prompt costs time. Base LLMs are not asked: they go on with a text about the user (`completion`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,12 @@ FACTORS = {
     "short": ["genre", "era", "creator"],  # few words, for small LLMs
     "generic": ["category", "brand or maker", "style", "purpose", "features", "quality", "price", "popularity"],
 }  # fmt: skip
-# What items are called and what users do with them, for texts that base LLMs go on with.
-DOMAINS = {
-    "movies": ("Movies", "watched"),
-    "short": ("Movies", "watched"),
-    "books": ("Books", "read"),
-    "generic": ("Items", "chose"),
-}
-OF_USER = ("profile", "history", "liked", "disliked", "counts", "factors", "date")  # placeholders
-OF_HISTORY = ("history", "liked", "counts")  # at least one of them
+# What items are called in texts that base LLMs go on with. Own lists of factors: items.
+NOUNS = {"movies": "movies", "short": "movies", "books": "books"}
+OF_USER = ("profile", "history", "liked", "disliked", "typical", "factors", "date")  # placeholders
+OF_HISTORY = ("history", "liked", "typical")  # at least one of them
 OF_ITEM = ("item", "factors")
-MAY_BE_EMPTY = ("profile", "liked", "disliked", "counts", "date")
+MAY_BE_EMPTY = ("profile", "liked", "disliked", "typical", "date")
 AS_JSON = " Answer with one JSON object that has these words as keys and a string as each value."
 LIKES = "This user likes"
 
@@ -52,14 +47,22 @@ CHAT = Words(
     "Item: {item}\nDescribe this item by {factors}.",
     "",
 )
-COMPLETION = Words(
-    "ITEMS that this user DID and liked: {liked}.\n"
-    "ITEMS that this user disliked: {disliked}.\n"
-    "Counted in what this user liked: {counts}.\n"
-    "Summary of this user's taste ({factors}):",
-    "Item: {item}\nDescription of this item ({factors}):",
-    LIKES,
-)
+
+
+def completion(noun: str) -> Words:
+    """The text that a base LLM goes on with, about movies, books or items.
+
+    Chosen on MovieLens-1M with Gemma 3 270M (64 to 80 users, docs/texts-and-llms.md): a question as above gets no answer; titles
+    alone are hardly read; liked and disliked apart, and attributes in a line of their own, are.
+    """
+    return Words(
+        f"{noun.capitalize()} that this user liked: {{liked}}.\n"
+        f"{noun.capitalize()} that this user disliked: {{disliked}}.\n"
+        "Typical of what this user liked: {typical}.\n"
+        f"Summary of this user's taste in {noun} ({{factors}}):",
+        "Item: {item}\nDescription of this item ({factors}):",
+        LIKES,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,10 @@ def wording_of(prompt: PromptSection, style: str, *, as_json: bool = False) -> W
     Raises:
         UserError: a template cannot be used (`read_template`), or there is no such list of factors.
     """
-    own = COMPLETION if style == "completion" else CHAT
-    items, did = DOMAINS[
-        prompt.factors if isinstance(prompt.factors, str) and prompt.factors in DOMAINS else "generic"
-    ]
+    noun = NOUNS.get(prompt.factors, "items") if isinstance(prompt.factors, str) else "items"
+    own = completion(noun) if style == "completion" else CHAT
     suffix = AS_JSON if as_json else ""
-    user = prompt.template or own.user.replace("ITEMS", items).replace("DID", did) + suffix
+    user = prompt.template or own.user + suffix
     lead_in = prompt.lead_in
     if lead_in == "auto":
         lead_in = "" if prompt.template or as_json else own.lead_in

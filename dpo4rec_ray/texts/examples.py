@@ -11,15 +11,11 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.catalogue_prompts import ExampleUser
 from dpo4rec_ray.store.artifacts import RunDir
 
-# Events of an example: enough to show what an answer is made of, few enough to leave room for the user's own.
-MAX_EVENTS = 8
-
 
 def draw_examples(config: Config, store: RunDir) -> list[ExampleUser]:
     """prompt.examples training users, and one more in place of whoever is asked about; the same at every call.
 
-    Only users of the split "train": what is known of the others must not reach another user's prompt. Their newest
-    events are shown.
+    Only users of the split "train": what is known of the others must not reach another user's prompt.
 
     Raises:
         UserError: there are not so many training users with a history.
@@ -38,11 +34,6 @@ def draw_examples(config: Config, store: RunDir) -> list[ExampleUser]:
     rng = np.random.default_rng(seed_of(config.run.seed, "examples"))
     rows = users.take(rng.choice(len(users), wanted, replace=False)).to_pylist()
     return [
-        ExampleUser(
-            row["user_id"],
-            row["profile"],
-            row["history_item_ids"][-MAX_EVENTS:],
-            row["history_ratings"][-MAX_EVENTS:],
-        )
+        ExampleUser(row["user_id"], row["profile"], row["history_item_ids"], row["history_ratings"])
         for row in rows
     ]

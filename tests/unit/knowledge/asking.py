@@ -32,7 +32,6 @@ def ask(
         titles,
         ratings,
         attributes if attributes is not None else [()] * len(titles),
-        show_attributes=attributes is not None,
         show_ratings=show_ratings,
     )
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from dpo4rec_ray.knowledge.statistics import (
     MAX_TITLES,
     StatisticsGenerator,
-    counted_sentence,
     statistical_text,
+    typical_sentence,
+    typical_values,
 )
 
 TITLES = ["Alpha", "Beta", "Gamma", "Delta", "Epsilon"]
@@ -151,10 +152,16 @@ def test_catalogue_text_is_cleaned() -> None:
     )
 
 
+def test_what_is_typical_stands_out_from_the_catalogue() -> None:
+    liked = [["genre: x", "era: y"], ["genre: x"], ["genre: x", "genre: z", "genre: z"], ["genre: x"]]
+    shares = {"genre: x": 0.9, "era: y": 0.05, "genre: z": 0.2}
+    assert typical_values(liked, shares) == ["y", "x", "z"]  # .25 - .05, 1 - .9, .25 - .2
+    assert typical_values(liked, shares, most=1) == ["y"]
+    assert typical_values([], shares) == []
+
+
 def test_the_sentence_of_an_example() -> None:
-    titles, stars = ["A", "B", "C", "D"], [4.0, 5.0, 5.0, 1.0]
-    values = [["genre: x"], ["genre: x", "era: y"], ["genre: z"], ["genre: w"]]
-    assert counted_sentence(titles, stars, values, 4) == "x, y and z, such as C and B."
-    assert counted_sentence(titles, stars, values, None) == "x, y, z and w, such as D and C."
-    assert counted_sentence(titles, stars, [[]] * 4, 4) == "C and B."
-    assert counted_sentence(titles[:1], [1.0], values[:1], 4) == "none of these."
+    assert typical_sentence(["x", "y", "z", "v", "w"], ["A", "B", "C"]) == "x, y, z and v, such as A and B."
+    assert typical_sentence(["x"], ["A"]) == "x, such as A."
+    assert typical_sentence([], ["A", "B"]) == "A and B."
+    assert typical_sentence(["x"], []) == "none of these."

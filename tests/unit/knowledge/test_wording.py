@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from dpo4rec_ray.config.texts import GenerateSection, PromptSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.prompts import item_prompt, user_prompt
-from dpo4rec_ray.knowledge.wording import DOMAINS, FACTORS, LIKES, check_prompt, factor_list, wording_of
+from dpo4rec_ray.knowledge.wording import FACTORS, LIKES, NOUNS, check_prompt, factor_list, wording_of
 
 TITLES, STARS = ["Heat (1995)", "Big (1988)", "Toys {x} (1992)"], [5.0, 4.0, 1.0]
 VALUES = [["genre: Crime", "era: 1990s"], ["genre: Comedy", "era: 1980s"], ["genre: Comedy", "era: 1990s"]]
@@ -23,9 +23,9 @@ def asked(style: str = "chat", like_at: float | None = 4, profile: str = "", **k
         profile,
         TITLES,
         STARS,
-        VALUES,
+        VALUES if prompt.item_attributes else [()] * 3,
         like_at=like_at,
-        show_attributes=prompt.item_attributes,
+        typical=["Crime", "1980s"],
         show_ratings=prompt.ratings,
         date=prompt.date,
     )
@@ -33,7 +33,7 @@ def asked(style: str = "chat", like_at: float | None = 4, profile: str = "", **k
 
 def test_an_own_template_is_taken_as_it_is() -> None:
     text = asked(
-        template="On {date}, {profile}\nsaw {history}\nliked {liked}\nnot {disliked}\ncount {counts}\nby {factors} {{}}",
+        template="On {date}, {profile}\nsaw {history}\nliked {liked}\nnot {disliked}\ntypical {typical}\nby {factors} {{}}",
         date="1 May 2001",
         item_attributes=True,
     )
@@ -42,7 +42,7 @@ def test_an_own_template_is_taken_as_it_is() -> None:
         "1 stars;\n"
         'liked "Heat (1995)" (Crime; 1990s); "Big (1988)" (Comedy; 1980s)\n'
         'not "Toys {x} (1992)" (Comedy; 1990s)\n'
-        "count Crime (1), 1990s (1), Comedy (1), 1980s (1)\n"
+        "typical Crime, 1980s\n"
         "by genre, mood {}"
     )
 
@@ -58,9 +58,10 @@ def test_a_base_llm_gets_a_text_that_a_lead_in_ends(factors: Any) -> None:
     wording = wording_of(prompt, "completion")
     assert wording.lead_in == LIKES
     text = asked("completion", factors=factors)
-    noun = DOMAINS.get(factors, DOMAINS["generic"])[0] if isinstance(factors, str) else "Items"
-    assert text.startswith(noun) and "ITEMS" not in text and "DID" not in text
-    assert "Comedy (1)" in text and "Heat (1995)" in text
+    noun = NOUNS.get(factors, "items") if isinstance(factors, str) else "items"
+    assert text.startswith(f'{noun.capitalize()} that this user liked: "Heat (1995)"; "Big (1988)".\n')
+    assert text.endswith(f"Summary of this user's taste in {noun} ({', '.join(factor_list(prompt))}):")
+    assert "Crime, 1980s" in text and "Heat (1995)" in text
 
 
 def test_an_own_template_has_no_lead_in_of_its_own_accord() -> None:
@@ -95,7 +96,7 @@ def test_a_lead_in_with_a_blank_at_an_end_is_refused(wrong: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "form", "said"),
     [
-        ({"template": "Likes?"}, "text", r"holds no \{history\} or \{liked\} or \{counts\}"),
+        ({"template": "Likes?"}, "text", r"holds no \{history\} or \{liked\} or \{typical\}"),
         ({"item_template": "What is it?"}, "text", r"prompt.item_template holds no \{item\}"),
         ({"item_template": "{history}"}, "text", r"prompt.item_template: \{history\} is no placeholder"),
         ({"template": "{date} {history}"}, "text", "prompt.date is not set"),
