@@ -34,9 +34,9 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.ranking import RerankerSection
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.catalogue import Catalogue, tensor_of
-from dpo4rec_ray.rerankers.fit import ListData, fit
+from dpo4rec_ray.rerankers.fit import ListData
+from dpo4rec_ray.rerankers.fit_knowledge import fit_reranker
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors
@@ -59,10 +59,10 @@ TUNE_ENV = {
 }
 
 
-def paper_grid(knowledge: bool) -> list[Settings]:
+def paper_grid(adapter: bool) -> list[Settings]:
     """Every combination of the paper's values; experts only where an adapter reads knowledge. 24, or 72."""
     experts: list[Settings] = [{}]
-    if knowledge:
+    if adapter:
         experts = [{"num_shared_experts": shared, "num_dedicated_experts": own} for shared, own in EXPERTS]
     return [
         {"batch_size": size, "lr": lr, "weight_decay": decay, **chosen}
@@ -76,6 +76,7 @@ class SearchPlan:
 
     backbones: tuple[str, ...]
     knowledge: bool = False  # train with the vectors of the base LLM's texts
+    adapter: bool = False  # search the adapter's experts too; reranker.knowledge = "regression" has none
     grid: tuple[Settings, ...] = ()  # empty: the paper's
     num_trials: int = 0  # per backbone, drawn at random from the grid; 0: all of it
     scheduler: Literal["asha", "none"] = "asha"
@@ -84,7 +85,7 @@ class SearchPlan:
 
     def settings(self, run_seed: int) -> list[Settings]:
         """The trials of each backbone: distinct members of the grid, in its order."""
-        grid = list(self.grid) or paper_grid(self.knowledge)
+        grid = list(self.grid) or paper_grid(self.adapter)
         if not 0 < self.num_trials < len(grid):
             return grid
         rng = np.random.default_rng(seed_of(run_seed, "search", self.seed))
@@ -170,14 +171,17 @@ def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratc
     seed = seed_of(config.run.seed, "search", plan.seed, backbone)
     device = "cuda" if gpus else "cpu"
     trainable = tune.with_parameters(_fit_one, section=section, seed=seed, device=device, data=shared)
+    total = _epochs(section, plan.knowledge)
     scheduler = None
     if plan.scheduler == "asha":
         scheduler = ASHAScheduler(
-            max_t=section.epochs, grace_period=grace(section.epochs), reduction_factor=REDUCTION_FACTOR
+            max_t=total + 1,  # the last report is of the finished fit
+            grace_period=grace(total),
+            reduction_factor=REDUCTION_FACTOR,
         )
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        with Progress(f"search {backbone}", len(settings) * section.epochs, "epochs") as progress:
+        with Progress(f"search {backbone}", len(settings) * total, "epochs") as progress:
             results = tune.Tuner(
                 tune.with_resources(trainable, {"cpu": 1, "gpu": gpus}),
                 param_space={"settings": tune.grid_search(settings)},
@@ -193,16 +197,21 @@ def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratc
                     name=backbone,
                     storage_path=str(scratch),
                     verbose=0,
-                    callbacks=[_ProgressCallback(progress, len(settings), section)],
+                    callbacks=[_ProgressCallback(progress, len(settings), total, section.metric)],
                 ),
             ).fit()
-            return [_trial(section, *pair) for pair in zip(settings, results, strict=True)]
+            return [_trial(section, total, *pair) for pair in zip(settings, results, strict=True)]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _trial(section: RerankerSection, settings: Settings, result: tune.Result) -> Trial:
-    """A row of the results. A trial that failed may have reported nothing."""
+def _epochs(section: RerankerSection, knowledge: bool) -> int:
+    """Epochs of a trial, at most: of a branch too where the list loss trains it behind the fitted backbone."""
+    return section.epochs * (2 if knowledge and section.knowledge == "residual" else 1)
+
+
+def _trial(section: RerankerSection, total: int, settings: Settings, result: tune.Result) -> Trial:
+    """A row of the results; total: epochs of a trial that nothing ends. A trial that failed may have reported nothing."""
     what = (section.backbone, settings, section.metric)
     last, error = result.metrics or {}, ""
     if result.error is not None:
@@ -213,10 +222,10 @@ def _trial(section: RerankerSection, settings: Settings, result: tune.Result) ->
     ended = "complete"
     if error:
         ended = f"failed: {error}"
-    elif section.patience and epochs - best_epoch >= section.patience:
-        ended = "out of patience"
-    elif epochs < section.epochs:
+    elif not last["finished"]:
         ended = "stopped by the scheduler"
+    elif epochs < total:
+        ended = "out of patience"
     return Trial(*what, last["best_valid"], best_epoch, epochs, last["seconds"], ended)
 
 
@@ -232,40 +241,44 @@ def _fit_one(
     torch.set_num_threads(1)
     began = time.perf_counter()
     section = section.model_copy(update=trial["settings"])
-    knowledge = data.vectors is not None
-    model = build_reranker(section.architecture, data.catalogue.shape, knowledge, seed=seed).to(device)
-    state = {"epoch": 0, "best_valid": -math.inf, "best_epoch": 0, "failure": ""}
+    number = itertools.count(1)
+    state = {"epoch": 0, "best_valid": -math.inf, "best_epoch": 0, "finished": False, "failure": ""}
 
     def report(**change: Any) -> None:
         state.update(change)
         tune.report(state | {"seconds": time.perf_counter() - began})
 
     def on_epoch(record: dict[str, Any]) -> None:
-        epoch, valid = record["epoch"], record["valid"]
+        epoch, valid = next(number), record["valid"]
         is_best = valid > state["best_valid"]
         report(epoch=epoch, **({"best_valid": valid, "best_epoch": epoch} if is_best else {}))
 
     try:
-        fit(
-            model,
+        found = fit_reranker(
+            section.architecture,
             data.catalogue,
             data.train,
             data.valid,
             data.vectors,
             section.fit,
             seed=seed,
+            place=lambda model: model.to(device),
             on_epoch=on_epoch,
         )
     except ValueError as error:
         # Usually a training that diverged. Reported and not raised, because Tune would start a new process for the next trial.
         report(failure=" ".join(str(error).split()))
+    else:
+        # What texts add behind a fitted backbone is known only now.
+        report(finished=True, best_valid=found.result.best_value)
 
 
 class _ProgressCallback(tune.Callback):
     """Shows the epochs of all trials, and the best value so far. A trial that ended counts with all its epochs."""
 
-    def __init__(self, progress: Progress, num_trials: int, section: RerankerSection):
-        self._progress, self._num_trials, self._section = progress, num_trials, section
+    def __init__(self, progress: Progress, num_trials: int, epochs: int, metric: str):
+        """epochs: of each trial, at most; metric: on the validation lists."""
+        self._progress, self._num_trials, self._total, self._metric = progress, num_trials, epochs, metric
         self._epochs: dict[str, int] = {}  # per trial
         self._ended, self._best = 0, math.nan
 
@@ -278,13 +291,13 @@ class _ProgressCallback(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._ended += 1
-        self._show(trial, self._section.epochs)
+        self._show(trial, self._total)
 
     on_trial_error = on_trial_complete
 
     def _show(self, trial: Any, epochs: int) -> None:
         self._epochs[trial.trial_id] = epochs
-        best = f"best {self._section.metric} {self._best:.4f}"
+        best = f"best {self._metric} {self._best:.4f}"
         self._progress.at(sum(self._epochs.values()), f"{self._ended}/{self._num_trials} trials, {best}")
 
 
@@ -346,14 +359,14 @@ def _about(config: Config, plan: SearchPlan, data: Data) -> list[str]:
     num_trials = len(plan.settings(config.run.seed))
     scheduler = plan.scheduler
     if plan.scheduler == "asha":
-        epochs = {name: config.reranker.of(name).epochs for name in plan.backbones}
+        epochs = {name: _epochs(config.reranker.of(name), plan.knowledge) for name in plan.backbones}
         scheduler += "; stops from epoch "
         scheduler += ", ".join(f"{grace(number)} of {number} ({name})" for name, number in epochs.items())
     return [
         f"data: {config.data.dataset}, protocol {config.data.protocol}, run {config.run.name}, seed {config.run.seed}; "
         f"{len(data.train):,} training and {len(data.valid):,} validation lists",
         f"knowledge: {'base' if plan.knowledge else 'none'}; chosen on the validation lists",
-        f"trials per backbone: {num_trials} of {len(plan.grid or paper_grid(plan.knowledge))} in the grid, "
+        f"trials per backbone: {num_trials} of {len(plan.grid or paper_grid(plan.adapter))} in the grid, "
         f"search seed {plan.seed}",
         f"scheduler: {scheduler}",
     ]

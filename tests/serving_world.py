@@ -41,6 +41,7 @@ SETTINGS = [
     "llm.source=statistics",
     "run.num_rounds=0",
     'evaluate.backbones=["prm", "mir"]',
+    'reranker.per_backbone.mir={knowledge="input"}',  # and PRM's is behind the backbone, the default
 ]
 MODELS = {
     "v1": "prm-statistics-seed0",
@@ -57,11 +58,20 @@ Api = Callable[..., "TestClient"]
 @pytest.fixture(scope="session")
 def served_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two backbones with and without knowledge, two seeds each."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     from dpo4rec_ray.store.artifacts import RunDir
 
     done = run_job(tmp_path_factory.mktemp("served"), DEMO, *SETTINGS)
     assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return RunDir(done.folder)
+    store = RunDir(done.folder)
+    for fit in store.path("per_list").glob("rerankers/prm-statistics-*"):
+        # So few validation users show no gain, and texts that change no score would hide mistakes of serving.
+        weights = load_file(fit / "model.safetensors")
+        weights["branch.gates"].copy_(torch.tensor([0.5, 0.3]))
+        save_file(weights, fit / "model.safetensors")
+    return store
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     plan = grid_search.SearchPlan(
         backbones=tuple(dict.fromkeys(backbones)),
         knowledge=options.knowledge == "base",
+        adapter=options.knowledge == "base" and config.reranker.knowledge != "regression",
         **{name: value for name, value in given.items() if value is not None},
     )
     checks.check_all(config, "" if plan.knowledge else "prepare")

@@ -70,14 +70,16 @@ def first_broken(rungs: Sequence[Rung]) -> Rung | None:
 def _rung(
     name: str,
     value: float,
-    ci95: Sequence[float] | None,
+    ci95: Sequence[float | None] | None,
     says: str,
     *,
     bound: float = 0.0,
     verdict: str | None = None,
 ) -> Rung:
     """A rung whose verdict follows from its interval, unless it is given."""
-    ends = None if ci95 is None or any(map(math.isnan, ci95)) else [float(end) for end in ci95]
+    # An end that is not known is NaN, and null once it was in a manifest.
+    known = [float(end) for end in ci95 or () if end is not None and not math.isnan(end)]
+    ends = known if len(known) == 2 else None
     if verdict is None:
         low, high = ends or (bound, bound)
         verdict = HOLDS if low > bound else FAILS if high < bound else NOT_SHOWN
@@ -127,7 +129,7 @@ def _channel(reward: Stats) -> Iterator[Rung]:
     yield _rung(
         "channel",
         value,
-        (value - 1.96 * error, value + 1.96 * error),
+        None if error is None else (value - 1.96 * error, value + 1.96 * error),
         f"NDCG@5 that a text adds on validation which is {made[best]}; others: {others or 'none'}",
     )
 

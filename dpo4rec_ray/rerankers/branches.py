@@ -31,7 +31,7 @@ class KnowledgeBranch(nn.Module):
         raise NotImplementedError
 
     def user_side(self, user_vectors: Tensor) -> Tensor:
-        """user_vectors [S, D] -> [S, width]."""
+        """user_vectors [S, D] -> [S, width]; zeros for a zero vector, which is a user without a text."""
         raise NotImplementedError
 
     def logits(
@@ -73,9 +73,8 @@ class TextRegression(KnowledgeBranch):
         return self.item_factors[item_ids]
 
     def user_side(self, user_vectors: Tensor) -> Tensor:
-        """As `KnowledgeBranch.user_side`. A zero vector (no text) has no liking of any item."""
-        known = user_vectors.norm(dim=1, keepdim=True) > 0
-        return ((F.normalize(user_vectors, dim=1) - self.mean) @ self.text_map) * known
+        """As `KnowledgeBranch.user_side`."""
+        return ((F.normalize(user_vectors, dim=1) - self.mean) @ self.text_map) * _known(user_vectors)
 
     def logits(
         self, items: Tensor, index: Tensor, users: Tensor, user_rows: Tensor | None, similarity: Tensor
@@ -89,17 +88,13 @@ class TextRegression(KnowledgeBranch):
 
 
 class ResidualAdapter(KnowledgeBranch):
-    """logit += W adapter(user) . adapter(item) + w * similarity, W and w zero at the start, trained by the list loss.
-
-    While training, a share `reranker.knowledge_dropout` of the lists is scored without it.
-    """
+    """logit += W adapter(user) . adapter(item) + w * similarity, W and w zero at the start, trained by the list loss."""
 
     def __init__(self, shape: CatalogueShape, architecture: RerankerArchitecture) -> None:
         super().__init__(shape, architecture)
         self.adapter: KnowledgeAdapter = build_adapter(shape.vector_dim, architecture)
         self.user_projection = nn.Linear(architecture.adapter_dim, architecture.adapter_dim, bias=False)
         self.similarity_weight = nn.Parameter(torch.zeros(())) if architecture.similarity else None
-        self.dropout = architecture.knowledge_dropout
         for module in self.adapter.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_normal_(module.weight)
@@ -112,7 +107,7 @@ class ResidualAdapter(KnowledgeBranch):
 
     def user_side(self, user_vectors: Tensor) -> Tensor:
         """As `KnowledgeBranch.user_side`."""
-        return self.user_projection(self.adapter.user_side(user_vectors))
+        return self.user_projection(self.adapter.user_side(user_vectors)) * _known(user_vectors)
 
     def logits(
         self, items: Tensor, index: Tensor, users: Tensor, user_rows: Tensor | None, similarity: Tensor
@@ -121,8 +116,6 @@ class ResidualAdapter(KnowledgeBranch):
         added = dot_places(users, user_rows, items, index)
         if self.similarity_weight is not None:
             added = added + self.similarity_weight * similarity
-        if self.training and self.dropout:
-            added = added * (torch.rand(len(added), 1, device=added.device) >= self.dropout)
         return added
 
     def erase(self) -> None:
@@ -131,6 +124,11 @@ class ResidualAdapter(KnowledgeBranch):
             self.user_projection.weight.zero_()
             if self.similarity_weight is not None:
                 self.similarity_weight.zero_()
+
+
+def _known(user_vectors: Tensor) -> Tensor:
+    """[S, 1]: whether there is a text."""
+    return user_vectors.norm(dim=1, keepdim=True) > 0
 
 
 # reranker.knowledge -> its branch. "input", the paper's way, has none.

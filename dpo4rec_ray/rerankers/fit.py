@@ -116,6 +116,10 @@ def fit(
         vectors = vectors.view(-1, vectors.shape[-1])
         used, valid_rows = torch.unique(valid.user_rows, return_inverse=True)
         valid_vectors = vectors[used.to(device) * num_texts]
+        vectors = torch.cat(
+            [vectors, torch.zeros_like(vectors[:1])]
+        )  # of a list that is trained without its text
+    dropout = 0.0 if bare.branch is None else bare.architecture.knowledge_dropout
     valid_labels, valid_mask = valid.labels.cpu().numpy(), valid.mask.cpu().numpy()
 
     loss_of = RANKING_LOSSES[bare.loss]
@@ -141,6 +145,9 @@ def fit(
         if num_texts > 1:
             drawn = torch.randint(num_texts, (len(lists),), generator=shuffle).to(device)
             lists = replace(lists, user_rows=lists.user_rows * num_texts + drawn)
+        if vectors is not None and dropout:
+            dropped = (torch.rand(len(lists), generator=shuffle) < dropout).to(device)
+            lists = replace(lists, user_rows=lists.user_rows.masked_fill(dropped, len(vectors) - 1))
         is_full = bool(lists.mask.all())  # attention without a mask is faster
         # A backbone behind which a branch is trained stays as it was fitted, its norms too.
         model.train()

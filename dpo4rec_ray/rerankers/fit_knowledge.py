@@ -37,8 +37,8 @@ BELIEVED_AT = 1.645
 class Gain:
     """What the texts bring on the validation lists: mean of the metric without and with them.
 
-    `kept` is false where the difference is not BELIEVED_AT standard errors above 0 (users as clusters): then the branch was erased, and the
-    reranker ranks as its backbone.
+    `kept` is false where the difference is not BELIEVED_AT standard errors above 0 (users as clusters): then the branch was
+    erased, and the reranker ranks as its backbone.
     """
 
     without: float

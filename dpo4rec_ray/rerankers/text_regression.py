@@ -65,7 +65,7 @@ def text_regression(
     pairs = pairs[:, row[pairs[0]] >= 0]
     values = likes[pairs[0]] ** -ACTIVITY_EXPONENT
     liked = torch.sparse_coo_tensor(
-        torch.stack([pairs[1], row[pairs[0]]]), values, (num_items, len(users))
+        torch.stack([pairs[1], row[pairs[0]]]), values, (num_items, len(users)), check_invariants=False
     ).coalesce()
     cross = torch.sparse.mm(liked, per_user).t()  # [D, num_items]
     eigenvalues, directions = torch.linalg.eigh(gram)

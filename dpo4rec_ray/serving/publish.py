@@ -148,8 +148,8 @@ def _round_of(config: Config, system: str) -> int:
         if system_name(config, round_id) == system:
             return round_id
     raise UserError(
-        f"the model's card names the system {system!r}, which is none of this run's rounds 0 to {config.run.num_rounds}; "
-        "run the evaluation again"
+        f"the model ranks with the texts of {system!r}, and only those of this run's rounds 0 to {config.run.num_rounds} can be "
+        "published; name another model"
     )
 
 

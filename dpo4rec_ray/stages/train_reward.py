@@ -285,9 +285,11 @@ def _lines(config: Config, stats: dict[str, Any]) -> Iterator[str]:
 def check_reads(config: Config, store: RunDir) -> None:
     """Raises UserError if the reward's rerankers do not read, so that an LLM would be trained on noise."""
     low, high = store.require("reward").stats["shuffle_drop_ci95"]
-    if config.has_policy and config.reward.must_read and not low > 0:
+    reads = low is not None and low > 0  # null: one validation user has no interval
+    if config.has_policy and config.reward.must_read and not reads:
+        interval = "unknown" if low is None else f"[{low:.4f}, {high:.4f}]"
         raise UserError(
             f"the reward's rerankers do not read: with another user's text they rank as well (NDCG@5 lost: 95 % interval "
-            f'[{low:.4f}, {high:.4f}]), so the rewards would be noise; use more users, reward.reader = ["statistics"], more '
-            "item attributes, or set reward.must_read = false to go on all the same"
+            f'{interval}), so the rewards would be noise; use more users, reward.reader = ["statistics"], more item attributes, '
+            "or set reward.must_read = false to go on all the same"
         )

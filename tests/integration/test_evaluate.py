@@ -23,6 +23,9 @@ SETTINGS = [
 ]
 
 
+SYSTEMS = ("backbone", "statistics", "random-texts")
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     done = run_job(tmp_path_factory.mktemp("evaluated"), DEMO, *SETTINGS)
@@ -32,11 +35,11 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_no_llm_and_no_reward_are_needed(evaluated: Finished) -> None:
     summary = evaluated.summary
-    assert [stage["stage"] for stage in summary["stages"]] == ["prepare", "encode", "evaluate"]
+    assert [stage["stage"] for stage in summary["stages"]] == ["prepare", "encode", "references", "evaluate"]
     assert summary["generator"] == "statistics" and summary["rounds"] == []
     fits = {(row["backbone"], row["system"], row["seed"]) for row in summary["evaluation"]}
     assert fits == {
-        *((backbone, system, seed) for backbone in ("dlcm", "mir") for system in ("backbone", "statistics") for seed in (0, 1)),
+        *((backbone, system, seed) for backbone in ("dlcm", "mir") for system in SYSTEMS for seed in (0, 1)),
         *(("none", system, 0) for system in ("random", "popularity", "upper-bound")),
     }  # fmt: skip
 
@@ -61,14 +64,14 @@ def test_every_fit_is_saved_with_its_card(evaluated: Finished) -> None:
     names = {
         f"{backbone}-{system}-seed{seed}"
         for backbone in ("dlcm", "mir")
-        for system in ("backbone", "statistics")
+        for system in SYSTEMS
         for seed in (0, 1)
     }
     assert {path.name for path in folder.iterdir()} == names
     for name in names:
         model = load_reranker(folder / name, catalogue)
         assert model.architecture.backbone == name.split("-")[0]
-        assert model.knowledge == ("statistics" in name)
+        assert model.knowledge == ("-backbone-" not in name)
         assert (model.architecture.input_layer == "concat") == name.startswith("dlcm")
         card = (folder / name / "README.md").read_text(encoding="utf-8")
         for fact in ("dataset | sample", "protocol | user", "test ndcg@5", "torch", "lr"):
@@ -78,17 +81,18 @@ def test_every_fit_is_saved_with_its_card(evaluated: Finished) -> None:
 
 
 def test_a_killed_evaluation_keeps_its_finished_fits(evaluated: Finished) -> None:
-    """As after a kill: no manifest, and one fit has not been committed."""
+    """As after a kill: no manifest, and two fits were not committed: a backbone's, and one behind a backbone that is saved."""
     folder = evaluated.folder / "eval"
     before = evaluated.summary["evaluation"]
     parts = sorted(folder.glob("part-*.parquet"))
     times = {path: os.stat(path).st_mtime_ns for path in parts}
     (folder / "manifest.json").unlink()
     parts[2].unlink()
+    parts[5].unlink()
     again = run_job(evaluated.folder.parent, DEMO, *SETTINGS)
     assert again.code == 0, again.stderr
-    assert "7 fits kept from an interrupted run" in again.stdout
+    assert "10 fits kept from an interrupted run" in again.stdout
     written = {path for path in parts if os.stat(path).st_mtime_ns != times[path]}
-    assert written == {parts[2], parts[-1]}, "the missing fit, and the systems without a fit"
+    assert written == {parts[2], parts[5], parts[-1]}, "the missing fits, and the systems without a fit"
     assert again.summary["evaluation"] == before
     assert not list(Path(folder).glob("*.tmp*"))

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dpo4rec_ray.config import load_config
 from dpo4rec_ray.policy.batch import collate
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import load_model, read_policy
@@ -22,6 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 STAGES = [
     "prepare",
     "encode",
+    "references",
     "train_reward",
     "generate",
     "score",
@@ -67,7 +69,8 @@ def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
     assert {"ray", "torch", "deepspeed", "transformers", "peft"} <= summary["versions"].keys()
     systems = Counter(row["system"] for row in summary["evaluation"])
     assert systems == {
-        "random": 1, "popularity": 1, "upper-bound": 1, "backbone": 2, "base-llm": 2, "dpo4rec-round1": 2,
+        "random": 1, "popularity": 1, "upper-bound": 1, "backbone": 2, "statistics": 2, "random-texts": 2,
+        "base-llm": 2, "dpo4rec-round1": 2,
     }  # fmt: skip
     assert len({row["num_lists"] for row in summary["evaluation"]}) == 1, "every system on identical lists"
     best = next(row for row in summary["evaluation"] if row["system"] == "upper-bound")
@@ -78,6 +81,27 @@ def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
 
 def test_the_first_dpo_loss_is_ln2(tiny_run: Finished) -> None:
     assert tiny_run.summary["rounds"][0]["dpo"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_counted_texts_are_read_by_rerankers_and_compared_with(tiny_run: Finished) -> None:
+    """One text per user beside the LLM's, the reward's rerankers trained on it, and what each kind of texts brings."""
+    texts = rows(tiny_run, "references")
+    assert {row["subject"] for row in texts} == {"statistics"}
+    assert sorted(row["subject_id"] for row in texts) == [row["user_id"] for row in rows(tiny_run, "users")]
+    reward = RunDir(tiny_run.folder).path("reward")
+    for fold in (reward / f"fold-{number}" for number in range(load_config(DEMO).reward.num_folds)):
+        for folder in (fold, fold / "without-knowledge"):
+            assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "reranker.json"}
+    stats = json.loads((reward / "diagnosis.json").read_text())
+    assert stats["reader"] == ["statistics"] and set(stats["channel"]) == {"vllm", "statistics", "random"}
+    assert {
+        "shuffle_drop",
+        "shuffle_drop_llm",
+        "valid_ndcg@5",
+        "valid_ndcg@5 without knowledge",
+    } <= stats.keys()
+    for kind in stats["channel"]:
+        assert f"{kind} {stats['channel'][kind]['gain']:+.4f}" in tiny_run.stdout
 
 
 def test_score_says_whether_the_reward_is_robust(tiny_run: Finished) -> None:

@@ -170,7 +170,7 @@ def test_a_fragment_that_is_not_there_is_named_on_one_line(tmp_path: Path) -> No
 
 
 def test_the_grid_is_the_papers() -> None:
-    plain, with_experts = grid_search.paper_grid(knowledge=False), grid_search.paper_grid(knowledge=True)
+    plain, with_experts = grid_search.paper_grid(adapter=False), grid_search.paper_grid(adapter=True)
     assert len(plain) == 4 * 2 * 3 and len(with_experts) == 4 * 2 * 3 * 3
     assert {tuple(sorted(settings)) for settings in plain} == {("batch_size", "lr", "weight_decay")}
     assert {settings["batch_size"] for settings in plain} == {64, 128, 256, 512}
@@ -182,7 +182,7 @@ def test_the_grid_is_the_papers() -> None:
 
 
 def test_a_draw_has_distinct_members_of_the_grid_and_follows_both_seeds() -> None:
-    grid = grid_search.paper_grid(knowledge=False)
+    grid = grid_search.paper_grid(adapter=False)
     drawn = grid_search.SearchPlan(("dlcm",), num_trials=6).settings(run_seed=0)
     assert len({tuple(settings.items()) for settings in drawn}) == 6
     assert [settings for settings in grid if settings in drawn] == drawn

@@ -102,11 +102,11 @@ def test_what_stands_in_place_of_the_base_llm_has_an_identity(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("overrides", "steps"),
     [
-        ([], ["prepare", "encode", "train_reward"]),
-        (["llm.path=bootstrap"], ["prepare", "bootstrap", "encode", "train_reward"]),
-        (["llm.path=bootstrap", "run.num_rounds=0"], ["prepare", "bootstrap", "encode"]),
-        ([STATISTICS, "llm.path=bootstrap"], ["prepare", "encode", "train_reward"]),
-        ([STATISTICS, "run.num_rounds=0"], ["prepare", "encode"]),
+        ([], ["prepare", "encode", "references", "train_reward"]),
+        (["llm.path=bootstrap"], ["prepare", "bootstrap", "encode", "references", "train_reward"]),
+        (["llm.path=bootstrap", "run.num_rounds=0"], ["prepare", "bootstrap", "encode", "references"]),
+        ([STATISTICS, "llm.path=bootstrap"], ["prepare", "encode", "references", "train_reward"]),
+        ([STATISTICS, "run.num_rounds=0"], ["prepare", "encode", "references"]),
     ],
 )
 def test_the_steps_before_the_rounds(overrides: list[str], steps: list[str]) -> None:

@@ -17,8 +17,8 @@ from dpo4rec_ray.store.outcome import Outcome
 
 ALL = Selection()
 STEPS = [
-    "prepare(0)", "encode(0)", "train_reward(0)", "generate(1)", "score(1)", "pair(1)", "dpo(1)", "encode(1)",
-    "validate(1)", "evaluate(1)",
+    "prepare(0)", "encode(0)", "references(0)", "train_reward(0)", "generate(1)", "score(1)", "pair(1)", "dpo(1)",
+    "encode(1)", "validate(1)", "evaluate(1)",
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_a_changed_key_is_named_with_both_values(store: RunDir, capsys: pytest.C
     assert found["pair(1)"] == "would run: after score(1)"
     assert found["encode(1)"] == "would run: after dpo(1)"
     kept = {step for step, text in found.items() if text == "kept"}
-    assert kept == {"prepare(0)", "encode(0)", "train_reward(0)", "generate(1)"}
+    assert kept == {"prepare(0)", "encode(0)", "references(0)", "train_reward(0)", "generate(1)"}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,26 @@ def test_the_small_llm_is_an_input_of_all_texts(tmp_path: Path, capsys: pytest.C
     assert found["encode(0)"] == found["generate(1)"] == "would run: after bootstrap(0)"
 
 
+def test_what_rerankers_read_makes_counted_texts_and_rerankers_anew(
+    store: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = said(store, capsys, 'reward.reader=["llm"]')
+    assert found["encode(0)"] == "kept"
+    assert found["references(0)"] == 'would run: changed key reward.reader (["statistics"] -> ["llm"])'
+    assert found["train_reward(0)"] == "would run: after references(0)"
+
+
+def test_no_text_is_sampled_for_a_reward_that_does_not_read(store: RunDir) -> None:
+    """Refused before anything of the stage is touched; what is complete is kept all the same."""
+    config, step = load_config("demo"), Selection(only="generate")
+    edit(store, "reward", 0, stats={"shuffle_drop_ci95": [-0.01, 0.02]})
+    made = store.require("generations", 1)
+    with pytest.raises(UserError, match=r"the reward's rerankers do not read: .*\[-0\.0100, 0\.0200\]"):
+        Runner(config, store, step).step("generate", 1)
+    assert store.require("generations", 1) == made
+    Runner(config, store, Selection()).step("generate", 1)
+
+
 def test_no_ray_is_started(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     said(store, capsys, "run.seed=9")
     assert not ray.is_initialized()
@@ -211,7 +231,7 @@ def test_a_run_that_is_not_finished_says_how_far_it_came(store: RunDir) -> None:
     for name, round_id in (("per_list", 0), ("heldout", 1), ("policy", 1), ("pairs", 1), ("users", 0)):
         (store.path(name, round_id) / MANIFEST).unlink()
     done, missing = how_far(store)
-    assert done == ["encode", "train_reward", "generate", "score"]
+    assert done == ["encode", "references", "train_reward", "generate", "score"]
     assert missing == ["prepare", "bootstrap", "pair", "dpo", "validate", "evaluate"]
     with pytest.raises(UserError, match="score done, prepare, bootstrap, pair, "):
         check_came_to("pairs", 1, store.root)

@@ -5,7 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from dpo4rec_ray.core.intervals import paired_bootstrap, proportion_interval, ratio_bootstrap
+from dpo4rec_ray.core.intervals import (
+    clustered_std_error,
+    paired_bootstrap,
+    proportion_interval,
+    ratio_bootstrap,
+)
 
 
 def test_bootstrap_of_equal_values_has_no_width() -> None:
@@ -140,3 +145,34 @@ def test_proportion_interval_by_hand() -> None:
     assert proportion_interval(0.8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-5)
     assert proportion_interval(1.0, 4) == pytest.approx((4 / (4 + 1.959964**2), 1.0))
     assert np.isnan(proportion_interval(0.5, 0)).all()
+
+
+def test_clustered_standard_error_of_single_groups_is_the_usual_one() -> None:
+    values = np.array([1.0, 2.0, 4.0, 5.0])  # deviations -2 -1 1 2: sqrt(10 / 3) / sqrt(4)
+    assert clustered_std_error(values, np.array([7, 1, 5, 3])) == pytest.approx(math.sqrt(10 / 3) / 2)
+
+
+def test_clustered_standard_error_adds_up_what_a_group_shares() -> None:
+    """Deviations of users 1 and 2 add up to 3 and -3: sqrt(2 / 1 (9 + 9)) / 4. If a user's deviations cancel, nothing is left."""
+    values = np.array([1.0, 2.0, 4.0, 5.0])
+    assert clustered_std_error(values, np.array([1, 1, 2, 2])) == pytest.approx(1.5)
+    assert clustered_std_error(values, np.array([1, 2, 2, 1])) == pytest.approx(0.0)
+    assert math.isnan(clustered_std_error(values, np.ones(4)))
+
+
+def test_clustered_standard_error_agrees_with_the_bootstrap() -> None:
+    """Users of 1 to 12 lists, whose lists share half of their variance."""
+    rng = np.random.default_rng(6)
+    groups = np.repeat(np.arange(150), rng.integers(1, 13, 150))
+    values = rng.normal(size=150)[groups] + rng.normal(size=len(groups))
+    interval = paired_bootstrap(values, groups, num_resamples=8000)
+    error = clustered_std_error(values, groups)
+    assert (interval.high - interval.low) / 2 / 1.96 == pytest.approx(error, rel=0.05)
+    assert error > 1.5 * values.std() / math.sqrt(len(values)), "lists of one user are not independent"
+
+
+def test_clustered_standard_error_refuses_what_has_none() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        clustered_std_error(np.array([0.1, np.nan]), np.array([0, 1]))
+    with pytest.raises(ValueError, match="n >= 1"):
+        clustered_std_error(np.array([]), np.array([]))

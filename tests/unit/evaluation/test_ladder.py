@@ -52,6 +52,10 @@ COMPARISONS = [
 ]
 
 
+def gain(value: float, std_error: float) -> dict[str, float]:
+    return {"gain": value, "std_error": std_error}
+
+
 def rungs(**changes: Any) -> dict[str, Any]:
     found = {
         "reward": REWARD,
@@ -83,9 +87,10 @@ def test_the_verdict_is_the_intervals(low: float, high: float, verdict: str) -> 
 
 
 def test_a_single_user_has_no_interval_and_shows_nothing() -> None:
-    nan = float("nan")
-    rung = rungs(reward={"shuffle_drop": 0.1, "shuffle_drop_ci95": [nan, nan]})["shuffle drop"]
-    assert rung["ci95"] is None and rung["verdict"] == NOT_SHOWN
+    """NaN, or null once it was in a manifest."""
+    for none in (float("nan"), None):
+        rung = rungs(reward={"shuffle_drop": 0.1, "shuffle_drop_ci95": [none, none]})["shuffle drop"]
+        assert rung["ci95"] is None and rung["verdict"] == NOT_SHOWN
 
 
 def test_dpo_accuracy_is_set_beside_a_half_and_split_by_kind() -> None:
@@ -121,10 +126,24 @@ def test_rewards_that_tie_and_lists_that_cannot_be_halved() -> None:
 def test_what_is_known_of_the_truth_and_of_an_oracle_comes_first() -> None:
     facet = {"accuracy": 0.5, "chance": 0.25, "corrected": 0.33, "corrected_ci95": [0.2, 0.4]}
     sides = {f"accuracy_by_facet_{side}": {"all": facet, "genre": facet} for side in ("before", "after")}
-    found = rungs(heldout=HELDOUT | sides, reward=REWARD | {"channel": 0.02, "channel_ci95": [-0.01, 0.05]})
+    gains = {"statistics": gain(0.005, 0.001), "random": gain(0.0, 0.001), "oracle": gain(0.02, 0.012)}
+    found = rungs(heldout=HELDOUT | sides, reward=REWARD | {"channel": gains})
     assert list(found)[:4] == ["text accuracy", "fit to later likes", "channel", "shuffle drop"]
     assert found["text accuracy"]["value"] == 0.33 and "genre 0.33 -> 0.33" in found["text accuracy"]["says"]
-    assert found["channel"]["verdict"] == NOT_SHOWN
+    channel = found["channel"]
+    assert channel["value"] == 0.02 and channel["ci95"] == pytest.approx([-0.00352, 0.04352])
+    assert channel["verdict"] == NOT_SHOWN and channel["says"].endswith("others: statistics +0.0050")
+
+
+def test_without_an_oracle_the_channel_is_that_of_counted_texts() -> None:
+    gains = {"vllm": gain(0.001, 0.001), "statistics": gain(0.005, 0.001), "random": gain(0.0, 0.001)}
+    channel = rungs(reward=REWARD | {"channel": gains})["channel"]
+    assert channel["ci95"] == pytest.approx([0.00304, 0.00696]) and channel["verdict"] == HOLDS
+    assert "counted from the history" in channel["says"] and channel["says"].endswith("others: vllm +0.0010")
+    alone = rungs(reward=REWARD | {"channel": {"statistics": gain(0.005, 0.001)}})["channel"]
+    assert alone["says"].endswith("others: none")
+    for nothing in ({}, {"vllm": gain(0.1, 0.01)}):
+        assert "channel" not in rungs(reward=REWARD | {"channel": nothing})
 
 
 def test_the_terminal_says_where_to_look_first() -> None:

@@ -30,17 +30,20 @@ OLD_SETTINGS = {
     "num_heads": 4,
     "num_layers": 2,
 }
+# What came later, as it holds for a reranker that was saved before.
+SINCE = {"knowledge": "input", "regression_rank": 64, "regression_ridge": 1.0, "knowledge_dropout": 0.3}
 
 
 def test_the_file_has_the_keys_it_always_had(small, tmp_path: Path) -> None:
     """No key of the training is saved with the architecture, and an old file loads with its own values."""
-    model = build_reranker(RerankerSection(**OLD_SETTINGS).architecture, small.catalogue.shape, True)
+    section = RerankerSection(**OLD_SETTINGS, **SINCE)
+    model = build_reranker(section.architecture, small.catalogue.shape, True)
     save_reranker(tmp_path, model, {})
     file = tmp_path / "reranker.json"
     card = json.loads(file.read_text(encoding="utf-8"))
-    assert card["settings"] == OLD_SETTINGS
+    assert card["settings"] == OLD_SETTINGS | SINCE
     file.write_text(json.dumps(card | {"settings": OLD_SETTINGS}), encoding="utf-8")
-    assert load_reranker(tmp_path, small.catalogue).architecture.model_dump() == OLD_SETTINGS
+    assert load_reranker(tmp_path, small.catalogue).architecture.model_dump() == OLD_SETTINGS | SINCE
 
 
 @pytest.mark.parametrize(

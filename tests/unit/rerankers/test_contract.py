@@ -1,9 +1,10 @@
 """What every backbone in RERANKERS must do: with both input layers, without knowledge and with every adapter, with
-history and without.
+knowledge in the input layer and behind the backbone, with history and without.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -18,8 +19,12 @@ from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import RERANKERS, Reranker, build_reranker
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
+from dpo4rec_ray.rerankers.branches import BRANCHES
+from dpo4rec_ray.rerankers.card import CARD_FILE
 from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories, RerankBatch
 from dpo4rec_ray.rerankers.fit import fit, load_reranker, save_reranker
+from tests.unit.rerankers.builders import WAYS, with_full_branch
+from tests.unit.rerankers.builders import build as build_for
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,18 @@ class Case:
     adapter: str | None
     history: bool
     input_layer: str = "linear"
+    way: str = "input"
 
     def __str__(self) -> str:
-        return "-".join([self.name, self.input_layer, self.adapter or "plain", *["history"] * self.history])
+        parts = [self.name, self.input_layer, self.adapter or "plain", self.way, *["history"] * self.history]
+        return "-".join(part for part in parts if part != "input")
 
     def model(self, world) -> Reranker:
-        settings = {"adapter": self.adapter or "hea", "input_layer": self.input_layer}
-        return build(self.name, world, self.adapter is not None, **settings)
+        settings = {"adapter": self.adapter or "hea", "input_layer": self.input_layer, "way": self.way}
+        # Dropout would draw other lists in each of the calls that are compared.
+        return with_full_branch(
+            build(self.name, world, self.adapter is not None, knowledge_dropout=0.0, **settings)
+        )
 
     def batch(self, world, item_ids=None, mask=None, rows=slice(6)) -> RerankBatch:
         """The lists `rows` of the world, or other candidates for the same users and histories."""
@@ -62,10 +72,16 @@ CASES = [
     for input_layer in INPUT_LAYERS
     for adapter in (None, *sorted(ADAPTERS))
     for history in ([False, True] if backbone.uses_history else [False])
+] + [
+    Case(name, "hea", history, way=way)
+    for name, backbone in sorted(RERANKERS.items())
+    for way in BRANCHES
+    for history in ([False, True] if backbone.uses_history else [False])
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_backbone = pytest.mark.parametrize("name", sorted(RERANKERS))
 every_input_layer = pytest.mark.parametrize("input_layer", INPUT_LAYERS)
+every_way = pytest.mark.parametrize("way", WAYS)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -218,18 +234,29 @@ def test_save_and_load_give_equal_scores(case, small, tmp_path):
     assert torch.equal(loaded(batch), model(batch))
 
 
+@every_backbone
+def test_a_reranker_that_was_saved_before_there_was_a_choice_reads_in_its_input_layer(name, small, tmp_path):
+    case = Case(name, "hea", False)
+    model, batch = case.model(small), case.batch(small)
+    save_reranker(tmp_path, model, {})
+    card = json.loads((tmp_path / CARD_FILE).read_text())
+    assert card["settings"].pop("knowledge") == "input"
+    (tmp_path / CARD_FILE).write_text(json.dumps(card))
+    assert torch.equal(load_reranker(tmp_path, small.catalogue)(batch), model(batch))
+
+
 def build(name, world, knowledge=True, **settings):
-    architecture = RerankerArchitecture(backbone=name, **settings)
-    return build_reranker(architecture, world.catalogue.shape, knowledge, seed=3).eval()
+    return build_for(name, world.catalogue.shape, knowledge, seed=3, **settings).eval()
 
 
 @every_backbone
 @every_input_layer
-def test_knowledge_is_used_only_when_asked(name, input_layer, small):
+@every_way
+def test_knowledge_is_used_only_when_asked(name, input_layer, way, small):
     with_vectors, without = Case(name, "hea", False).batch(small), Case(name, None, False).batch(small)
-    plain = build(name, small, knowledge=False, input_layer=input_layer)
+    plain = build(name, small, knowledge=False, input_layer=input_layer, way=way)
     assert torch.equal(plain(with_vectors), plain(without))
-    knowing = build(name, small, knowledge=True, input_layer=input_layer)
+    knowing = with_full_branch(build(name, small, knowledge=True, input_layer=input_layer, way=way))
     other = replace(with_vectors, user_vectors=with_vectors.user_vectors.flip(0))
     assert not torch.allclose(knowing(with_vectors), knowing(other))
     with pytest.raises(UserError, match="user_vectors"):
@@ -238,11 +265,14 @@ def test_knowledge_is_used_only_when_asked(name, input_layer, small):
 
 @every_backbone
 @every_input_layer
-def test_similarity_changes_scores_unless_off(name, input_layer, small):
+@every_way
+def test_similarity_changes_scores_unless_off(name, input_layer, way, small):
     batch = Case(name, "hea", False).batch(small)
     changed = replace(batch, similarity=batch.similarity.flip(1))
-    on = build(name, small, input_layer=input_layer)
-    off = build(name, small, similarity=False, input_layer=input_layer)
+    on = with_full_branch(build(name, small, input_layer=input_layer, way=way))
+    off = with_full_branch(build(name, small, similarity=False, input_layer=input_layer, way=way))
+    if way == "regression":
+        off.branch.gates[1] = 0.0  # the fit does not look for another; test_fit_knowledge.py
     assert not torch.allclose(on(batch), on(changed), atol=1e-3)
     assert torch.equal(off(batch), off(changed))
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dpo4rec_ray.config.ranking import FitSection
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.rerankers.fit import fit
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from tests.unit.rerankers.builders import build, make_lists
@@ -92,6 +93,61 @@ def test_patience_counts_epochs_without_a_better_metric(small):
         small, FitSection(epochs=50, batch_size=16, lr=5e-3, patience=2, resample_negatives=False)
     )
     assert len(result.history) == result.best_epoch + 2 < 50
+
+
+def test_one_text_per_user_may_have_an_axis_of_its_own(small):
+    expected, one = trained(small)
+    found, two = trained(replace(small, user_vectors=small.user_vectors[:, None]))
+    assert one.best_value == two.best_value
+    assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
+
+
+def test_training_lists_read_any_text_of_their_user_and_validation_lists_the_first(small, monkeypatch):
+    noise = np.random.default_rng(0).normal(size=(len(small.user_vectors), 2, 48))
+    vectors = np.concatenate([small.user_vectors[:, None], noise], axis=1).astype(np.float32)
+    read, batch = [], Catalogue.batch
+
+    def noted(self, item_ids, mask, user_vectors, user_rows, histories):
+        read.append(user_rows)
+        return batch(self, item_ids, mask, user_vectors, user_rows, histories)
+
+    monkeypatch.setattr(Catalogue, "batch", noted)
+    model, result = trained(replace(small, user_vectors=vectors))
+    rows = torch.cat(read).view(3, -1)  # of three epochs
+    owners = small.train.user_rows.sort().values
+    assert all(torch.equal((own // 3).sort().values, owners) for own in rows)
+    shares = torch.stack([torch.bincount(own % 3, minlength=3) for own in rows]) / len(small.train)
+    assert (
+        shares.min() > 0.18 and shares.max() < 0.49
+    )  # a third of about 100 lists, within three standard errors
+    assert not torch.equal(rows[0].sort().values, rows[1].sort().values), "each epoch draws anew"
+    monkeypatch.undo()
+    assert valid_ndcg(model, small) == pytest.approx(result.best_value, abs=1e-9)
+
+
+def test_dropout_trains_a_branch_on_some_lists_without_their_texts(small, monkeypatch):
+    """Anew in every epoch; they read a row of zeros. Validation lists keep their texts."""
+    read, batch = [], Catalogue.batch
+
+    def noted(self, item_ids, mask, user_vectors, user_rows, histories):
+        read.append((user_vectors[user_rows] == 0).all(dim=1))
+        return batch(self, item_ids, mask, user_vectors, user_rows, histories)
+
+    monkeypatch.setattr(Catalogue, "batch", noted)
+    shares = {}
+    for way, dropout in (("residual", 0.0), ("residual", 0.4), ("input", 0.4)):
+        read.clear()
+        model, result = trained(small, way=way, knowledge_dropout=dropout)
+        shares[way, dropout] = torch.cat(read).view(3, -1).float().mean(dim=1)
+        assert valid_ndcg(model, small) == pytest.approx(result.best_value, abs=1e-9)
+    assert shares["residual", 0.0].max() == shares["input", 0.4].max() == 0
+    assert (shares["residual", 0.4] - 0.4).abs().max() < 0.15  # three standard errors of about 100 lists
+    assert len(shares["residual", 0.4].unique()) > 1
+
+
+def test_a_branch_with_dropout_depends_on_the_seed_alone(small):
+    first, second = (trained(small, way="residual", knowledge_dropout=0.4)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.usefixtures("one_process")

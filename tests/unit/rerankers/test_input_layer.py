@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpo4rec_ray.rerankers.base import ListEmbedding
-from tests.unit.rerankers.builders import build
+from tests.unit.rerankers.builders import build, inputs_of
 
 
 def layer_of(world, **settings) -> ListEmbedding:
@@ -34,7 +34,7 @@ def concatenations(layer: ListEmbedding, world) -> tuple[Tensor, Tensor]:
             features = [layer.item_embedding.weight[item], *facets, item_vector, user_vector]
             candidates.append(torch.cat([*features, batch.similarity[b, place][None]]))
         lists.append(torch.stack(candidates))
-    return layer(batch)[0], torch.stack(lists)
+    return inputs_of(layer, batch), torch.stack(lists)
 
 
 def test_linear_is_one_map_of_the_concatenation(small):

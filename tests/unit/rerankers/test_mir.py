@@ -11,7 +11,7 @@ from dpo4rec_ray.core.losses import pointwise_bce
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers.base import ListHistory
 from dpo4rec_ray.rerankers.catalogue import Catalogue, Histories
-from tests.unit.rerankers.builders import build
+from tests.unit.rerankers.builders import build, inputs_of
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_rank_takes_what_a_scorer_has_gathered(lists, small):
     expected = model(batch(Histories(seen, None, stars)))
     items = torch.arange(small.catalogue.shape.num_items)
     table = model.embedding.item_side(items, small.catalogue.attribute_ids, small.catalogue.item_vectors)
-    found = model.rank(model.embedding(batch())[0], None, ListHistory(table[seen], None, stars))
+    found = model.rank(inputs_of(model.embedding, batch()), None, ListHistory(table[seen], None, stars))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers import RERANKERS, scorer
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from tests.unit.rerankers.builders import build
+from tests.unit.rerankers.builders import WAYS, build, with_full_branch
 
 every_backbone = pytest.mark.parametrize("name", sorted(RERANKERS))
 
@@ -22,11 +22,11 @@ def reference(model, world, ids, mask, rows):
 
 
 @every_backbone
-@pytest.mark.parametrize("knowledge", [False, True])
-def test_equals_forward_over_chunks(name, knowledge, small, monkeypatch):
+@pytest.mark.parametrize(("knowledge", "way"), [(False, "input"), *((True, way) for way in WAYS)])
+def test_equals_forward_over_chunks(name, knowledge, way, small, monkeypatch):
     monkeypatch.setattr(scorer, "PLACES_PER_CHUNK", 70)  # 7 lists: several chunks and a short last one
     monkeypatch.setattr(scorer, "USERS_PER_CHUNK", 3)
-    model = build(name, small.catalogue.shape, knowledge)
+    model = with_full_branch(build(name, small.catalogue.shape, knowledge, way=way))
     lists = small.train
     mask = torch.rand(lists.mask.shape, generator=torch.Generator().manual_seed(0)) < 0.7
     for chosen in (None, mask):
@@ -62,7 +62,12 @@ def test_read_only_arrays_are_taken_without_a_warning(small):
 
 
 def test_mean_over_models(small):
-    models = [build("prm", small.catalogue.shape, knowledge, seed=s) for s, knowledge in enumerate((1, 1, 0))]
+    """With and without knowledge, and of each way that it may enter."""
+    models = [
+        with_full_branch(build("prm", small.catalogue.shape, True, way=way, seed=s))
+        for s, way in enumerate(WAYS)
+    ]
+    models.append(build("prm", small.catalogue.shape, False, seed=9))
     lists = small.train
     arguments = (lists.item_ids, lists.mask, small.user_vectors, lists.user_rows)
     each = [ListScorer([model], small.catalogue).score(*arguments) for model in models]

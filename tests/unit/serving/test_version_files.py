@@ -198,6 +198,10 @@ def test_publishing_refuses_what_is_not_there(registry: Registry, served_run: Ru
         publish(config, served_run, registry.folder("v1"), "v1")
     with pytest.raises(UserError, match="prm-statistics-seed1"):  # names those that are there
         publish(config, served_run, registry.folder("new"), "new", "prm-oracle-seed0")
+    with pytest.raises(
+        UserError, match="texts of 'random-texts', and only those of this run's rounds 0 to 0"
+    ):
+        publish(config, served_run, registry.folder("new"), "new", "prm-random-texts-seed0")
     with pytest.raises(UserError):
         publish(config, RunDir(tmp_path), registry.folder("new"), "new")
     assert not registry.folder("new").exists()

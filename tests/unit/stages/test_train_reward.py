@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from dpo4rec_ray.config import default_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers.fit import ListData
-from dpo4rec_ray.stages.train_reward import another_user, without_fold
+from dpo4rec_ray.stages.train_reward import another_user, check_reads, without_fold
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
 
 
 def test_a_fold_is_neither_trained_on_nor_chosen_by() -> None:
@@ -28,3 +32,33 @@ def test_nobody_keeps_the_own_vector(seed: int) -> None:
     assert sorted(other[users]) == users.tolist()
     rest = np.setdiff1d(np.arange(12), users)
     assert (other[rest] == rest).all()
+
+
+def measured(folder: Path, ci95: list[float]) -> RunDir:
+    """A run whose reward's rerankers lose this much with another user's text."""
+    store = RunDir(folder)
+    store.start("reward")
+    store.finish(Manifest("reward", "", 1, stats={"shuffle_drop_ci95": ci95}))
+    return store
+
+
+def test_rerankers_that_read_let_the_run_go_on(tmp_path: Path) -> None:
+    check_reads(default_config([]), measured(tmp_path, [0.001, 0.02]))
+
+
+@pytest.mark.parametrize(
+    ("ci95", "words"),
+    [
+        ([-0.001, 0.02], r"95 % interval \[-0\.0010, 0\.0200\]"),
+        ([0.0, 0.0], r"95 % interval \[0\.0000, 0\.0000\]"),
+        ([float("nan"), float("nan")], "95 % interval unknown"),
+    ],
+)
+def test_rerankers_that_do_not_read_stop_the_run_before_an_llm_is_trained(
+    tmp_path: Path, ci95: list[float], words: str
+) -> None:
+    store = measured(tmp_path, ci95)
+    with pytest.raises(UserError, match=rf"do not read: .*{words}.*reward\.must_read = false"):
+        check_reads(default_config([]), store)
+    check_reads(default_config(["reward.must_read=false"]), store)
+    check_reads(default_config(["llm.source=statistics"]), store)  # nothing is trained on the rewards

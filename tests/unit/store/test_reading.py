@@ -6,9 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dpo4rec_ray.config import default_config
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store import artifacts
-from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.store.reading import read_vectors
+from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_part
+from dpo4rec_ray.store.reading import knowledge_vectors, read_all_vectors, read_vectors, reader_vectors
 from dpo4rec_ray.store.user_rows import UserRows, users_per_shard
 
 SPLITS = np.array(["train", "valid", "test"])
@@ -85,3 +87,96 @@ def test_vectors_of_the_first_texts(tmp_path: Path) -> None:
     for place, subject in enumerate(("item", "user")):
         ids, vectors = read_vectors(store, 0, subject)
         assert ids.tolist() == list(range(8)) and vectors.tolist() == [[place, i, 0] for i in range(8)]
+
+
+Texts = list[tuple[str, int, int, list[float]]]  # subject, user, sample, vector
+
+
+def write_vectors(store: RunDir, artifact: str, texts: Texts) -> None:
+    """The rows in an arbitrary order, in two parts."""
+    store.start(artifact)
+    shuffled = [texts[place] for place in np.random.default_rng(0).permutation(len(texts))]
+    for part, some in enumerate((shuffled[::2], shuffled[1::2])):
+        columns = {
+            "round": [0] * len(some),
+            "subject": [subject for subject, *_ in some],
+            "subject_id": [user for _, user, *_ in some],
+            "sample_id": [sample for _, _, sample, _ in some],
+            "text": [""] * len(some),
+            "vector": [vector for *_, vector in some],
+        }
+        write_part(
+            store.path(artifact), "knowledge", pa.table(columns), part
+        )  # as the stages do: one schema for both
+    store.finish(Manifest(artifact, "", len(texts)))
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> RunDir:
+    """Four users. In `knowledge` everybody has two texts of an LLM, (10 + user, sample). In `references` user 0 has three
+    statistical ones, (user, sample), users 1 and 3 have one, user 2 has none; user 3 has an oracle's."""
+    store = RunDir(tmp_path)
+    store.start("users")
+    store.finish(Manifest("users", "", 4))
+    own: Texts = [("user", user, sample, [10.0 + user, sample]) for user in range(4) for sample in range(2)]
+    write_vectors(store, "knowledge", [*own, ("item", 0, 0, [99.0, 0.0])])
+    some = [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0)]
+    texts: Texts = [("statistics", user, sample, [float(user), float(sample)]) for user, sample in some]
+    write_vectors(store, "references", [*texts, ("oracle", 3, 0, [7.0, 7.0])])
+    return store
+
+
+def test_all_texts_of_all_users(counted: RunDir) -> None:
+    """Who has fewer texts has them again, who has none has zeros."""
+    found = read_all_vectors(counted, "statistics")
+    assert found.dtype == np.float32 and found.tolist() == [
+        [[0, 0], [0, 1], [0, 2]],
+        [[1, 0], [1, 0], [1, 0]],
+        [[0, 0], [0, 0], [0, 0]],
+        [[3, 0], [3, 0], [3, 0]],
+    ]
+    assert read_all_vectors(counted, "user")[2].tolist() == [[12, 0], [12, 1]]
+    assert read_all_vectors(counted, "oracle").tolist() == [[[0, 0]]] * 3 + [[[7, 7]]]
+
+
+def test_texts_that_are_not_there_say_what_to_run(counted: RunDir) -> None:
+    write_vectors(counted, "references", [("oracle", 3, 0, [7.0, 7.0])])
+    with pytest.raises(UserError, match=r"no texts of 'statistics'.*--from references"):
+        read_all_vectors(counted, "statistics")
+    write_vectors(counted, "knowledge", [("item", 0, 0, [1.0])])
+    with pytest.raises(UserError, match=r"no texts of 'user'.*--from encode"):
+        read_all_vectors(counted, "user")
+
+
+def test_a_reader_sees_the_texts_that_the_recipe_names(counted: RunDir) -> None:
+    def read(reader: str, source: str = "vllm") -> np.ndarray:
+        return reader_vectors(default_config([f"reward.reader={reader}", f"llm.source={source}"]), counted)
+
+    assert read('["llm"]').tolist() == read_all_vectors(counted, "user").tolist()
+    assert read('["statistics"]').tolist() == read_all_vectors(counted, "statistics").tolist()
+    both = read('["statistics", "llm"]')
+    assert both.shape == (4, 5, 2) and both[0].tolist() == [[0, 0], [0, 1], [0, 2], [10, 0], [10, 1]]
+    assert read('["llm", "statistics"]')[0, 0].tolist() == [10, 0], "the first one is ranked with"
+    assert read('["statistics"]', "statistics").tolist() == read('["llm"]').tolist(), "they are the run's own"
+
+
+def test_vectors_that_a_system_ranks_with(counted: RunDir) -> None:
+    config = default_config([])
+    assert knowledge_vectors(config, counted, 0).tolist() == [[10, 0], [11, 0], [12, 0], [13, 0]]
+    assert knowledge_vectors(config, counted, "statistics").tolist() == [[0, 0], [1, 0], [0, 0], [3, 0]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_texts_are_another_users(counted: RunDir, seed: int) -> None:
+    """Everybody's vector is used once, by somebody else, and the same by the same run seed."""
+    num_users = 9
+    counted.finish(Manifest("users", "", num_users))
+    write_vectors(
+        counted, "references", [("statistics", user, 0, [float(user)]) for user in range(num_users)]
+    )
+    config = default_config([f"run.seed={seed}"])
+    found = knowledge_vectors(config, counted, "random")[:, 0].astype(int).tolist()
+    assert sorted(found) == list(range(num_users))
+    assert not any(user == other for user, other in enumerate(found))
+    assert knowledge_vectors(config, counted, "random")[:, 0].astype(int).tolist() == found
+    assert knowledge_vectors(default_config(["run.seed=99"]), counted, "random")[:, 0].tolist() != found
