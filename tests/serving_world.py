@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from starlette.testclient import TestClient
     from starlette.types import ASGIApp
 
+    from dpo4rec_ray.rerankers.fit import ListData
     from dpo4rec_ray.serving.registry import Registry
     from dpo4rec_ray.store.artifacts import RunDir
 
@@ -58,19 +59,13 @@ Api = Callable[..., "TestClient"]
 @pytest.fixture(scope="session")
 def served_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two backbones with and without knowledge, two seeds each."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     from dpo4rec_ray.store.artifacts import RunDir
 
     done = run_job(tmp_path_factory.mktemp("served"), DEMO, *SETTINGS)
     assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
     store = RunDir(done.folder)
-    for fit in store.path("per_list").glob("rerankers/prm-statistics-*"):
-        # So few validation users show no gain, and texts that change no score would hide mistakes of serving.
-        weights = load_file(fit / "model.safetensors")
-        weights["branch.gates"].copy_(torch.tensor([0.5, 0.3]))
-        save_file(weights, fit / "model.safetensors")
+    for seed in (0, 1):
+        open_branch(store, f"prm-statistics-seed{seed}")
     return store
 
 
@@ -188,6 +183,12 @@ def requests_of(store: RunDir) -> list[dict[str, Any]]:
 
 def offline_scores(store: RunDir, model: str) -> list[np.ndarray]:
     """What the evaluate stage computes for every test list with a fit that it saved: [n] logits per list."""
+    scores, lists = _scored(store, model)
+    return [row[real] for row, real in zip(scores, lists.mask.numpy(), strict=True)]
+
+
+def _scored(store: RunDir, model: str) -> tuple[np.ndarray, ListData]:
+    """Scores [n, L] of the test lists, and the lists."""
     from dpo4rec_ray.rerankers.fit import load_reranker
     from dpo4rec_ray.rerankers.scorer import ListScorer
     from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors
@@ -198,4 +199,27 @@ def offline_scores(store: RunDir, model: str) -> list[np.ndarray]:
     scores = ListScorer([fitted], catalogue).score(
         lists.item_ids, lists.mask, vectors, lists.user_rows, lists.histories
     )
-    return [row[real] for row, real in zip(scores, lists.mask.numpy(), strict=True)]
+    return scores, lists
+
+
+def open_branch(store: RunDir, model: str) -> None:
+    """Let the texts of a fit count, as if validation had shown their gain, and measure it again for its card.
+
+    A dozen validation users show none, and texts that change no score would hide mistakes of serving.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from dpo4rec_ray.core.metrics import list_metrics
+    from dpo4rec_ray.evaluation.systems import HEADLINE
+    from dpo4rec_ray.rerankers.card import CARD_FILE, read_card
+    from dpo4rec_ray.store.artifacts import write_json
+
+    folder = store.path("per_list") / "rerankers" / model
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"branch.gates": torch.tensor([0.5, 0.3])}, folder / "model.safetensors")
+    scores, lists = _scored(store, model)
+    measured = list_metrics(scores, lists.labels.numpy(), HEADLINE, lists.mask.numpy())
+    card = read_card(folder)
+    card["info"]["metrics"] |= {f"test {name}": float(values.mean()) for name, values in measured.items()}
+    write_json(folder / CARD_FILE, card)

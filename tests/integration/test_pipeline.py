@@ -61,7 +61,8 @@ def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
     ].keys()
     names = [rung["name"] for rung in one["ladder"]]
     assert names[:2] == ["text accuracy", "fit to later likes"] and "reading gain" in names
-    assert names[-1] == "test users, PRM against base-llm"
+    against = ("backbone", "base-llm", "random-texts", "statistics")
+    assert sorted(names[-4:]) == [f"test users, PRM against {other}" for other in against]
     assert {"reward", "reading", "others_reward", "reading_ndcg", "fit_above"} <= one["figures"].keys()
     assert summary["best_round"] == int(one["choice"]["kept"])
     assert summary["peak_rss_mb"] > 500
