@@ -50,6 +50,7 @@ MODELS = {
     "v3": "prm-backbone-seed0",
     "mir": "mir-statistics-seed0",
 }
+OPENED = ("prm-statistics-seed0", "prm-statistics-seed1")  # their branch counts: `open_branch`
 MAX_BODY = 4 * 2**20
 END = "end of command: "
 
@@ -64,8 +65,8 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     done = run_job(tmp_path_factory.mktemp("served"), DEMO, *SETTINGS)
     assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
     store = RunDir(done.folder)
-    for seed in (0, 1):
-        open_branch(store, f"prm-statistics-seed{seed}")
+    for model in OPENED:
+        open_branch(store, model)
     return store
 
 

@@ -284,7 +284,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def user(num_events: int, profile: str = "") -> dict[str, object]:
     """A row of `users` with the last `num_events` items but item 7 as history."""
     items = [item for item in range(NUM_ITEMS) if item != 7][-num_events:] if num_events else []
-    return {"profile": profile, "history_item_ids": items, "history_ratings": [4.0] * num_events}
+    history = {"history_item_ids": items, "history_ratings": [4.0] * num_events}
+    return {"user_id": num_events, "profile": profile, **history}
 
 
 def test_a_long_history_is_shortened_to_the_token(
@@ -325,7 +326,7 @@ def test_a_long_history_is_shortened_to_the_token(
     assert found[0].num_left_out == found[1].num_left_out == 0
 
     # an absurd title is cut, and costs its user neither the events before it nor those after
-    absurd = {"profile": "", "history_item_ids": [5, 7, 9], "history_ratings": [4.0] * 3}
+    absurd = user(3) | {"history_item_ids": [5, 7, 9]}
     [one] = texts.users([absurd], [6], [1])
     assert (one.reason, len(one.samples)) == ("", 1)
     prompt = tokenizer.decode(one.prompt_token_ids)

@@ -17,13 +17,14 @@ from dpo4rec_ray.config import read_config
 from dpo4rec_ray.core.keys import string_key, string_keys
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.systems import HEADLINE
+from dpo4rec_ray.rerankers.card import read_card as read_reranker_card
 from dpo4rec_ray.serving.publish import publish
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.version_check import load_version
 from dpo4rec_ray.serving.version_files import UNKNOWN, KeyIndex, VersionFiles, read_card
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import read_vectors
-from tests.serving_world import MODELS
+from tests.serving_world import MODELS, OPENED
 
 ARRAYS = [
     "item_vectors.npy",
@@ -88,6 +89,10 @@ def test_a_version_holds_what_the_run_does(published: Registry, served_run: RunD
         np.testing.assert_array_equal(version.item_vectors, read_vectors(served_run, 0, "item")[1])
     else:
         assert version.item_vectors is None
+    fit = read_reranker_card(served_run.path("per_list") / "rerankers" / MODELS[name])["info"]["metrics"]
+    assert version.card.metrics == {name: fit[f"test {name}"] for name in HEADLINE}
+    if MODELS[name] in OPENED:
+        return
     summary = json.loads((served_run.root / "summary.json").read_text(encoding="utf-8"))
     backbone, system, seed = MODELS[name].split("-")
     (metrics,) = [
