@@ -175,7 +175,7 @@ def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratc
     scheduler = None
     if plan.scheduler == "asha":
         scheduler = ASHAScheduler(
-            max_t=total + 1,  # the last report is of the finished fit
+            max_t=total,
             grace_period=grace(total),
             reduction_factor=REDUCTION_FACTOR,
         )
@@ -244,14 +244,17 @@ def _fit_one(
     number = itertools.count(1)
     state = {"epoch": 0, "best_valid": -math.inf, "best_epoch": 0, "finished": False, "failure": ""}
 
-    def report(**change: Any) -> None:
-        state.update(change)
+    def report() -> None:
         tune.report(state | {"seconds": time.perf_counter() - began})
 
     def on_epoch(record: dict[str, Any]) -> None:
         epoch, valid = next(number), record["valid"]
-        is_best = valid > state["best_valid"]
-        report(epoch=epoch, **({"best_valid": valid, "best_epoch": epoch} if is_best else {}))
+        # The last epoch waits for what texts add behind the fitted backbone: the scheduler ends a trial at its last report.
+        if epoch > 1:
+            report()
+        state.update(
+            epoch=epoch, **({"best_valid": valid, "best_epoch": epoch} if valid > state["best_valid"] else {})
+        )
 
     try:
         found = fit_reranker(
@@ -267,10 +270,10 @@ def _fit_one(
         )
     except ValueError as error:
         # Usually a training that diverged. Reported and not raised, because Tune would start a new process for the next trial.
-        report(failure=" ".join(str(error).split()))
+        state.update(failure=" ".join(str(error).split()))
     else:
-        # What texts add behind a fitted backbone is known only now.
-        report(finished=True, best_valid=found.result.best_value)
+        state.update(finished=True, best_valid=found.result.best_value)
+    report()
 
 
 class _ProgressCallback(tune.Callback):
