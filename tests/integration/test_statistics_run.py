@@ -25,7 +25,7 @@ STATISTICS = [
     "reward.num_workers=2",  # Ray Train; the demo trains its folds as tasks
     "generate.num_engines=1",
 ]
-STEPS = ["prepare", "encode", "train_reward", "generate", "score", "pair"]
+STEPS = ["prepare", "encode", "references", "train_reward", "generate", "score", "pair"]
 NUM_SAMPLES = 3
 
 
