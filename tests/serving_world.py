@@ -188,23 +188,23 @@ def offline_scores(store: RunDir, model: str) -> list[np.ndarray]:
     return [row[real] for row, real in zip(scores, lists.mask.numpy(), strict=True)]
 
 
-def _scored(store: RunDir, model: str) -> tuple[np.ndarray, ListData]:
-    """Scores [n, L] of the test lists, and the lists."""
+def _scored(store: RunDir, model: str, round_id: int = 0) -> tuple[np.ndarray, ListData]:
+    """Scores [n, L] of the test lists with the texts of a round, and the lists."""
     from dpo4rec_ray.rerankers.fit import load_reranker
     from dpo4rec_ray.rerankers.scorer import ListScorer
     from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors
 
     catalogue, lists = read_catalogue(store), read_list_data(store, "test")
     fitted = load_reranker(store.path("per_list") / "rerankers" / model, catalogue)
-    vectors = read_vectors(store, 0, "user")[1] if fitted.knowledge else None
+    vectors = read_vectors(store, round_id, "user")[1] if fitted.knowledge else None
     scores = ListScorer([fitted], catalogue).score(
         lists.item_ids, lists.mask, vectors, lists.user_rows, lists.histories
     )
     return scores, lists
 
 
-def open_branch(store: RunDir, model: str) -> None:
-    """Let the texts of a fit count, as if validation had shown their gain, and measure it again for its card.
+def open_branch(store: RunDir, model: str, round_id: int = 0) -> None:
+    """Let the texts of a round count in their fit, as if validation had shown their gain, and measure it again for its card.
 
     A dozen validation users show none, and texts that change no score would hide mistakes of serving.
     """
@@ -219,7 +219,7 @@ def open_branch(store: RunDir, model: str) -> None:
     folder = store.path("per_list") / "rerankers" / model
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"branch.gates": torch.tensor([0.5, 0.3])}, folder / "model.safetensors")
-    scores, lists = _scored(store, model)
+    scores, lists = _scored(store, model, round_id)
     measured = list_metrics(scores, lists.labels.numpy(), HEADLINE, lists.mask.numpy())
     card = read_card(folder)
     card["info"]["metrics"] |= {f"test {name}": float(values.mean()) for name, values in measured.items()}

@@ -29,6 +29,7 @@ from dpo4rec_ray.serving.writer import JobPrompts
 from dpo4rec_ray.serving.writer_setup import read_setup
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import ROOT, Finished
+from tests.serving_world import open_branch
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
@@ -42,6 +43,8 @@ def llm_registry(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) -
     """Versions of a run whose texts an LLM wrote. The run itself is removed."""
     store = RunDir(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("run") / "run"))
     found = Registry(tmp_path_factory.mktemp("registry"))
+    for round_id, name in enumerate(("v1", "v2")):
+        open_branch(store, MODELS[name], round_id)
     for name, model in MODELS.items():
         publish(read_config(store.root), store, found.folder(name), name, model)
     # One round of a tiny run changes few texts.

@@ -54,8 +54,11 @@ def test_generate_killed(tmp_path: Path) -> None:
     again = run_job(tmp_path, *RECIPE)
     assert again.code == 0, again.stderr
     assert "users kept from an interrupted run" in again.stdout
-    skipped = {stage["stage"]: stage["skipped"] for stage in again.summary["stages"][:4]}
-    assert skipped == {"prepare": True, "encode": True, "train_reward": True, "generate": False}
+    skipped = {stage["stage"]: stage["skipped"] for stage in again.summary["stages"][:5]}
+    assert skipped == {
+        **dict.fromkeys(("prepare", "encode", "references", "train_reward"), True),
+        "generate": False,
+    }
     for name, stamp in done_before.items():
         assert (generations / name).stat().st_mtime_ns == stamp, f"{name} was written again"
     store = RunDir(again.folder)
