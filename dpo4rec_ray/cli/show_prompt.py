@@ -94,10 +94,7 @@ def _show_messages(config: Config, store: RunDir, user: dict[str, Any], shown: l
     from dpo4rec_ray.knowledge.prompts import messages
     from dpo4rec_ray.texts.text_source import catalogue
 
-    as_json = config.generate.format == "json"
-    prompts = CataloguePrompts(
-        catalogue(store), (), config.prompt, as_json=as_json, like_at=config.like_at, examples=shown
-    )
+    prompts = CataloguePrompts.of_recipe(config, catalogue(store), shown)
     question = prompts.user(user["profile"], user["history_item_ids"], user["history_ratings"])
     for turn in messages(prompts.asked(question, user["user_id"])):
         print(f"----- {turn['role']}\n{turn['content']}")
@@ -118,15 +115,7 @@ def _show_tokens(config: Config, store: RunDir, user: dict[str, Any], shown: lis
             f'{store.path("base_llm")}: llm.path = "bootstrap" trains the LLM first; run the recipe with --only bootstrap'
         )
     items, tokenizer = catalogue(store), load_tokenizer(base_llm_path(config, store))
-    prompts = TokenizedPrompts(
-        tokenizer,
-        items,
-        config.llm,
-        config.prompt,
-        config.generate,
-        like_at=config.like_at,
-        examples=shown,
-    )
+    prompts = TokenizedPrompts.of_recipe(config, tokenizer, items, shown)
     item_ids, ratings = user["history_item_ids"], user["history_ratings"]
     token_ids, left_out = prompts.user(user["profile"], item_ids, ratings, user["user_id"])
     question = prompts.catalogue.user(user["profile"], item_ids, ratings, left_out)

@@ -28,11 +28,6 @@ class Fit(NamedTuple):
     own: FloatArray
     others: FloatArray
 
-    @property
-    def above_average(self) -> FloatArray:
-        """own minus others: the fit that is left when what fits everybody is taken away."""
-        return self.own - self.others
-
 
 def value_shares(
     likes: Iterable[Collection[int]], values: Sequence[Collection[int]]

@@ -28,6 +28,8 @@ from dpo4rec_ray.knowledge.wording import LIKES, wording_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dpo4rec_ray.config import Config
+
 # An example's events: enough to show what an answer is made of, few enough to leave room for the user's own.
 EXAMPLE_EVENTS = 4
 NOBODY = -1  # the id of a user whom the run does not know
@@ -73,6 +75,14 @@ class CataloguePrompts:
         counts = Counter(value for row in self._attributes or () for value in dict.fromkeys(row))
         self._shares = {value: count / len(items) for value, count in counts.items()} if typical else None
         self._examples = [(one.user_id, self._example(one)) for one in examples]
+
+    @classmethod
+    def of_recipe(
+        cls, config: Config, items: pa.Table, examples: Sequence[ExampleUser] = ()
+    ) -> CataloguePrompts:
+        """The chat prompts of a recipe, for an endpoint whose tokenizer is not known; arguments as in `__init__`."""
+        as_json = config.generate.format == "json"
+        return cls(items, (), config.prompt, as_json=as_json, like_at=config.like_at, examples=examples)
 
     def user(self, profile: str, item_ids: Sequence[int], ratings: Sequence[float], skip: int = 0) -> str:
         """The question about one user with this knowledge history, without its `skip` oldest events.
@@ -154,6 +164,18 @@ class TokenizedPrompts:
             like_at=like_at,
             examples=examples,
         )
+
+    @classmethod
+    def of_recipe(
+        cls,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        items: pa.Table,
+        examples: Sequence[ExampleUser] = (),
+    ) -> TokenizedPrompts:
+        """The prompts of a recipe for its LLM; arguments as in `__init__`."""
+        sections = config.llm, config.prompt, config.generate
+        return cls(tokenizer, items, *sections, like_at=config.like_at, examples=examples)
 
     def user(
         self, profile: str, item_ids: Sequence[int], ratings: Sequence[float], user_id: int = NOBODY

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dpo4rec_ray.knowledge.completions import Answer, Completion
-from dpo4rec_ray.knowledge.prompts import clean_text
+from dpo4rec_ray.knowledge.prompts import clean_text, likes
 
 STATISTICS_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
 MAX_VALUES = 5  # attribute values named
@@ -60,13 +60,13 @@ def statistical_text(
         events = list(range(len(titles)))[::-1]
     else:
         events = sorted(range(len(titles)), key=lambda i: (-ratings[i], -i))
-    liked = [i for i in events if like_at is None or ratings[i] >= like_at]
+    liked = [i for i in events if likes(ratings[i], like_at)]
     if not liked:
         return f"This user liked none of these: {_listed([titles[i] for i in events])}."
     counts = Counter(attribute for i in liked for attribute in dict.fromkeys(attributes[i]))
     top = [f"{_cut(name.partition(': ')[2])} ({count})" for name, count in counts.most_common(MAX_VALUES)]
-    likes = f"This user likes {', '.join(top)}. " if top else ""
-    return f"{likes}Liked: {_listed([titles[i] for i in liked])}."
+    opening = f"This user likes {', '.join(top)}. " if top else ""
+    return f"{opening}Liked: {_listed([titles[i] for i in liked])}."
 
 
 def typical_values(

@@ -95,7 +95,7 @@ def fit(
             f"fit needs lists: {len(train)} for training, {len(valid)} for validation; check the split"
         )
     parse_metric(section.metric)
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    bare = unwrapped(model)
     distributed = bare is not model
     device = next(bare.parameters()).device
     for lists in (train, valid):
@@ -116,9 +116,8 @@ def fit(
         vectors = vectors.view(-1, vectors.shape[-1])
         used, valid_rows = torch.unique(valid.user_rows, return_inverse=True)
         valid_vectors = vectors[used.to(device) * num_texts]
-        vectors = torch.cat(
-            [vectors, torch.zeros_like(vectors[:1])]
-        )  # of a list that is trained without its text
+        # One row more: the zeros of a list that is trained without its text.
+        vectors = torch.cat([vectors, torch.zeros_like(vectors[:1])])
     dropout = 0.0 if bare.branch is None else bare.architecture.knowledge_dropout
     valid_labels, valid_mask = valid.labels.cpu().numpy(), valid.mask.cpu().numpy()
 
@@ -200,11 +199,16 @@ def fit(
     return FitResult(history, best_epoch, best_value)
 
 
+def unwrapped(model: Reranker | DistributedDataParallel) -> Reranker:
+    """The reranker itself, where several ranks train it together."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def save_reranker(
     folder: str | Path, model: Reranker | DistributedDataParallel, info: dict[str, Any]
 ) -> None:
     """Write model.safetensors, reranker.json (architecture, catalogue shape and `info`, a JSON object) and a model card."""
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    bare = unwrapped(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(

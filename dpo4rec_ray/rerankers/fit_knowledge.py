@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
 from dpo4rec_ray.core.intervals import clustered_std_error
@@ -21,7 +20,7 @@ from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.base import Reranker
 from dpo4rec_ray.rerankers.branches import TextRegression
 from dpo4rec_ray.rerankers.catalogue import Catalogue, dot_places, tensor_of
-from dpo4rec_ray.rerankers.fit import FitResult, ListData, fit
+from dpo4rec_ray.rerankers.fit import FitResult, ListData, fit, unwrapped
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.rerankers.text_regression import text_regression
 
@@ -91,7 +90,7 @@ def fit_reranker(
         result = fit(
             model, catalogue, train.select(share), valid, user_vectors, section, seed=seed, on_epoch=on_epoch
         )
-        return KnowledgeFit(_bare(model), result, None)
+        return KnowledgeFit(unwrapped(model), result, None)
     if backbone is None:
         fitted = fit_reranker(
             architecture,
@@ -110,26 +109,27 @@ def fit_reranker(
         result = FitResult([], 0, 0.0)
     model = build_reranker(architecture, catalogue.shape, True, seed=seed)
     model.load_state_dict(backbone.state_dict(), strict=False)
-    assert model.branch is not None
+    branch = model.branch
+    assert branch is not None
     for name, weight in model.named_parameters():
         weight.requires_grad_(name.startswith("branch."))
     vectors = tensor_of(user_vectors).float()
     if vectors.ndim == 2:
         vectors = vectors.unsqueeze(1)
     without = _scores(backbone, catalogue, valid, None)
-    if isinstance(model.branch, TextRegression):
+    if isinstance(branch, TextRegression):
         model = model.to(next(backbone.parameters()).device)
-        _fit_regression(model.branch, catalogue, train, valid, vectors, architecture, section, without)
+        _fit_regression(branch, catalogue, train, valid, vectors, architecture, section, without)
     else:
         placed = place(model)
         found = fit(
             placed, catalogue, train.select(share), valid, vectors, section, seed=seed, on_epoch=on_epoch
         )
-        model = _bare(placed)
+        model = unwrapped(placed)
         result = replace(found, history=[*result.history, *found.history])
     gain = _gain(model, catalogue, valid, vectors[:, 0], without, section.metric)
-    if not gain.kept and model.branch is not None:
-        model.branch.erase()
+    if not gain.kept:
+        branch.erase()
     value = gain.with_texts if gain.kept else gain.without
     return KnowledgeFit(model.eval(), replace(result, best_value=value), gain)
 
@@ -203,7 +203,3 @@ def _spread_within_lists(scores: np.ndarray, mask: np.ndarray) -> float:
     """Mean over lists of the standard deviation of the real candidates' scores."""
     values = np.where(mask, scores, np.nan)
     return float(np.nanmean(np.nanstd(values, axis=1)))
-
-
-def _bare(model: Reranker | DistributedDataParallel) -> Reranker:
-    return model.module if isinstance(model, DistributedDataParallel) else model

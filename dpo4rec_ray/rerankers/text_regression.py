@@ -73,9 +73,8 @@ def text_regression(
         return None
     rotated = directions.t() @ cross
     b = rotated / (eigenvalues.clamp(min=0) + ridge).unsqueeze(1)  # B in the basis `directions`
-    predictions = (
-        eigenvalues.clamp(min=0).sqrt().unsqueeze(1) * b
-    )  # has the singular vectors of the fitted values
+    # Not the fitted values, but they have the same singular vectors.
+    predictions = eigenvalues.clamp(min=0).sqrt().unsqueeze(1) * b
     strengths, left = torch.linalg.eigh(predictions @ predictions.t())
     strengths, left = strengths[-rank:].clamp(min=1e-12), left[:, -rank:]
     factors = predictions.t() @ left / strengths.sqrt()  # [num_items, rank], orthonormal columns

@@ -110,28 +110,6 @@ class SampleScorer:
                     std_error[part, place] = _std_errors(values, sample, rows, user)
         return SampleRewards(self._metrics, reward, half_a, half_b, std_error, num_lists)
 
-    def worth_to_others(
-        self,
-        user_ids: np.ndarray,
-        vectors: np.ndarray,
-        num_others: int,
-        seed: int,
-        *,
-        metrics: Sequence[str] | None = None,
-        num_redraws: int = 1,
-        lists_per_other: int = LISTS_PER_OTHER,
-    ) -> np.ndarray:
-        """`rewards_of_others` without halves and errors: [S, len(metrics)], NaN for a user without any other."""
-        return self.rewards_of_others(
-            user_ids,
-            vectors,
-            num_others,
-            seed,
-            metrics=metrics,
-            num_redraws=num_redraws,
-            lists_per_other=lists_per_other,
-        ).reward
-
     def rewards_of_others(
         self,
         user_ids: np.ndarray,

@@ -44,15 +44,7 @@ class JobPrompts:
     def __init__(self, setup: WriterSetup, items: pa.Table):
         """items: items.arrow of the version."""
         config, tokenizer = setup.config, load_tokenizer(setup.engine.weights.model)
-        self._prompts = TokenizedPrompts(
-            tokenizer,
-            items,
-            config.llm,
-            config.prompt,
-            config.generate,
-            like_at=config.like_at,
-            examples=setup.examples,
-        )
+        self._prompts = TokenizedPrompts.of_recipe(config, tokenizer, items, setup.examples)
         self._max_events = config.data.max_history
 
     def token_ids(self, job: TextJob) -> list[int]:

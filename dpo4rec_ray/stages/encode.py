@@ -44,9 +44,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         say(f"  encode: {already} users kept from an interrupted run")
     stats["this_run"] = {}
     if writers:
-        encoders = encoder_pool(
-            config, VectorWriter, folder=str(folder), round_id=round_id, subject="user", first_part=0
-        )
+        encoders = encoder_pool(config, VectorWriter, folder=str(folder), round_id=round_id)
         stats["this_run"] = stream_texts("encode", "users", todo, [writers, encoders], num_users, already)
     rows, counts = knowledge_counts(folder)
     _say(counts)
@@ -97,9 +95,7 @@ def _encode_items(
             samples_per_shard=DESCRIBED_PER_SHARD,
             first_part=first_part,
         )
-    encoders = encoder_pool(
-        config, VectorWriter, folder=str(folder), round_id=0, subject="item", first_part=first_part
-    )
+    encoders = encoder_pool(config, VectorWriter, folder=str(folder), round_id=0, first_part=first_part)
     already = num_items - sum(high - low for _, low, high in todo)
     return stream_texts("encode items", "items", todo, [writers, encoders], num_items, already)
 

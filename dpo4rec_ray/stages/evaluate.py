@@ -63,8 +63,7 @@ def system_name(config: Config, texts: int | str | None) -> str:
 
 def all_texts(config: Config, last_round: int) -> list[int | str | None]:
     """What the systems rank with, in the order of their parts: nothing, the references, the rounds."""
-    own = "statistics" if config.llm.source == "statistics" else ""
-    references = [name for name in config.evaluate.references if name != own]
+    references = [name for name in config.evaluate.references if name != config.llm.source]
     return [None, *references, *range(last_round + 1)]
 
 
@@ -133,19 +132,17 @@ def _fit_and_measure(
     # The same seed for every system, as systems are compared list by list.
     seed_number = seed_of(config.run.seed, "evaluate", seed)
     section = config.reranker.of(backbone)
-    metrics, device = (
-        MetricsFile(store.path("per_list"), 0),
-        "cuda" if config.evaluate.gpus_per_task else "cpu",
-    )
+    metrics = MetricsFile(store.path("per_list"), 0)
+    device = "cuda" if config.evaluate.gpus_per_task else "cpu"
+    rerankers = store.path("per_list") / "rerankers"
 
-    def fitted(one: int | str | None, plain: Reranker | None) -> KnowledgeFit:
-        name = _fit_name(config, backbone, one, seed)
+    def fitted(name: str, vectors: np.ndarray | None, plain: Reranker | None) -> KnowledgeFit:
         return fit_reranker(
             section.architecture,
             catalogue,
             train,
             valid,
-            None if one is None else knowledge_vectors(config, store, one),
+            vectors,
             section.fit,
             seed=seed_number,
             backbone=plain,
@@ -153,18 +150,21 @@ def _fit_and_measure(
             on_epoch=lambda record: metrics.write({"model": name, **record}),
         )
 
-    backbones: dict[None, KnowledgeFit] = {}
     plain: Reranker | None = None
-    if None in wanted or section.knowledge != "input":
-        saved = store.path("per_list") / "rerankers" / _fit_name(config, backbone, None, seed)
-        if None not in wanted and (saved / WEIGHTS_FILE).is_file():  # by an interrupted run
-            plain = load_reranker(saved, catalogue).to(device)
+    without = _fit_name(config, backbone, None, seed)
+    if None not in wanted and section.knowledge != "input":
+        if (rerankers / without / WEIGHTS_FILE).is_file():  # by an interrupted run
+            plain = load_reranker(rerankers / without, catalogue).to(device)
         else:
-            backbones[None] = fitted(None, None)
-            plain = backbones[None].model
-    for one in wanted:
-        found = backbones[None] if one is None else fitted(one, plain)
+            plain = fitted(without, None, None).model
+    for one in sorted(
+        wanted, key=lambda texts: texts is not None
+    ):  # the backbone first: the others stand on it
+        name = _fit_name(config, backbone, one, seed)
         vectors = None if one is None else knowledge_vectors(config, store, one)
+        found = fitted(name, vectors, plain)
+        if one is None:
+            plain = found.model
         scores = ListScorer([found.model], catalogue).score(
             test.item_ids, test.mask, vectors, test.user_rows, test.histories
         )
@@ -186,9 +186,7 @@ def _fit_and_measure(
             "fit": {**section.fit.model_dump(), "seed": seed_number},
             **training_facts(config, store),
         }
-        save_reranker(
-            store.path("per_list") / "rerankers" / _fit_name(config, backbone, one, seed), found.model, info
-        )
+        save_reranker(rerankers / name, found.model, info)
         store.write("per_list", measured, part=_part(config, texts, backbone, one, seed))
 
 

@@ -27,9 +27,8 @@ from dpo4rec_ray.store.reading import read_vectors
 from dpo4rec_ray.store.schemas import SCHEMAS
 
 SPLITS = ("train", "valid")
-MAX_CANDIDATES = (
-    4096  # users of a split whose best texts are held in memory, to be rejected under other users' prompts
-)
+# Users of a split whose best texts are held in memory, to be rejected under other users' prompts.
+MAX_CANDIDATES = 4096
 _ORDER = [("user_id", "ascending"), ("sample_id", "ascending")]
 PairRow = dict[str, Any]  # a row of the artifact `pairs`
 

@@ -24,21 +24,18 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     done = resume_parts(folder, store.fingerprint)
     ranges = shard_ranges(store.require("users").rows, USERS_PER_SHARD)
     shards = [CountedShard(subject, low, high) for subject in config.counted_texts for low, high in ranges]
-    todo = [(number, 0, shard.high - shard.low) for number, shard in enumerate(shards) if number not in done]
+    all_shards = [(number, 0, shard.high - shard.low) for number, shard in enumerate(shards)]
+    todo = [one for one in all_shards if one[0] not in done]
+    total, left = (sum(high for *_, high in some) for some in (all_shards, todo))
     if todo:
         writers = Pool(
             CountedTexts, {"config": config, "store": store, "shards": shards}, size=1, num_cpus=0.1
         )
-        encoders = encoder_pool(
-            config, VectorWriter, folder=str(folder), round_id=0, subject="statistics", first_part=0
-        )
-        total = sum(shard.high - shard.low for shard in shards)
-        stream_texts(
-            "references", "users", todo, [writers, encoders], total, total - sum(high for *_, high in todo)
-        )
+        encoders = encoder_pool(config, VectorWriter, folder=str(folder), round_id=0)
+        stream_texts("references", "users", todo, [writers, encoders], total, total - left)
     rows, counts = knowledge_counts(folder)
     return Outcome(
-        rows_in=sum(shard.high - shard.low for shard in shards),
+        rows_in=total,
         rows_out=rows,
         stats={"texts": {subject: counts[subject]["users"] for subject in config.counted_texts}},
     )

@@ -27,6 +27,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import sample_scorer, vectors_of
 from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
+from dpo4rec_ray.store.user_rows import liked_items
 from dpo4rec_ray.texts.vectors import open_encoder
 from dpo4rec_ray.workers.tasks import in_worker
 
@@ -93,16 +94,12 @@ def _open_measure(config: Config, store: RunDir) -> HeldoutMeasure:
     users = store.read("users", split="valid", columns=["user_id", "history_item_ids"])
     lists = store.read("lists", split="valid", columns=["user_id", "candidate_item_ids", "labels"])
     lists = lists.filter(pc.is_in(lists["user_id"], users["user_id"].combine_chunks()))
-    likes: dict[int, list[int]] = {}
-    for row in lists.to_pylist():
-        shown = zip(row["candidate_item_ids"], row["labels"], strict=True)
-        likes.setdefault(row["user_id"], []).extend(item for item, label in shown if label > 0)
     return HeldoutMeasure(
         sample_scorer(config, store, [config.reward.metric, YARDSTICK]),
         items["title"].to_pylist(),
         items["attributes"].to_pylist(),
         dict(zip(users["user_id"].to_pylist(), users["history_item_ids"].to_pylist(), strict=True)),
-        likes,
+        liked_items(lists),
         seed_of(config.run.seed, "others"),
     )
 

@@ -14,18 +14,24 @@ EVALUATED_AT = (1, 3, 5, 10)
 
 # Figures of a validation user's texts, each before and after a round (evaluation/heldout_texts.py); means over the user's texts.
 HELDOUT_FIGURES = (
-    *("reward", "ndcg"),  # of the user's own texts; ndcg: NDCG@5 of the lists as drawn
-    *(
-        "others_reward",
-        "others_ndcg",
-    ),  # of other users' texts on this user's lists; NaN where there is no other user
-    *(
-        "fit",
-        "fit_others",
-    ),  # named values beside this user's and all others' later likes; NaN where nothing is named
-    "values",  # attribute values named
-    *("titles_history", "titles_catalogue", "titles_invented"),  # titles named
-    *("distinct_texts", "common_opening"),  # shares of the user's texts
+    # of the user's own texts; ndcg: NDCG@5 of the lists as drawn
+    "reward",
+    "ndcg",
+    # of other users' texts on this user's lists; NaN where there is no other user
+    "others_reward",
+    "others_ndcg",
+    # named values beside this user's and all others' later likes; NaN where nothing is named
+    "fit",
+    "fit_others",
+    # attribute values named
+    "values",
+    # titles named
+    "titles_history",
+    "titles_catalogue",
+    "titles_invented",
+    # shares of the user's texts
+    "distinct_texts",
+    "common_opening",
     "words",
 )
 

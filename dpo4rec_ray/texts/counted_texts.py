@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.knowledge.statistics import StatisticsGenerator
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.user_rows import liked_items
 from dpo4rec_ray.texts.text_source import catalogue
 from dpo4rec_ray.workers.shards import Row
 
@@ -38,17 +36,18 @@ class CountedTexts:
         self._statistics = StatisticsGenerator(
             items["title"].to_pylist(),
             items["attributes"].to_pylist(),
-            config.data.positive_rating if config.prompt.ratings else None,
+            config.like_at,
         )
 
     def __call__(self, row: Row) -> Row:
         config, shard = self._config, self._shards[int(row["shard"])]
         columns = ["user_id", "split", "history_item_ids", "history_ratings"]
-        users = (
-            self._store.read("users", columns=columns).slice(shard.low, shard.high - shard.low).to_pylist()
-        )
+        own = [("user_id", ">=", shard.low), ("user_id", "<", shard.high)]
+        users = self._store.read("users", where=own, columns=columns).sort_by("user_id").to_pylist()
         if shard.subject == ORACLE:
-            users = _with_later_likes(self._store, users, config.data.positive_rating)
+            wanted = ["user_id", "candidate_item_ids", "labels"]
+            lists = self._store.read("lists", split=("train", "valid"), where=own, columns=wanted)
+            users = _with_later_likes(users, liked_items(lists), config.data.positive_rating)
         answers = self._statistics.generate(
             [user["history_item_ids"] for user in users],
             [user["history_ratings"] for user in users],
@@ -57,23 +56,20 @@ class CountedTexts:
             [config.reward.reader_texts if user["split"] == "train" else 1 for user in users],
             whole_first=True,
         )
-        columns = {"subject_ids": [], "sample_ids": [], "texts": []}
+        found: dict[str, list[Any]] = {"subject_ids": [], "sample_ids": [], "texts": []}
         for user, answer in zip(users, answers, strict=True):
-            columns["subject_ids"] += [user["user_id"]] * len(answer.samples)
-            columns["sample_ids"] += range(len(answer.samples))
-            columns["texts"] += [sample.text for sample in answer.samples]
-        return {"shard": row["shard"], "subject": shard.subject, **columns, "totals": {"users": len(users)}}
+            found["subject_ids"] += [user["user_id"]] * len(answer.samples)
+            found["sample_ids"] += range(len(answer.samples))
+            found["texts"] += [sample.text for sample in answer.samples]
+        return {"shard": row["shard"], "subject": shard.subject, **found, "totals": {"users": len(users)}}
 
 
-def _with_later_likes(store: RunDir, users: list[dict[str, Any]], like_at: float) -> list[dict[str, Any]]:
+def _with_later_likes(
+    users: list[dict[str, Any]], liked: dict[int, list[int]], like_at: float
+) -> list[dict[str, Any]]:
     """Users with the items that they like in their training and validation lists as their history; others are left out."""
-    lists = store.read("lists", split=("train", "valid"), columns=["user_id", "candidate_item_ids", "labels"])
-    liked: dict[int, dict[int, None]] = {user["user_id"]: {} for user in users}
-    for row in lists.filter(pc.is_in(lists["user_id"], pa.array(list(liked), pa.int64()))).to_pylist():
-        pairs = zip(row["candidate_item_ids"], row["labels"], strict=True)
-        liked[row["user_id"]].update({item: None for item, label in pairs if label > 0})
     return [
         {**user, "history_item_ids": list(own), "history_ratings": [like_at] * len(own)}
         for user in users
-        if (own := liked.get(user["user_id"]))
+        if (own := dict.fromkeys(liked.get(user["user_id"], ())))
     ]

@@ -76,14 +76,7 @@ class EndpointTexts(TextWriter):
         )
 
     def __init__(self, config: Config, store: RunDir, *, key: ApiKey, examples: Sequence[ExampleUser] = ()):
-        self._prompts = CataloguePrompts(
-            catalogue(store),
-            (),
-            config.prompt,
-            as_json=config.generate.format == "json",
-            like_at=config.like_at,
-            examples=examples,
-        )
+        self._prompts = CataloguePrompts.of_recipe(config, catalogue(store), examples)
         schema = json_schema(config.prompt, config.generate)
         self._endpoint = Endpoint(config.openai, config.generate.of_policy(0), key, schema)
 

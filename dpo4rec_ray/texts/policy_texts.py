@@ -58,15 +58,7 @@ def open_policy(
     engines: Sequence[Any] = (),
 ) -> PolicyTexts:
     """Take one of `engines` (actors of `KeptEngine`); if there are none, start one here with a watchdog beside it."""
-    prompts = TokenizedPrompts(
-        load_tokenizer(tokenizer),
-        catalogue(store),
-        config.llm,
-        config.prompt,
-        config.generate,
-        like_at=config.like_at,
-        examples=examples,
-    )
+    prompts = TokenizedPrompts.of_recipe(config, load_tokenizer(tokenizer), catalogue(store), examples)
     if engines:
         import ray
 

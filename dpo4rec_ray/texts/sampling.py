@@ -89,7 +89,12 @@ class TextSampler(UserSampler):
             columns["texts"] += own + [""] * (count - len(own))
             columns["subject_ids"] += [user_id] * count
             columns["sample_ids"] += range(count)
-        return {"shard": shard, **columns, "totals": {**found.totals, **self.writer.engine_row()}}
+        return {
+            "shard": shard,
+            "subject": "user",
+            **columns,
+            "totals": {**found.totals, **self.writer.engine_row()},
+        }
 
 
 class ItemSampler:
@@ -107,6 +112,7 @@ class ItemSampler:
         found = self._writer.write(self._first_part + int(row["shard"]), rows, seeds, [1] * len(rows))
         return {
             "shard": row["shard"],
+            "subject": "item",
             "subject_ids": found.ids,
             "sample_ids": [0] * len(rows),
             "texts": [

@@ -29,6 +29,7 @@ class ItemTexts:
         items = self._store.read("items").slice(low, high - low).to_pylist()
         return {
             "shard": row["shard"],
+            "subject": "item",
             "subject_ids": [item["item_id"] for item in items],
             "sample_ids": [0] * len(items),
             "texts": [item_text(item["title"], item["attributes"]) for item in items],
@@ -48,13 +49,13 @@ def open_encoder(section: EncoderSection) -> TextEncoder:
 class VectorWriter:
     """Encodes a shard's texts and commits them as one part of `knowledge`."""
 
-    def __init__(self, encoder: EncoderSection, folder: str, round_id: int, subject: str, first_part: int):
-        """subject: of the texts, unless a row names another; first_part: number of the part that shard 0 becomes."""
+    def __init__(self, encoder: EncoderSection, folder: str, round_id: int, first_part: int = 0):
+        """first_part: number of the part that shard 0 becomes. A row names the subject of its texts (texts.accounts)."""
         self._encoder = open_encoder(encoder)
-        self._folder, self._round, self._subject, self._first_part = folder, round_id, subject, first_part
+        self._folder, self._round, self._first_part = folder, round_id, first_part
 
     def __call__(self, row: Row) -> Row:
-        texts, subject = list(row["texts"]), str(row.get("subject", self._subject))
+        texts, subject = list(row["texts"]), str(row["subject"])
         vectors = self._encoder.encode(texts)
         table = pa.table(
             {

@@ -24,18 +24,19 @@ def test_fit_by_hand() -> None:
     found = fit_to_later_likes([[{0, 1}, {2}, set()], [{2}], [set()]], shares)
     assert found.own == pytest.approx([0.375, 1.0, np.nan], nan_ok=True)
     assert found.others == pytest.approx([0.4375, 0.25, np.nan], nan_ok=True)
-    assert found.above_average[:2] == pytest.approx([-0.0625, 0.75])
+    assert (found.own - found.others)[:2] == pytest.approx([-0.0625, 0.75])
 
 
 def test_texts_that_name_what_everybody_likes_fit_no_better_than_chance() -> None:
     shares = value_shares([[0]] * 4, VALUES)
-    assert fit_to_later_likes([[{0}]] * 4, shares).above_average == pytest.approx(np.zeros(4))
+    found = fit_to_later_likes([[{0}]] * 4, shares)
+    assert found.own - found.others == pytest.approx(np.zeros(4))
 
 
 def test_users_without_likes_have_no_fit_and_are_nobodys_others() -> None:
     shares = value_shares([[0], [], [2]], VALUES)
     found = fit_to_later_likes([[{0}], [{0}], [{2}]], shares)
-    assert found.above_average == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
+    assert found.own - found.others == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
     assert np.isnan(fit_to_later_likes([[{0}], [{0}]], shares[:2]).own).all()
     with pytest.raises(ValueError, match="2 users with texts, 3"):
         fit_to_later_likes([[], []], shares)

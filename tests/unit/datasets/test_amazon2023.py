@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from test_amazon2018 import as_lines, check_mangled, mangled, read, reasons, write_gz
 
 from dpo4rec_ray.datasets import amazon2023
 from dpo4rec_ray.datasets.files import plan_splits, read_blocks
@@ -21,6 +20,7 @@ from dpo4rec_ray.datasets.parsing import (
 )
 from dpo4rec_ray.datasets.source import EVENTS, ITEMS
 from dpo4rec_ray.errors import UserError
+from tests.unit.datasets.test_amazon2018 import as_lines, check_mangled, mangled, read, reasons, write_gz
 
 HEADER = b"user_id,parent_asin,rating,timestamp\n"
 

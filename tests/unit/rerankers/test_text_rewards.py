@@ -190,7 +190,7 @@ def test_halves_split_every_users_lists_evenly() -> None:
     assert set(sizes.tolist()) == {4}
 
 
-def test_worth_to_others_by_hand() -> None:
+def test_rewards_of_others_by_hand() -> None:
     """Sample A ranks items 5..0 from the top, B the other way round; rewards as in `test_rewards_by_hand`.
 
     User 2's texts are tried on the list of user 5, (0*, 1, 2): A .5, B 1. User 5's on the two lists of user 2: A
@@ -202,7 +202,7 @@ def test_worth_to_others_by_hand() -> None:
     )
     up, down = np.arange(6.0), -np.arange(6.0)
     users = np.array([2, 2, 5, 5, 7])
-    found = scorer.worth_to_others(users, np.stack([up, down, up, down, up]), 12, seed=0)
+    found = scorer.rewards_of_others(users, np.stack([up, down, up, down, up]), 12, seed=0).reward
     on_two = [(1 / np.log2(3) + 1) / 2, (1 / np.log2(3) + 0.5) / 2]
     np.testing.assert_allclose(found[:, 0], [0.5, 1.0, *on_two, (on_two[0] + 0.5) / 2])
 
@@ -239,19 +239,19 @@ def test_others_are_of_the_same_fold_and_split_and_the_same_for_all_samples() ->
         splits=splits,
     )
     vectors = np.random.default_rng(0).normal(size=(4, 13))
-    scorer.worth_to_others(np.array([2, 2, 2, 8]), vectors, 2, seed=5)
+    scorer.rewards_of_others(np.array([2, 2, 2, 8]), vectors, 2, seed=5)
     assert watched.met[0] == watched.met[1] == watched.met[2]
     assert len(watched.met[0]) == 2 and set(watched.met[0]) < {0, 4, 6}
     assert watched.met[3] == [10]
     assert watched.num_lists == (3 * 2 + 1) * text_rewards.LISTS_PER_OTHER
     met = [watched.met[0]]
     for seed in range(12):
-        scorer.worth_to_others(np.array([2]), vectors[:1], 2, seed=seed)
+        scorer.rewards_of_others(np.array([2]), vectors[:1], 2, seed=seed)
         met.append(watched.met[0])
     assert {tuple(one) for one in met} == {(0, 4), (0, 6), (4, 6)}, (
         "every pair of the three is drawn by some seed"
     )
-    scorer.worth_to_others(np.array([2]), vectors[:1], 2, seed=5)
+    scorer.rewards_of_others(np.array([2]), vectors[:1], 2, seed=5)
     assert watched.met[0] == met[0], "the others depend on the user and the seed alone"
 
 
@@ -265,10 +265,10 @@ def test_nobody_else_is_no_worth() -> None:
         num_redraws=0,
         seed=0,
     )
-    assert np.isnan(scorer.worth_to_others(np.array([0]), np.ones((1, 2)), 3, seed=0)).all()
+    assert np.isnan(scorer.rewards_of_others(np.array([0]), np.ones((1, 2)), 3, seed=0).reward).all()
 
 
-def test_worth_to_others_is_the_same_in_any_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_of_others_are_the_same_in_any_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the plain rewards of the other users' own lists, with every redraw and every list; in one call and in many."""
     rng = np.random.default_rng(3)
     users = np.repeat([0, 1, 2], 2)
@@ -290,10 +290,10 @@ def test_worth_to_others_is_the_same_in_any_calls(monkeypatch: pytest.MonkeyPatc
         found = scorer.rewards(np.array(others), np.stack([vectors[row]] * 2))
         expected[row] = found.reward.mean(axis=0)
     everything = {"num_redraws": 3, "lists_per_other": 9}
-    np.testing.assert_allclose(scorer.worth_to_others(users, vectors, 5, 0, **everything), expected)
+    np.testing.assert_allclose(scorer.rewards_of_others(users, vectors, 5, 0, **everything).reward, expected)
     monkeypatch.setattr(text_rewards, "PLACES_PER_CALL", 9)
-    np.testing.assert_allclose(scorer.worth_to_others(users, vectors, 5, 0, **everything), expected)
-    one = scorer.worth_to_others(users, vectors, 5, 0, metrics=[YARDSTICK], lists_per_other=9)
+    np.testing.assert_allclose(scorer.rewards_of_others(users, vectors, 5, 0, **everything).reward, expected)
+    one = scorer.rewards_of_others(users, vectors, 5, 0, metrics=[YARDSTICK], lists_per_other=9).reward
     np.testing.assert_allclose(one[:, 0], expected[:, 1], err_msg="the yardstick is on the lists as drawn")
 
 
