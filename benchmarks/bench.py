@@ -1,4 +1,4 @@
-"""Measure a stage against its peer in the same run: python benchmarks/bench.py prepare|score|generate|dpo|serve|channel [--help].
+"""Measure a stage against its peer in the same run: python benchmarks/bench.py STAGE [--help]; STAGES lists them.
 
 Prints Markdown tables and writes the results as JSON.
 """
@@ -17,6 +17,7 @@ STAGES = {
     "generate": "samples per second, against vLLM and transformers alone",
     "dpo": "pairs per second and first steps, against TRL's DPOTrainer",
     "channel": "what texts add to a backbone, by encoder, way and adapter, against the backbone",
+    "ablation": "one round of DPO by reader, reward and pairs, judged by the same rerankers",
     "serve": "requests per second, against a no-op deployment and bare FastAPI",
 }
 

@@ -39,6 +39,7 @@ READINGS = ("whole", "pieces")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument("--backbones", default="", help="default: the run's reranker.kind")
     parser.add_argument("--encoders", default="", help="of encoder.path; default: the run's")
     parser.add_argument("--readings", default=",".join(READINGS))
     parser.add_argument("--ways", default=",".join(WAYS))

@@ -47,8 +47,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
 def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
     """The rows of `heldout` and their figures; in a process of its own."""
-    measure = _open_measure(config, store)
-    sides = {"before": _texts_before(config, store, round_id), "after": _texts_after(store, round_id)}
+    measure = open_measure(config, store)
+    sides = {"before": texts_before(config, store, round_id), "after": texts_after(store, round_id)}
     users, figures = measure.figures(sides)
     if not len(users):
         raise UserError(
@@ -88,7 +88,7 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     return table, stats
 
 
-def _open_measure(config: Config, store: RunDir) -> HeldoutMeasure:
+def open_measure(config: Config, store: RunDir) -> HeldoutMeasure:
     """What is known of the catalogue and of the validation users: their histories, and later likes from their own lists."""
     items = store.read("items", columns=["title", "attributes"])  # in item id order
     users = store.read("users", split="valid", columns=["user_id", "history_item_ids"])
@@ -108,7 +108,7 @@ def _valid_users(store: RunDir) -> pa.Array:
     return store.read("users", split="valid", columns=["user_id"])["user_id"].combine_chunks()
 
 
-def _texts_before(config: Config, store: RunDir, round_id: int) -> UserTexts:
+def texts_before(config: Config, store: RunDir, round_id: int) -> UserTexts:
     """The samples of `generations`. Their vectors are not kept, so they are encoded once more."""
     table = store.read("generations", round_id, columns=["user_id", "sample_id", "text"])
     table = table.filter(pc.is_in(table["user_id"], _valid_users(store)))
@@ -117,7 +117,7 @@ def _texts_before(config: Config, store: RunDir, round_id: int) -> UserTexts:
     return UserTexts(table["user_id"].to_numpy(), texts, open_encoder(config.encoder).encode(texts))
 
 
-def _texts_after(store: RunDir, round_id: int) -> UserTexts:
+def texts_after(store: RunDir, round_id: int) -> UserTexts:
     """The samples of `knowledge`. Users without all their texts have none before (generate leaves them out), nor after."""
     failed = store.failed("knowledge", round_id)["subject_id"].to_numpy()  # after round 0 there are no items
     valid = pa.array(np.setdiff1d(_valid_users(store).to_numpy(), failed))

@@ -1,0 +1,135 @@
+"""What teaches an LLM to read: one run's texts and rewards, DPO with other settings, all judged by the same rerankers.
+
+python benchmarks/bench.py ablation RUN, where RUN is the folder of a complete run of one round. Each cell is a copy of RUN
+beside it, in which the stages that its keys touch run again (`dpo4rec run`); a cell that is complete is kept. Then the reward
+rerankers of RUN, and no cell's own, score every cell's texts of the held-out users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import numpy as np
+import tomli_w
+from harness import Row
+
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.load import read_config
+from dpo4rec_ray.core.intervals import Interval, paired_bootstrap
+from dpo4rec_ray.evaluation.heldout_texts import Figures, change_of, with_derived
+from dpo4rec_ray.stages.validate import open_measure, texts_after, texts_before
+from dpo4rec_ray.store.artifacts import RunDir
+
+# Reader x reward x pairs, one factor at a time from the first cell on. Keys replace those of RUN.
+PLAIN = ("pair.rule=best_vs_worst", "pair.pairs_per_user=1", "pair.others_share=0")
+CELLS: dict[str, tuple[str, ...]] = {
+    "best-worst": PLAIN,
+    "others": (*PLAIN, "pair.others_share=0.5"),
+    "many": (*PLAIN, "pair.rule=top_vs_bottom", "pair.pairs_per_user=3"),
+    "personal": (*PLAIN, "reward.personal=12"),
+    "personal-others": (*PLAIN, "reward.personal=12", "pair.others_share=0.5"),
+    "reader-llm": (*PLAIN, 'reward.reader=["llm"]', "reward.must_read=false"),
+    "reader-both": (*PLAIN, 'reward.reader=["statistics", "llm"]', "reward.must_read=false"),
+}
+SHARED = (
+    "data",
+    "references",
+    "reward",
+    "rounds",
+)  # folders of RUN; of its round 1 all but what every cell makes anew
+OWN = ("pairs", "policy", "heldout", "knowledge")
+SHOWN = ("reward", "reading", "reading_ndcg", "others_reward", "others_ndcg", "ndcg", "fit_above")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument("--cells", default=",".join(CELLS), help=f"of {', '.join(CELLS)}")
+    parser.add_argument(
+        "--cell", nargs="+", action="append", default=[], metavar="NAME KEY=VALUE", help="further cells"
+    )
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    base = RunDir(options.run_folder)
+    cells = {name: CELLS[name] for name in filter(None, options.cells.split(","))}
+    cells |= {name: tuple(changes) for name, *changes in options.cell}
+    config = read_config(base.root)
+    stores = {name: made(base, config, name, changes) for name, changes in cells.items()}
+    measure = open_measure(config, base)
+    sides = {"before": texts_before(config, base, 1)}
+    sides |= {name: texts_after(store, 1) for name, store in stores.items()}
+    users, figures = measure.figures(sides)
+    before = figures.pop("before")
+    first = next(iter(figures))
+    found: list[Row] = []
+    for name, after in figures.items():
+        changes = change_of(before, after)
+        row = {"cell": name, "keys": cells[name], "users": len(users), **training(stores[name])}
+        row |= {figure: shown(changes[figure].change) for figure in SHOWN}
+        row |= {
+            f"{figure}_level": round(changes[figure].after.mean, 4) for figure in (*SHOWN, "values", "words")
+        }
+        row["reading_against_first"] = shown(against(after, figures[first], users))
+        found.append(harness.note(row))
+    harness.print_table(
+        found,
+        "cell {cell} | pairs {pairs} | accuracy own {accuracy_own:.3f} | others {accuracy_other:.3f} | reward {reward} | "
+        "reading gain {reading} | in NDCG@5 {reading_ndcg} | style {others_reward} | in NDCG@5 {others_ndcg} | "
+        "NDCG@5 {ndcg} | values {values_level} | reading gain against the first {reading_against_first}",
+    )
+    harness.write_results(folder / f"ablation-{base.root.name}.json", found)
+    return 0
+
+
+def made(base: RunDir, config: Config, name: str, changes: tuple[str, ...]) -> RunDir:
+    """The run of one cell, beside RUN."""
+    folder = base.root.with_name(f"{base.root.name}-{name}")
+    if not folder.exists():
+        copied(base.root, folder)
+    recipe = folder.with_suffix(".toml")
+    own = {"run": {**config.run.model_dump(mode="json"), "name": folder.name, "root": str(folder.parent)}}
+    recipe.write_bytes(tomli_w.dumps(config.model_dump(mode="json") | own).encode())
+    program = [sys.executable, "-m", "dpo4rec_ray", "run", str(recipe), *changes]
+    subprocess.run(program, check=True, env=harness.environment())
+    return RunDir(folder)
+
+
+def copied(source: Path, target: Path) -> None:
+    """Copy what the cells share. A half-made copy has another name."""
+
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        inside = Path(folder).relative_to(source).parts
+        if not inside:
+            return [one for one in names if one not in SHARED]
+        return list(OWN) if inside == ("rounds", "01") else []
+
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=ignored)
+    partial.rename(target)
+
+
+def training(store: RunDir) -> Row:
+    """What DPO came to on the held-out pairs."""
+    stats = store.require("policy", 1).stats
+    counts = store.require("pairs", 1).stats
+    named = {
+        name: stats[f"heldout_{name}"]
+        for name in ("accuracy_own", "accuracy_other")
+        if f"heldout_{name}" in stats
+    }
+    return {"pairs": counts["pairs"], "by_kind": counts["pairs_by_kind"], **named}
+
+
+def against(cell: Figures, first: Figures, users: np.ndarray) -> Interval:
+    difference = with_derived(cell)["reading"] - with_derived(first)["reading"]
+    return paired_bootstrap(difference, users)
+
+
+def shown(interval: Interval) -> str:
+    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
