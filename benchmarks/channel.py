@@ -8,6 +8,8 @@ same backbone without texts, and is measured where its epoch and gates were chos
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import re
 import time
@@ -39,7 +41,7 @@ READINGS = ("whole", "pieces")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN")
-    parser.add_argument("--backbones", default="", help="default: the run's reranker.kind")
+    parser.add_argument("--backbones", default="", help="default: the run's reranker.backbone")
     parser.add_argument("--encoders", default="", help="of encoder.path; default: the run's")
     parser.add_argument("--readings", default=",".join(READINGS))
     parser.add_argument("--ways", default=",".join(WAYS))
@@ -54,37 +56,31 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     torch.set_num_threads(1)
     store = RunDir(options.run_folder)
     config = Config.model_validate(json.loads((store.root / "config.json").read_text(encoding="utf-8")))
+    backbones = options.backbones.split(",") if options.backbones else [config.reranker.backbone]
+    encoders = options.encoders.split(",") if options.encoders else [config.encoder.path]
     found: list[Row] = []
-    for path in filter(None, options.encoders.split(",") if options.encoders else [config.encoder.path]):
+    for path in encoders:
         encoder = TextEncoder(EncoderSection(path=path, max_tokens=config.encoder.max_tokens))
         bench = Bench(config, store, encoder, options.items == "attributes")
-        for seed in range(options.seeds):
-            plain = bench.fit(None, "regression", seed, None)[0]
-            for kind in options.kinds.split(","):
-                for reading in options.readings.split(","):
-                    vectors = bench.vectors(kind, reading)
-                    if vectors is None:
-                        continue
-                    for way in options.ways.split(","):
-                        began = time.perf_counter()
-                        model, kept = bench.fit(vectors, way, seed, plain)
-                        row = bench.compared(plain, model, vectors)
-                        found.append(
-                            {
-                                "encoder": Path(path).name,
-                                "texts": kind,
-                                "read": reading,
-                                "way": way,
-                                "seed": seed,
-                                **row,
-                                "kept": kept,
-                                "seconds": round(time.perf_counter() - began, 1),
-                            }
-                        )
-                        print(json.dumps(found[-1]), flush=True)
+        for backbone, seed in itertools.product(backbones, range(options.seeds)):
+            plain = bench.fit(backbone, None, "regression", seed, None)[0]
+            choices = itertools.product(
+                *(one.split(",") for one in (options.kinds, options.readings, options.ways))
+            )
+            for kind, reading, way in choices:
+                vectors = bench.vectors(kind, reading)
+                if vectors is None:
+                    continue
+                began = time.perf_counter()
+                model, kept = bench.fit(backbone, vectors, way, seed, plain)
+                row: Row = {"encoder": Path(path).name, "backbone": backbone, "texts": kind, "read": reading}
+                row |= {"way": way, "seed": seed, **bench.compared(plain, model, vectors), "kept": kept}
+                found.append({**row, "seconds": round(time.perf_counter() - began, 1)})
+                print(json.dumps(found[-1]), flush=True)
     harness.print_table(
         found,
-        "encoder {encoder} | texts {texts} | read {read} | way {way} | seed {seed} | without {without} | gain {gain} | "
+        "encoder {encoder} | backbone {backbone} | texts {texts} | "
+        "read {read} | way {way} | seed {seed} | without {without} | gain {gain} | "
         "se {std_error} | kept {kept} | seconds {seconds}",
     )
     harness.write_results(folder / "channel.json", found)
@@ -101,6 +97,7 @@ class Bench:
         self._catalogue = Catalogue.from_items([item["attributes"] for item in items], encoder.encode(texts))
         self._train, self._valid = read_list_data(store, "train"), read_list_data(store, "valid")
 
+    @functools.cache  # noqa: B019 (a bench lives as long as its encoder)
     def vectors(self, kind: str, reading: str) -> np.ndarray | None:
         """[U, D]; None where the run has no such texts."""
         artifact = "knowledge" if kind == "user" else "references"
@@ -124,10 +121,10 @@ class Bench:
         return vectors
 
     def fit(
-        self, vectors: np.ndarray | None, way: str, seed: int, plain: Reranker | None
+        self, backbone: str, vectors: np.ndarray | None, way: str, seed: int, plain: Reranker | None
     ) -> tuple[Reranker, bool | None]:
         knowledge, _, adapter = way.partition(" ")
-        section = self._config.reranker.model_copy(
+        section = self._config.reranker.of(backbone).model_copy(
             update={"knowledge": knowledge, "adapter": adapter or self._config.reranker.adapter}
         )
         found = fit_reranker(
