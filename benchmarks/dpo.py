@@ -29,19 +29,22 @@ COMMON = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--parts", default=",".join(PARTS), help="each writes its own results")
+    parser.add_argument(
+        "--parts", default="peer,switches,parity,workers", help="and llm; each writes its own"
+    )
     parser.add_argument(
         "--repeats", type=int, default=3, help="of peer and trainer in turn; medians are shown"
     )
     parser.add_argument(
         "--steps", type=int, default=8, help="optimiser steps of 8 pairs that are timed, plus one"
     )
+    parser.add_argument("--llm", default="", help="folder of a real LLM for the part `llm`")
     parser.add_argument("--gpu", action="store_true", help="instead: an 8B-shaped Llama on one GPU")
 
 
 def run(options: argparse.Namespace, folder: Path) -> int:
     folder /= "dpo"
-    bench = Bench(folder, options.repeats, options.steps + 1, "8b" if options.gpu else "11m")
+    bench = Bench(folder, options.repeats, options.steps + 1, "8b" if options.gpu else "11m", options.llm)
     if options.gpu:
         harness.run_parts(folder, {"gpu": gpu}, "gpu", bench)
     else:
@@ -57,6 +60,7 @@ class Bench:
     repeats: int
     steps: int
     shape: str = "11m"
+    llm: str = ""
 
     def data(self, prompt: list[int], completion: list[int], rows: int, num_rejected: int = 1) -> str:
         """Folder of a model and pairs, made once."""
@@ -165,6 +169,32 @@ def parity(bench: Bench) -> list[Row]:
     return found
 
 
+def real_llm(bench: Bench) -> list[Row]:
+    """Beside TRL's DPOTrainer with a real LLM in bfloat16: its vocabulary, not its layers, may take most of time and memory."""
+    if not bench.llm:
+        raise SystemExit("the part `llm` needs --llm FOLDER")
+    shape = {"prompt": [250, 250], "completion": [40, 40], "rows": 8 * bench.steps}
+    spec = {
+        **COMMON,
+        "folder": str(bench.folder / Path(bench.llm).name),
+        "llm": bench.llm,
+        "steps": bench.steps,
+    }
+    train("make", {**spec, **shape})
+    train("reference", spec)
+    programs: dict[str, Callable[[], Row]] = {
+        "TRL DPOTrainer": lambda: measured("trl", spec),
+        "ours": lambda: measured("ours", {**spec, **ALL_ON}),
+        "ours, chunks of 128": lambda: measured("ours", {**spec, **ALL_ON, "chunk_tokens": 128}),
+    }
+    found = harness.in_turn(programs, bench.repeats, "pairs_per_s")
+    for row in found:
+        row["over TRL"] = round(row["pairs_per_s"] / found[0]["pairs_per_s"], 2)
+        row["memory over TRL"] = round(row["peak_mb"] / found[0]["peak_mb"], 2)
+    harness.print_table(found)
+    return found
+
+
 def workers(bench: Bench) -> list[Row]:
     """The same global batch in different pieces, and ZeRO 0 to 3 on 1 and 2 workers: steps and final weights."""
     from safetensors.torch import load_file
@@ -253,6 +283,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "switches": switches,
     "parity": parity,
     "workers": workers,
+    "llm": real_llm,
 }
 
 

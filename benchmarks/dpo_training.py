@@ -1,6 +1,6 @@
 """One measured DPO training: python benchmarks/dpo_training.py make|reference|trl|ours SPEC (JSON). Prints one JSON line.
 
-make: a random Llama of about 11 million parameters, a tokenizer of whole words, and pairs of random tokens.
+make: a random Llama of about 11 million parameters and a tokenizer of whole words, or a real LLM; and pairs of random words.
 reference: their log-probabilities under that Llama, in a process of its own as the stage does it.
 trl: TRL's DPOTrainer over these pairs with cached reference log-probabilities; ours: this project's trainer. Both take the
 rows of every step in the same order, start from the same LoRA, and report each step's loss, gradient norm and seconds.
@@ -57,6 +57,8 @@ def make(spec: dict[str, Any]) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = Path(spec["folder"])
+    if spec.get("llm"):
+        return make_of_llm(spec, folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[spec.get("shape", "11m")],
@@ -76,24 +78,51 @@ def make(spec: dict[str, Any]) -> dict[str, Any]:
     PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(folder)
+    write_pairs(spec, np.arange(WORDS, VOCABULARY), bos=1, eos=2)
+    return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def make_of_llm(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with links to the files of a real LLM. The words are its tokens of a space and letters, so that the text of the
+    tokens, which TRL is given, has the same tokens."""
+    from transformers import AutoTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in Path(spec["llm"]).iterdir():
+        (folder / file.name).unlink(missing_ok=True)
+        (folder / file.name).symlink_to(file.resolve())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = [
+        number
+        for piece, number in tokenizer.get_vocab().items()
+        if piece[:1] in ("\u2581", "\u0120") and piece[1:].isascii() and piece[1:].isalpha()
+    ]
+    write_pairs(spec, np.array(sorted(words)), bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
+    return {"words": len(words)}
+
+
+def write_pairs(spec: dict[str, Any], words: np.ndarray, bos: int, eos: int) -> None:
     rng = np.random.default_rng(0)
 
     def tokens(bounds: list[int]) -> list[int]:
-        return rng.integers(WORDS, VOCABULARY, rng.integers(bounds[0], bounds[1] + 1) - 1).tolist()
+        return rng.choice(words, rng.integers(bounds[0], bounds[1] + 1) - 1).tolist()
 
     rows = [
         {
             "user_id": user,
-            "prompt_token_ids": [1, *tokens(spec["prompt"])],
-            "chosen_token_ids": [*tokens(spec["completion"]), 2],
+            "prompt_token_ids": [bos, *tokens(spec["prompt"])],
+            "chosen_token_ids": [*tokens(spec["completion"]), eos],
             "rejected_token_ids": [
-                [*tokens(spec["completion"]), 2] for _ in range(spec.get("num_rejected", 1))
+                [*tokens(spec["completion"]), eos] for _ in range(spec.get("num_rejected", 1))
             ],
         }
         for user in range(spec["rows"])
     ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
-    return {"parameters": sum(p.numel() for p in model.parameters()), "rows": len(rows)}
+    pq.write_table(pa.Table.from_pylist(rows), Path(spec["folder"]) / "pairs.parquet")
+
+
+def dtype_of(spec: dict[str, Any]) -> str:
+    return "bfloat16" if spec.get("llm") or spec.get("shape") == "8b" else "float32"
 
 
 def run_reference(spec: dict[str, Any]) -> dict[str, Any]:
@@ -101,8 +130,8 @@ def run_reference(spec: dict[str, Any]) -> dict[str, Any]:
     from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
 
     folder, began = Path(spec["folder"]), time.monotonic()
-    dtype = "bfloat16" if spec.get("shape") == "8b" else "float32"
-    section = DPOSection(gpus_per_worker=float(dtype == "bfloat16"))  # all switches on
+    dtype = dtype_of(spec)
+    section = DPOSection(gpus_per_worker=float(spec.get("shape") == "8b"))  # all switches on
     pairs = pq.read_table(folder / "pairs.parquet")
     pq.write_table(ReferenceScorer(str(folder), dtype, section)(pairs), folder / "reference.parquet")
     return {"pairs": len(pairs), "seconds": round(time.monotonic() - began, 1)}
@@ -138,7 +167,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world)
     folder = Path(spec["folder"])
     pairs = pq.read_table(folder / "pairs.parquet")
-    dtype = "bfloat16" if gpu else "float32"
+    dtype = dtype_of(spec)
     section = DPOSection(
         schedule="constant",
         epochs=1,
@@ -214,11 +243,15 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
     order = [row for step in steps.steps(spec["batch_size"], 0, 1) for row in step.rows]
 
     def text(ids: list[int]) -> str:
+        if spec.get("llm"):
+            return tokenizer.decode(ids, skip_special_tokens=True).strip()
         return " ".join(f"w{i}" for i in ids if i >= WORDS)
+
+    before_prompt = " " if spec.get("llm") else ""
 
     rows = [
         {
-            "prompt": text(pairs[i]["prompt_token_ids"]),
+            "prompt": before_prompt + text(pairs[i]["prompt_token_ids"]),
             "chosen": " " + text(pairs[i]["chosen_token_ids"]),
             "rejected": " " + text(pairs[i]["rejected_token_ids"][0]),
         }
@@ -272,7 +305,7 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
             save_strategy="no",
             dataloader_pin_memory=False,
             disable_tqdm=True,
-            model_init_kwargs={"dtype": "float32"},
+            model_init_kwargs={"dtype": dtype_of(spec)},
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -285,7 +318,7 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
         ),
         callbacks=[Clock()],
     )
-    plain = load_model(spec["folder"], "float32")
+    plain = load_model(spec["folder"], dtype_of(spec))
     torch.manual_seed(0)
     ours = add_lora(plain, DPOSection(**LORA)).state_dict()
     same = {name: value for name, value in ours.items() if "lora_" in name}

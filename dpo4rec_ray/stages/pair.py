@@ -39,6 +39,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     store.start("pairs", round_id)
     users = store.read("users", split=SPLITS, columns=["user_id", "split"])
     split_of = dict(zip(users["user_id"].to_pylist(), users["split"].to_pylist(), strict=True))
+    unread = _unread_users(config, split_of)
     judged = _Judged(config, store, round_id)
     # Held-out users always have a pair with another user's text: it measures whether DPO teaches reading.
     others = {
@@ -59,6 +60,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         found = np.unique(samples["user_id"].to_numpy(), return_index=True, return_counts=True)
         for user, start, count in zip(*(column.tolist() for column in found), strict=True):
             split = split_of[user]
+            if user in unread:
+                continue
             own = _Samples(config, user, samples.slice(start, count), scores.slice(start, count), judged)
             if not own.made.pairs:
                 assert own.made.short is not None
@@ -98,6 +101,16 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         "fewer_pairs": dict(fewer),
     }
     return Outcome(rows_in=rows_in, rows_out=rows_out, stats=stats)
+
+
+def _unread_users(config: Config, split_of: dict[int, str]) -> set[int]:
+    """Validation users beyond those that DPO reads."""
+    held_out = np.sort([user for user, split in split_of.items() if split == "valid"])
+    most = config.pair.max_heldout_users
+    if not most or len(held_out) <= most:
+        return set()
+    rng = np.random.default_rng(seed_of(config.run.seed, "held-out pairs"))
+    return set(rng.permutation(held_out)[most:].tolist())
 
 
 def _counted(kinds: Counter[str]) -> str:

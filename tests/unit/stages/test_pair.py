@@ -109,6 +109,22 @@ def test_the_default_is_the_papers_pair_and_one_more_for_each_held_out_user(
     check_others(rows, measured[0])
 
 
+def test_held_out_users_are_as_many_as_dpo_reads(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """The same ones whenever the stage runs, and training users all the same."""
+    store = make_store(tmp_path, *measured)
+    every, few, again = (
+        [(row["split"], row["user_id"], row["chosen_token_ids"], row["rejected_token_ids"]) for row in rows]
+        for rows in (pairs_of(store, f"pair.max_heldout_users={most}")[0] for most in (0, 3, 3))
+    )
+    held_out = {user for split, user, *_ in few if split == "valid"}
+    assert len(held_out) == 3 and few == again
+    assert few == [row for row in every if row[0] == "train" or row[1] in held_out]
+    stats = pairs_of(store, "pair.max_heldout_users=3")[1]
+    assert stats["heldout_pairs_by_kind"] == {"own": 3, "other": 3} and stats["dropped_heldout"] == {}
+
+
 def check_others(rows: list[dict], rewards: np.ndarray) -> None:
     """Best against best of another user of the same split; tokens are [user, sample]."""
     for row in rows:
