@@ -206,8 +206,8 @@ def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratc
 
 
 def _epochs(section: RerankerSection, knowledge: bool) -> int:
-    """Epochs of a trial, at most: of a branch too where the list loss trains it behind the fitted backbone."""
-    return section.epochs * (2 if knowledge and section.knowledge == "residual" else 1)
+    """Epochs of a trial, at most. Texts as input need no reranker without them first."""
+    return section.total_epochs(int(not knowledge or section.knowledge != "input"), int(knowledge))
 
 
 def _trial(section: RerankerSection, total: int, settings: Settings, result: tune.Result) -> Trial:

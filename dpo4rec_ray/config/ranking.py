@@ -88,6 +88,10 @@ class RerankerSection(RerankerArchitecture, FitSection):
         """The keys that shape its training."""
         return _part(self, FitSection)
 
+    def total_epochs(self, without: int, reading: int) -> int:
+        """Epochs, at most, of fitting so many rerankers without and with texts. A regression on texts takes none."""
+        return self.epochs * (without + (0 if self.knowledge == "regression" else reading))
+
     @model_validator(mode="after")
     def _per_backbone_fits(self) -> RerankerSection:
         for name in self.per_backbone:

@@ -92,8 +92,7 @@ class Config(Section):
     @property
     def reads_own_texts(self) -> bool:
         """Whether the reward's rerankers are trained on the texts of `llm.source`."""
-        own = "statistics" if self.llm.source == "statistics" else "llm"
-        return self.run.num_rounds > 0 and own in self.reward.reader
+        return self.run.num_rounds > 0 and not {"llm", self.llm.source}.isdisjoint(self.reward.reader)
 
     @property
     def max_pair_tokens(self) -> int:

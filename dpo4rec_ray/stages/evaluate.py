@@ -92,8 +92,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         label="evaluate",
         file=folder / METRICS,
         total=sum(
-            config.reranker.of(backbone).epochs
-            * (1 if config.reranker.of(backbone).knowledge == "regression" else len(own))
+            config.reranker.of(backbone).total_epochs(own.count(None), len(own) - own.count(None))
             for backbone, own, _ in jobs
         ),
     )
@@ -157,9 +156,8 @@ def _fit_and_measure(
             plain = load_reranker(rerankers / without, catalogue).to(device)
         else:
             plain = fitted(without, None, None).model
-    for one in sorted(
-        wanted, key=lambda texts: texts is not None
-    ):  # the backbone first: the others stand on it
+    # The backbone first: the others stand on it.
+    for one in sorted(wanted, key=lambda texts: texts is not None):
         name = _fit_name(config, backbone, one, seed)
         vectors = None if one is None else knowledge_vectors(config, store, one)
         found = fitted(name, vectors, plain)

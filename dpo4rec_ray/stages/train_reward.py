@@ -84,9 +84,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 
 
 def _epochs(config: Config) -> int:
-    """Epochs of a fold: of the backbone, and of what reads texts where that is trained by the list loss."""
-    section = config.reranker.of(config.reranker.backbone)
-    return section.epochs * (1 if section.knowledge == "regression" else 2)
+    """Epochs of a fold: of a reranker without texts and one that reads."""
+    return config.reranker.of(config.reranker.backbone).total_epochs(1, 1)
 
 
 def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> None:
