@@ -32,7 +32,7 @@ from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.rerankers.fit_knowledge import fit_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.store.reading import read_list_data
+from dpo4rec_ray.store.reading import read_catalogue, read_list_data
 
 WAYS = ("regression", *(f"{way} {adapter}" for way in ("residual", "input") for adapter in ADAPTERS))
 # "pieces": the mean of the vectors of what stands between full stops, semicolons and commas.
@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--kinds", default="user,statistics,oracle")
     parser.add_argument(
-        "--items", default="attributes", help="what stands for an item: attributes, or title alone"
+        "--items",
+        default="attributes",
+        choices=("attributes", "title", "stored"),
+        help="what stands for an item: its attributes too, its title alone, or the vector that RUN has (encoder.describe_items)",
     )
     parser.add_argument("--seeds", type=int, default=1)
 
@@ -61,7 +64,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     found: list[Row] = []
     for path in encoders:
         encoder = TextEncoder(EncoderSection(path=path, max_tokens=config.encoder.max_tokens))
-        bench = Bench(config, store, encoder, options.items == "attributes")
+        bench = Bench(config, store, encoder, options.items)
         for backbone, seed in itertools.product(backbones, range(options.seeds)):
             plain = bench.fit(backbone, None, "regression", seed, None)[0]
             choices = itertools.product(
@@ -90,11 +93,16 @@ def run(options: argparse.Namespace, folder: Path) -> int:
 class Bench:
     """The lists of a run, and its texts under one encoder."""
 
-    def __init__(self, config: Config, store: RunDir, encoder: TextEncoder, attributes: bool) -> None:
+    def __init__(self, config: Config, store: RunDir, encoder: TextEncoder, items_by: str) -> None:
         self._config, self._store, self._encoder = config, store, encoder
         items = store.read("items", columns=["title", "attributes"]).to_pylist()
-        texts = [item_text(item["title"], item["attributes"] if attributes else []) for item in items]
-        self._catalogue = Catalogue.from_items([item["attributes"] for item in items], encoder.encode(texts))
+        if items_by == "stored":
+            self._catalogue = read_catalogue(store)
+        else:
+            by_title = items_by == "title"
+            texts = [item_text(item["title"], [] if by_title else item["attributes"]) for item in items]
+            attributes = [item["attributes"] for item in items]
+            self._catalogue = Catalogue.from_items(attributes, encoder.encode(texts))
         self._train, self._valid = read_list_data(store, "train"), read_list_data(store, "valid")
 
     @functools.cache  # noqa: B019 (a bench lives as long as its encoder)
