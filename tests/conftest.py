@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
     "HF_HUB_DISABLE_TELEMETRY", "1"
 )  # TRL's trainer, the peer, would report each of its runs
+
+# A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that; a handler becomes the default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = "jobs/recipes/demo.toml"

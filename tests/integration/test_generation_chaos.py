@@ -47,8 +47,6 @@ class Job:
             },
             stdout=self.log,
             stderr=self.log,
-            # a shell's background job ignores Ctrl-C, and what it starts does too
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def descendants(self, part: str) -> list[psutil.Process]:

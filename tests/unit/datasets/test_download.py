@@ -786,14 +786,7 @@ def test_the_terms_are_asked_on_a_terminal(site: Site, tmp_path: Path, answer: s
 
 def test_an_interrupt_keeps_what_came(site: Site, tmp_path: Path) -> None:
     site.answers["/small.zip"] = Answer(ARCHIVE, etag='"1"', slow_after=200_000)
-    # A shell starts background processes with SIGINT ignored, and a child would inherit that; a handler becomes the default.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(
-            command(site, tmp_path, "--yes"), cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-    finally:
-        signal.signal(signal.SIGINT, inherited)
+    process = subprocess.Popen(command(site, tmp_path, "--yes"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     part = tmp_path / "ml-latest-small.zip.part"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (part.exists() and part.stat().st_size > 0):
