@@ -25,7 +25,7 @@ from dpo4rec_ray.evaluation.heldout_texts import Figures, change_of, with_derive
 from dpo4rec_ray.stages.validate import open_measure, texts_after, texts_before
 from dpo4rec_ray.store.artifacts import RunDir
 
-# Reader x reward x pairs, one factor at a time from the first cell on. Keys replace those of RUN.
+# Reader x reward x pairs, one factor at a time. Keys replace those of RUN.
 PLAIN = ("pair.rule=best_vs_worst", "pair.pairs_per_user=1", "pair.others_share=0")
 CELLS: dict[str, tuple[str, ...]] = {
     "best-worst": PLAIN,
@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, folder: Path) -> int:
     base = RunDir(options.run_folder)
-    cells = {name: CELLS[name] for name in filter(None, options.cells.split(","))}
+    cells = {base.root.name: ()} | {name: CELLS[name] for name in filter(None, options.cells.split(","))}
     cells |= {name: tuple(changes) for name, *changes in options.cell}
     config = read_config(base.root)
-    stores = {name: made(base, config, name, changes) for name, changes in cells.items()}
+    stores = {name: made(base, config, name, changes) if changes else base for name, changes in cells.items()}
     measure = open_measure(config, base)
     sides = {"before": texts_before(config, base, 1)}
     sides |= {name: texts_after(store, 1) for name, store in stores.items()}

@@ -247,7 +247,10 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
             return tokenizer.decode(ids, skip_special_tokens=True).strip()
         return " ".join(f"w{i}" for i in ids if i >= WORDS)
 
-    before_prompt = " " if spec.get("llm") else ""
+    before_prompt = ""
+    if spec.get("llm"):  # some tokenizers put no BOS before a text
+        has_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        before_prompt = " " if has_bos else f"{tokenizer.bos_token} "
 
     rows = [
         {
