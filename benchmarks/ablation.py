@@ -18,8 +18,7 @@ import numpy as np
 import tomli_w
 from harness import Row
 
-from dpo4rec_ray.config import Config
-from dpo4rec_ray.config.load import read_config
+from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.core.intervals import Interval, paired_bootstrap
 from dpo4rec_ray.evaluation.heldout_texts import Figures, change_of, with_derived
 from dpo4rec_ray.stages.validate import open_measure, texts_after, texts_before
@@ -36,12 +35,8 @@ CELLS: dict[str, tuple[str, ...]] = {
     "reader-llm": (*PLAIN, 'reward.reader=["llm"]', "reward.must_read=false"),
     "reader-both": (*PLAIN, 'reward.reader=["statistics", "llm"]', "reward.must_read=false"),
 }
-SHARED = (
-    "data",
-    "references",
-    "reward",
-    "rounds",
-)  # folders of RUN; of its round 1 all but what every cell makes anew
+# Folders of RUN that a cell starts from; of its round 1 all but what every cell makes anew.
+SHARED = ("data", "references", "reward", "rounds")
 OWN = ("pairs", "policy", "heldout", "knowledge")
 SHOWN = ("reward", "reading", "reading_ndcg", "others_reward", "others_ndcg", "ndcg", "fit_above")
 
@@ -118,11 +113,7 @@ def training(store: RunDir) -> Row:
     """What DPO came to on the held-out pairs."""
     stats = store.require("policy", 1).stats
     counts = store.require("pairs", 1).stats
-    named = {
-        name: stats[f"heldout_{name}"]
-        for name in ("accuracy_own", "accuracy_other")
-        if f"heldout_{name}" in stats
-    }
+    named = {name: stats[f"heldout_{name}"] for name in ("accuracy_own", "accuracy_other")}
     return {"pairs": counts["pairs"], "by_kind": counts["pairs_by_kind"], **named}
 
 

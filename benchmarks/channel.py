@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from harness import Row
 
-from dpo4rec_ray.config import Config
+from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.core.intervals import clustered_std_error
 from dpo4rec_ray.core.metrics import list_metrics
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, folder: Path) -> int:
     torch.set_num_threads(1)
     store = RunDir(options.run_folder)
-    config = Config.model_validate(json.loads((store.root / "config.json").read_text(encoding="utf-8")))
+    config = read_config(store.root)
     backbones = options.backbones.split(",") if options.backbones else [config.reranker.backbone]
     encoders = options.encoders.split(",") if options.encoders else [config.encoder.path]
     found: list[Row] = []

@@ -29,9 +29,8 @@ COMMON = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--parts", default="peer,switches,parity,workers", help="and llm; each writes its own"
-    )
+    own = ",".join(name for name in PARTS if name != "llm")
+    parser.add_argument("--parts", default=own, help="and llm; each writes its own results")
     parser.add_argument(
         "--repeats", type=int, default=3, help="of peer and trainer in turn; medians are shown"
     )
@@ -105,12 +104,22 @@ def peer(bench: Bench) -> list[Row]:
             "ours, plain": lambda spec=spec: measured("ours", {**spec, **PLAIN}),
         }
         rows = harness.in_turn(programs, bench.repeats, "pairs_per_s")
-        for row in rows:
-            row["over TRL"] = round(row["pairs_per_s"] / rows[0]["pairs_per_s"], 2)
-            row["memory over TRL"] = round(row["peak_mb"] / rows[0]["peak_mb"], 2)
-            found.append({"prompt/text": name, **row})
+        found += [{"prompt/text": name, **row} for row in over_trl(rows)]
     harness.print_table(found)
     return found
+
+
+def over_trl(rows: list[Row]) -> list[Row]:
+    """Each row with its rate and memory over those of the first, which is TRL's."""
+    rate, memory = (rows[0][key] for key in ("pairs_per_s", "peak_mb"))
+    return [
+        {
+            **row,
+            "over TRL": round(row["pairs_per_s"] / rate, 2),
+            "memory over TRL": round(row["peak_mb"] / memory, 2),
+        }
+        for row in rows
+    ]
 
 
 def measured(what: str, spec: Row) -> Row:
@@ -187,10 +196,7 @@ def real_llm(bench: Bench) -> list[Row]:
         "ours": lambda: measured("ours", {**spec, **ALL_ON}),
         "ours, chunks of 128": lambda: measured("ours", {**spec, **ALL_ON, "chunk_tokens": 128}),
     }
-    found = harness.in_turn(programs, bench.repeats, "pairs_per_s")
-    for row in found:
-        row["over TRL"] = round(row["pairs_per_s"] / found[0]["pairs_per_s"], 2)
-        row["memory over TRL"] = round(row["peak_mb"] / found[0]["peak_mb"], 2)
+    found = over_trl(harness.in_turn(programs, bench.repeats, "pairs_per_s"))
     harness.print_table(found)
     return found
 
