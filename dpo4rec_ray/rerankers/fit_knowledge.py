@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
-from dpo4rec_ray.core.intervals import clustered_std_error
+from dpo4rec_ray.core.evidence import evidence_of_texts
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.base import Reranker
@@ -27,8 +27,7 @@ from dpo4rec_ray.rerankers.text_regression import text_regression
 # How strongly the two terms of a regression branch may count, in standard deviations of the backbone's scores within a list.
 AFFINITY_GATES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)
 SIMILARITY_GATES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
-# A gain has to be so many standard errors above 0 to be believed: one-sided 95 %. It does not count that the gates were chosen
-# on the same lists: on 91 validation lists one fit of three still takes random texts for a gain (docs/results.md).
+# The likelihood of the validation lists has to grow by so many standard errors before texts are believed: one-sided 95 %.
 BELIEVED_AT = 1.645
 
 
@@ -36,13 +35,13 @@ BELIEVED_AT = 1.645
 class Gain:
     """What the texts bring on the validation lists: mean of the metric without and with them.
 
-    `kept` is false where the difference is not BELIEVED_AT standard errors above 0 (users as clusters): then the branch was
-    erased, and the reranker ranks as its backbone.
+    `kept` is false where that is no gain, or where the `evidence` (core/evidence.py) is not above BELIEVED_AT: then the branch
+    was erased, and the reranker ranks as its backbone.
     """
 
     without: float
     with_texts: float
-    std_error: float
+    evidence: float
     kept: bool
 
 
@@ -182,11 +181,11 @@ def _gain(
     model: Reranker, catalogue: Catalogue, valid: ListData, vectors: Tensor, without: np.ndarray, metric: str
 ) -> Gain:
     mask, labels = valid.mask.cpu().numpy(), valid.labels.cpu().numpy()
-    before = _metric(without, labels, mask, metric)
-    after = _metric(_scores(model, catalogue, valid, vectors), labels, mask, metric)
-    error = clustered_std_error(after - before, valid.user_ids.cpu().numpy())
-    mean = float((after - before).mean())
-    return Gain(float(before.mean()), float(after.mean()), error, mean > BELIEVED_AT * error)
+    scores = _scores(model, catalogue, valid, vectors)
+    before = float(_metric(without, labels, mask, metric).mean())
+    after = float(_metric(scores, labels, mask, metric).mean())
+    evidence = evidence_of_texts(without, scores, labels, mask, valid.user_ids.cpu().numpy())
+    return Gain(before, after, evidence, after > before and evidence > BELIEVED_AT)
 
 
 def _scores(model: Reranker, catalogue: Catalogue, lists: ListData, vectors: Tensor | None) -> np.ndarray:
