@@ -20,7 +20,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 START, END = "<!-- files -->", "<!-- /files -->"
 ROOMS = (
     "errors",
-    "atomic",
+    "storage",
     "config",
     "models",
     "core",

@@ -16,6 +16,7 @@ from dpo4rec_ray import stages
 from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
 from dpo4rec_ray.cli.session import guarded, open_run, ray_job, set_up
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.places import place
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
     config = load_config(options.recipe, options.changes)
     if options.dry_run:
-        folder = Path(config.run.root) / config.run.name
+        folder = place(config.run.root) / config.run.name
         set_up(Path(os.devnull), options.verbose)
     else:
         folder = open_run(config, options.verbose)

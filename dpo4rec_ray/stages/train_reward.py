@@ -31,7 +31,7 @@ from dpo4rec_ray.rerankers.fit import ListData, load_reranker, save_reranker
 from dpo4rec_ray.rerankers.fit_knowledge import KnowledgeFit, fit_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.store.artifacts import RunDir, write_json
-from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
+from dpo4rec_ray.store.metrics_file import MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import (
@@ -74,7 +74,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             [(name, len(names)) for name in names],
             gpus=config.reward.gpus_per_worker,
             label="train_reward",
-            file=folder / METRICS,
+            folder=folder,
             total=len(names) * _epochs(config),
         )
     stats = _diagnosis(config, store)
@@ -93,7 +93,9 @@ def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> No
     config, store = shared
     torch.set_num_threads(1)
     device = "cuda" if config.reward.gpus_per_worker else "cpu"
-    _train_one(config, store, name, MetricsFile(store.path("reward"), 0), num_models, lambda m: m.to(device))
+    metrics = MetricsFile(store.path("reward"), 0)
+    _train_one(config, store, name, metrics, num_models, lambda m: m.to(device))
+    metrics.flush()
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -106,6 +108,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     metrics = MetricsFile(store.path("reward"), rank)
     for name in names:
         _train_one(config, store, name, metrics, len(names), train.torch.prepare_model, rank, world)
+    metrics.flush()
 
 
 def _train_one(

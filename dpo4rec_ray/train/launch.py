@@ -6,21 +6,19 @@ follows that file, because a worker's own output stays in Ray's logs.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.store.metrics_file import METRICS
+from dpo4rec_ray.storage.places import Place
+from dpo4rec_ray.store.metrics_file import last_metrics
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.train.state import checkpoint_storage, read_state, remove_checkpoints, update_state
 from dpo4rec_ray.workers.phases import starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room, joined_cluster
 
-LAST_LINES = 8192  # bytes at the end of metrics.jsonl that hold its last line
 # DeepSpeed must not look for a GPU; `launch` adds LOCAL_SIZE, which it reads too.
 CPU_TRAIN_ENV = {**WORKER_ENV, "DS_ACCELERATOR": "cpu"}
 
@@ -29,7 +27,7 @@ def launch(
     loop: Callable[[dict[str, Any]], None],
     arguments: dict[str, Any],
     *,
-    folder: Path,
+    folder: Place,
     section: TrainerSection,
     label: str,
     unit: str,
@@ -71,7 +69,7 @@ def launch(
     # Ray Train places its workers all at once.
     progress.starting = starting(num_workers, fewest, fewest * section.gpus_per_worker)
     stop = threading.Event()
-    follower = threading.Thread(target=_follow, args=(folder / METRICS, progress, stop), daemon=True)
+    follower = threading.Thread(target=_follow, args=(folder, progress, stop), daemon=True)
     follower.start()
     try:
         trainer.fit()
@@ -83,7 +81,7 @@ def launch(
     remove_checkpoints(section, folder)
 
 
-def _refusing(loop: Callable[[dict[str, Any]], None], folder: Path) -> Callable[[dict[str, Any]], None]:
+def _refusing(loop: Callable[[dict[str, Any]], None], folder: Place) -> Callable[[dict[str, Any]], None]:
     """The loop, with a user's mistake written to the state: Ray Train would repeat it `max_failures` times."""
 
     def guarded(arguments: dict[str, Any]) -> None:
@@ -101,7 +99,7 @@ def _refusing(loop: Callable[[dict[str, Any]], None], folder: Path) -> Callable[
     return guarded
 
 
-def _refused(folder: Path) -> str:
+def _refused(folder: Place) -> str:
     state = read_state(folder)
     return state.refused if state else ""
 
@@ -127,15 +125,12 @@ def _trainer_class() -> type:
     return LocalTrainer
 
 
-def _follow(file: Path, progress: Progress, stop: threading.Event) -> None:
+def _follow(folder: Place, progress: Progress, stop: threading.Event) -> None:
     """Print the newest step of metrics.jsonl every few seconds."""
     with progress:
         while not stop.wait(1.0):
-            try:
-                with open(file, "rb") as lines:
-                    lines.seek(max(0, file.stat().st_size - LAST_LINES))
-                    newest = json.loads(lines.read().splitlines()[-1])
-            except (OSError, IndexError, ValueError):
-                continue  # not there yet, or the line is half written
+            newest = last_metrics(folder)
+            if newest is None:
+                continue
             extra = ", ".join(f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy") if key in newest)
             progress.at(newest["step"], extra, total=newest["num_steps"])

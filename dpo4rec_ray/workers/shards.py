@@ -8,7 +8,6 @@ finished ids into memory.)
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpo4rec_ray.atomic import new_file
+from dpo4rec_ray.storage.places import Place, remove, write_text
 from dpo4rec_ray.store.artifacts import MANIFEST
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.phases import starting
@@ -59,7 +58,7 @@ def part_number(file: str | Path) -> int:
     return int(Path(file).stem.removeprefix("part-"))
 
 
-def resume_parts(folder: Path, fingerprint: str) -> set[int]:
+def resume_parts(folder: Place, fingerprint: str) -> set[int]:
     """Open a folder for parts, before the first is written, and note which work they belong to.
 
     Returns:
@@ -71,10 +70,9 @@ def resume_parts(folder: Path, fingerprint: str) -> set[int]:
     done = {part_number(file) for file in folder.glob("part-*.parquet")} if same else set[int]()
     if not done:
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the artifact is not complete
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with new_file(note) as temporary:  # a half-written fingerprint would cost every finished shard
-            temporary.write_text(fingerprint)
+        write_text(note, fingerprint)
     for left in folder.glob("*.tmp*"):  # from writers that were killed
         left.unlink(missing_ok=True)
     return done

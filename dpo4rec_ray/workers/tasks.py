@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
+from dpo4rec_ray.storage.places import Place
+from dpo4rec_ray.store.metrics_file import count_metrics
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase, starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
@@ -30,7 +31,7 @@ def run_tasks(
     *,
     gpus: float,
     label: str,
-    file: Path,
+    folder: Place,
     total: int,
 ) -> None:
     """Run `work(shared, *job)` for every job, each as a Ray task with one CPU. Raises what a task raised.
@@ -38,7 +39,7 @@ def run_tasks(
     Args:
         gpus: GPUs of each task.
         label: name of the stage, for the terminal.
-        file: where each task appends one line per epoch.
+        folder: where each task writes one line per epoch (store/metrics_file.py).
         total: epochs of all tasks together, if none stops early.
 
     Raises:
@@ -56,9 +57,7 @@ def run_tasks(
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1.0)
             ray.get(done)
-            if file.exists():
-                with open(file, "rb") as lines:
-                    progress.at(sum(1 for _ in lines))
+            progress.at(count_metrics(folder))
 
 
 def _begun(work: Callable[..., None], *arguments: Any) -> None:
