@@ -62,6 +62,9 @@ def test_texts_that_decide_what_is_liked_bring_a_gain(backbone, settings):
     before, after = valid_ndcg(plain, world), valid_ndcg(found.model, world, world.user_vectors)
     assert gain.without == pytest.approx(before.mean()) and gain.with_texts == pytest.approx(after.mean())
     assert gain.evidence > BELIEVED_AT
+    assert (
+        0 < gain.std_error < gain.with_texts - gain.without
+    )  # what the stage train_reward prints as the channel's
     if not settings.get("similarity", True):
         assert found.model.branch.gates[1] == 0
 
