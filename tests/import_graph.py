@@ -41,6 +41,7 @@ ROOMS = (
     "checks",
     "report",
     "pipeline",
+    "run_status",
     "grid_search",
     "cli",
     "__main__",

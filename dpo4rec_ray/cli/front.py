@@ -31,6 +31,9 @@ class Command:
 
 COMMANDS = {
     "run": Command("run a recipe: all stages, or those that are not complete", "dpo4rec_ray.cli.run"),
+    "status": Command(
+        "what of a run is finished, running, how fast, and what is left", "dpo4rec_ray.cli.status"
+    ),
     "serve": Command("publish finished runs and serve reranks over HTTP", "dpo4rec_ray.cli.serve"),
     "search": Command("search training settings of the rerankers", "dpo4rec_ray.cli.search"),
     "prompts": Command("show what the LLM is asked about a user", "dpo4rec_ray.cli.show_prompt"),

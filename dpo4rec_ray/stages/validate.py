@@ -22,6 +22,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.heldout_texts import HeldoutMeasure, UserTexts, accuracy_stats, change_of
 from dpo4rec_ray.knowledge.teacher import EVERY_FACET
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
+from dpo4rec_ray.store import events
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
@@ -40,6 +41,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     table, stats = in_worker(_measure, config, store, round_id, gpus=config.reward.gpus_per_worker)
     stats |= _choice(store, round_id, table)
     store.write("heldout", table, round_id)
+    choice = stats["choice"]
+    events.note("round_accepted" if choice["kept"] else "round_rejected", against=choice["against"])
     for line in _lines(stats, len(table), round_id):
         say(f"  {line}")
     return Outcome(rows_in=stats["samples"], rows_out=len(table), stats=stats)

@@ -55,6 +55,8 @@ class Manifest:
         fingerprint: hash of everything it depends on; equal to the present one means that it can be kept.
         produced: new with every production, so that what was made from an older production is redone.
         stats: whatever the stage measured on the way.
+        bytes: of all files of the artifact.
+        timings: as store.progress.Timing, of each Progress that the stage showed.
         inputs, settings, outside: as in store.dependencies; empty where an older version made the artifact.
     """
 
@@ -72,6 +74,8 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     commit: str = ""
+    bytes: int = 0
+    timings: list[dict[str, Any]] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -122,6 +126,11 @@ class RunDir:
 
     def finish(self, manifest: Manifest, round_id: int = 0) -> None:
         write_json(self.path(manifest.artifact, round_id) / MANIFEST, asdict(manifest))
+
+    def size(self, name: str, round_id: int = 0) -> int:
+        """Bytes of all files of an artifact."""
+        files = self.path(name, round_id).rglob("*")
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def files(self, name: str, round_id: int = 0) -> list[str]:
         """The artifact's Parquet files in name order."""

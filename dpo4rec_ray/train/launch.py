@@ -14,6 +14,7 @@ from typing import Any
 
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.store import events
 from dpo4rec_ray.store.metrics_file import METRICS
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.train.state import checkpoint_storage, read_state, remove_checkpoints, update_state
@@ -67,6 +68,7 @@ def launch(
             worker_runtime_env={"env_vars": worker_env},
         ),
     )
+    continued = _continued_after(folder)
     progress = Progress(label, 0, unit)
     # Ray Train places its workers all at once.
     progress.starting = starting(num_workers, fewest, fewest * section.gpus_per_worker)
@@ -78,6 +80,8 @@ def launch(
     finally:
         stop.set()
         follower.join(timeout=5)
+        for step in _continued_after(folder)[len(continued) :]:
+            events.note("worker_restarted", worker="trainer", after_step=step)
         if refused := _refused(folder):
             raise UserError(refused) from None
     remove_checkpoints(section, folder)
@@ -99,6 +103,11 @@ def _refusing(loop: Callable[[dict[str, Any]], None], folder: Path) -> Callable[
                 raise  # the other workers may be waiting for this one
 
     return guarded
+
+
+def _continued_after(folder: Path) -> list[int]:
+    state = read_state(folder)
+    return state.continued_after if state else []
 
 
 def _refused(folder: Path) -> str:
