@@ -221,6 +221,13 @@ def rounds(config: Config) -> dict[int, tuple[str, ...]]:
     return {1: UNTRAINED_ROUND} if config.run.num_rounds else {}  # evaluate sees round 0 alone
 
 
+def steps(config: Config) -> list[tuple[str, int]]:
+    """All steps (stage, round) that this recipe may come to, in order, but for `report`, which leaves no manifest."""
+    found = [(name, 0) for name in before_rounds(config)]
+    found += [(name, number) for number, names in rounds(config).items() for name in names]
+    return [*found, ("evaluate", max(rounds(config), default=0) if config.has_policy else 0)]
+
+
 def check_selection(config: Config, selection: Selection) -> None:
     """Raises UserError if this recipe has no such step; that rounds ended before it shows only while they run."""
     wanted = selection.only or selection.since

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.pipeline import STAGES, before_rounds, rounds
+from dpo4rec_ray.pipeline import STAGES, steps
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.store.heartbeat import LOST_AFTER_S, Heartbeat, read_heartbeat
 
@@ -81,16 +81,9 @@ def _state(beat: Heartbeat | None, now: float) -> str:
     return beat.ended or (RUNNING if beat.age(now) < LOST_AFTER_S else LOST)
 
 
-def _order(config: Config) -> list[tuple[str, int]]:
-    """The steps that this recipe may come to. `report` leaves no manifest and takes seconds, so it is not among them."""
-    found = [(name, 0) for name in before_rounds(config)]
-    found += [(name, number) for number, names in rounds(config).items() for name in names]
-    return [*found, ("evaluate", max(rounds(config), default=0) if config.has_policy else 0)]
-
-
 def _steps(config: Config, store: RunDir, beat: Heartbeat | None) -> Iterator[Step]:
     """beat: of the job that is at work; None if there is none."""
-    order = _order(config)
+    order = steps(config)
     made = {step: _made(store, *step) for step in order}
     at_work = next((step for step in order if beat and _same(step, beat)), None)
     evaluated = made[order[-1]] is not None

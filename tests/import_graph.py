@@ -42,6 +42,7 @@ ROOMS = (
     "report",
     "pipeline",
     "run_status",
+    "planning",
     "grid_search",
     "cli",
     "__main__",

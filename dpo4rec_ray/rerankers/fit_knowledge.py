@@ -34,7 +34,8 @@ BELIEVED_AT = 1.645
 
 @dataclass(frozen=True)
 class Gain:
-    """What the texts bring on the validation lists: mean of the metric without and with them, and the difference's standard error.
+    """What the texts bring on the validation lists: mean of the metric without and with them, and the standard error of
+    their difference.
 
     `kept` is false where that is no gain, or where the `evidence` (core/evidence.py) is not above BELIEVED_AT: then the branch
     was erased, and the reranker ranks as its backbone.

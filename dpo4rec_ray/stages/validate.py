@@ -7,6 +7,7 @@ clearly lower (`core.reading_gain.judge`); rounds stop when none is kept any mor
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
     """The rows of `heldout` and their figures; in a process of its own."""
     measure = open_measure(config, store)
+    began = time.monotonic()
     sides = {"before": texts_before(config, store, round_id), "after": texts_after(store, round_id)}
     users, figures = measure.figures(sides)
     if not len(users):
@@ -88,6 +90,7 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
             every = accuracy[EVERY_FACET]
             stats |= {f"text_accuracy_{name}": every["accuracy"], f"text_chance_{name}": every["chance"]}
             stats[f"accuracy_by_facet_{name}"] = accuracy
+    stats["work_s"] = round(time.monotonic() - began, 2)  # the rest of the stage is its start
     return table, stats
 
 
