@@ -14,6 +14,12 @@ from dpo4rec_ray.planning.sizes import Sizes, sizes_of_run
 from dpo4rec_ray.planning.work import WORK, Machine, Work
 from dpo4rec_ray.store.artifacts import RunDir
 
+WEIGHTS = (
+    "bootstrap",
+    "train_reward",
+    "dpo",
+)  # stages that write models, whose size does not grow with users
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -36,7 +42,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run. The totals leave out the steps in `unknown`, which have no rate."""
+    """A whole run. The sums leave out the stages in `unknown`, which have no rate."""
 
     sizes: Sizes
     steps: list[StepPlan]
@@ -130,14 +136,21 @@ def plan(
     ]
     if config.llm.source == "openai":
         assumed.append("an endpoint writes as fast as in the run, whatever its limits are")
-    if unknown := [f"{one.stage}({one.round})" for one in planned if one.seconds is None]:
+    seconds = sum(one.seconds or 0 for one in planned)
+    if machine.gpus:
+        hours = machine.gpus * seconds / 3600
+        assumed.append(
+            f"GPU hours are of what stages hold; {machine.gpus:g} GPUs from start to end are {hours:.1f} hours"
+        )
+    unknown = list(dict.fromkeys(one.stage for one in planned if one.seconds is None))
+    if unknown:
         assumed.append(
             f"no rate is known of {', '.join(unknown)}: not in the sums; give --from-run RUN or --rate STAGE=NUMBER"
         )
-    if nowhere := [f"{one.stage}({one.round})" for one in planned if one.bytes is None]:
-        assumed.append(f"no run says how much storage {', '.join(nowhere)} need: not in the sums")
+    if nowhere := dict.fromkeys(one.stage for one in planned if one.bytes is None):
+        assumed.append(f"no run says how much storage {', '.join(nowhere)} take: not in the sums")
     return Plan(
-        sizes, planned, *(sum(getattr(one, name) or 0 for one in planned) for name in ("seconds", "gpu_hours", "bytes")),
+        sizes, planned, seconds, *(sum(getattr(one, name) or 0 for one in planned) for name in ("gpu_hours", "bytes")),
         *texts, unknown, assumed,
     )  # fmt: skip
 
@@ -164,14 +177,9 @@ def _bytes(name: str, number: int, work: Work, machine: Machine, runs: Sequence[
         made = [run.store.manifest(*artifact) for artifact in STAGES[name].writes(place)]
         found = [one for one in made if one is not None]
         if found and (size := sum(one.bytes for one in found)):
-            if name in WEIGHTS:
-                return size
             then = WORK[name](run.config, run.sizes, machine, place)
-            return size * work.amount / then.amount
+            return size if name in WEIGHTS or not then.amount else size * work.amount / then.amount
     return None
-
-
-WEIGHTS = ("bootstrap", "train_reward", "dpo")  # what they write is models
 
 
 def _key(name: str, number: int) -> tuple[str, int]:
