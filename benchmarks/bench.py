@@ -18,6 +18,7 @@ STAGES = {
     "dpo": "pairs per second and first steps, against TRL's DPOTrainer",
     "channel": "what texts add to a backbone, by encoder, way and adapter, against the backbone",
     "ablation": "one round of DPO by reader, reward and pairs, judged by the same rerankers",
+    "plan": "times that `dpo4rec plan` reckons from a small run, against a run of ten times the size",
     "serve": "requests per second, against a no-op deployment and bare FastAPI",
 }
 

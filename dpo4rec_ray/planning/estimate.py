@@ -127,7 +127,7 @@ def plan(
         planned.append(
             StepPlan(name, number, work, rate, seconds, hours, _bytes(name, number, work, machine, runs))
         )
-    texts = _texts(config, sizes)
+    texts, prompt_tokens, text_tokens = _texts(config, sizes)
     assumed = [
         *sizes.assumed,
         f"{machine.cpus:g} CPUs and {machine.gpus:g} GPUs, there and here; twice the workers take half of the time",
@@ -150,9 +150,17 @@ def plan(
     if nowhere := dict.fromkeys(one.stage for one in planned if one.bytes is None):
         assumed.append(f"no run says how much storage {', '.join(nowhere)} take: not in the sums")
     return Plan(
-        sizes, planned, seconds, *(sum(getattr(one, name) or 0 for one in planned) for name in ("gpu_hours", "bytes")),
-        *texts, unknown, assumed,
-    )  # fmt: skip
+        sizes,
+        planned,
+        seconds,
+        gpu_hours=sum(one.gpu_hours or 0 for one in planned),
+        bytes=sum(one.bytes or 0 for one in planned),
+        texts=texts,
+        prompt_tokens=prompt_tokens,
+        text_tokens=text_tokens,
+        unknown=unknown,
+        assumed=assumed,
+    )
 
 
 def _texts(config: Config, sizes: Sizes) -> tuple[int, int, int]:
