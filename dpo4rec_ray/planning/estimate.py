@@ -26,7 +26,7 @@ class StepPlan:
     """A stage in a round.
 
     Attributes:
-        seconds: wall time; None where no rate is known.
+        seconds: wall time; None where no rate is known, 0 where there is nothing to do.
         gpu_hours: of the GPUs that are held, busy or not.
         bytes: of its artifacts; None where no run says it.
     """
@@ -121,8 +121,8 @@ def plan(
     planned = []
     for name, number in steps(config):
         work = WORK[name](config, sizes, machine, number)
-        rate = rates.get(_key(name, number))
-        seconds = rate.seconds(work.amount / work.workers) if rate else None
+        rate = rates.get(_key(name, number)) if work.amount else None
+        seconds = rate.seconds(work.amount / work.workers) if rate else None if work.amount else 0.0
         hours = None if seconds is None else work.gpus * seconds / 3600
         planned.append(
             StepPlan(name, number, work, rate, seconds, hours, _bytes(name, number, work, machine, runs))

@@ -92,6 +92,13 @@ def test_gpus_are_paid_while_they_are_held() -> None:
     assert any("no rate is known of prepare, encode" in one for one in found.assumed)
 
 
+def test_a_stage_with_nothing_to_do_takes_no_time() -> None:
+    """Where the texts are the counted ones themselves, there are no references beside them."""
+    config = load_config("demo", ['llm.source="statistics"'])
+    found = {one.stage: one for one in plan(config, SIZES, {}, MACHINE).steps}
+    assert found["references"].seconds == 0 and found["evaluate"].seconds is None
+
+
 def test_tasks_share_the_places_there_are() -> None:
     """Three fits on two CPUs take two turns; the same on four take one."""
     assert WORK["evaluate"](DEMO, SIZES, Machine(2, 0), 1).workers == 1.5
