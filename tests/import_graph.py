@@ -41,6 +41,8 @@ ROOMS = (
     "checks",
     "report",
     "pipeline",
+    "run_status",
+    "planning",
     "grid_search",
     "cli",
     "__main__",

@@ -34,7 +34,8 @@ BELIEVED_AT = 1.645
 
 @dataclass(frozen=True)
 class Gain:
-    """What the texts bring on the validation lists: mean of the metric without and with them, and the difference's error.
+    """What the texts bring on the validation lists: mean of the metric without and with them, and the standard error of
+    their difference.
 
     `kept` is false where that is no gain, or where the `evidence` (core/evidence.py) is not above BELIEVED_AT: then the branch
     was erased, and the reranker ranks as its backbone.
@@ -184,13 +185,12 @@ def _gain(
 ) -> Gain:
     mask, labels = valid.mask.cpu().numpy(), valid.labels.cpu().numpy()
     scores = _scores(model, catalogue, valid, vectors)
-    before = _metric(without, labels, mask, metric)
-    after = _metric(scores, labels, mask, metric)
-    user_ids = valid.user_ids.cpu().numpy()
-    error = clustered_std_error(after - before, user_ids)
-    evidence = evidence_of_texts(without, scores, labels, mask, user_ids)
-    better = bool(after.mean() > before.mean())
-    return Gain(float(before.mean()), float(after.mean()), error, evidence, better and evidence > BELIEVED_AT)
+    users = valid.user_ids.cpu().numpy()
+    before, after = (_metric(one, labels, mask, metric) for one in (without, scores))
+    error = clustered_std_error(after - before, users)
+    evidence = evidence_of_texts(without, scores, labels, mask, users)
+    kept = bool(after.mean() > before.mean()) and evidence > BELIEVED_AT
+    return Gain(float(before.mean()), float(after.mean()), error, evidence, kept)
 
 
 def _scores(model: Reranker, catalogue: Catalogue, lists: ListData, vectors: Tensor | None) -> np.ndarray:

@@ -149,6 +149,13 @@ def objects(where: Place) -> dict[str, dict[str, Any]]:
     return dict(sorted(listed.items()))
 
 
+def size_of(folder: Place) -> int:
+    """Bytes of all files below a folder."""
+    if is_remote(folder):
+        return sum(info.get("size") or 0 for info in objects(folder).values())
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def remove(where: Place) -> None:
     """Remove a file, or a folder with all below it, if it is there."""
     if is_remote(where):

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.storage.parquet import parquet_metadata, read_parquet, write_parquet
-from dpo4rec_ray.storage.places import Place, is_remote, objects, place, remove, write_text
+from dpo4rec_ray.storage.places import Place, is_remote, objects, place, remove, size_of, write_text
 from dpo4rec_ray.store.schemas import SCHEMA_VERSION, SCHEMAS, validate_table
 
 MANIFEST = "manifest.json"
@@ -54,6 +54,8 @@ class Manifest:
         fingerprint: hash of everything it depends on; equal to the present one means that it can be kept.
         produced: new with every production, so that what was made from an older production is redone.
         stats: whatever the stage measured on the way.
+        bytes: of all files of the artifact.
+        timings: as store.progress.Timing, of each Progress that the stage showed.
         inputs, settings, outside: as in store.dependencies; empty where an older version made the artifact.
     """
 
@@ -71,6 +73,8 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     commit: str = ""
+    bytes: int = 0
+    timings: list[dict[str, Any]] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -121,6 +125,10 @@ class RunDir:
 
     def finish(self, manifest: Manifest, round_id: int = 0) -> None:
         write_json(self.path(manifest.artifact, round_id) / MANIFEST, asdict(manifest))
+
+    def size(self, name: str, round_id: int = 0) -> int:
+        """Bytes of all files of an artifact."""
+        return size_of(self.path(name, round_id))
 
     def files(self, name: str, round_id: int = 0) -> list[Place]:
         """The artifact's Parquet files in name order."""

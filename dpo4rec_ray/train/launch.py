@@ -13,6 +13,7 @@ from typing import Any
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.storage.places import Place
+from dpo4rec_ray.store import events
 from dpo4rec_ray.store.metrics_file import last_metrics
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.train.state import checkpoint_storage, read_state, remove_checkpoints, update_state
@@ -65,6 +66,7 @@ def launch(
             worker_runtime_env={"env_vars": worker_env},
         ),
     )
+    continued = _continued_after(folder)
     progress = Progress(label, 0, unit)
     # Ray Train places its workers all at once.
     progress.starting = starting(num_workers, fewest, fewest * section.gpus_per_worker)
@@ -76,6 +78,8 @@ def launch(
     finally:
         stop.set()
         follower.join(timeout=5)
+        for step in _continued_after(folder)[len(continued) :]:
+            events.note("worker_restarted", worker="trainer", after_step=step)
         if refused := _refused(folder):
             raise UserError(refused) from None
     remove_checkpoints(section, folder)
@@ -97,6 +101,11 @@ def _refusing(loop: Callable[[dict[str, Any]], None], folder: Place) -> Callable
                 raise  # the other workers may be waiting for this one
 
     return guarded
+
+
+def _continued_after(folder: Place) -> list[int]:
+    state = read_state(folder)
+    return state.continued_after if state else []
 
 
 def _refused(folder: Place) -> str:

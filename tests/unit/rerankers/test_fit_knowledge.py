@@ -64,6 +64,9 @@ def test_texts_that_decide_what_is_liked_bring_a_gain(backbone, settings):
     assert gain.without == pytest.approx(before.mean()) and gain.with_texts == pytest.approx(after.mean())
     assert gain.std_error == pytest.approx(clustered_std_error(after - before, world.valid.user_ids.numpy()))
     assert gain.evidence > BELIEVED_AT
+    assert (
+        0 < gain.std_error < gain.with_texts - gain.without
+    )  # what the stage train_reward prints as the channel's
     if not settings.get("similarity", True):
         assert found.model.branch.gates[1] == 0
 
