@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -53,9 +52,9 @@ def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
     return [(low, min(low + users_per_shard, num_users)) for low in range(0, num_users, users_per_shard)]
 
 
-def part_number(file: str | Path) -> int:
+def part_number(file: Place) -> int:
     """The shard that wrote a Parquet part."""
-    return int(Path(file).stem.removeprefix("part-"))
+    return int(file.stem.removeprefix("part-"))
 
 
 def resume_parts(folder: Place, fingerprint: str) -> set[int]:
