@@ -18,6 +18,8 @@ STAGES = {
     "dpo": "pairs per second and first steps, against TRL's DPOTrainer",
     "channel": "what texts add to a backbone, by encoder, way and adapter, against the backbone",
     "ablation": "one round of DPO by reader, reward and pairs, judged by the same rerankers",
+    "balance": "a late engine and a slow one, against the ideal",
+    "scaling": "1 to 32 engines, and memory of the driver by users",
     "serve": "requests per second, against a no-op deployment and bare FastAPI",
 }
 

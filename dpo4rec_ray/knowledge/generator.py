@@ -43,6 +43,7 @@ class VLLMGenerator:
         self._serving = ServedWeights(spec.weights.model)
         self._lora: Any = None
         self._num_loras = 0
+        self._refused = 0  # samples of prompts that never came to the engine
         self.use(*spec.weights)
 
     def generate(
@@ -89,6 +90,10 @@ class VLLMGenerator:
     def stats(self) -> EngineStats:
         return self._loop.stats()
 
+    def finished(self) -> int:
+        """Samples that were finished or refused since the start, those of unfinished calls among them."""
+        return self._loop.finished() + self._refused
+
     def reset_stats(self) -> None:
         """Count from now on. Only while no call is under way."""
         self._loop.reset_stats()
@@ -96,6 +101,7 @@ class VLLMGenerator:
     def _request(self, prompt: list[int], seed: int, count: int) -> Request | Answer:
         room = max_prompt_tokens(self._spec.llm, self._spec.generate)
         if len(prompt) > room:
+            self._refused += count
             return Answer([], "prompt_too_long", f"{len(prompt)} tokens, room for {room}")
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams

@@ -1,20 +1,22 @@
 """Streaming users through actor pools, shard by shard, so that a crash loses at most the shards in flight.
 
-A shard is a fixed range of user ids. Ray Data sees one row per shard: the first actor reads its users, the last one
-writes one Parquet part named after the shard and returns only counts. Blocks are never merged or split on the way,
-because every actor takes exactly one shard per call. (Ray 2.60 merges small blocks, and its own checkpoint reads all
-finished ids into memory.)
+A shard is a fixed range of user ids. The first pool's actors take shards from a queue (shard_queue.py), read their users and
+give one row per shard; the last pool writes one Parquet part named after the shard and returns only counts. Rows are never
+merged on the way: each is a block of its own. (Ray 2.60's own checkpoint reads all finished ids into memory.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from dpo4rec_ray.atomic import new_file
@@ -22,8 +24,8 @@ from dpo4rec_ray.store.artifacts import MANIFEST
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.phases import starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
+from dpo4rec_ray.workers.shard_queue import Row, ShardQueue, from_queue, tickets
 
-Row = dict[str, Any]
 MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it was working on
 
 
@@ -81,7 +83,7 @@ def resume_parts(folder: Path, fingerprint: str) -> set[int]:
 
 
 def run_shards(
-    shards: Sequence[tuple[int, int, int]],
+    shards: Sequence[tuple[int, int, int]] | np.ndarray,
     pools: Sequence[Pool],
     progress: Progress,
     *,
@@ -98,45 +100,57 @@ def run_shards(
     """
     import ray
     import ray.data
+    from ray.data import DataContext
     from ray.util.annotations import RayDeprecationWarning
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    rows = [{"shard": shard, "low": low, "high": high} for shard, low, high in shards]
-    if not rows:
+    if not len(shards):
         return
     check_room(
         ", ".join(f"{pool.size} x {pool.worker.__name__}" for pool in pools),
         sum(pool.size * pool.num_cpus for pool in pools),
         sum(pool.size * pool.num_gpus for pool in pools),
     )
-    pools = [replace(pool, size=min(pool.size, len(rows))) for pool in pools]  # no actor without a shard
+    pools = [replace(pool, size=min(pool.size, len(shards))) for pool in pools]  # no actor without a shard
+    first = pools[0]
+    num_tickets, per_ticket = tickets(len(shards), first.size, first.shards_at_once + 1)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(ShardQueue).options(num_cpus=0, scheduling_strategy=here)
+    queue = actor.remote(np.asarray(shards, np.int64), per_ticket)
+    taking = {"worker": from_queue(first.worker), "arguments": {"queue": queue, **first.arguments}}
+    context = DataContext.get_current().copy()
     # Otherwise a worker's UserError comes back as Ray's own exception, which loses its cause between processes.
-    ray.data.DataContext.get_current().raise_original_map_exception = True
-    # One table is one block and so one task. (from_items merges blocks; a repartition needs a CPU of its own.)
-    dataset = ray.data.from_arrow([pa.table({key: [value] for key, value in row.items()}) for row in rows])
-    for pool in pools:
+    context.raise_original_map_exception = True
+    context.target_max_block_size = 8  # bytes: so every row is a block, and goes on as soon as it is there
+    with DataContext.current(context):
+        # One table is one block and so one call. (from_items merges blocks; a read or a repartition needs a CPU of its own.)
+        dataset = ray.data.from_arrow([pa.table({"ticket": [ticket]}) for ticket in range(num_tickets)])
+    for number, pool in enumerate(pools):
+        one = replace(pool, **taking) if not number else pool
         # Ray 2.60 has no other way to bound restarts; without a bound it restarts for ever.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = dataset.map(
-                pool.worker,
-                fn_constructor_kwargs=pool.arguments,
+            dataset = (dataset.map if number else dataset.flat_map)(
+                one.worker,
+                fn_constructor_kwargs=one.arguments,
                 compute=ray.data.ActorPoolStrategy(
-                    size=pool.size,
-                    max_tasks_in_flight_per_actor=pool.shards_at_once + 1,
-                    max_concurrent_calls_per_actor=pool.shards_at_once,
-                    enable_true_multi_threading=pool.shards_at_once > 1,
+                    size=one.size,
+                    max_tasks_in_flight_per_actor=one.shards_at_once + 1,
+                    max_concurrent_calls_per_actor=one.shards_at_once,
+                    enable_true_multi_threading=one.shards_at_once > 1,
                 ),
-                num_cpus=pool.num_cpus,
-                num_gpus=pool.num_gpus,
-                runtime_env={"env_vars": pool.env},
-                max_restarts=pool.max_restarts,
-                max_task_retries=pool.max_restarts,
+                num_cpus=one.num_cpus,
+                num_gpus=one.num_gpus,
+                runtime_env={"env_vars": one.env},
+                max_restarts=one.max_restarts,
+                max_task_retries=one.max_restarts,
             )
     progress.starting = starting(
         sum(pool.size for pool in pools),
         min(pool.num_cpus for pool in pools),
         max(pool.num_gpus for pool in pools),
     )
+    progress.live = partial(_progress_of, queue)
     done = already
     with progress:
         for pool in pools:
@@ -146,3 +160,12 @@ def run_shards(
             done += row["users"]
             progress.at(done, extra(row) if extra else "")
             yield row
+
+
+def _progress_of(queue: Any) -> tuple[float, int] | None:
+    """For `Progress.live`: of the queue's actor."""
+    import ray
+
+    with contextlib.suppress(Exception):  # a line on the terminal must end no run
+        return ray.get(queue.progress.remote(), timeout=1)
+    return None
