@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import json
 import logging
 import os
 import shutil
@@ -18,13 +19,14 @@ from pathlib import Path
 
 import harness
 import numpy as np
+import psutil
 from harness import ROOT, Row
 
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.knowledge.completions import Answer, Completion
 from dpo4rec_ray.stages import generate
 from dpo4rec_ray.store import progress
-from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.texts.sources import SOURCES
 from dpo4rec_ray.texts.text_source import TextWriter, WriterPlacement
 
@@ -65,6 +67,7 @@ class SleepingEngine(TextWriter):
         self._world = world
         self._number = self._claim()
         self._kind = world.kinds[self._number]
+        self._built, self._asked = time.time(), False
         (world.folder / f"process-{self._number}").touch()
         while len(list(world.folder.glob("process-*"))) < len(world.kinds):
             time.sleep(0.02)
@@ -80,6 +83,10 @@ class SleepingEngine(TextWriter):
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         now, last = time.time(), 0.0
+        if not self._asked:
+            self._asked = True
+            times = {"process": psutil.Process().create_time(), "built": self._built, "asked": now}
+            write_json(self._world.folder / f"start-{self._number}.json", times)
         for seed, count in zip(seeds, counts, strict=True):
             times = np.random.default_rng(seed).lognormal(-(SPREAD**2) / 2, SPREAD, count)
             for seconds in times * self._kind.seconds:
@@ -135,6 +142,7 @@ def stage(folder: Path, kinds: Sequence[Kind], slots: int, users: int, samples: 
     ready = [(world.folder / f"ready-{number}").stat().st_mtime for number in range(len(kinds))]
     served = {number: _served(world.folder / f"served-{number}") for number in range(len(kinds))}
     ideal = world.ideal_s(users * samples)
+    starts = [json.loads(file.read_text()) for file in world.folder.glob("start-*.json")]
     first_rate = next((at for at, line in lines if "/s" in line), ended)
     return {
         "engines": len(kinds),
@@ -143,7 +151,11 @@ def stage(folder: Path, kinds: Sequence[Kind], slots: int, users: int, samples: 
         "seconds": round(ended - ready[0], 1),
         "over_ideal": round((ended - ready[0]) / ideal, 3),
         "efficiency": round(ideal / (ended - ready[0]), 3),
-        "start_s": round(ready[0] - began, 1),
+        # From the stage's call until the last engine has a process, is being built, and is asked for its first sample.
+        **{
+            f"{name}_s": round(max(one[name] for one in starts) - began, 2)
+            for name in ("process", "built", "asked")
+        },
         "shards_of": [len(rows) for rows in served.values()],
         "idle_s_at_end": [
             round(ended - max([0.0, *(end for _, end in rows)]), 1) for rows in served.values()

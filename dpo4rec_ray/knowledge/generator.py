@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo4rec_ray.knowledge import cpu_top_p
 from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineLoop, EngineStats, Request
@@ -36,6 +35,10 @@ class VLLMGenerator:
         from vllm import LLM
 
         if not spec.on_gpu:
+            from dpo4rec_ray.knowledge import (
+                cpu_top_p,  # imports torch, which actors without an engine do not need
+            )
+
             cpu_top_p.install()
         self._spec = spec
         self._llm = LLM(**spec.arguments() | {"model": model_folder(spec.weights.model)})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,9 +51,21 @@ class Pool:
     prepare: Callable[[], None] | None = None
 
 
-def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
-    """User id ranges [low, high), one per shard."""
-    return [(low, min(low + users_per_shard, num_users)) for low in range(0, num_users, users_per_shard)]
+def shard_ranges(num_users: int, users_per_shard: int) -> np.ndarray:
+    """All shards as `run_shards` takes them: int64 [S, 3] of number, lowest user id, and the first user id after it."""
+    numbers = np.arange(-(-num_users // users_per_shard))
+    lows = numbers * users_per_shard
+    return np.column_stack([numbers, lows, np.minimum(lows + users_per_shard, num_users)])
+
+
+def without(shards: np.ndarray, done: Set[int], first_part: int = 0) -> np.ndarray:
+    """The shards whose parts are not done; first_part: number of the part that shard 0 becomes."""
+    return shards[~np.isin(shards[:, 0] + first_part, sorted(done))]
+
+
+def count_users(shards: np.ndarray) -> int:
+    """Users (or items) of these shards together."""
+    return int((shards[:, 2] - shards[:, 1]).sum())
 
 
 def part_number(file: str | Path) -> int:
@@ -90,7 +102,7 @@ def run_shards(
     already: int = 0,
     extra: Callable[[Row], str] | None = None,
 ) -> Iterator[Row]:
-    """Send (shard, low, high) through the pools in turn; yields the last pool's answer for each shard when it is done.
+    """Send shards (number, low, high) through the pools in turn; yields the last pool's answer for each shard when it is done.
 
     Each answer has the number of its users (or items) under "users"; an earlier run has done `already` of them.
     extra: takes an answer and returns what the progress line shows beside the number.

@@ -194,9 +194,8 @@ def test_a_late_engine_that_dies_gets_its_share_and_no_shard_is_lost_or_doubled(
         shards_at_once=9,
         max_restarts=3,
     )
-    shards = [(shard, low, high) for shard, (low, high) in enumerate(shard_ranges(2 * num_shards, 2))]
     progress = Progress("test", 2 * num_shards, "users")
-    answers = list(run_shards(shards, [pool], progress))
+    answers = list(run_shards(shard_ranges(2 * num_shards, 2), [pool], progress))
     assert sorted(row["shard"] for row in answers) == list(range(num_shards))
     done = [line.split() for line in (tmp_path / "done").read_text().splitlines()]
     assert len(done) == num_shards, "none was done twice"
