@@ -77,6 +77,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py score
 	$(BIN)/python benchmarks/bench.py generate
 	$(BIN)/python benchmarks/bench.py dpo
+	$(BIN)/python benchmarks/bench.py balance
+	$(BIN)/python benchmarks/bench.py scaling
 	$(BIN)/python benchmarks/bench.py serve
 
 lint: $(STAMP)

@@ -20,6 +20,8 @@ STAGES = {
     "channel": "what texts add to a backbone, by encoder, way and adapter, against the backbone",
     "ablation": "one round of DPO by reader, reward and pairs, judged by the same rerankers",
     "plan": "times that `dpo4rec plan` reckons from a small run, against a run of ten times the size",
+    "balance": "a late engine and a slow one, against the ideal",
+    "scaling": "1 to 32 engines, and memory of the driver by users",
     "serve": "requests per second, against a no-op deployment and bare FastAPI",
 }
 

@@ -89,6 +89,7 @@ class EngineLoop:
         self._open: dict[str, tuple[_Call, int]] = {}
         self._died: BaseException | None = None
         self._number, self._prefix_hits = 0, 0.0
+        self._admitted = 0  # samples, since the start
         self.reset_stats()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
@@ -117,6 +118,10 @@ class EngineLoop:
                 self._raise_if_died()  # also where the loop ended before it saw this call
         self._raise_if_died()
         return [answer for answer in call.answers if answer is not None]
+
+    def finished(self) -> int:
+        """Samples that were finished or refused since the start, those of unfinished calls among them."""
+        return self._admitted - self._engine.get_num_unfinished_requests()
 
     def stats(self) -> EngineStats:
         span = max(self._last - self._first, 1e-9)
@@ -186,8 +191,10 @@ class EngineLoop:
             if type(error).__name__ == "EngineDeadError":
                 raise
             # After any other error only this request is refused, and the engine goes on.
+            self._admitted += request.params.n
             call.put(index, Answer([], "engine_error", f"{type(error).__name__}: {error}"))
             return
+        self._admitted += request.params.n
         self._worked += time.monotonic() - began
         self._open[name] = (call, index)
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo4rec_ray.knowledge import cpu_top_p
 from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineLoop, EngineStats, Request
@@ -37,6 +36,10 @@ class VLLMGenerator:
         from vllm import LLM
 
         if not spec.on_gpu:
+            from dpo4rec_ray.knowledge import (
+                cpu_top_p,  # imports torch, which actors without an engine do not need
+            )
+
             cpu_top_p.install()
         self._spec = spec
         self._llm = LLM(**spec.arguments() | {"model": model_folder(spec.weights.model)})
@@ -44,6 +47,7 @@ class VLLMGenerator:
         self._serving = ServedWeights(spec.weights.model)
         self._lora: Any = None
         self._num_loras = 0
+        self._refused = 0  # samples of prompts that never came to the engine
         self.use(*spec.weights)
 
     def generate(
@@ -90,6 +94,10 @@ class VLLMGenerator:
     def stats(self) -> EngineStats:
         return self._loop.stats()
 
+    def finished(self) -> int:
+        """Samples that were finished or refused since the start, those of unfinished calls among them."""
+        return self._loop.finished() + self._refused
+
     def reset_stats(self) -> None:
         """Count from now on. Only while no call is under way."""
         self._loop.reset_stats()
@@ -97,6 +105,7 @@ class VLLMGenerator:
     def _request(self, prompt: list[int], seed: int, count: int) -> Request | Answer:
         room = max_prompt_tokens(self._spec.llm, self._spec.generate)
         if len(prompt) > room:
+            self._refused += count
             return Answer([], "prompt_too_long", f"{len(prompt)} tokens, room for {room}")
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams

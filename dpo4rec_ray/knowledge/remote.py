@@ -77,6 +77,7 @@ class Endpoint:
         self._length_name = "max_tokens"
         self._lock = threading.Lock()
         self._failed_in_a_row = 0
+        self._finished = 0
         self._fatal: UserError | None = None
 
     def generate(
@@ -89,12 +90,16 @@ class Endpoint:
         """
         todo = [
             [
-                self._pool.submit(self._request, prompt, part_seed, size)
+                self._pool.submit(self._counted_request, prompt, part_seed, size)
                 for part_seed, size in self._parts(seed, n)
             ]
             for prompt, seed, n in zip(prompts, seeds, num_samples, strict=True)
         ]
         return [_joined([part.result() for part in parts]) for parts in todo]
+
+    def finished(self) -> int:
+        """Samples that were asked for and answered, or given up, those of unfinished calls among them."""
+        return self._finished
 
     def _parts(self, seed: int, count: int) -> list[tuple[int, int]]:
         """(seed, samples) of each request for one prompt."""
@@ -103,6 +108,12 @@ class Endpoint:
             ((seed + _SEED_STEP * number) & 0x7FFFFFFF, min(size, count - low))
             for number, low in enumerate(range(0, count, size))
         ]
+
+    def _counted_request(self, prompt: str | list[Message], seed: int, count: int) -> Answer:
+        answer = self._request(prompt, seed, count)
+        with self._lock:
+            self._finished += count
+        return answer
 
     def _request(self, prompt: str | list[Message], seed: int, count: int) -> Answer:
         from openai import APIError

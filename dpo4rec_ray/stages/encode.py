@@ -21,7 +21,7 @@ from dpo4rec_ray.texts.sampling import ItemSampler, TextSampler, text_pool
 from dpo4rec_ray.texts.sources import describes_items
 from dpo4rec_ray.texts.throughput import stream_texts
 from dpo4rec_ray.texts.vectors import ItemTexts, VectorWriter, encoder_pool
-from dpo4rec_ray.workers.shards import Pool, resume_parts, shard_ranges
+from dpo4rec_ray.workers.shards import Pool, count_users, resume_parts, shard_ranges, without
 
 ITEMS_PER_SHARD = 2048
 DESCRIBED_PER_SHARD = 256  # items that an LLM describes: minutes of work, not seconds
@@ -34,12 +34,12 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     num_users = store.require("users").rows
     ranges = shard_ranges(num_users, size)
     stats: dict[str, Any] = {}
-    todo = [(shard, *ranges[shard]) for shard in range(len(ranges)) if shard not in done]
+    todo = without(ranges, done)
     # First, because engines that are kept start meanwhile.
-    writers = _user_texts(config, store, folder, round_id) if todo else None
+    writers = _user_texts(config, store, folder, round_id) if len(todo) else None
     if round_id == 0:
         stats["items"] = _encode_items(config, store, folder, len(ranges), done)
-    already = num_users - sum(high - low for _, low, high in todo)
+    already = num_users - count_users(todo)
     if already:
         say(f"  encode: {already} users kept from an interrupted run")
     stats["this_run"] = {}
@@ -79,8 +79,8 @@ def _encode_items(
     """Write the texts and vectors of the items; the stats of their engines."""
     num_items, described = store.require("items").rows, describes_items(config)
     ranges = shard_ranges(num_items, DESCRIBED_PER_SHARD if described else ITEMS_PER_SHARD)
-    todo = [(shard, *ranges[shard]) for shard in range(len(ranges)) if first_part + shard not in done]
-    if not todo:
+    todo = without(ranges, done, first_part)
+    if not len(todo):
         return {}
     writers = Pool(ItemTexts, {"store": store}, size=1, num_cpus=0.1)
     if described:
@@ -96,7 +96,7 @@ def _encode_items(
             first_part=first_part,
         )
     encoders = encoder_pool(config, VectorWriter, folder=str(folder), round_id=0, first_part=first_part)
-    already = num_items - sum(high - low for _, low, high in todo)
+    already = num_items - count_users(todo)
     return stream_texts("encode items", "items", todo, [writers, encoders], num_items, already)
 
 

@@ -20,7 +20,7 @@ from dpo4rec_ray.store.user_rows import users_per_shard
 from dpo4rec_ray.texts.accounts import cost_of, failure_reasons, generation_counts
 from dpo4rec_ray.texts.sampling import ShardGenerator, text_pool
 from dpo4rec_ray.texts.throughput import stream_texts
-from dpo4rec_ray.workers.shards import resume_parts, shard_ranges
+from dpo4rec_ray.workers.shards import resume_parts, shard_ranges, without
 
 SPLITS = ("train", "valid")
 
@@ -41,9 +41,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     already = int(wanted[sorted(done)].sum())
     if done:
         say(f"  generate: {already} users kept from an interrupted run")
-    todo = [(shard, *ranges[shard]) for shard in np.flatnonzero(wanted).tolist() if shard not in done]
+    todo = without(ranges[wanted > 0], done)
     this_run = {}
-    if todo:  # otherwise no engine is started
+    if len(todo):  # otherwise no engine is started
         pool = text_pool(
             config,
             store,

@@ -6,6 +6,8 @@ what training and validation users like later; they measure what a perfect text 
 
 from __future__ import annotations
 
+import numpy as np
+
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
@@ -13,7 +15,7 @@ from dpo4rec_ray.texts.accounts import knowledge_counts
 from dpo4rec_ray.texts.counted_texts import CountedShard, CountedTexts
 from dpo4rec_ray.texts.throughput import stream_texts
 from dpo4rec_ray.texts.vectors import VectorWriter, encoder_pool
-from dpo4rec_ray.workers.shards import Pool, resume_parts, shard_ranges
+from dpo4rec_ray.workers.shards import Pool, count_users, resume_parts, shard_ranges, without
 
 USERS_PER_SHARD = 256
 
@@ -23,11 +25,13 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     folder = store.path("references")
     done = resume_parts(folder, store.fingerprint)
     ranges = shard_ranges(store.require("users").rows, USERS_PER_SHARD)
-    shards = [CountedShard(subject, low, high) for subject in config.counted_texts for low, high in ranges]
-    all_shards = [(number, 0, shard.high - shard.low) for number, shard in enumerate(shards)]
-    todo = [one for one in all_shards if one[0] not in done]
-    total, left = (sum(high for *_, high in some) for some in (all_shards, todo))
-    if todo:
+    subjects = config.counted_texts
+    shards = [CountedShard(subject, low, high) for subject in subjects for _, low, high in ranges.tolist()]
+    every = np.tile(ranges, (len(subjects), 1))
+    every[:, 0] = np.arange(len(every))
+    todo = without(every, done)
+    total, left = count_users(every), count_users(todo)
+    if len(todo):
         writers = Pool(
             CountedTexts, {"config": config, "store": store, "shards": shards}, size=1, num_cpus=0.1
         )

@@ -82,6 +82,8 @@ class Progress:
         """`already` units were done by an earlier run: they count as done, but not in the rate. total 0: not known.
 
         `starting` may be set to what tells why there is no result yet; it is called often, and not after the first one.
+        `live` may be set to what knows of results before `at` is told: seconds since the work began and units done since then,
+        or None before it began. The rate is then theirs.
         """
         self._label, self._total, self._unit = label, total, unit
         self._already = self._done = already
@@ -89,7 +91,9 @@ class Progress:
         self._opened = self._last = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first result came: workers start up before it
         self._display: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        self._already = self._live = already
         self.starting: Callable[[], str] = lambda: ""
+        self.live: Callable[[], tuple[float, int] | None] = lambda: None
 
     def __enter__(self) -> Progress:
         self._display = self._bar() if draws_bars() else self._lines()
@@ -175,24 +179,32 @@ class Progress:
         from rich.progress_bar import ProgressBar
         from rich.table import Column, Table
 
+        line = self._line("  ", " · ")
         open_end = self._first is None or not self._total
-        bar = ProgressBar(None if open_end else self._total, self._done, width=BAR_WIDTH)
+        bar = ProgressBar(None if open_end else self._total, max(self._done, self._live), width=BAR_WIDTH)
         cut = {"no_wrap": True, "overflow": "ellipsis"}
         row = Table.grid(Column(no_wrap=True), Column(min_width=BAR_WIDTH), Column(**cut), padding=(0, 1))
-        row.add_row(f"  {escape(self._label)}", bar, escape(self._line("  ", " · ")))
+        row.add_row(f"  {escape(self._label)}", bar, escape(line))
         return row
 
     def _line(self, gap: str, before_extra: str) -> str:
         now = time.monotonic()
+        if live := self.live():
+            seconds, units = live
+            self._first = (now - seconds, self._already)
+            self._live = self._already + units
         if self._first is None:
             waits = self.starting()
             return f"workers are starting, {now - self._opened:.0f} s" + (f": {waits}" if waits else "")
         since, base = self._first
         of = f"/{self._total:,}" if self._total else ""
-        numbers = [f"{self._done:,}{of} {self._unit}"]
-        if self._done > base:
-            rate = (self._done - base) / (now - since)
+        done = max(self._done, self._live)
+        numbers = [f"{done:,}{of} {self._unit}"]
+        if done > base:
+            rate = (done - base) / max(now - since, 1e-9)
             numbers.append(f"{rate:,.1f}/s")
             if self._total:
-                numbers.append(f"{timedelta(seconds=round((self._total - self._done) / rate))} left")
+                numbers.append(f"{timedelta(seconds=round((self._total - done) / rate))} left")
+        elif live:
+            numbers.append(f"the first are under way, {live[0]:.0f} s")
         return gap.join(numbers) + (f"{before_extra}{self._extra}" if self._extra else "")

@@ -79,6 +79,7 @@ class EndpointTexts(TextWriter):
         self._prompts = CataloguePrompts.of_recipe(config, catalogue(store), examples)
         schema = json_schema(config.prompt, config.generate)
         self._endpoint = Endpoint(config.openai, config.generate.of_policy(0), key, schema)
+        self._asked_again = 0
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         skips = [0] * len(rows)
@@ -92,6 +93,7 @@ class EndpointTexts(TextWriter):
             for i in long:
                 events = len(rows[i]["history_item_ids"])
                 skips[i] = events - (events - skips[i]) // 2
+                self._asked_again += counts[i]
             again = self._endpoint.generate(
                 [self._prompt(rows[i], skips[i]) for i in long],
                 [seeds[i] for i in long],
@@ -101,6 +103,9 @@ class EndpointTexts(TextWriter):
                 usage = Counter(found[i].usage) + Counter(one.usage)
                 found[i] = replace(one, num_left_out=skips[i], usage=usage)
         return found
+
+    def finished(self) -> int:
+        return self._endpoint.finished() - self._asked_again
 
     def items(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:
         system = self._prompts.wording.system

@@ -97,6 +97,9 @@ class KeptEngine:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    def finished(self) -> int:
+        return self._engine.finished()
+
 
 class KeptGenerator:
     """A sampling actor's own `KeptEngine`; called like a `VLLMGenerator`."""
@@ -113,7 +116,7 @@ class KeptGenerator:
         self._engine = next((engine for engine in engines if ray.get(engine.claim.remote(owner))), None)
         if self._engine is None:
             raise RuntimeError(f"none of {len(engines)} engines is free for {owner}")
-        self._weights, self._last = weights, EngineStats()
+        self._weights, self._last, self._finished = weights, EngineStats(), 0
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], num_samples: Sequence[int]
@@ -138,6 +141,15 @@ class KeptGenerator:
         with contextlib.suppress(ray.exceptions.RayActorError):
             self._last = ray.get(self._engine.stats.options(max_task_retries=0).remote())
         return self._last
+
+    def finished(self) -> int:
+        """As `VLLMGenerator.finished`; the last known number if the engine does not answer."""
+        import ray
+        import ray.exceptions
+
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            self._finished = ray.get(self._engine.finished.options(max_task_retries=0).remote())
+        return self._finished
 
 
 def kept_engines(config: Config, spec: EngineSpec, folder: Place) -> list[Any]:

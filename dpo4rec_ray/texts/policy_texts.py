@@ -135,6 +135,9 @@ class PolicyTexts(TextWriter):
     def stats(self) -> EngineStats:
         return self._generator.stats()
 
+    def finished(self) -> int:
+        return self._generator.finished()
+
     def _answers(
         self, prompts: Sequence[tuple[list[int], int]], seeds: Sequence[int], counts: Sequence[int]
     ) -> list[Answer]:

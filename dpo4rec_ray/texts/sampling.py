@@ -1,14 +1,14 @@
 """The actors of generate and encode that turn a shard of users (or items) into texts, and their pool.
 
 An actor works on several shards at the same time, so that its engine stays full while one shard's last samples are
-written and another's prompts are read.
+written and another's prompts are read. It takes the next shard when its engine runs out of samples (ShardWriter.has_room).
 """
 
 from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,19 @@ from dpo4rec_ray.workers.shards import Pool
 MAX_SHARDS_AT_ONCE = 16
 
 
-class UserSampler:
+class Sampler:
+    """What `FromQueue` asks a worker with a `ShardWriter` (Roomy)."""
+
+    writer: ShardWriter
+
+    def has_room(self, shards: Set[int]) -> bool:
+        return self.writer.has_room(shards)
+
+    def users_inside(self) -> int:
+        return self.writer.users_inside()
+
+
+class UserSampler(Sampler):
     """Reads the users of a shard and has their texts written."""
 
     def __init__(
@@ -97,19 +109,22 @@ class TextSampler(UserSampler):
         }
 
 
-class ItemSampler:
+class ItemSampler(Sampler):
     """Describes a range of the catalogue. An item without a description is encoded by its own title and attributes."""
 
     def __init__(self, job: WritingJob, first_part: int):
         """first_part: number of the part that shard 0 becomes; the users' parts come before it."""
-        self._job, self._writer, self._first_part = job, ShardWriter(job, "item"), first_part
+        self._job, self.writer, self._first_part = job, ShardWriter(job, "item"), first_part
         self._items = job.store.read("items")
+
+    def has_room(self, shards: Set[int]) -> bool:
+        return super().has_room({self._first_part + shard for shard in shards})
 
     def __call__(self, row: Row) -> Row:
         low, high = int(row["low"]), int(row["high"])
         rows = self._items.slice(low, high - low).to_pylist()
         seeds = [seed_of(self._job.seed, "item", item["item_id"]) for item in rows]
-        found = self._writer.write(self._first_part + int(row["shard"]), rows, seeds, [1] * len(rows))
+        found = self.writer.write(self._first_part + int(row["shard"]), rows, seeds, [1] * len(rows))
         return {
             "shard": row["shard"],
             "subject": "item",
@@ -119,7 +134,7 @@ class ItemSampler:
                 item_text(item["title"], item["attributes"]) if one.reason else one.samples[0].text
                 for item, one in zip(rows, found.answers, strict=True)
             ],
-            "totals": {**found.totals, **self._writer.engine_row()},
+            "totals": {**found.totals, **self.writer.engine_row()},
         }
 
 
@@ -143,10 +158,12 @@ def text_pool(
     section, writer = config.generate, SOURCES[config.llm.source]
     placement = writer.placement(config, store, policy_round)
     seed = seed_of(config.run.seed, stage, policy_round)
-    job = WritingJob(config, store, placement, round_id, folder, seed, start_id=uuid.uuid4().hex)
-    # Enough shards for two batches of samples, and two more: a shard ends with its longest sample, and until then there
-    # must be other shards to work on.
-    shards = math.ceil(2 * placement.batch / max(1, samples_per_shard))
+    job = WritingJob(
+        config, store, placement, round_id, folder, samples_per_shard, seed, start_id=uuid.uuid4().hex
+    )
+    # A shard ends with its longest sample, when most of its others have long been there: so an engine is full of the rests of
+    # many shards. How many there are at once follows from its room; these are the threads for them.
+    shards = math.ceil(4 * placement.batch / max(1, samples_per_shard))
     return Pool(
         worker,
         {"job": job, **arguments},
@@ -154,7 +171,7 @@ def text_pool(
         num_cpus=section.cpus_per_engine if placement.num_cpus is None else placement.num_cpus,
         num_gpus=placement.num_gpus,
         env=placement.env,
-        shards_at_once=min(max(shards, 2) + 2, MAX_SHARDS_AT_ONCE) if placement.batch else 1,
+        shards_at_once=min(shards + 2, MAX_SHARDS_AT_ONCE) if placement.batch else 1,
         prepare=placement.prepare,
         max_restarts=-1 if placement.dies else 3,  # -1: `attempts` decides when there were too many
     )

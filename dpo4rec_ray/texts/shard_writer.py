@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
@@ -21,9 +21,13 @@ from dpo4rec_ray.knowledge.structured import json_factors, read_samples
 from dpo4rec_ray.storage.places import place
 from dpo4rec_ray.store.artifacts import RunDir, part_file, write_part
 from dpo4rec_ray.texts.attempts import Attempt, Start, reason_file
+from dpo4rec_ray.texts.filling import Filling
 from dpo4rec_ray.texts.gauges import Gauges
 from dpo4rec_ray.texts.text_source import Row, WriterPlacement
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
+
+# Samples that a writer has in hand, for each that it works on at the same time: the next shard is read while these last.
+AHEAD = 1.25
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class WritingJob:
     Attributes:
         round_id: of the artifact that is written.
         folder: of that artifact.
+        samples_per_shard: about how many.
         seed: of this stage and policy; each user's seed is drawn from it.
         start_id: changes with every start of the driver.
     """
@@ -42,6 +47,7 @@ class WritingJob:
     placement: WriterPlacement
     round_id: int
     folder: str
+    samples_per_shard: int
     seed: int
     start_id: str
 
@@ -82,7 +88,8 @@ class ShardWriter:
             start.done()
         else:
             self._writer = placement.writer(job.config, job.store, **arguments)
-        self._write = self._writer.users if subject == "user" else self._writer.items
+        self._filling = Filling(self._writer.finished)
+        self._asked: set[int] = set()  # shards whose samples are in `filling`, or have been
         self._gauges = Gauges(self._engine)
         phase(FIRST_WORK)
 
@@ -109,6 +116,19 @@ class ShardWriter:
         row |= {f"engine_{name}": row.pop(name) for name in ("tokens", "samples")}
         return {**row, "engine": self._engine}
 
+    def has_room(self, shards: Set[int]) -> bool:
+        """Whether the writer needs another shard to stay busy. shards: those that it has been given and that are not done."""
+        if not self._job.placement.batch:
+            return True
+        waiting = len(shards - self._asked)  # their users are being read
+        self._asked &= shards
+        samples = self._filling.unfinished() + waiting * self._job.samples_per_shard
+        return samples < AHEAD * self._job.placement.batch
+
+    def users_inside(self) -> int:
+        """Users (or items) that are done in shards that are not."""
+        return self._filling.users_done()
+
     def _answers(
         self,
         shard: int,
@@ -119,7 +139,7 @@ class ShardWriter:
     ) -> list[Answer]:
         """The texts of all at once. If engines died at this shard while it was alone, of one after the other."""
         if not self._job.placement.dies:
-            return self._write(rows, seeds, counts)
+            return self._ask(shard, rows, seeds, counts)
         attempt = Attempt.begin(self._job.folder, shard, self._job.start_id, self._engine)
         if attempt.one_by_one:
             found = []
@@ -129,14 +149,22 @@ class ShardWriter:
                     continue
                 with self._lock.alone():  # so that a death can have no other cause
                     attempt.enter(subject_id)
-                    found += self._write([row], [seed], [count])
+                    found += self._ask(shard, [row], [seed], [count])
                     attempt.leave()
         else:
             with self._lock.alone() if attempt.deaths else self._lock.shared():
                 attempt.enter()
-                found = self._write(rows, seeds, counts)
+                found = self._ask(shard, rows, seeds, counts)
         attempt.end()
         return found
+
+    def _ask(
+        self, shard: int, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]
+    ) -> list[Answer]:
+        write = self._writer.users if self._subject == "user" else self._writer.items
+        with self._filling.shard(len(rows), sum(counts)):
+            self._asked.add(shard)
+            return write(rows, seeds, counts)
 
     def _checked(self, one: Answer, count: int, totals: Counter[str]) -> Answer:
         """The same with sentences in place of JSON, and with a reason if texts are missing; counted in `totals`."""

@@ -59,6 +59,10 @@ class TextWriter:
         """Of the engine; None where there is no engine."""
         return None
 
+    def finished(self) -> int | None:
+        """Samples that were written or given up since the start, those of unfinished calls among them. None: not known."""
+        return None
+
 
 @dataclass(frozen=True)
 class WriterPlacement:

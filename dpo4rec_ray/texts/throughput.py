@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dpo4rec_ray.store import events
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.shards import Pool, Row, run_shards
@@ -96,12 +98,12 @@ class Throughput:
 def stream_texts(
     label: str,
     unit: str,
-    todo: Sequence[tuple[int, int, int]],
+    todo: np.ndarray,
     pools: Sequence[Pool],
     total: int,
     already: int,
 ) -> dict[str, Any]:
-    """Run shards (shard, low, high) through the pools; the stats of their engines.
+    """Run shards (workers.shards.shard_ranges) through the pools; the stats of their engines.
 
     total, already: users or items of the whole stage, and those that an earlier run has done.
     """

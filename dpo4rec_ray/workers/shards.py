@@ -1,18 +1,20 @@
 """Streaming users through actor pools, shard by shard, so that a crash loses at most the shards in flight.
 
-A shard is a fixed range of user ids. Ray Data sees one row per shard: the first actor reads its users, the last one
-writes one Parquet part named after the shard and returns only counts. Blocks are never merged or split on the way,
-because every actor takes exactly one shard per call. (Ray 2.60 merges small blocks, and its own checkpoint reads all
-finished ids into memory.)
+A shard is a fixed range of user ids. The first pool's actors take shards from a queue (shard_queue.py), read their users and
+give one row per shard; the last pool writes one Parquet part named after the shard and returns only counts. Rows are never
+merged on the way: each is a block of its own. (Ray 2.60's own checkpoint reads all finished ids into memory.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from dpo4rec_ray.storage.places import Place, remove, write_text
@@ -20,8 +22,8 @@ from dpo4rec_ray.store.artifacts import MANIFEST
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.phases import starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
+from dpo4rec_ray.workers.shard_queue import Row, ShardQueue, from_queue, tickets
 
-Row = dict[str, Any]
 MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it was working on
 
 
@@ -47,9 +49,21 @@ class Pool:
     prepare: Callable[[], None] | None = None
 
 
-def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
-    """User id ranges [low, high), one per shard."""
-    return [(low, min(low + users_per_shard, num_users)) for low in range(0, num_users, users_per_shard)]
+def shard_ranges(num_users: int, users_per_shard: int) -> np.ndarray:
+    """All shards as `run_shards` takes them: int64 [S, 3] of number, lowest user id, and the first user id after it."""
+    numbers = np.arange(-(-num_users // users_per_shard))
+    lows = numbers * users_per_shard
+    return np.column_stack([numbers, lows, np.minimum(lows + users_per_shard, num_users)])
+
+
+def without(shards: np.ndarray, done: Set[int], first_part: int = 0) -> np.ndarray:
+    """The shards whose parts are not done; first_part: number of the part that shard 0 becomes."""
+    return shards[~np.isin(shards[:, 0] + first_part, sorted(done))]
+
+
+def count_users(shards: np.ndarray) -> int:
+    """Users (or items) of these shards together."""
+    return int((shards[:, 2] - shards[:, 1]).sum())
 
 
 def part_number(file: Place) -> int:
@@ -78,14 +92,14 @@ def resume_parts(folder: Place, fingerprint: str) -> set[int]:
 
 
 def run_shards(
-    shards: Sequence[tuple[int, int, int]],
+    shards: Sequence[tuple[int, int, int]] | np.ndarray,
     pools: Sequence[Pool],
     progress: Progress,
     *,
     already: int = 0,
     extra: Callable[[Row], str] | None = None,
 ) -> Iterator[Row]:
-    """Send (shard, low, high) through the pools in turn; yields the last pool's answer for each shard when it is done.
+    """Send shards (number, low, high) through the pools in turn; yields the last pool's answer for each shard when it is done.
 
     Each answer has the number of its users (or items) under "users"; an earlier run has done `already` of them.
     extra: takes an answer and returns what the progress line shows beside the number.
@@ -95,45 +109,57 @@ def run_shards(
     """
     import ray
     import ray.data
+    from ray.data import DataContext
     from ray.util.annotations import RayDeprecationWarning
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    rows = [{"shard": shard, "low": low, "high": high} for shard, low, high in shards]
-    if not rows:
+    if not len(shards):
         return
     check_room(
         ", ".join(f"{pool.size} x {pool.worker.__name__}" for pool in pools),
         sum(pool.size * pool.num_cpus for pool in pools),
         sum(pool.size * pool.num_gpus for pool in pools),
     )
-    pools = [replace(pool, size=min(pool.size, len(rows))) for pool in pools]  # no actor without a shard
+    pools = [replace(pool, size=min(pool.size, len(shards))) for pool in pools]  # no actor without a shard
+    first = pools[0]
+    num_tickets, per_ticket = tickets(len(shards), first.size, first.shards_at_once + 1)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(ShardQueue).options(num_cpus=0, scheduling_strategy=here)
+    queue = actor.remote(np.asarray(shards, np.int64), per_ticket)
+    taking = {"worker": from_queue(first.worker), "arguments": {"queue": queue, **first.arguments}}
+    context = DataContext.get_current().copy()
     # Otherwise a worker's UserError comes back as Ray's own exception, which loses its cause between processes.
-    ray.data.DataContext.get_current().raise_original_map_exception = True
-    # One table is one block and so one task. (from_items merges blocks; a repartition needs a CPU of its own.)
-    dataset = ray.data.from_arrow([pa.table({key: [value] for key, value in row.items()}) for row in rows])
-    for pool in pools:
+    context.raise_original_map_exception = True
+    context.target_max_block_size = 8  # bytes: so every row is a block, and goes on as soon as it is there
+    with DataContext.current(context):
+        # One table is one block and so one call. (from_items merges blocks; a read or a repartition needs a CPU of its own.)
+        dataset = ray.data.from_arrow([pa.table({"ticket": [ticket]}) for ticket in range(num_tickets)])
+    for number, pool in enumerate(pools):
+        one = replace(pool, **taking) if not number else pool
         # Ray 2.60 has no other way to bound restarts; without a bound it restarts for ever.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = dataset.map(
-                pool.worker,
-                fn_constructor_kwargs=pool.arguments,
+            dataset = (dataset.map if number else dataset.flat_map)(
+                one.worker,
+                fn_constructor_kwargs=one.arguments,
                 compute=ray.data.ActorPoolStrategy(
-                    size=pool.size,
-                    max_tasks_in_flight_per_actor=pool.shards_at_once + 1,
-                    max_concurrent_calls_per_actor=pool.shards_at_once,
-                    enable_true_multi_threading=pool.shards_at_once > 1,
+                    size=one.size,
+                    max_tasks_in_flight_per_actor=one.shards_at_once + 1,
+                    max_concurrent_calls_per_actor=one.shards_at_once,
+                    enable_true_multi_threading=one.shards_at_once > 1,
                 ),
-                num_cpus=pool.num_cpus,
-                num_gpus=pool.num_gpus,
-                runtime_env={"env_vars": pool.env},
-                max_restarts=pool.max_restarts,
-                max_task_retries=pool.max_restarts,
+                num_cpus=one.num_cpus,
+                num_gpus=one.num_gpus,
+                runtime_env={"env_vars": one.env},
+                max_restarts=one.max_restarts,
+                max_task_retries=one.max_restarts,
             )
     progress.starting = starting(
         sum(pool.size for pool in pools),
         min(pool.num_cpus for pool in pools),
         max(pool.num_gpus for pool in pools),
     )
+    progress.live = partial(_progress_of, queue)
     done = already
     with progress:
         for pool in pools:
@@ -143,3 +169,12 @@ def run_shards(
             done += row["users"]
             progress.at(done, extra(row) if extra else "")
             yield row
+
+
+def _progress_of(queue: Any) -> tuple[float, int] | None:
+    """For `Progress.live`: of the queue's actor."""
+    import ray
+
+    with contextlib.suppress(Exception):  # a line on the terminal must end no run
+        return ray.get(queue.progress.remote(), timeout=1)
+    return None

@@ -121,7 +121,7 @@ def test_five_hundred_users_through_ten_kills(tmp_path: Path) -> None:
                 assert not (generations / "manifest.json").exists()
                 job = jobs.enter_context(Job(tmp_path, recipe, own_process=len(done) % 4 < 2))
             else:
-                actors = job.descendants("MapWorker(Map(ShardGenerator))")
+                actors = job.descendants("MapWorker(FlatMap(ShardGenerator))")
                 engines = job.descendants("EngineCore") or actors  # in-process: actor and engine are one
                 (victim,) = engines if kind == "engine" else actors
                 victim.send_signal(signal.SIGSTOP if kind == "hang" else signal.SIGKILL)

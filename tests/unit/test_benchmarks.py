@@ -28,7 +28,9 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     return harness
 
 
-@pytest.mark.parametrize("stage", ["prepare", "score", "generate", "dpo", "plan", "serve"])
+@pytest.mark.parametrize(
+    "stage", ["prepare", "score", "generate", "dpo", "plan", "balance", "scaling", "serve"]
+)
 def test_every_benchmark_explains_its_arguments(
     stage: str, harness: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,23 @@ def test_lines_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         until(r"  fit: 3/10 epochs, [\d.,]+/s, \d:\d\d:\d\d left, loss 0\.5$")
 
 
+def test_results_that_are_known_before_they_are_told() -> None:
+    """`live`: seconds since the work began, and units since then, beside those of an earlier run."""
+    bar = Progress("generate", 100, "users", already=20)
+    assert bar._line(", ", ", ").startswith("workers are starting, 0 s")
+    bar.live = lambda: (12.0, 0)
+    assert bar._line(", ", ", ") == "20/100 users, the first are under way, 12 s"
+    bar.live = lambda: (16.0, 8)
+    assert bar._line(", ", ", ") == "28/100 users, 0.5/s, 0:02:24 left"
+    bar.at(26, "a shard is done")
+    assert bar._line(", ", ", ") == "28/100 users, 0.5/s, 0:02:24 left, a shard is done", "26 of the 28"
+    bar.live = lambda: None  # not heard from for a moment
+    assert bar._line(", ", ", ").startswith("28/100 users, 0.")
+    bar.at(36)
+    bar.live = lambda: (32.0, 10)
+    assert bar._line(", ", ", ") == "36/100 users, 0.5/s, 0:02:08 left"
+
+
 def test_more_than_one_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As Ray Train's follower and a stage may have: they share the terminal, and both end."""
     monkeypatch.setattr(progress, "draws_bars", lambda: True)

@@ -10,10 +10,12 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.shards import (
     Pool,
+    count_users,
     part_number,
     resume_parts,
     run_shards,
     shard_ranges,
+    without,
 )
 from tests.conftest import local_ray
 
@@ -22,12 +24,21 @@ def workers() -> tuple[type, type]:
     """Classes made inside a function travel to Ray's workers by value: those cannot import a test module."""
 
     class Doubler:
-        def __init__(self, offset: int):
-            self._offset = offset
+        def __init__(self, offset: int, folder: str):
+            import os
+            from pathlib import Path
+
+            self._offset, self._folder = offset, Path(folder)
+            (self._folder / str(os.getpid())).touch()
 
         def __call__(self, row: dict) -> dict:
             import os
+            import time
 
+            while (
+                len(list(self._folder.iterdir())) < 2
+            ):  # the first would be done before the second one has a process
+                time.sleep(0.05)
             return {**row, "value": 2 * int(row["low"]) + self._offset, "pid": os.getpid()}
 
     class Counter:
@@ -44,11 +55,15 @@ def ray_local() -> Iterator[None]:
 
 
 @pytest.mark.ray
-def test_every_shard_goes_through_both_pools_once_and_over_several_actors(ray_local: None) -> None:
+def test_every_shard_goes_through_both_pools_once_and_over_several_actors(
+    ray_local: None, tmp_path: Path
+) -> None:
     doubler, counter = workers()
-    pools = [Pool(doubler, {"offset": 1}, size=2, num_cpus=0.5), Pool(counter, {}, size=1, num_cpus=0.5)]
-    shards = [(shard, low, high) for shard, (low, high) in enumerate(shard_ranges(23, 2))]
-    answers = list(run_shards(shards, pools, Progress("test", 12, "users")))
+    pools = [
+        Pool(doubler, {"offset": 1, "folder": str(tmp_path)}, size=2, num_cpus=0.5),
+        Pool(counter, {}, size=1, num_cpus=0.5),
+    ]
+    answers = list(run_shards(shard_ranges(23, 2), pools, Progress("test", 12, "users")))
     assert sorted(row["shard"] for row in answers) == list(range(12))
     assert {row["shard"]: row["value"] for row in answers} == {shard: 4 * shard + 1 for shard in range(12)}
     assert len({row["pid"] for row in answers}) == 2
@@ -61,8 +76,28 @@ def test_a_pool_that_can_never_start_is_refused(ray_local: None) -> None:
         list(run_shards([(0, 0, 1)], [pool], Progress("test", 1, "users")))
 
 
+@pytest.mark.ray
+def test_the_users_mistake_in_a_worker_arrives_as_it_is(ray_local: None) -> None:
+    class Refuses:
+        def __call__(self, row: dict) -> dict:
+            from dpo4rec_ray.errors import UserError
+
+            raise UserError("the key is wrong")
+
+    with pytest.raises(UserError, match="the key is wrong"):
+        list(
+            run_shards(
+                shard_ranges(4, 1), [Pool(Refuses, {}, size=1, num_cpus=1)], Progress("test", 4, "users")
+            )
+        )
+
+
 def test_ranges_cover_every_user_once() -> None:
-    assert shard_ranges(7, 3) == [(0, 3), (3, 6), (6, 7)]
+    ranges = shard_ranges(7, 3)
+    assert ranges.tolist() == [[0, 0, 3], [1, 3, 6], [2, 6, 7]]
+    assert count_users(ranges) == 7 and shard_ranges(0, 3).shape == (0, 3)
+    assert without(ranges, {0, 2}).tolist() == [[1, 3, 6]]
+    assert without(ranges, {0, 11}, first_part=10).tolist() == [[0, 0, 3], [2, 6, 7]], "part 11 is shard 1"
     assert part_number(Path("some/folder/part-00012.parquet")) == 12
 
 
