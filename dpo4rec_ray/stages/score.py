@@ -26,6 +26,7 @@ from dpo4rec_ray.store.reading import sample_scorer
 from dpo4rec_ray.texts.vectors import encoder_pool, open_encoder
 from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
+from dpo4rec_ray.workers.stage_workers import SCORER_KEYS
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -40,6 +41,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         config.reward.num_scorers,
         config.reward.cpus_per_scorer,
         num_gpus=config.reward.gpus_per_worker,
+        where=config.reward,
+        what="scorers",
+        keys=SCORER_KEYS,
     )
     pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
     progress = Progress("score", generated.stats["users"], "users")
