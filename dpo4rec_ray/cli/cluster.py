@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dpo4rec_ray.cli.mistakes import user_mistake
 from dpo4rec_ray.cli.installed import check_nodes
+from dpo4rec_ray.cli.mistakes import user_mistake
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.workers.nodes import nodes_there
@@ -63,8 +63,8 @@ def check_shared(folder: Path) -> None:
         by_reason: dict[str, list[str]] = {}
         for node, why in sorted(blind.items()):
             by_reason.setdefault(why, []).append(node)
-        said = ", ".join(f"node {' and '.join(nodes)} {why}" for why, nodes in by_reason.items())
-        raise UserError(f"the run folder {folder} is not the same on all nodes: {said}; {SHARED}")
+        said = ", and ".join(f"{', '.join(nodes)} {why}" for why, nodes in by_reason.items())
+        raise UserError(f"the run folder {folder} is not one folder of all nodes: {said}; {SHARED}")
 
 
 def check_stages(config: Config, stages: Sequence[str]) -> None:
@@ -100,4 +100,4 @@ def report(config: Config) -> Iterator[str]:
     for stage, workers in stages.items():
         for group, fits in zip(workers, check_room(*workers), strict=True):
             room = "" if fits == group.count else f", room for {fits}"
-            yield f"{stage}: {group.count} {group.what} ({described(group.needs)} each){room}"
+            yield f"{stage}: {group.what}: {group.count} x {described(group.needs)}{room}"

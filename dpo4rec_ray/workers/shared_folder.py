@@ -28,10 +28,10 @@ def _look(folder: str, token: str) -> str:
     here = Path(folder)
     try:
         if (here / "driver").read_text() != token:
-            return "sees another folder there"
+            return "see another folder there"
         (here / uuid.uuid4().hex).write_text(token)
     except FileNotFoundError:
-        return "does not see it"
+        return "do not see it"
     except OSError as error:
         return f"cannot write into it ({error.strerror})"
     return ""
