@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-MAX_MIB = 3
+MAX_MIB = 4
 
 
 def test_the_package_of_a_job_is_small(tmp_path: Path) -> None:
