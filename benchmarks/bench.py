@@ -16,8 +16,10 @@ STAGES = {
     "score": "rewards of 10,000 texts, against a plain loop over lists",
     "generate": "samples per second, against vLLM and transformers alone",
     "dpo": "pairs per second and first steps, against TRL's DPOTrainer",
+    "belief": "how often texts are believed that say nothing, and counted ones, by the metric and by the likelihood",
     "channel": "what texts add to a backbone, by encoder, way and adapter, against the backbone",
     "ablation": "one round of DPO by reader, reward and pairs, judged by the same rerankers",
+    "plan": "times that `dpo4rec plan` reckons from a small run, against a run of ten times the size",
     "serve": "requests per second, against a no-op deployment and bare FastAPI",
 }
 

@@ -14,14 +14,13 @@ one starts from the beginning.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import math
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +36,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.rerankers.catalogue import Catalogue, tensor_of
 from dpo4rec_ray.rerankers.fit import ListData
 from dpo4rec_ray.rerankers.fit_knowledge import fit_reranker
+from dpo4rec_ray.storage.places import Place, remove, write_text
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors
@@ -164,7 +164,7 @@ def _trial_resources(config: Config) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory(needs.bundles(), strategy=needs.strategy or "PACK", **selector)
 
 
-def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratch: Path) -> list[Trial]:
+def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratch: Place) -> list[Trial]:
     """All trials of one backbone, in the grid's order.
 
     Args:
@@ -185,7 +185,7 @@ def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratc
             grace_period=grace(total),
             reduction_factor=REDUCTION_FACTOR,
         )
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove(scratch)
     try:
         with Progress(f"search {backbone}", len(settings) * total, "epochs") as progress:
             results = tune.Tuner(
@@ -208,7 +208,7 @@ def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratc
             ).fit()
             return [_trial(section, total, *pair) for pair in zip(settings, results, strict=True)]
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(scratch)
 
 
 def _epochs(section: RerankerSection, knowledge: bool) -> int:
@@ -310,7 +310,7 @@ class _ProgressCallback(tune.Callback):
         self._progress.at(sum(self._epochs.values()), f"{self._ended}/{self._num_trials} trials, {best}")
 
 
-def write_results(folder: Path, trials: Sequence[Trial], about: Sequence[str]) -> None:
+def write_results(folder: Place, trials: Sequence[Trial], about: Sequence[str]) -> None:
     """Write results.csv, results.md and found.toml. A backbone whose trials all failed is not in found.toml.
 
     Args:
@@ -318,8 +318,9 @@ def write_results(folder: Path, trials: Sequence[Trial], about: Sequence[str]) -
         about: lines that say where they come from.
     """
     columns, rows = table(trials)
-    with open(folder / TABLE, "w", newline="", encoding="utf-8") as handle:
-        csv.writer(handle).writerows([columns, *rows])
+    content = io.StringIO(newline="")
+    csv.writer(content).writerows([columns, *rows])
+    write_text(folder / TABLE, content.getvalue())
     lines = [" | ".join(cells) for cells in (columns, ["---"] * len(columns), *rows)]
     page = [
         "# Hyper-parameter search",
@@ -328,8 +329,8 @@ def write_results(folder: Path, trials: Sequence[Trial], about: Sequence[str]) -
         "",
         *(f"| {line} |" for line in lines),
     ]
-    (folder / PAGE).write_text("\n".join(page) + "\n", encoding="utf-8")
-    (folder / FRAGMENT).write_text(fragment(trials, about), encoding="utf-8")
+    write_text(folder / PAGE, "\n".join(page) + "\n")
+    write_text(folder / FRAGMENT, fragment(trials, about))
 
 
 def table(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpo4rec_ray import identity
@@ -34,8 +34,10 @@ from dpo4rec_ray.stages import (
     train_reward,
     validate,
 )
+from dpo4rec_ray.store import events, progress
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.store.dependencies import Dependencies
+from dpo4rec_ray.store.heartbeat import beating
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.engines import release_engines
@@ -219,6 +221,13 @@ def rounds(config: Config) -> dict[int, tuple[str, ...]]:
     return {1: UNTRAINED_ROUND} if config.run.num_rounds else {}  # evaluate sees round 0 alone
 
 
+def steps(config: Config) -> list[tuple[str, int]]:
+    """All steps (stage, round) that this recipe may come to, in order, but for `report`, which leaves no manifest."""
+    found = [(name, 0) for name in before_rounds(config)]
+    found += [(name, number) for number, names in rounds(config).items() for name in names]
+    return [*found, ("evaluate", max(rounds(config), default=0) if config.has_policy else 0)]
+
+
 def check_selection(config: Config, selection: Selection) -> None:
     """Raises UserError if this recipe has no such step; that rounds ended before it shows only while they run."""
     wanted = selection.only or selection.since
@@ -250,15 +259,16 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     if not selection.narrow:
         write_json(store.root / "config.json", config.model_dump(mode="json"))
     runner = Runner(config, store, selection)
-    try:
-        last_round = _all_stages(runner)
-    finally:
-        release_engines()
-    if runner.selected("report", last_round):
-        return page.run(config, store, last_round, runner.log, time.monotonic() - began)
-    if not runner.matched:
-        raise selection.missing()
-    return {}
+    with events.recorded(store) as log, beating(store, log):
+        try:
+            last_round = _all_stages(runner)
+        finally:
+            release_engines()
+        if runner.selected("report", last_round):
+            return page.run(config, store, last_round, runner.log, time.monotonic() - began)
+        if not runner.matched:
+            raise selection.missing()
+        return {}
 
 
 def _all_stages(runner: Runner) -> int:
@@ -305,24 +315,31 @@ class Runner:
             self._note(stage, round_id, skipped=True)
             return
         self.matched = True
+        events.entered(name, round_id)
         depends = self.depends(stage, round_id)
         why = self.why(stage, round_id, depends)
         target = self.store.path(*stage.writes(round_id)[-1])
         if not why:
             manifest = self._note(stage, round_id, skipped=True)
+            events.note("stage_kept", rows=manifest.rows if manifest else 0)
             say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")
             return
         if name in UNTRAINED_ROUND:
             train_reward.check_reads(self.config, self.store)
         began = time.monotonic()
         say(f"{name}({round_id}): started" + (f", {why}" if why != NOT_THERE else ""))
+        events.note("stage_started", why=why)
+        progress.take_timings()  # those of an earlier stage are no part of this one
         self.store.fingerprint = depends.fingerprint
         outcome = stage.run(self.config, self.store, round_id)
         seconds = round(time.monotonic() - began, 2)
+        timings = [asdict(timing) for timing in progress.take_timings()]
         for artifact, artifact_round in stage.writes(round_id):
             manifest = outcome.manifest(artifact, depends, seconds, self.config.run.seed)
+            manifest.bytes, manifest.timings = self.store.size(artifact, artifact_round), timings
             self.store.finish(manifest, artifact_round)
         self._note(stage, round_id, skipped=False)
+        events.note("stage_finished", rows_in=outcome.rows_in, rows_out=outcome.rows_out, seconds=seconds)
         say(
             f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {seconds:.1f} s, {target}"
         )

@@ -24,7 +24,10 @@ settings.register_profile("fixed", derandomize=True, database=None, deadline=Non
 settings.register_profile("fuzz", print_blob=True, deadline=None)
 settings.load_profile("fixed")
 
-pytest_plugins = ["tests.serving_world"]  # fixtures of the tests that serve
+pytest_plugins = [
+    "tests.serving_world",
+    "tests.object_store",
+]  # fixtures of the tests that serve; an S3 server
 
 # Tiny tensors on two cores: a second thread only waits, and with other work on the machine a test takes ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -20,7 +20,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 START, END = "<!-- files -->", "<!-- /files -->"
 ROOMS = (
     "errors",
-    "atomic",
+    "storage",
     "config",
     "models",
     "core",
@@ -41,6 +41,8 @@ ROOMS = (
     "checks",
     "report",
     "pipeline",
+    "run_status",
+    "planning",
     "grid_search",
     "cli",
     "__main__",

@@ -31,8 +31,8 @@ HEAVY = ("vllm", "deepspeed", "peft")
 # Rooms that may import less than all that lies below them.
 ALLOWED = {
     "core": ("core", "errors"),
-    "models": ("models", "atomic", "errors"),
-    **{room: (room, "models", "core", "config", "atomic", "errors") for room in SIBLINGS},
+    "models": ("models", "storage", "errors"),
+    **{room: (room, "models", "core", "config", "storage", "errors") for room in SIBLINGS},
 }
 RAY_ROOMS = ("workers", "prepare", "texts", "train", "stages", "serving", "grid_search", "cli")
 

@@ -9,6 +9,7 @@ from dpo4rec_ray.cli.installed import check_nodes
 from dpo4rec_ray.cli.mistakes import user_mistake
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError, first_line
+from dpo4rec_ray.storage.places import Place, is_remote
 from dpo4rec_ray.workers.nodes import nodes_there
 from dpo4rec_ray.workers.placement import check_room, joined_cluster
 from dpo4rec_ray.workers.room import amounts, described
@@ -17,25 +18,29 @@ from dpo4rec_ray.workers.stage_workers import stage_workers
 
 # Below it Ray unpacks what `ray job submit --working-dir` sends; it is gone after the job.
 JOB_FILES = "runtime_resources"
-SHARED = "set run.root to a folder that every node sees, such as run.root=/shared/runs"
+SHARED = (
+    "set run.root to storage that every node sees, such as run.root=/shared/runs or run.root=s3://BUCKET/runs"
+)
 NO_TOKENS = "whoever reaches Ray's ports there can run code: start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on every node"
 
 
-def check_lasting(folder: Path) -> None:
+def check_lasting(folder: Place) -> None:
     """That a run folder is not among the files that came with a submitted job.
 
     Raises:
         UserError: it is.
     """
-    here = folder.absolute()
-    if joined_cluster() and JOB_FILES in here.parts and here.is_relative_to(Path.cwd()):
+    if not joined_cluster() or is_remote(folder):
+        return
+    here, job = folder.resolve(), Path.cwd().resolve()
+    if JOB_FILES in here.parts and here.is_relative_to(job):
         raise UserError(
-            f"the run folder {folder} would be in this job's own copy of the working directory, which one node has and Ray "
-            f"removes; {SHARED}"
+            f"the run folder {here.relative_to(job)} would be in this job's own copy of the working directory, "
+            f"which one node has and Ray removes; {SHARED}"
         )
 
 
-def check_joined(folder: Path) -> None:
+def check_joined(folder: Place) -> None:
     """On a cluster: whether the nodes have the same code and libraries, and work in the same folder. Makes the folder.
 
     Raises:
@@ -53,7 +58,7 @@ def check_joined(folder: Path) -> None:
             raise UserError(user_mistake(error) or f"a node does not answer: {first_line(error)}") from error
 
 
-def check_shared(folder: Path) -> None:
+def check_shared(folder: Place) -> None:
     """That every node can work in the run folder.
 
     Raises:

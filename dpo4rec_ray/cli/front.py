@@ -32,6 +32,10 @@ class Command:
 COMMANDS = {
     "run": Command("run a recipe: all stages, or those that are not complete", "dpo4rec_ray.cli.run"),
     "serve": Command("publish finished runs and serve reranks over HTTP", "dpo4rec_ray.cli.serve"),
+    "plan": Command("reckon what a run takes: tokens, time, GPU hours, storage", "dpo4rec_ray.cli.plan"),
+    "status": Command(
+        "what of a run is finished, running, how fast, and what is left", "dpo4rec_ray.cli.status"
+    ),
     "search": Command("search training settings of the rerankers", "dpo4rec_ray.cli.search"),
     "prompts": Command("show what the LLM is asked about a user", "dpo4rec_ray.cli.show_prompt"),
     "pairs": Command("export and import preference pairs", "dpo4rec_ray.cli.pairs"),

@@ -33,6 +33,8 @@ from dpo4rec_ray.cli import session
 from dpo4rec_ray.cli.arguments import Formatter, examples
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.exchange import FORMATS
+from dpo4rec_ray.storage.local_copies import local_copy
+from dpo4rec_ray.storage.places import Place, place, write_text
 
 if TYPE_CHECKING:
     from dpo4rec_ray.config import Config
@@ -116,7 +118,7 @@ def import_command(options: argparse.Namespace) -> int:
     """Make the run folder and its pairs, then run the dpo stage; what is complete is kept."""
     from dpo4rec_ray.config import is_fragment
 
-    folder = Path(options.out)
+    folder = place(options.out)
     changes = [text for text in options.files if is_fragment(text) or re.match(r"\w+\.[\w.]+=", text)]
     files = [Path(text).expanduser() for text in options.files if text not in changes]
     for file in files:
@@ -145,7 +147,7 @@ def import_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
+def _import_config(llm: str, folder: Place, changes: list[str]) -> Config:
     """The configuration of a run that begins with an LLM and pairs."""
     import tomli_w
 
@@ -159,15 +161,14 @@ def _import_config(llm: str, folder: Path, changes: list[str]) -> Config:
         raise UserError(f"--out {folder}: holds files that are not an import; name a new folder")
     local = Path(llm).expanduser()
     path = str(local.resolve()) if llm != "bundled" and local.exists() else llm
-    folder = folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {folder}: a file is in its place; name a folder") from None
     values = {"run": {"root": str(folder.parent), "name": folder.name}, "llm": {"path": path}}
     text = "# written by `dpo4rec pairs import`\n" + tomli_w.dumps(values)
-    (folder / RECIPE).write_text(text, encoding="utf-8")
-    config = load_config(folder / RECIPE, changes)
+    write_text(folder / RECIPE, text)
+    config = load_config(local_copy(folder / RECIPE), changes)
     for section, keys in values.items():
         for key, value in keys.items():
             if getattr(getattr(config, section), key) != value:

@@ -17,6 +17,7 @@ from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
 from dpo4rec_ray.cli.cluster import check_stages, report
 from dpo4rec_ray.cli.session import guarded, join, open_run, ray_job, set_up
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.places import place
 from dpo4rec_ray.workers.placement import joined_cluster
 
 
@@ -75,14 +76,13 @@ def run(options: argparse.Namespace) -> int:
 
     config = load_config(options.recipe, options.changes)
     if options.dry_run or options.check:
-        folder = Path(config.run.root) / config.run.name
+        folder = place(config.run.root) / config.run.name
         set_up(Path(os.devnull), options.verbose)
     else:
         folder = open_run(config, options.verbose)
-    if (
-        joined_cluster() and not options.dry_run
-    ):  # what is wrong there shows in seconds, before torch is loaded
-        join(Path(config.run.root) if options.check else folder, options.verbose)
+    # What is wrong on a cluster shows in seconds, before torch is loaded.
+    if joined_cluster() and not options.dry_run:
+        join(place(config.run.root) if options.check else folder, options.verbose)
     from dpo4rec_ray import checks
     from dpo4rec_ray.pipeline import Selection, check_selection, dry_run, how_far, run_pipeline
     from dpo4rec_ray.store.artifacts import RunDir

@@ -44,9 +44,9 @@ def write_sample(folder: Path, changes: list[str]) -> int:
     import pyarrow as pa
     from pyarrow.csv import write_csv
 
-    from dpo4rec_ray.atomic import new_file
     from dpo4rec_ray.config import default_config
     from dpo4rec_ray.datasets import synthetic
+    from dpo4rec_ray.storage.places import new_file
 
     for change in changes:
         if not change.startswith(("sample.", "run.seed=")):

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from dpo4rec_ray.cli import session
 from dpo4rec_ray.config.serving import APPLICATION, ServingSection
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.serving.tokens import read_tokens
+from dpo4rec_ray.storage.places import Place, place
 from dpo4rec_ray.workers.placement import joined_cluster
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ IMPORT_PATH = "dpo4rec_ray.serving.deployment:build"
 
 def publish(options: argparse.Namespace) -> int:
     registry = open_registry(options)
-    card = publish_run(registry, Path(options.run), options.name, options.model)
+    card = publish_run(registry, place(options.run), options.name, options.model)
     print(f"published {card.version}: {card.model}, {card.num_users} users, {card.num_items} items")
     if options.promote:
         show(registry.promote(card.version))
@@ -66,7 +67,7 @@ def config(options: argparse.Namespace) -> int:
         "registry": settings.registry
     }
     for name in arguments.keys() & {"registry", "token_file"}:  # replicas start in folders of their own
-        arguments[name] = str(Path(arguments[name]).resolve())
+        arguments[name] = str(place(arguments[name]))
     application = {"name": APPLICATION, "route_prefix": "/", "import_path": IMPORT_PATH, "args": arguments}
     content = {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
     print("# For `serve deploy FILE`; start Ray with RAY_SERVE_ENABLE_HA_PROXY=1 on every node.")
@@ -96,9 +97,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.run:
         current = registry.routing().current
-        card = published_already(registry, Path(options.run))
+        card = published_already(registry, place(options.run))
         if card is None or not current:
-            card = card or publish_run(registry, Path(options.run))
+            card = card or publish_run(registry, place(options.run))
             show(registry.promote(card.version))
         elif card.version != current:  # after a rollback, or another promotion
             where = f" --registry {options.registry}" if options.registry else ""
@@ -126,7 +127,7 @@ def serve_until_stopped(settings: ServingSection, registry: Registry, version: s
     folder = serve_environment(settings.request_timeout_s)
     # Ray prints what befalls its processes on standard output, and always one such line at the end: Serve's controller
     # kills itself before it has answered the call that ends it.
-    with (registry.root / LOG).open("a") as log, redirect_stdout(terminal if verbose else log):
+    with session.log_file(registry.root, LOG).open("a") as log, redirect_stdout(terminal if verbose else log):
         try:
             start(settings, registry, verbose)
             for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
@@ -215,7 +216,7 @@ def need_port(settings: ServingSection) -> None:
             ) from None
 
 
-def publish_run(registry: Registry, folder: Path, name: str = "", model: str = "") -> VersionCard:
+def publish_run(registry: Registry, folder: Place, name: str = "", model: str = "") -> VersionCard:
     """Raises UserError if the run is not finished or the name is taken."""
     from dpo4rec_ray.config import read_config
     from dpo4rec_ray.serving.publish import publish as write
@@ -223,11 +224,11 @@ def publish_run(registry: Registry, folder: Path, name: str = "", model: str = "
 
     session.check_came_to("per_list", 0, folder)
     settings = read_config(folder)
-    name = name or f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = name or f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return write(settings, RunDir(folder), registry.folder(name), name, model)
 
 
-def published_already(registry: Registry, folder: Path) -> VersionCard | None:
+def published_already(registry: Registry, folder: Place) -> VersionCard | None:
     """The newest version of the run's present evaluation."""
     from dpo4rec_ray.store.artifacts import RunDir
 
@@ -264,11 +265,11 @@ def open_registry(options: argparse.Namespace, folder: str = "") -> Registry:
     try:
         registry.root.mkdir(parents=True, exist_ok=True)
         if not options.verbose:
-            session.be_quiet(registry.root / LOG)
+            session.be_quiet(session.log_file(registry.root, LOG))
     except OSError as error:
         raise UserError(
-            f"{registry.root}: no registry can be written here: {error.strerror}; name a folder of yours with --registry "
-            "(serving.registry)"
+            f"{registry.root}: no registry can be written here: {error.strerror or first_line(error)}; name a folder of "
+            "yours with --registry (serving.registry)"
         ) from None
     return registry
 

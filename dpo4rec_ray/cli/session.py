@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import logging
 import os
@@ -20,6 +19,9 @@ from typing import TYPE_CHECKING, NoReturn
 from dpo4rec_ray.cli.cluster import check_joined, check_lasting
 from dpo4rec_ray.cli.mistakes import user_mistake
 from dpo4rec_ray.errors import UserError, first_line
+from dpo4rec_ray.storage.lease import GONE_AFTER_S, Held, lease
+from dpo4rec_ray.storage.local_copies import cache_root
+from dpo4rec_ray.storage.places import Place, is_remote, place, remove, write_bytes, write_text
 
 if TYPE_CHECKING:
     from dpo4rec_ray.config import Config
@@ -34,6 +36,8 @@ WORK_ENV = {
 # One try to reach a cluster's head takes half a minute; a wrong token would be tried twenty times.
 JOIN_ENV = {"RAY_gcs_server_port_wait_time_s": "1"}
 STOPPED = 128 + signal.SIGTERM
+DRIVER_LOG = "driver.log"
+PROBE = ".probe"
 QUIET_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -65,21 +69,34 @@ def guarded(call: Callable[[], int], verbose: bool) -> int:
         return 2
 
 
-def open_run(config: Config, verbose: bool) -> Path:
+def open_run(config: Config, verbose: bool) -> Place:
     """The run's folder, made where it is missing, and this process set up for its work.
 
     To be called before torch, Ray or an engine is imported: they read the environment once.
     """
-    folder = Path(config.run.root) / config.run.name
+    folder = place(config.run.root) / config.run.name
     check_lasting(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        if is_remote(folder):  # where making a folder does nothing
+            write_text(folder / PROBE, "")
+            remove(folder / PROBE)
+    except Exception as error:  # each store has errors of its own
         raise UserError(
-            f"the run folder {folder} cannot be made ({error.strerror}); set run.root to a folder that can be written to"
+            f"the run folder {folder} cannot be made ({getattr(error, 'strerror', None) or first_line(error)[:200]}); set "
+            "run.root to a folder that can be written to"
         ) from None
-    set_up(folder / "driver.log", verbose)
+    set_up(log_file(folder), verbose)
     return folder
+
+
+def log_file(folder: Place, name: str = DRIVER_LOG) -> Path:
+    """Where libraries write while the job runs: an object store knows no append, and gets the file at the end."""
+    if not is_remote(folder):
+        return folder / name
+    logs = cache_root() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs / f"{folder.name}-{os.getpid()}-{name}"
 
 
 def set_up(log: Path, verbose: bool) -> None:
@@ -89,7 +106,7 @@ def set_up(log: Path, verbose: bool) -> None:
         be_quiet(log)
 
 
-def check_came_to(artifact: str, round_id: int, folder: str | Path) -> None:
+def check_came_to(artifact: str, round_id: int, folder: str | Place) -> None:
     """That a run folder has its settings and an artifact of the run's end, where it is a run folder at all.
 
     Raises:
@@ -113,27 +130,51 @@ def check_came_to(artifact: str, round_id: int, folder: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def ray_job(folder: Path, verbose: bool) -> Iterator[None]:
+def ray_job(folder: Place, verbose: bool) -> Iterator[None]:
     """The only job in a run folder, on a Ray that runs, with its memory watched."""
     from dpo4rec_ray.store.memory import watch_memory
 
     with locked(folder):
         watch_memory()
         join(folder, verbose)
-        yield
+        try:
+            yield
+        finally:
+            keep_log(folder)
+
+
+def keep_log(folder: Place) -> None:
+    """Put what libraries wrote beside the run, where it is not there already."""
+    log = log_file(folder)
+    if is_remote(folder) and log.is_file():
+        with contextlib.suppress(Exception):  # the run itself is done
+            write_bytes(folder / DRIVER_LOG, log.read_bytes())
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One job at a time per run folder; the lock goes with the process, however that ends."""
-    with open(folder / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another job is at work in {folder}; wait for it, or set run.name to another one"
-            ) from None
-        yield
+def locked(folder: Place) -> Iterator[None]:
+    """One job at a time per run folder, on whatever machine; a job whose process or machine is gone holds it no longer."""
+
+    def lost() -> None:
+        print(
+            f"error: another job has taken over {folder}: this one was cut off from it for too long; it ends here",
+            file=sys.stderr,
+            flush=True,
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def waiting(holder: str) -> None:
+        print(
+            f"{holder} held {folder}; waiting up to {GONE_AFTER_S:.0f} s for a sign of life", file=sys.stderr
+        )
+
+    try:
+        with lease(folder, lost=lost, waiting=waiting):
+            yield
+    except Held as error:
+        raise UserError(
+            f"another job ({error}) is at work in {folder}; wait for it, or set run.name to another one"
+        ) from None
 
 
 class _Terminal(io.TextIOWrapper):
@@ -156,7 +197,7 @@ def be_quiet(log: Path) -> None:
     sys.stderr = _Terminal(os.fdopen(terminal, "wb", buffering=0), write_through=True)
 
 
-def join(folder: Path, verbose: bool) -> None:
+def join(folder: Place, verbose: bool) -> None:
     """`start_ray`; on a cluster, the nodes and what they see of `folder` are checked first, which takes seconds.
 
     Raises:

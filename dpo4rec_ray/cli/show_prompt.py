@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo4rec_ray.cli import session
 from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.places import place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def show(recipe: str, changes: list[str], raw_id: str) -> int:
             f'llm.source = {config.llm.source!r} asks nobody; prompts are what "vllm" and "openai" are asked with'
         )
     check_prompt(config.prompt, config.generate)
-    store = RunDir(Path(config.run.root) / config.run.name)
+    store = RunDir(place(config.run.root) / config.run.name)
     if store.manifest("users") is None or store.manifest("items") is None:
         raise UserError(
             f"{store.root}: its users are not there yet; run first: {' '.join(['dpo4rec run', recipe, *changes])} --only prepare"

@@ -15,6 +15,8 @@ from pathlib import Path
 from dpo4rec_ray.cli import run, session
 from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.local_copies import local_copy
+from dpo4rec_ray.storage.places import place
 
 KEPT = (
     "README.md",
@@ -67,9 +69,9 @@ def train(recipe: str, changes: list[str], target: Path) -> int:
     for stage in ("prepare", "bootstrap"):
         run.run(run.parse([recipe, *changes, "--only", stage]))
     config = load_config(recipe, changes)
-    folder = RunDir(Path(config.run.root) / config.run.name).path("base_llm")
+    folder = RunDir(place(config.run.root) / config.run.name).path("base_llm")
     target.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
-        shutil.copyfile(folder / file, target / file)
+        shutil.copyfile(local_copy(folder) / file, target / file)
     print(f"model: {target}")
     return 0

@@ -15,6 +15,7 @@ from dpo4rec_ray.config.bundled_recipes import names, recipe_file
 from dpo4rec_ray.config.recipe import Config
 from dpo4rec_ray.config.section import Section, first_mistake, merged
 from dpo4rec_ray.errors import UserError, first_line, nearest
+from dpo4rec_ray.storage.places import place
 
 Table = dict[str, Any]  # of a TOML file
 # Former keys and values -> what they are called now. A recipe is told the new name; the config.json of an old
@@ -57,11 +58,11 @@ def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: not a run folder, one of other code, or an override that does not fit.
     """
-    file = Path(folder) / "config.json"
+    file = place(folder) / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        why = "it holds no config.json" if Path(folder).is_dir() else "there is no such folder"
+        why = "it holds no config.json" if place(folder).is_dir() else "there is no such folder"
         raise UserError(f"{folder}: not a run folder; {why}") from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); run the recipe again") from None

@@ -29,7 +29,7 @@ class RunSection(Section):
     name: str = ""
     """Name of the run folder, below run.root. "": the recipe's file name."""
     root: Folder = "runs"
-    """Folder of the run folders. On a cluster, storage that every node sees."""
+    """Folder of the run folders: a path, or a URI such as s3://bucket/runs. On a cluster, storage that every node sees."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn."""
     num_rounds: int = Field(default=1, ge=0)

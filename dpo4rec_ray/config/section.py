@@ -7,14 +7,16 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 
-def _mounted(path: str) -> str:
-    if "://" in path:
-        raise ValueError("a folder that every node sees, such as a mounted path; no URI")
+def _without_secrets(path: str) -> str:
+    if "://" in path and "@" in path.partition("://")[2].partition("/")[0]:
+        raise ValueError(
+            "keys do not belong into a URI; set them in the environment (AWS_ACCESS_KEY_ID, ...)"
+        )
     return path
 
 
-# A local path, which may be storage that all nodes mount.
-Folder = Annotated[str, AfterValidator(_mounted)]
+# A path, or a URI such as s3://bucket/runs (storage/places.py).
+Folder = Annotated[str, AfterValidator(_without_secrets)]
 
 
 class Section(BaseModel):

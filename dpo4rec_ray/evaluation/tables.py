@@ -29,6 +29,7 @@ from dpo4rec_ray.evaluation.systems import (
     table_order,
 )
 from dpo4rec_ray.evaluation.table_formats import to_latex, to_markdown
+from dpo4rec_ray.storage.places import Place, place
 
 
 def summarise(
@@ -140,7 +141,7 @@ def comparisons(per_list: pd.DataFrame, num_resamples: int) -> list[Row]:
     ]
 
 
-def write_tables(folder: str | Path, summary: dict[str, Any]) -> list[Path]:
+def write_tables(folder: str | Path, summary: dict[str, Any]) -> list[Place]:
     """Write the tables of `summarise` into an existing folder; return the files.
 
     table.csv: every metric of every system; table1.csv, table.md, table.tex: the paper's Table I for this run;
@@ -156,7 +157,7 @@ def write_tables(folder: str | Path, summary: dict[str, Any]) -> list[Path]:
         "comparisons.csv": _csv(compared),
         "breakdown.csv": _csv(summary["breakdown"]),
     }
-    files = [Path(folder) / name for name in contents]
+    files = [place(folder) / name for name in contents]
     for file, content in zip(files, contents.values(), strict=True):
         file.write_text(content, encoding="utf-8")
     return files

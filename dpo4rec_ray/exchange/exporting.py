@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.exchange.chat_codec import ChatCodec
 from dpo4rec_ray.exchange.preference_files import write_rows
 from dpo4rec_ray.exchange.preference_rows import NOT_ONE_TURN, BadRow
+from dpo4rec_ray.storage.parquet import parquet_file, parquet_metadata
+from dpo4rec_ray.storage.places import new_file
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.schemas import SCHEMA_VERSION, SCHEMAS
@@ -60,7 +59,8 @@ def round_with_pairs(store: RunDir, wanted: int | None) -> int:
     old = store.require("pairs", round_id).schema_version != SCHEMA_VERSION
     # columns were added within a version
     if old or any(
-        pq.read_schema(file).names != SCHEMAS["pairs"].names for file in store.files("pairs", round_id)
+        parquet_metadata(file).schema.to_arrow_schema().names != SCHEMAS["pairs"].names
+        for file in store.files("pairs", round_id)
     ):
         raise UserError(f"{store.path('pairs', round_id)}: written by another version; run the recipe again")
     return round_id
@@ -71,7 +71,7 @@ def _exported(
 ) -> Iterator[dict[str, Any]]:
     """The lines of every pair. counts: of lines, pairs, pairs left out, and lines whose texts do not give back their ids."""
     for file in store.files("pairs", round_id):
-        with pq.ParquetFile(file) as parquet:
+        with parquet_file(file) as parquet:
             batches = parquet.iter_batches(batch_size=256)
             for pair in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
                 if pair["split"] != split:

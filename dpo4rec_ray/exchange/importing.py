@@ -23,6 +23,7 @@ from dpo4rec_ray.exchange.preference_files import read_row, read_rows
 from dpo4rec_ray.exchange.preference_rows import NOT_AN_OBJECT, BadRow, Fields
 from dpo4rec_ray.knowledge.text_table import TextCounts
 from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.storage.places import new_file
 from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of
 from dpo4rec_ray.store.dependencies import Dependencies
 from dpo4rec_ray.store.outcome import Outcome
@@ -62,7 +63,8 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
         return "valid" if seed_of(config.run.seed, "heldout", row) < heldout * 2**31 else "train"
 
     with (
-        open(store.root / SET_ASIDE, "w", encoding="utf-8", errors="backslashreplace") as rejected,
+        new_file(store.root / SET_ASIDE) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace") as rejected,
         Progress("import", 0, "rows") as progress,
     ):
 

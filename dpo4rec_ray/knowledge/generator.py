@@ -16,6 +16,7 @@ from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.engine_loop import EngineLoop, EngineStats, Request
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.models.gguf_folder import model_folder
+from dpo4rec_ray.storage.local_copies import local_copy
 
 
 class VLLMGenerator:
@@ -83,7 +84,7 @@ class VLLMGenerator:
             self._lora = None
             if lora is not None:
                 self._num_loras += 1  # vLLM keeps a LoRA by its number
-                self._lora = LoRARequest(f"policy-{self._num_loras}", self._num_loras, lora)
+                self._lora = LoRARequest(f"policy-{self._num_loras}", self._num_loras, str(local_copy(lora)))
             self._serving = wanted
 
     def stats(self) -> EngineStats:

@@ -26,10 +26,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.core.joins import NUM_COMPARED, JoinSide, check_join, way_to_match
 from dpo4rec_ray.core.keys import keys_of
 from dpo4rec_ray.errors import UserError, first_line
+from dpo4rec_ray.storage.local_copies import local_copy
+from dpo4rec_ray.storage.parquet import opened
+from dpo4rec_ray.storage.places import Place, new_file
 
 JSON_LINES, KLG = (".jsonl", ".ndjson"), (".klg", ".json")
 ANSWERS = ("ans", "answer")  # the key of the text in KAR's files, and in later ones
@@ -108,7 +110,7 @@ def place_texts(
     columns: tuple[str, str],
     raw_ids: pa.Array,
     subject_ids: np.ndarray,
-    target: Path,
+    target: Place,
     identity: str,
 ) -> TextCounts | None:
     """Write the texts of known ids to `target`, where a `TextTable` finds them; None where that was done before.
@@ -171,7 +173,7 @@ class TextTable:
 
     def __init__(self, file: Path):
         """file: as `place_texts` wrote it."""
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(local_copy(file)))).read_all()
         ids = table["subject_id"].to_numpy()
         self._texts = table["text"]
         self._rows = np.argsort(ids, kind="stable")  # samples stay in file order
@@ -294,10 +296,10 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _identity_of(target: Path) -> str:
+def _identity_of(target: Place) -> str:
     """The identity that a file was made from; empty if there is no file."""
     try:
-        with pa.memory_map(str(target)) as source:
+        with opened(target) as source:
             return (pa.ipc.open_file(source).schema.metadata or {}).get(_IDENTITY, b"").decode()
     except (OSError, pa.ArrowException):
         return ""

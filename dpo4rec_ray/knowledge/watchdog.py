@@ -21,7 +21,7 @@ _SCAN_S = 5.0  # how often the watched process's children are listed
 class Watchdog:
     """What the watched process has: call `alive` after progress, and `idle` when there is nothing to do."""
 
-    def __init__(self, timeout_s: float, reason_file: Path | None = None):
+    def __init__(self, timeout_s: float, reason_file: str | Path | None = None):
         """timeout_s: silence after which this process is killed; reason_file: where the reason is written before that."""
         command = [sys.executable, "-m", __spec__.name, str(os.getpid()), str(timeout_s)]
         command.append(str(reason_file or ""))
@@ -82,8 +82,10 @@ def watch(pid: int, timeout_s: float, reason_file: str) -> None:
             scan()
         if deadline is not None and now > deadline:
             if reason_file:
+                from dpo4rec_ray.storage.places import place, write_text
+
                 with contextlib.suppress(OSError):
-                    Path(reason_file).write_text(f"no new token for {timeout_s:g} s")
+                    write_text(place(reason_file), f"no new token for {timeout_s:g} s")
             scan()
             with contextlib.suppress(psutil.Error):
                 watched.kill()

@@ -7,20 +7,17 @@ trainer and for the tokenizer. A run keeps the path of the file; each machine th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError, first_line
+from dpo4rec_ray.storage.local_copies import alone, cache_root, local_copy
+from dpo4rec_ray.storage.places import new_folder, write_text
 
 # Raise it with any change of what a converted folder holds.
 CONVERTER = 1
@@ -43,10 +40,10 @@ def model_folder(path: str) -> str:
             gguf is not installed; the cache cannot be written.
     """
     if not is_gguf(path):
-        return path
+        return str(local_copy(path)) if "://" in path else path
     file = _checked(path)
     version = f"{CONVERTER}-{importlib.metadata.version('transformers')}"
-    folder = cache_root() / f"{file.stem}-{content_hash(path)}-{version}"
+    folder = cache_root() / "gguf" / f"{file.stem}-{content_hash(path)}-{version}"
     if folder.is_dir():
         return str(folder)
     if importlib.util.find_spec("gguf") is None:
@@ -54,7 +51,7 @@ def model_folder(path: str) -> str:
             f"llm.path {path}: a .gguf file needs the package gguf; install it, or dpo4rec-ray with the extra gguf"
         )
     try:
-        with _alone(folder):
+        with alone(folder):
             if not folder.is_dir():  # another process was first
                 _convert(file, folder)
     except OSError as error:
@@ -74,25 +71,19 @@ def content_hash(path: str) -> str:
     file = _checked(path)
     stat = file.stat()
     seen = hashlib.sha256(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
-    known = cache_root() / "sha256" / seen
+    known = cache_root() / "gguf" / "sha256" / seen
     with contextlib.suppress(OSError):
         return known.read_text(encoding="ascii")
     with file.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
     with contextlib.suppress(OSError):  # then it is read again next time
         known.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(known) as temporary:
-            temporary.write_text(found, encoding="ascii")
+        write_text(known, found)
     return found
 
 
-def cache_root() -> Path:
-    """Where conversions lie: below XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo4rec_ray/gguf"
-
-
 def _checked(path: str) -> Path:
-    file = Path(path).expanduser().resolve()
+    file = local_copy(path) if "://" in path else Path(path).expanduser().resolve()
     if not file.is_file():
         raise UserError(f"llm.path {path}: no such file")
     if _PART.search(file.name):
@@ -104,16 +95,6 @@ def _checked(path: str) -> Path:
     if first != b"GGUF":
         raise UserError(f"llm.path {path}: begins with {first!r} and not with b'GGUF'; download it again")
     return file
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time. Where a file system has no locks, each converts; the first rename counts."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as handle:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -128,15 +109,10 @@ def _convert(file: Path, folder: Path) -> None:
         file=sys.stderr,
         flush=True,
     )
-    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    try:
+    with new_folder(folder) as temporary:
         model, tokenizer = _read(file)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        with contextlib.suppress(OSError):  # without locks, another process may have been first
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read(file: Path) -> tuple[Any, Any]:

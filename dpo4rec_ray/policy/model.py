@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.models.gguf_folder import model_folder
+from dpo4rec_ray.storage.local_copies import local_copy
+from dpo4rec_ray.storage.places import Place, below, new_folder, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -39,15 +40,13 @@ class PolicyWeights:
         return self.merged or self.base
 
 
-def write_policy(folder: Path, weights: PolicyWeights, record: dict[str, Any]) -> None:
+def write_policy(folder: Place, weights: PolicyWeights, record: dict[str, Any]) -> None:
     """Write policy.json beside the weights; paths inside the folder are stored relative to it."""
     stored = {k: _relative(v, folder) for k, v in asdict(weights).items()}
-    (folder / POLICY_FILE).write_text(
-        json.dumps({**record, **stored}, indent=1, sort_keys=True), encoding="utf-8"
-    )
+    write_text(folder / POLICY_FILE, json.dumps({**record, **stored}, indent=1, sort_keys=True))
 
 
-def read_policy(folder: Path) -> PolicyWeights:
+def read_policy(folder: Place) -> PolicyWeights:
     """Read policy.json.
 
     Raises:
@@ -64,14 +63,13 @@ def read_policy(folder: Path) -> PolicyWeights:
         ) from None
 
 
-def _relative(path: str | None, folder: Path) -> str | None:
-    if path and Path(path).is_relative_to(folder):
-        return f"./{Path(path).relative_to(folder)}"
-    return path
+def _relative(path: str | None, folder: Place) -> str | None:
+    inner = below(path, folder)
+    return path if inner is None else f"./{inner}"
 
 
-def _absolute(path: str | None, folder: Path) -> str | None:
-    return str(folder / path) if path and path.startswith("./") else path
+def _absolute(path: str | None, folder: Place) -> str | None:
+    return str(folder / path.removeprefix("./")) if path and path.startswith("./") else path
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -202,7 +200,7 @@ def load_lora(model: PreTrainedModel, lora: str) -> Any:
     """Continue training an existing LoRA (reference_policy "base", rounds after the first)."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, lora, is_trainable=True)
+    return PeftModel.from_pretrained(model, str(local_copy(lora)), is_trainable=True)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -232,30 +230,27 @@ def gathered_state(model: torch.nn.Module, rank: int, *, trained_only: bool) -> 
 
 
 def save_model(
-    model: Any, tokenizer_path: str, target: Path, state: dict[str, torch.Tensor] | None = None
+    model: Any, tokenizer_path: str, target: Place, state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Save a model, or a peft model's LoRA, with its tokenizer. A killed save leaves no folder that looks complete.
 
     state: its weights by name, where the model itself holds only parts of them.
     """
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state)
-    load_tokenizer(tokenizer_path).save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with new_folder(target) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+        load_tokenizer(tokenizer_path).save_pretrained(temporary)
 
 
-def save_merged(base: str, lora: str, target: Path, dtype: str) -> None:
+def save_merged(base: str, lora: str, target: Place, dtype: str) -> None:
     """Fold the LoRA into its base and save a complete model folder, tokenizer included."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(base, dtype), lora)
+    model = PeftModel.from_pretrained(load_model(base, dtype), str(local_copy(lora)))
     save_complete(model.merge_and_unload(), base, target)
 
 
 def save_complete(
-    model: PreTrainedModel, tokenizer_path: str, target: Path, state: dict[str, torch.Tensor] | None = None
+    model: PreTrainedModel, tokenizer_path: str, target: Place, state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """`save_model` of a complete model, with its stop tokens as all that is said of sampling."""
     from transformers import GenerationConfig

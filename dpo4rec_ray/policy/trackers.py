@@ -13,14 +13,15 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.policy.objectives import Metrics
+from dpo4rec_ray.storage.places import copy_folder, is_remote, new_file
 
 PROJECT = "dpo4rec-ray"  # W&B's project, MLflow's experiment, unless the environment names another
 
@@ -36,7 +37,9 @@ class TensorBoard:
     def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]):
         """Raises UserError: the package is missing."""
         self._writer_class = import_tracker("tensorboard").SummaryWriter
-        self._folder, self._settings = folder / "tensorboard", settings
+        self._target, self._settings = folder / "tensorboard", settings
+        # An object store knows no append: there the files follow when the training is complete.
+        self._folder = Path(tempfile.mkdtemp()) if is_remote(folder) else self._target
         self._writer: Any = None
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -50,6 +53,8 @@ class TensorBoard:
         """Call when the training is complete."""
         if self._writer is not None:
             self._writer.close()
+            if self._folder != self._target:
+                copy_folder(self._folder, self._target)
 
     def _open(self, first_step: int) -> Any:
         """A writer whose event file makes TensorBoard drop what earlier files hold from `first_step` on."""
@@ -117,7 +122,10 @@ class MLflow(_Run):
         """Raises UserError: the package is missing, the server gives no run, or the run to continue is gone."""
         self._mlflow = import_tracker(self.name)
         super().__init__(folder)
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not uri and is_remote(folder):
+            raise UserError(f"{folder}: MLflow has no database on an object store; set MLFLOW_TRACKING_URI")
+        uri = uri or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
         try:
             self._client = self._mlflow.MlflowClient(tracking_uri=uri)
             if self._run_file.run_id:
@@ -163,7 +171,7 @@ class WeightsAndBiases(_Run):
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=run_name,
-                dir=folder,
+                dir=tempfile.mkdtemp() if is_remote(folder) else folder,
                 config=settings,
                 id=self._run_file.run_id or None,
                 resume="allow",

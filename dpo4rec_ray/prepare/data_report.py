@@ -8,10 +8,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import shutil
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config.data import FEW_BAD_ROWS
@@ -29,6 +27,7 @@ from dpo4rec_ray.datasets.parsing import (
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.ingest import FileCounts
 from dpo4rec_ray.prepare.partition_lists import Built
+from dpo4rec_ray.storage.places import Place, remove
 from dpo4rec_ray.store.artifacts import write_json
 from dpo4rec_ray.store.progress import say
 
@@ -163,7 +162,7 @@ class DataReport:
             },
         }
 
-    def write(self, stats: dict[str, Any], folder: Path) -> None:
+    def write(self, stats: dict[str, Any], folder: Place) -> None:
         """Write report.json; print the table, and what is strange."""
         write_json(folder / "report.json", stats)
         for line in _table(stats):
@@ -171,15 +170,15 @@ class DataReport:
         for sentence in stats["remarks"]:
             say(f"  note: {sentence}")
 
-    def write_quarantine(self, folder: Path) -> None:
+    def write_quarantine(self, folder: Place) -> None:
         """One JSONL file per kind of file with its first bad lines: path, line number, reason, text."""
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         for name, counts in self.counts.items():
             if not counts.bad_lines:
                 continue
             folder.mkdir(exist_ok=True)
             seen: Counter[str] = Counter()
-            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as handle:
+            with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as handle:
                 for line in counts.bad_lines:
                     seen[line["reason"]] += 1
                     if seen[line["reason"]] <= MAX_LINES:

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from dpo4rec_ray.datasets.files import BLOCK_BYTES, Split, plan_splits, read_blo
 from dpo4rec_ray.datasets.parsing import UNKNOWN_ITEM, UNKNOWN_USER
 from dpo4rec_ray.datasets.source import MAX_SHOWN, BadLine, DataFile, Parsed
 from dpo4rec_ray.prepare.partition_files import new_arrow
+from dpo4rec_ray.storage.places import Place, remove
 from dpo4rec_ray.store.progress import Progress, say
 
 # The numbers must differ: operators with equal ones are joined by Ray Data. Together they are one CPU.
@@ -59,7 +58,7 @@ class FileCounts:
 def write_partitions(
     files: tuple[DataFile, ...],
     splits: list[Split],
-    folder: Path,
+    folder: Place,
     num_partitions: int,
     known: dict[str, Keys],
     label: str,
@@ -87,7 +86,7 @@ def write_partitions(
             progress.at(sum(block["rows_read"] for block in counts))
     total = _summed(counts, files)
     if total.spans_lines:
-        shutil.rmtree(folder)
+        remove(folder)
         files = _over_lines(files)
         return write_partitions(files, plan_splits(files), folder, num_partitions, known, label)
     return total
@@ -196,7 +195,7 @@ def _parse(block: dict[str, Any], files: tuple[DataFile, ...]) -> Parsed:
 def _write_block(
     block: dict[str, Any],
     files: tuple[DataFile, ...],
-    folder: Path,
+    folder: Place,
     num_partitions: int,
     known: dict[str, Keys],
 ) -> dict[str, Any]:

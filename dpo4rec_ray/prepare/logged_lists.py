@@ -8,7 +8,6 @@ item that is in one of the user's lists. So the history shows nothing of a list.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,13 +31,14 @@ from dpo4rec_ray.prepare.partition_files import (
     write_arrow,
 )
 from dpo4rec_ray.prepare.partition_lists import Built, UserBlock, key_bounds, pick, write_users_and_lists
+from dpo4rec_ray.storage.places import Place
 
 _COLUMNS = (
     "user_key", "order", "user", "timestamp_s", "split", "candidates", "labels", "history", "history_ratings",
 )  # fmt: skip
 
 
-def collect_lists(work: Path, partition: int, num_blocks: int) -> Counted:
+def collect_lists(work: Place, partition: int, num_blocks: int) -> Counted:
     """Sort a partition's lists by user and time, and add the raw ids in them to the users' and items'.
 
     Returns:
@@ -78,7 +78,7 @@ class EventIds:
 
 
 def check_lists(
-    work: Path, events: EventIds, item_keys: Keys, counts: list[Counted], described: pa.Table | None
+    work: Place, events: EventIds, item_keys: Keys, counts: list[Counted], described: pa.Table | None
 ) -> None:
     """item_keys: of the items in lists. counts: of `collect_lists`. described: the items that the items' files describe.
 
@@ -112,19 +112,19 @@ def check_lists(
     )
 
 
-def logged_user_keys(work: Path, partition: int, num_users: int) -> Keys:
+def logged_user_keys(work: Place, partition: int, num_users: int) -> Keys:
     """Keys of the partition's first `num_users` users with lists, in key order."""
     return np.unique(read_arrow(work / "logged" / f"{partition}.arrow")["user_key"].to_numpy())[:num_users]
 
 
 def build_logged(
-    work: Path,
+    work: Place,
     partition: int,
     users: UserBlock,
     item_keys: Keys,
     data: DataSection,
     draw_valid: bool,
-    folders: dict[str, Path],
+    folders: dict[str, Place],
 ) -> Built:
     """Write the partition's users and its logged lists.
 
@@ -179,7 +179,7 @@ def item_ids_of(item_keys: Keys, lists: pa.ListArray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids), mask=nulls)
 
 
-def _events_of(work: Path, partition: int, user_keys: Keys, item_keys: Keys) -> Events:
+def _events_of(work: Place, partition: int, user_keys: Keys, item_keys: Keys) -> Events:
     """The events of the users with lists; some users may have no event."""
     columns = read_core(work, partition, ("user_key", "item_key", "rating", "timestamp_s"))
     wanted = contains(user_keys, columns["user_key"])
@@ -266,7 +266,7 @@ def _splits(logged: pa.ChunkedArray, drawn: NDArray[np.str_], draw_valid: bool) 
     return np.where((split == "train") & (drawn == "valid"), "valid", split) if draw_valid else split
 
 
-def _add_names(work: Path, partition: int, kind: str, found: pa.ChunkedArray) -> None:
+def _add_names(work: Place, partition: int, kind: str, found: pa.ChunkedArray) -> None:
     """Add the raw ids in the lists to those of the events."""
     before = read_names(work, partition, kind)
     fresh = pc.unique(found)

@@ -7,7 +7,6 @@ and a range of user keys. User ids count users in key order, so the user ids of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from dpo4rec_ray.prepare.partition_files import (
     write_arrow,
     write_names,
 )
+from dpo4rec_ray.storage.places import Place
 
 DAY_S = 86400
 # Bins of the histogram of times, from which the cuts in time are read.
@@ -62,7 +62,7 @@ class Counted:
 
 
 def collect(
-    work: Path, partition: int, num_blocks: int, protocol: str, keep_repeated: bool, user_core: int
+    work: Place, partition: int, num_blocks: int, protocol: str, keep_repeated: bool, user_core: int
 ) -> Counted:
     """Collect a partition's events in the order of the protocol, and begin its k-core.
 
@@ -107,7 +107,7 @@ def collect(
     )
 
 
-def peel(work: Path, partition: int, dead_items: Keys, user_core: int) -> Counted:
+def peel(work: Place, partition: int, dead_items: Keys, user_core: int) -> Counted:
     """One round of the k-core: remove the events of dead items, then the users with too few events left.
 
     A second call with the same items changes nothing, so Ray may retry the task.
@@ -118,19 +118,19 @@ def peel(work: Path, partition: int, dead_items: Keys, user_core: int) -> Counte
     return _keep(work, partition, state)
 
 
-def time_range(work: Path, partition: int) -> tuple[int, int]:
+def time_range(work: Place, partition: int) -> tuple[int, int]:
     """Earliest and latest time of the events in the k-core, in seconds; (0, -1) without any."""
     times = read_core(work, partition, ("timestamp_s",))["timestamp_s"]
     return (int(times.min()), int(times.max())) if len(times) else (0, -1)
 
 
-def time_histogram(work: Path, partition: int, low: int, width: int) -> NDArray[np.int64]:
+def time_histogram(work: Place, partition: int, low: int, width: int) -> NDArray[np.int64]:
     """Events in the k-core per bin of `width` seconds from `low` on, [NUM_BINS]."""
     times = read_core(work, partition, ("timestamp_s",))["timestamp_s"]
     return np.bincount((times - low) // width, minlength=NUM_BINS)[:NUM_BINS]
 
 
-def _keep(work: Path, partition: int, alive: Alive) -> Counted:
+def _keep(work: Place, partition: int, alive: Alive) -> Counted:
     """Write to disk which events are in the k-core, and count them. (The object store is too small for all partitions.)"""
     columns = {"place": alive.place, "user": alive.user, "item_key": alive.item_key}
     write_arrow(work / "alive" / f"{partition}.arrow", columns)

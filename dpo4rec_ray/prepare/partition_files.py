@@ -11,18 +11,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.core.joins import NUM_COMPARED
 from dpo4rec_ray.core.kcore import contains
 from dpo4rec_ray.core.keys import Keys
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.parquet import opened
+from dpo4rec_ray.storage.places import Place, new_file
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Alive:
 
 
 @contextlib.contextmanager
-def new_arrow(target: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+def new_arrow(target: Place, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
     """An Arrow file that gets its name when it is complete: a task that Ray retries never reads half a file."""
     with (
         new_file(target) as temporary,
@@ -51,28 +51,28 @@ def new_arrow(target: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFil
         yield writer
 
 
-def read_batch(file: Path, partition: int, names: tuple[str, ...]) -> pa.RecordBatch:
+def read_batch(file: Place, partition: int, names: tuple[str, ...]) -> pa.RecordBatch:
     """Some columns of one partition's batch."""
-    with pa.OSFile(str(file), "rb") as handle:
+    with opened(file) as handle:
         schema = pa.ipc.open_file(handle).schema
         fields = [schema.get_field_index(name) for name in names]
         options = pa.ipc.IpcReadOptions(included_fields=fields)
         return pa.ipc.open_file(handle, options=options).get_batch(partition)
 
 
-def write_arrow(file: Path, columns: dict[str, Any]) -> None:
+def write_arrow(file: Place, columns: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     table = pa.table(columns)
     with new_arrow(file, table.schema) as writer:
         writer.write_table(table)
 
 
-def read_arrow(file: Path) -> pa.Table:
-    with pa.OSFile(str(file), "rb") as handle:
+def read_arrow(file: Place) -> pa.Table:
+    with opened(file) as handle:
         return pa.ipc.open_file(handle).read_all()
 
 
-def block_files(folder: Path, num_blocks: int) -> list[Path]:
+def block_files(folder: Place, num_blocks: int) -> list[Place]:
     """The files that `ingest` wrote, in file order.
 
     Raises:
@@ -86,27 +86,27 @@ def block_files(folder: Path, num_blocks: int) -> list[Path]:
     return found
 
 
-def read_alive(work: Path, partition: int) -> Alive:
+def read_alive(work: Place, partition: int) -> Alive:
     table = read_arrow(work / "alive" / f"{partition}.arrow")
     return Alive(*(table[name].to_numpy() for name in ("place", "user", "item_key")))
 
 
-def read_core(work: Path, partition: int, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+def read_core(work: Place, partition: int, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """Columns of the partition's events that are still in the k-core, in order."""
     table = read_arrow(work / "core" / f"{partition}.arrow")
     place = read_alive(work, partition).place
     return {name: table[name].to_numpy()[place] for name in names}
 
 
-def read_names(work: Path, partition: int, kind: str) -> pa.Table:
+def read_names(work: Place, partition: int, kind: str) -> pa.Table:
     """key, raw_id of the partition's users or items, in key order."""
     return read_arrow(work / "names" / f"{kind}s-{partition}.arrow")
 
 
 def write_names(
-    work: Path,
+    work: Place,
     partition: int,
-    sources: list[Path],
+    sources: list[Place],
     lengths: list[int],
     chosen: NDArray[np.int64],
     user_key: Keys,
@@ -133,19 +133,19 @@ def write_names(
         )
 
 
-def user_keys_of(work: Path, partition: int, num_users: int) -> Keys:
+def user_keys_of(work: Place, partition: int, num_users: int) -> Keys:
     """Keys of the partition's first `num_users` users, in key order."""
     return np.unique(read_core(work, partition, ("user_key",))["user_key"])[:num_users]
 
 
-def item_names(work: Path, partition: int, item_keys: Keys) -> tuple[Keys, pa.Array]:
+def item_names(work: Place, partition: int, item_keys: Keys) -> tuple[Keys, pa.Array]:
     """Keys and raw ids of those items of the partition that are in the catalogue."""
     table = read_names(work, partition, "item")
     table = table.filter(pa.array(contains(item_keys, table["key"].to_numpy())))
     return table["key"].to_numpy(), table["raw_id"].combine_chunks()
 
 
-def some_ids(work: Path, kind: str) -> list[str]:
+def some_ids(work: Place, kind: str) -> list[str]:
     """Raw ids of "user" or "item", of the first partition that has any."""
     for file in sorted((work / "names").glob(f"{kind}s-*.arrow")):
         if ids := read_arrow(file)["raw_id"].slice(0, NUM_COMPARED).to_pylist():
@@ -153,7 +153,7 @@ def some_ids(work: Path, kind: str) -> list[str]:
     return []
 
 
-def user_names(work: Path, partition: int, user_keys: Keys) -> pa.Array:
+def user_names(work: Place, partition: int, user_keys: Keys) -> pa.Array:
     """Raw ids of some of the partition's users, by their sorted keys."""
     table = read_names(work, partition, "user")
     places = np.searchsorted(table["key"].to_numpy(), user_keys)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from dpo4rec_ray.core.candidates import (
 )
 from dpo4rec_ray.core.keys import Keys, mix, stream
 from dpo4rec_ray.prepare.partition_files import read_core, user_names
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import write_part
 
 
@@ -62,14 +62,14 @@ class Built:
 
 
 def build_drawn(
-    work: Path,
+    work: Place,
     partition: int,
     users: UserBlock,
     item_keys: Keys,
     data: DataSection,
     cuts_s: tuple[int, int] | None,
     seed: int,
-    folders: dict[str, Path],
+    folders: dict[str, Place],
 ) -> Built:
     """Write the partition's users and lists.
 
@@ -136,7 +136,7 @@ def write_users_and_lists(
     labels: pa.ListArray,
     num_events: int,
     num_positive_events: int,
-    folders: dict[str, Path],
+    folders: dict[str, Place],
 ) -> Built:
     """Write the partition's parts of both artifacts; decide each user's split from its lists.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from dpo4rec_ray.core.kcore import ItemCounts, merge_counts
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.data_report import DataReport
 from dpo4rec_ray.prepare.partition_events import NUM_BINS, Counted, collect, peel, time_histogram, time_range
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.progress import Progress
 
 
@@ -64,7 +64,7 @@ def counted(
 
 
 def k_core(
-    work: Path, num_partitions: int, user_core: int, data: DataSection, report: DataReport
+    work: Place, num_partitions: int, user_core: int, data: DataSection, report: DataReport
 ) -> tuple[ItemCounts, list[Counted]]:
     """Collect every partition, then peel until all users have `user_core` events and all items `data.item_core`.
 
@@ -99,7 +99,7 @@ def _range(ranges: list[tuple[Any, Any]]) -> tuple[Any, Any]:
     return min((low for low, _ in ranges), default=0), max((high for _, high in ranges), default=0)
 
 
-def cuts_in_time(work: Path, num_partitions: int, data: DataSection) -> tuple[int, int]:
+def cuts_in_time(work: Place, num_partitions: int, data: DataSection) -> tuple[int, int]:
     """When validation and when test time begin, in seconds since 1970.
 
     Test time holds the last `data.test_frac` of all events, validation time the last `data.valid_frac` of the others.

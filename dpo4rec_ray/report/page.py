@@ -16,6 +16,7 @@ from dpo4rec_ray.evaluation.ladder import ladder, printed
 from dpo4rec_ray.evaluation.systems import HEADLINE, PRINTED, label
 from dpo4rec_ray.stages.evaluate import read_evaluation
 from dpo4rec_ray.stages.validate import best_round
+from dpo4rec_ray.storage.places import write_text
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.memory import peak_rss_mb
 from dpo4rec_ray.store.metrics_file import read_metrics
@@ -62,7 +63,7 @@ def run(
     if config.has_policy and config.llm.path == "bootstrap":
         summary["bootstrap"] = store.require("base_llm").stats
     write_json(store.root / "summary.json", summary)
-    (store.root / "report.html").write_text(_html(store, summary), encoding="utf-8")
+    write_text(store.root / "report.html", _html(store, summary))
     _print(summary)
     say(f"report: {store.root / 'summary.json'}, {store.root / 'report.html'}")
     return summary

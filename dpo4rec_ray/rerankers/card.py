@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.places import place
 
 CARD_FILE = "reranker.json"
 TEMPLATE = """---
@@ -38,12 +39,12 @@ Made by dpo4rec_ray at commit {{ info.commit }}.
 
 def read_card(folder: str | Path) -> dict[str, Any]:
     """Content of reranker.json. Raises UserError if it is missing or damaged."""
-    file = Path(folder) / CARD_FILE
+    file = place(folder) / CARD_FILE
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{file}: cannot be read ({error.strerror}); run the stage that trains this reranker"
+            f"{file}: cannot be read ({error.strerror or 'not there'}); run the stage that trains this reranker"
         ) from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); train this reranker again") from None

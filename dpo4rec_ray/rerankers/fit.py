@@ -34,6 +34,8 @@ from dpo4rec_ray.rerankers.base import Reranker
 from dpo4rec_ray.rerankers.card import CARD_FILE, card_text, read_card
 from dpo4rec_ray.rerankers.catalogue import Catalogue, CatalogueShape, Histories, TensorRows, tensor_of
 from dpo4rec_ray.rerankers.scorer import ListScorer
+from dpo4rec_ray.storage.local_copies import local_copy
+from dpo4rec_ray.storage.places import new_file, place, write_text
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -209,19 +211,18 @@ def save_reranker(
 ) -> None:
     """Write model.safetensors, reranker.json (architecture, catalogue shape and `info`, a JSON object) and a model card."""
     bare = unwrapped(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in bare.state_dict().items()}, folder / WEIGHTS_FILE
-    )
+    target = place(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with new_file(target / WEIGHTS_FILE) as temporary:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in bare.state_dict().items()}, temporary)
     card = {
         "knowledge": bare.knowledge,
         "settings": bare.architecture.model_dump(),
         "catalogue": asdict(bare.shape),
         "info": info,
     }
-    (folder / CARD_FILE).write_text(json.dumps(card, indent=1), encoding="utf-8")
-    (folder / "README.md").write_text(card_text(card), encoding="utf-8")
+    write_text(target / CARD_FILE, json.dumps(card, indent=1))
+    write_text(target / "README.md", card_text(card))
 
 
 def load_reranker(folder: str | Path, catalogue: Catalogue) -> Reranker:
@@ -230,7 +231,7 @@ def load_reranker(folder: str | Path, catalogue: Catalogue) -> Reranker:
     Raises:
         UserError: a file is missing or damaged, or the reranker was trained on a catalogue of another shape.
     """
-    folder = Path(folder)
+    folder = place(folder)
     card = read_card(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(f"{folder}: no {WEIGHTS_FILE} beside {CARD_FILE}; train this reranker again")
@@ -250,7 +251,7 @@ def load_reranker(folder: str | Path, catalogue: Catalogue) -> Reranker:
             f"{folder}: trained on {shape}, but this catalogue is {here}; train the reranker again"
         )
     model = build_reranker(architecture, shape, card["knowledge"])
-    model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    model.load_state_dict(load_file(local_copy(folder / WEIGHTS_FILE)))
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
 from dpo4rec_ray.core.evidence import evidence_of_texts
+from dpo4rec_ray.core.intervals import clustered_std_error
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers import build_reranker
 from dpo4rec_ray.rerankers.base import Reranker
@@ -33,7 +34,8 @@ BELIEVED_AT = 1.645
 
 @dataclass(frozen=True)
 class Gain:
-    """What the texts bring on the validation lists: mean of the metric without and with them.
+    """What the texts bring on the validation lists: mean of the metric without and with them, and the standard error of
+    their difference.
 
     `kept` is false where that is no gain, or where the `evidence` (core/evidence.py) is not above BELIEVED_AT: then the branch
     was erased, and the reranker ranks as its backbone.
@@ -41,6 +43,7 @@ class Gain:
 
     without: float
     with_texts: float
+    std_error: float
     evidence: float
     kept: bool
 
@@ -182,10 +185,12 @@ def _gain(
 ) -> Gain:
     mask, labels = valid.mask.cpu().numpy(), valid.labels.cpu().numpy()
     scores = _scores(model, catalogue, valid, vectors)
-    before = float(_metric(without, labels, mask, metric).mean())
-    after = float(_metric(scores, labels, mask, metric).mean())
-    evidence = evidence_of_texts(without, scores, labels, mask, valid.user_ids.cpu().numpy())
-    return Gain(before, after, evidence, after > before and evidence > BELIEVED_AT)
+    users = valid.user_ids.cpu().numpy()
+    before, after = (_metric(one, labels, mask, metric) for one in (without, scores))
+    error = clustered_std_error(after - before, users)
+    evidence = evidence_of_texts(without, scores, labels, mask, users)
+    kept = bool(after.mean() > before.mean()) and evidence > BELIEVED_AT
+    return Gain(float(before.mean()), float(after.mean()), error, evidence, kept)
 
 
 def _scores(model: Reranker, catalogue: Catalogue, lists: ListData, vectors: Tensor | None) -> np.ndarray:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.serving.api import Event
 from dpo4rec_ray.serving.loaded_version import NEUTRAL_RATING
 from dpo4rec_ray.serving.version_files import VersionFiles
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import write_json
 
 MAX_CACHED = 10_000  # users whose text, or lack of one, a process remembers
@@ -54,7 +54,7 @@ class TextJob:
 class FreshTextStore:
     """The files. Threads and processes may share them, but only one process should write, because it counts the files."""
 
-    def __init__(self, registry: Path, settings: ServingSection):
+    def __init__(self, registry: Place, settings: ServingSection):
         self._root, self._settings = registry / "fresh", settings
         # Per version and user: a text or None, and until when (time.time) this is believed.
         self._cached: TLRUCache[tuple[str, str], tuple[FreshText | None, float]] = TLRUCache(
@@ -95,7 +95,7 @@ class FreshTextStore:
 
     def sweep(self) -> int:
         """Remove files that are too old or incomplete, and the oldest if there are too many. Returns how many stay."""
-        ages: list[tuple[float, Path]] = []
+        ages: list[tuple[float, Place]] = []
         for file in self._root.glob("*/*/*"):
             with contextlib.suppress(OSError):  # another process may have removed it
                 age = time.time() - file.stat().st_mtime
@@ -111,7 +111,7 @@ class FreshTextStore:
             file.unlink(missing_ok=True)
         return stay
 
-    def file(self, version: str, user_id: str) -> Path:
+    def file(self, version: str, user_id: str) -> Place:
         """The file of a user's text, which may not exist."""
         name = hashlib.blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
         return self._root / version / name[:2] / f"{name}.json"

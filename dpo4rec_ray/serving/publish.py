@@ -6,8 +6,6 @@ Users and their knowledge are read and written part by part, so only one part is
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import keys_of
@@ -45,6 +42,8 @@ from dpo4rec_ray.serving.version_files import (
     write_card,
 )
 from dpo4rec_ray.stages.evaluate import system_name
+from dpo4rec_ray.storage.parquet import dataset, parquet_file, read_parquet
+from dpo4rec_ray.storage.places import Place, below, copy_folder, is_complete, new_folder, place
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.reading import list_data, read_vectors, vectors_of
@@ -61,7 +60,7 @@ WRITER_CONFIG: Any = {
 NUM_RECORDED = 32  # validation lists that a version has to rank as the evaluation does before it may answer
 
 
-def publish(config: Config, store: RunDir, target: Path, version: str, model: str = "") -> VersionCard:
+def publish(config: Config, store: RunDir, target: Place, version: str, model: str = "") -> VersionCard:
     """Write a version into the new folder `target`. If the process is killed, `target` does not exist.
 
     Args:
@@ -71,7 +70,7 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
     Raises:
         UserError: the run is not finished, there is no such model, or `target` exists.
     """
-    if target.exists():
+    if is_complete(target):
         raise UserError(f"{target} exists; versions never change: publish under another name")
     source = store.require("per_list").fingerprint
     fit = store.path("per_list") / "rerankers" / (model or _best_model(config, store))
@@ -86,14 +85,12 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
     item_vectors = read_vectors(store, 0, "item")[1]
     catalogue = Catalogue.from_items(items["attributes"].to_pylist(), item_vectors)
     scorer = ListScorer([load_reranker(fit, catalogue)], catalogue)
-    lists = ds.dataset(store.files("lists")).head(NUM_RECORDED, filter=ds.field("split") == "valid")
+    lists = dataset(store.files("lists")).head(NUM_RECORDED, filter=ds.field("split") == "valid")
     list_users, user_rows = np.unique(lists["user_id"], return_inverse=True)
 
-    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        shutil.copytree(fit, temporary / "reranker")
+    with new_folder(target) as temporary:
+        temporary.mkdir(parents=True)
+        copy_folder(fit, temporary / "reranker")
         np.save(temporary / "item_vectors.npy", item_vectors)
         with arrow_writer(temporary / "items.arrow", ITEMS) as writer:
             writer.write_table(items)
@@ -124,9 +121,6 @@ def publish(config: Config, store: RunDir, target: Path, version: str, model: st
             metrics={name: card["info"]["metrics"][f"test {name}"] for name in HEADLINE},
         )
         write_card(temporary, published)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return published
 
 
@@ -153,25 +147,26 @@ def _round_of(config: Config, system: str) -> int:
     )
 
 
-def _write_users(files: Sequence[str], folder: Path) -> int:
+def _write_users(files: Sequence[Place], folder: Path) -> int:
     """Write the users in the order of their ids, which is the order of the files. Returns how many there are."""
     keys, row = [], 0
     with arrow_writer(folder / "users.arrow", USERS) as writer:
         for file in files:
-            for batch in pq.ParquetFile(file).iter_batches(columns=["user_id", *USERS.names]):
-                if not np.array_equal(batch["user_id"], np.arange(row, row + len(batch))):
-                    raise UserError(
-                        f"{file}: users are not in the order of their ids; prepare the data again"
-                    )
-                row += len(batch)
-                keys.append(keys_of(batch["raw_id"]))
-                writer.write_batch(batch.select(USERS.names).cast(USERS))
+            with parquet_file(file) as parquet:
+                for batch in parquet.iter_batches(columns=["user_id", *USERS.names]):
+                    if not np.array_equal(batch["user_id"], np.arange(row, row + len(batch))):
+                        raise UserError(
+                            f"{file}: users are not in the order of their ids; prepare the data again"
+                        )
+                    row += len(batch)
+                    keys.append(keys_of(batch["raw_id"]))
+                    writer.write_batch(batch.select(USERS.names).cast(USERS))
     KeyIndex.write(folder, "user", np.concatenate(keys))
     return row
 
 
 def _write_knowledge(
-    files: Sequence[str], folder: Path, num_users: int, scorer: ListScorer, wanted: npt.NDArray[np.int64]
+    files: Sequence[Place], folder: Path, num_users: int, scorer: ListScorer, wanted: npt.NDArray[np.int64]
 ) -> np.ndarray:
     """Write the first text of each user, and what the reranker makes of the text's vector.
 
@@ -182,9 +177,9 @@ def _write_knowledge(
         [n, D] vectors of the wanted users; zeros for a user without one.
     """
     first = (ds.field("subject") == "user") & (ds.field("sample_id") == 0)
-    count = ds.dataset(files).count_rows(filter=first)
+    count = dataset(files).count_rows(filter=first)
     if not count:
-        raise UserError(f"{Path(files[0]).parent} has no text of a user; run the encode stage again")
+        raise UserError(f"{files[0].parent} has no text of a user; run the encode stage again")
     nothing = np.zeros((len(wanted), scorer.catalogue.shape.vector_dim), np.float32)
     found, shapes = nothing.copy(), scorer.user_parts(nothing)
 
@@ -192,21 +187,21 @@ def _write_knowledge(
         return np.lib.format.open_memmap(folder / name, "w+", np.float32, (count, like.shape[1]))
 
     standard, sides = array("user_standard.npy", shapes.standard), array("user_sides.npy", shapes.sides[0])
-    rows, place = np.full(num_users, UNKNOWN, np.int64), 0
+    rows, at = np.full(num_users, UNKNOWN, np.int64), 0
     with arrow_writer(folder / "texts.arrow", TEXTS) as writer:
         for file in files:
-            part = pq.read_table(file, columns=["subject_id", "text", "vector"], filters=first)
+            part = read_parquet(file, columns=["subject_id", "text", "vector"], filters=first)
             if not len(part):
                 continue
             users, vectors = part["subject_id"].to_numpy(), vectors_of(part["vector"]).copy()
-            parts, here = scorer.user_parts(vectors), slice(place, place + len(part))
+            parts, here = scorer.user_parts(vectors), slice(at, at + len(part))
             standard[here], sides[here] = parts.standard.numpy(), parts.sides[0].numpy()
             has_text = pc.greater(pc.utf8_length(part["text"]), 0).to_numpy()
-            rows[users[has_text]] = np.flatnonzero(has_text) + place
+            rows[users[has_text]] = np.flatnonzero(has_text) + at
             _, theirs, mine = np.intersect1d(users, wanted, return_indices=True)
             found[mine] = vectors[theirs]
             writer.write_table(part.select(["text"]).cast(TEXTS))
-            place += len(part)
+            at += len(part)
     standard.flush()
     sides.flush()
     np.save(folder / "user_vector_rows.npy", rows)
@@ -218,8 +213,8 @@ def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) ->
     folder.mkdir()
     weights = served_weights(config, store, round_id)
     for name, path in ((WRITER_LLM, weights.model), (WRITER_LORA, weights.lora)):
-        if path and Path(path).is_relative_to(store.root):
-            shutil.copytree(path, folder / name)
+        if path and below(path, store.root) is not None:
+            copy_folder(place(path), folder / name)
     config = config.model_copy(update={"generate": config.generate.of_policy(round_id)})
     content = config.model_dump(mode="json", include=WRITER_CONFIG)
     if config.llm.path not in ("bundled", "bootstrap"):

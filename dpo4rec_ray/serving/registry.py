@@ -6,7 +6,6 @@ the new one, never a mixture.
 
 from __future__ import annotations
 
-import fcntl
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from dpo4rec_ray.config.section import first_mistake
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.version_check import load_version
 from dpo4rec_ray.serving.version_files import VersionCard, read_card
+from dpo4rec_ray.storage.lease import lease
+from dpo4rec_ray.storage.places import Place, is_complete, place
 from dpo4rec_ray.store.artifacts import write_json
 
 ROUTING_FILE = "traffic.json"
@@ -64,10 +65,10 @@ class Registry:
     """The folder of a registry. One process at a time changes it."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).resolve()
+        self.root = place(root)
         self._versions = self.root / "versions"
 
-    def folder(self, version: str) -> Path:
+    def folder(self, version: str) -> Place:
         """Raises UserError if the name could lead out of the registry's folder."""
         if not NAME.fullmatch(version):
             raise UserError(f"version {version!r}: use letters, digits, '.', '_' and '-', at most 64")
@@ -81,10 +82,12 @@ class Registry:
         """Of all complete versions, oldest first."""
         found = []
         for folder in sorted(self._versions.glob("[!.]*")):
+            if not is_complete(folder):
+                continue  # its publishing was killed
             try:
                 found.append(read_card(folder))
             except UserError:
-                continue  # not complete: its publishing was killed
+                continue  # of another format, or not ours
         return sorted(found, key=lambda card: (card.created, card.version))
 
     def routing(self) -> Routing:
@@ -191,6 +194,7 @@ class Registry:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / ".lock", "a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with lease(
+            self.root, lost=lambda: None, wait=True
+        ):  # a change takes a moment, a lost lease many seconds
             yield

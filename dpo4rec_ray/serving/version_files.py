@@ -22,6 +22,8 @@ import pyarrow as pa
 
 from dpo4rec_ray.core.keys import Keys, string_key
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.local_copies import local_copy
+from dpo4rec_ray.storage.places import Place, place
 from dpo4rec_ray.store.artifacts import write_json
 
 VERSION_FILE = "version.json"
@@ -79,7 +81,7 @@ def write_card(folder: Path, card: VersionCard) -> None:
     write_json(folder / VERSION_FILE, asdict(card))
 
 
-def read_card(folder: Path) -> VersionCard:
+def read_card(folder: Place) -> VersionCard:
     """Raises UserError if the folder has no complete version, or one of another format."""
     file = folder / VERSION_FILE
     try:
@@ -123,8 +125,8 @@ class VersionFiles:
 
     def __init__(self, folder: str | Path):
         """Raises UserError if a file is missing or damaged, or does not fit the others."""
-        self.folder = Path(folder)
-        self.card = read_card(self.folder)
+        self.card = read_card(place(folder))
+        self.folder = local_copy(folder)
         self.user_index = KeyIndex(self.folder, "user")
         self.items = table(self.folder / "items.arrow")
         self.item_rows = {raw: row for row, raw in enumerate(self.items["raw_id"].to_pylist())}

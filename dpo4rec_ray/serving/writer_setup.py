@@ -47,7 +47,7 @@ def read_setup(registry: Registry, version: str, settings: ServingSection) -> Wr
         UserError: the version has no LLM, or its LLM cannot or must not run there.
     """
     folder = registry.folder(version) / WRITER_FOLDER
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         raise UserError(
             f'serving.online_llm = "async": version {version} has no texts written under vLLM (llm.source = "vllm"), so '
             'no LLM is there to write more; promote a version that has, or set serving.online_llm = "off"'

@@ -7,14 +7,11 @@ learns prompt -> text. The teacher sees only the history, and how well it reads 
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import knowledge_cut
@@ -28,6 +25,8 @@ from dpo4rec_ray.knowledge.teacher import EVERY_FACET, popular_values, teacher_t
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import load_tokenizer
 from dpo4rec_ray.policy.small_llm import SPECIAL_TOKENS, build_tokenizer, supervised_rows
+from dpo4rec_ray.storage.parquet import write_parquet
+from dpo4rec_ray.storage.places import Place, move_into, new_folder, remove
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
@@ -59,13 +58,12 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     (folder / WORK).mkdir()
     say(f"  bootstrap: writing {section.num_users} lessons over {store.require('items').rows} items")
     lesson = _lesson(config, store, section.num_users, seed_of(config.run.seed, "lessons"))
-    tokenizer = build_tokenizer(
-        lesson.prompts[:TOKENIZER_LESSONS] + lesson.texts[:TOKENIZER_LESSONS], folder / TOKENIZER
-    )
+    with new_folder(folder / TOKENIZER) as local:
+        tokenizer = build_tokenizer(
+            lesson.prompts[:TOKENIZER_LESSONS] + lesson.texts[:TOKENIZER_LESSONS], local
+        )
     prompt_ids, text_ids = supervised_rows(tokenizer, lesson.prompts, lesson.texts)
-    pq.write_table(
-        pa.table({"prompt_token_ids": prompt_ids, "completion_token_ids": text_ids}), folder / ROWS
-    )
+    write_parquet(pa.table({"prompt_token_ids": prompt_ids, "completion_token_ids": text_ids}), folder / ROWS)
     task = SupervisedTask(
         config=config,
         seed=seed_of(config.run.seed, "bootstrap"),
@@ -73,9 +71,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         folder=folder,
     )
     launch(supervised_loop, {"task": task}, folder=folder, section=section, label="bootstrap", unit="steps")
-    for file in (folder / MODEL).iterdir():
-        file.rename(folder / file.name)
-    shutil.rmtree(folder / WORK)
+    move_into(folder / MODEL, folder)
+    remove(folder / WORK)
     steps = read_metrics(folder)
     stats: dict[str, Any] = {
         "first_loss": steps[0]["loss"],
@@ -121,7 +118,7 @@ nothing else and knows no other catalogue.
 """
 
 
-def check_texts(config: Config, store: RunDir, model: Path) -> dict[str, Any]:
+def check_texts(config: Config, store: RunDir, model: Place) -> dict[str, Any]:
     """Sample one text per new simulated user with vLLM: the share of named tastes that are true, and what chance gives."""
     lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
     spec = EngineSpec(ServedWeights(str(model)), config.llm, config.generate)

@@ -13,6 +13,7 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.pairing import Kind
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
+from dpo4rec_ray.storage.places import is_complete
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.outcome import Outcome
@@ -34,7 +35,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if continues and section.tuning == "lora":
         base = before.base
     elif before.lora and not before.merged:
-        if not (folder / "start").exists():  # merged in a worker: the driver may be a small machine
+        if not is_complete(folder / "start"):  # merged in a worker: the driver may be a small machine
             in_worker(save_merged, before.base, before.lora, folder / "start", config.llm.dtype)
         base = str(folder / "start")
     else:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from dpo4rec_ray.config import Config
@@ -30,8 +28,10 @@ from dpo4rec_ray.rerankers.card import read_card
 from dpo4rec_ray.rerankers.fit import WEIGHTS_FILE, ListData, load_reranker, save_reranker
 from dpo4rec_ray.rerankers.fit_knowledge import KnowledgeFit, fit_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
+from dpo4rec_ray.storage.parquet import read_folder
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import RunDir, write_json
-from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
+from dpo4rec_ray.store.metrics_file import MetricsFile, remove_metrics
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import (
@@ -83,7 +83,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     todo = [fit for fit in fits if _part(config, texts, *fit) not in finished]
     if len(todo) < len(fits):
         say(f"  evaluate: {len(fits) - len(todo)} fits kept from an interrupted run")
-    (folder / METRICS).unlink(missing_ok=True)
+    remove_metrics(folder)
     jobs = _jobs(config, todo)
     run_tasks(
         _fit_and_measure,
@@ -91,7 +91,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         jobs,
         workers=evaluation_tasks(config),
         label="evaluate",
-        file=folder / METRICS,
+        folder=folder,
         total=sum(
             config.reranker.of(backbone).total_epochs(own.count(None), len(own) - own.count(None))
             for backbone, own, _ in jobs
@@ -100,7 +100,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     test, num_items = read_list_data(store, "test"), store.require("items").rows
     popular = popularity(read_list_data(store, "train"), num_items)[test.item_ids.numpy()]
     store.write("per_list", _simple_systems(config, store, test, popular), part=len(fits))
-    per_list = pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
+    per_list = read_folder(folder)
     _summarise(config, store, per_list.to_pandas(), _list_properties(store, test, popular), round_id)
     return Outcome(
         rows_in=store.require("lists").rows, rows_out=len(per_list), stats={"last_round": round_id}
@@ -187,6 +187,7 @@ def _fit_and_measure(
         }
         save_reranker(rerankers / name, found.model, info)
         store.write("per_list", measured, part=_part(config, texts, backbone, one, seed))
+    metrics.flush()
 
 
 def _fit_name(config: Config, backbone: str, texts: int | str | None, seed: int) -> str:
@@ -246,7 +247,7 @@ def _list_properties(store: RunDir, test: ListData, popular: np.ndarray) -> pd.D
     )
 
 
-def _use_of_texts(config: Config, folder: Path, texts: Sequence[int | str | None]) -> list[dict[str, Any]]:
+def _use_of_texts(config: Config, folder: Place, texts: Sequence[int | str | None]) -> list[dict[str, Any]]:
     """Per backbone and system with knowledge behind the backbone: fits, those that use the texts, and their mean gain."""
     found = []
     for backbone in config.evaluated_backbones:

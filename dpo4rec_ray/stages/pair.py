@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
@@ -20,6 +19,7 @@ from dpo4rec_ray.core.other_users import draw_others, taste_vectors
 from dpo4rec_ray.core.pairing import PAIRINGS, Drop, Kind, Limits, Made, worst_samples
 from dpo4rec_ray.core.rewards import list_noise, shrink
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.parquet import read_parquet
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
@@ -52,7 +52,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     rows_in = rows_out = 0
     files = zip(store.files("generations", round_id), store.files("scores", round_id), strict=True)
     for part, (generation_file, score_file) in enumerate(files):
-        samples, scores = (pq.read_table(file).sort_by(_ORDER) for file in (generation_file, score_file))
+        samples, scores = (read_parquet(file).sort_by(_ORDER) for file in (generation_file, score_file))
         if not samples["user_id"].equals(scores["user_id"]):
             raise ValueError(f"{score_file} and {generation_file} hold different users")
         rows_in += len(samples)

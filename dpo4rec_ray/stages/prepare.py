@@ -10,10 +10,8 @@ file. The first ones are the knowledge history, which is all that the LLM sees; 
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +45,7 @@ from dpo4rec_ray.prepare.logged_lists import (
 from dpo4rec_ray.prepare.partition_files import item_names, some_ids, user_keys_of
 from dpo4rec_ray.prepare.partition_lists import build_drawn
 from dpo4rec_ray.prepare.partition_tasks import counted, cuts_in_time, each, in_order, k_core, shared
+from dpo4rec_ray.storage.places import Place, remove
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 
@@ -62,21 +61,21 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     folders = {name: store.start(name) for name in ARTIFACTS}
     data_folder = folders["lists"].parent
     for leftover in data_folder.glob("work-*"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     # A new name each time: the last tasks of a killed run may still be writing.
     work = data_folder / f"work-{uuid.uuid4().hex[:8]}"
     try:
         stats = _prepare(config, source, work, folders, store, report)
     finally:
         report.write_quarantine(data_folder / "quarantine")
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
     report.write(stats, data_folder)
     rows = {name: stats[name] for name in ARTIFACTS}
     return Outcome(rows_in=stats["rows_read"], rows_out=rows["lists"], stats=stats, rows=rows)
 
 
 def _prepare(
-    config: Config, source: Source, work: Path, folders: dict[str, Path], store: RunDir, report: DataReport
+    config: Config, source: Source, work: Place, folders: dict[str, Place], store: RunDir, report: DataReport
 ) -> dict[str, Any]:
     data = config.data
     event_splits, list_splits = plan_splits(source.events), plan_splits(source.lists)

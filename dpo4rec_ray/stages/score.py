@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.texts import EncoderSection
@@ -19,6 +18,7 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.rewards import personal
 from dpo4rec_ray.evaluation.reward_diagnosis import personal_diagnosis, reward_diagnosis
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleRewards
+from dpo4rec_ray.storage.parquet import read_folder, read_parquet
 from dpo4rec_ray.store.artifacts import RunDir, part_file
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
@@ -65,9 +65,7 @@ def scorer_pool(config: Config, store: RunDir, round_id: int) -> Pool:
 
 def _parts(store: RunDir, name: str, round_id: int) -> pa.Table:
     """All parts of an artifact that has no manifest yet."""
-    return pa.concat_tables(
-        [pq.read_table(file) for file in sorted(store.path(name, round_id).glob("*.parquet"))]
-    )
+    return read_folder(store.path(name, round_id))
 
 
 def metric_names(config: Config) -> tuple[str, ...]:
@@ -113,7 +111,7 @@ class ShardEncoder:
 
     def __call__(self, row: Row) -> Row:
         file = part_file(self._folder, int(row["shard"]))
-        table = pq.read_table(file, columns=["user_id", "sample_id", "text"])
+        table = read_parquet(file, columns=["user_id", "sample_id", "text"])
         vectors = self._encoder.encode(table["text"].to_pylist())
         return {
             "shard": int(row["shard"]),

@@ -30,7 +30,7 @@ from dpo4rec_ray.rerankers.fit import ListData, load_reranker, save_reranker
 from dpo4rec_ray.rerankers.fit_knowledge import KnowledgeFit, fit_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.store.artifacts import RunDir, write_json
-from dpo4rec_ray.store.metrics_file import METRICS, MetricsFile
+from dpo4rec_ray.store.metrics_file import MetricsFile
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import (
@@ -70,7 +70,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             [(name, len(names)) for name in names],
             workers=reward_tasks(config),
             label="train_reward",
-            file=folder / METRICS,
+            folder=folder,
             total=len(names) * _epochs(config),
         )
     stats = _diagnosis(config, store)
@@ -89,7 +89,9 @@ def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> No
     config, store = shared
     torch.set_num_threads(1)
     device = "cuda" if config.reward.gpus_per_worker else "cpu"
-    _train_one(config, store, name, MetricsFile(store.path("reward"), 0), num_models, lambda m: m.to(device))
+    metrics = MetricsFile(store.path("reward"), 0)
+    _train_one(config, store, name, metrics, num_models, lambda m: m.to(device))
+    metrics.flush()
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -102,6 +104,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     metrics = MetricsFile(store.path("reward"), rank)
     for name in names:
         _train_one(config, store, name, metrics, len(names), train.torch.prepare_model, rank, world)
+    metrics.flush()
 
 
 def _train_one(

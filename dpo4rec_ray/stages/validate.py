@@ -7,6 +7,7 @@ clearly lower (`core.reading_gain.judge`); rounds stop when none is kept any mor
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.heldout_texts import HeldoutMeasure, UserTexts, accuracy_stats, change_of
 from dpo4rec_ray.knowledge.teacher import EVERY_FACET
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
+from dpo4rec_ray.store import events
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
@@ -41,6 +43,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     table, stats = in_worker(_measure, config, store, round_id, needs=reward_tasks(config).needs)
     stats |= _choice(store, round_id, table)
     store.write("heldout", table, round_id)
+    choice = stats["choice"]
+    events.note("round_accepted" if choice["kept"] else "round_rejected", against=choice["against"])
     for line in _lines(stats, len(table), round_id):
         say(f"  {line}")
     return Outcome(rows_in=stats["samples"], rows_out=len(table), stats=stats)
@@ -49,6 +53,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
 def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, dict[str, Any]]:
     """The rows of `heldout` and their figures; in a process of its own."""
     measure = open_measure(config, store)
+    began = time.monotonic()
     sides = {"before": texts_before(config, store, round_id), "after": texts_after(store, round_id)}
     users, figures = measure.figures(sides)
     if not len(users):
@@ -86,6 +91,7 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
             every = accuracy[EVERY_FACET]
             stats |= {f"text_accuracy_{name}": every["accuracy"], f"text_chance_{name}": every["chance"]}
             stats[f"accuracy_by_facet_{name}"] = accuracy
+    stats["work_s"] = round(time.monotonic() - began, 2)  # the rest of the stage is its start
     return table, stats
 
 

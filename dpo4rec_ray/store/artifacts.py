@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.parquet import parquet_metadata, read_parquet, write_parquet
+from dpo4rec_ray.storage.places import Place, is_remote, objects, place, remove, size_of, write_text
 from dpo4rec_ray.store.schemas import SCHEMA_VERSION, SCHEMAS, validate_table
 
 MANIFEST = "manifest.json"
@@ -55,6 +54,8 @@ class Manifest:
         fingerprint: hash of everything it depends on; equal to the present one means that it can be kept.
         produced: new with every production, so that what was made from an older production is redone.
         stats: whatever the stage measured on the way.
+        bytes: of all files of the artifact.
+        timings: as store.progress.Timing, of each Progress that the stage showed.
         inputs, settings, outside: as in store.dependencies; empty where an older version made the artifact.
     """
 
@@ -72,17 +73,19 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     commit: str = ""
+    bytes: int = 0
+    timings: list[dict[str, Any]] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
 
 class RunDir:
-    """Paths, reads and writes of one run folder. Picklable: workers get it as it is."""
+    """Paths, reads and writes of one run folder, on any storage. Picklable: workers get it as it is."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).resolve()
+        self.root: Place = place(root)
         self.fingerprint = ""  # of the stage that is running: what its half-written parts belong to
 
-    def path(self, name: str, round_id: int = 0) -> Path:
+    def path(self, name: str, round_id: int = 0) -> Place:
         return self.root / PATHS[name].format(round=round_id)
 
     def manifest(self, name: str, round_id: int = 0) -> Manifest | None:
@@ -111,22 +114,26 @@ class RunDir:
             )
         return manifest
 
-    def start(self, name: str, round_id: int = 0, *, keep: bool = False) -> Path:
+    def start(self, name: str, round_id: int = 0, *, keep: bool = False) -> Place:
         """Make the artifact's folder for writing. What an interrupted run left is removed unless `keep`."""
         folder = self.path(name, round_id)
         (folder / MANIFEST).unlink(missing_ok=True)
         if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def finish(self, manifest: Manifest, round_id: int = 0) -> None:
         write_json(self.path(manifest.artifact, round_id) / MANIFEST, asdict(manifest))
 
-    def files(self, name: str, round_id: int = 0) -> list[str]:
+    def size(self, name: str, round_id: int = 0) -> int:
+        """Bytes of all files of an artifact."""
+        return size_of(self.path(name, round_id))
+
+    def files(self, name: str, round_id: int = 0) -> list[Place]:
         """The artifact's Parquet files in name order."""
         self.require(name, round_id)
-        return sorted(str(file) for file in self.path(name, round_id).glob("*.parquet"))
+        return sorted(self.path(name, round_id).glob("*.parquet"))
 
     def read(
         self,
@@ -146,7 +153,7 @@ class RunDir:
         if split is not None:
             filters.append(("split", "in", [split] if isinstance(split, str) else list(split)))
         tables = [
-            pq.read_table(file, columns=columns, filters=filters or None)
+            read_parquet(file, columns=columns, filters=filters or None)
             for file in self.files(name, round_id)
         ]
         if not tables:
@@ -159,7 +166,7 @@ class RunDir:
         """Who got no texts in an artifact, and why: columns of the schema "failed"."""
         self.require(name, round_id)
         tables = [
-            pq.read_table(file) for file in sorted((self.path(name, round_id) / "failed").glob("*.parquet"))
+            read_parquet(file) for file in sorted((self.path(name, round_id) / "failed").glob("*.parquet"))
         ]
         return pa.concat_tables([SCHEMAS["failed"].empty_table(), *tables])
 
@@ -168,35 +175,32 @@ class RunDir:
         write_part(self.path(name, round_id), name, table, part)
 
 
-def part_file(folder: str | Path, part: int) -> Path:
+def part_file(folder: str | Path, part: int) -> Place:
     """Where a part of an artifact is."""
-    return Path(folder) / f"part-{part:05d}.parquet"
+    return place(folder) / f"part-{part:05d}.parquet"
 
 
 def write_part(
     folder: str | Path, name: str, table: pa.Table, part: int, notes: dict[str, Any] | None = None
-) -> Path:
+) -> Place:
     """Atomically write one Parquet part; a crash leaves no file that looks complete. notes: for `part_notes`."""
     target = part_file(folder, part)
     table = validate_table(name, table)
     if notes is not None:
         table = table.replace_schema_metadata({_NOTES: json.dumps(notes, sort_keys=True)})
-    with new_file(target, synced=True) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
+    write_parquet(table, target, compression="zstd", row_group_size=ROWS_PER_GROUP)
     return target
 
 
-def part_notes(file: str | Path) -> tuple[int, dict[str, Any]]:
+def part_notes(file: Place) -> tuple[int, dict[str, Any]]:
     """Rows and notes of a part, from its footer alone."""
-    footer = pq.read_metadata(file)
+    footer = parquet_metadata(file)
     return footer.num_rows, json.loads((footer.metadata or {}).get(_NOTES, b"{}"))
 
 
-def write_json(file: Path, content: Any) -> None:
+def write_json(file: Place, content: Any) -> None:
     """Atomically write JSON; NaN and infinities, which JSON does not know, become null."""
-    text = json.dumps(_finite(content), indent=1, sort_keys=True, allow_nan=False)
-    with new_file(file, synced=True) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(file, json.dumps(_finite(content), indent=1, sort_keys=True, allow_nan=False), synced=True)
 
 
 def _finite(content: Any) -> Any:
@@ -213,12 +217,19 @@ def fingerprint_of(*parts: str) -> str:
 
 
 def folder_hash(folder: str | Path) -> str:
-    """Hash of a model folder: content of its small files; name, size and time of the large ones, which is cheap."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).rglob("*")):
+    """Hash of a model folder: content of its small files; name, size and time of the large ones, which is cheap.
+
+    On an object store: names, sizes and the store's own hashes.
+    """
+    digest, root = hashlib.sha256(), place(folder)
+    if is_remote(root):
+        for name, info in objects(root).items():
+            digest.update(f"{name} {info.get('size')} {info.get('e_tag') or info.get('ETag')}\n".encode())
+        return digest.hexdigest()[:16]
+    for file in sorted(root.rglob("*")):
         if not file.is_file():
             continue
         stat = file.stat()
-        digest.update(f"{file.relative_to(folder)} {stat.st_size}\n".encode())
+        digest.update(f"{file.relative_to(root)} {stat.st_size}\n".encode())
         digest.update(file.read_bytes() if stat.st_size < 16 * 2**20 else str(stat.st_mtime_ns).encode())
     return digest.hexdigest()[:16]

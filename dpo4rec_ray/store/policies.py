@@ -16,6 +16,8 @@ def base_llm_path(config: Config, store: RunDir) -> str:
         return str(Path(__file__).resolve().parents[1] / "policy" / "bundled")
     if config.llm.path == "bootstrap":
         return str(store.path("base_llm"))
+    if "://" in config.llm.path:
+        return config.llm.path
     folder = Path(config.llm.path).expanduser()
     return str(folder.resolve()) if folder.exists() else config.llm.path
 
@@ -25,7 +27,7 @@ def model_identity(path: str) -> str:
 
     A hub name alone where neither the cache nor the hub has its config.json.
     """
-    if Path(path).is_dir():
+    if "://" in path or Path(path).is_dir():
         return folder_hash(path)
     if is_gguf(path):
         return content_hash(path)

@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -18,6 +19,41 @@ if TYPE_CHECKING:
 EVERY_S = 5.0  # between two lines of a Progress
 BAR_WIDTH = 24
 _bars: list[Live] = []  # those on the terminal now
+_open: list[Progress] = []  # for `figures`
+_timings: list[Timing] = []  # of those that closed since `take_timings`
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a Progress was open, so that the start of workers and their work can be told apart.
+
+    Attributes:
+        units: done while it was open.
+        seconds: from opening to closing.
+        first_s: seconds until the first result; that many `first_units` came with it.
+        last_s: seconds until the last result.
+    """
+
+    label: str
+    unit: str
+    units: int
+    seconds: float
+    first_s: float
+    first_units: int
+    last_s: float
+
+
+def take_timings() -> list[Timing]:
+    """Of every Progress that closed since the last call, in that order."""
+    taken = _timings.copy()
+    _timings.clear()
+    return taken
+
+
+def figures() -> list[dict[str, Any]]:
+    """What every open Progress would tell a program: label, unit, done, total (0: not known), rate per second and seconds left
+    (None: not known yet), seconds since it was opened, and why there is no result yet."""
+    return [progress.figures() for progress in _open.copy()]
 
 
 def say(text: str) -> None:
@@ -48,8 +84,9 @@ class Progress:
         `starting` may be set to what tells why there is no result yet; it is called often, and not after the first one.
         """
         self._label, self._total, self._unit = label, total, unit
-        self._done, self._extra = already, ""
-        self._opened = time.monotonic()
+        self._already = self._done = already
+        self._extra = ""
+        self._opened = self._last = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first result came: workers start up before it
         self._display: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self.starting: Callable[[], str] = lambda: ""
@@ -57,17 +94,44 @@ class Progress:
     def __enter__(self) -> Progress:
         self._display = self._bar() if draws_bars() else self._lines()
         self._display.__enter__()
+        _open.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._display.__exit__(None, None, None)
+        _open.remove(self)
+        now = time.monotonic()
+        at, base = self._first or (now, self._done)
+        spans = (now - self._opened, at - self._opened, self._last - self._opened)
+        seconds, first_s, last_s = (round(span, 3) for span in spans)
+        done, first = self._done - self._already, base - self._already
+        _timings.append(Timing(self._label, self._unit, done, seconds, first_s, first, last_s))
 
     def at(self, done: int, extra: str = "", *, total: int | None = None) -> None:
         """`done` units are complete; `total` where it was not known before."""
         self._total = self._total if total is None else total
-        if self._first is None and done > self._done:
-            self._first = (time.monotonic(), done)
+        if done > self._done:
+            self._last = time.monotonic()
+            self._first = self._first or (self._last, done)
         self._done, self._extra = done, extra
+
+    def figures(self) -> dict[str, Any]:
+        """See the function of this name."""
+        now = time.monotonic()
+        found: dict[str, Any] = {
+            "label": self._label,
+            "unit": self._unit,
+            "done": self._done,
+            "total": self._total,
+        }
+        found |= {"rate": None, "left_s": None, "open_s": round(now - self._opened, 1), "starting": ""}
+        if self._first is None:
+            found["starting"] = self.starting() or "workers are starting"
+        elif self._done > self._first[1]:
+            rate = (self._done - self._first[1]) / (now - self._first[0])
+            left = round((self._total - self._done) / rate, 1) if self._total else None
+            found |= {"rate": round(rate, 3), "left_s": left}
+        return found
 
     @contextlib.contextmanager
     def _lines(self) -> Iterator[None]:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from dpo4rec_ray.storage.parquet import parquet_file, parquet_metadata
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.schemas import SCHEMAS
 
@@ -21,9 +22,9 @@ class UserRows:
 
     def __init__(self, store: RunDir, splits: tuple[str, ...]):
         self._splits = pa.array(splits)
-        self._groups: list[tuple[int, int, str, int]] = []  # lowest and highest user id, file, row group
+        self._groups: list[tuple[int, int, Place, int]] = []  # lowest and highest user id, file, row group
         for file in store.files("users"):
-            footer = pq.read_metadata(file)
+            footer = parquet_metadata(file)
             column = footer.schema.to_arrow_schema().get_field_index("user_id")
             for group in range(footer.num_row_groups):
                 limits = footer.row_group(group).column(column).statistics
@@ -35,7 +36,7 @@ class UserRows:
         found = [SCHEMAS["users"].empty_table()]
         for first, last, file, group in self._groups:
             if first < high and last >= low:
-                with pq.ParquetFile(file) as parquet:
+                with parquet_file(file) as parquet:
                     table = parquet.read_row_group(group)
                 ids = table["user_id"]
                 inside = pc.and_(pc.greater_equal(ids, low), pc.less(ids, high))
@@ -67,7 +68,7 @@ def users_per_shard(
     """
     counts = np.zeros(-(-store.require("users").rows // shard_size), np.int64)
     for file in store.files("users"):
-        with pq.ParquetFile(file) as parquet:
+        with parquet_file(file) as parquet:
             for batch in parquet.iter_batches(columns=["user_id", "split"]):
                 ids = batch["user_id"].filter(pc.is_in(batch["split"], pa.array(splits))).to_numpy()
                 if takes_part is not None:

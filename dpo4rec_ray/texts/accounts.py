@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.storage.parquet import read_parquet
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import part_notes
 from dpo4rec_ray.workers.shards import part_number
 
 SUBJECTS = ("user", "item", "statistics", "oracle")  # of the texts in `knowledge`
 
 
-def generation_counts(folder: Path, wanted: np.ndarray, num_samples: int) -> Counter[str]:
+def generation_counts(folder: Place, wanted: np.ndarray, num_samples: int) -> Counter[str]:
     """Counts of all parts of `generations`, from their footers, with "rows".
 
     wanted: users of each shard, [S]. Every user has exactly N rows or a reason; anything else is a mistake of ours.
@@ -33,7 +33,7 @@ def generation_counts(folder: Path, wanted: np.ndarray, num_samples: int) -> Cou
     return counts
 
 
-def knowledge_counts(folder: Path) -> tuple[int, dict[str, Counter[str]]]:
+def knowledge_counts(folder: Place) -> tuple[int, dict[str, Counter[str]]]:
     """Rows of all parts of `knowledge`, and counts for each subject, from the parts' footers."""
     rows, counts = 0, {subject: Counter[str]() for subject in SUBJECTS}
     for file in folder.glob("part-*.parquet"):
@@ -43,11 +43,11 @@ def knowledge_counts(folder: Path) -> tuple[int, dict[str, Counter[str]]]:
     return rows, counts
 
 
-def failure_reasons(folder: Path) -> Counter[str]:
+def failure_reasons(folder: Place) -> Counter[str]:
     """How many failed for each reason, from an artifact's folder `failed`."""
     reasons: Counter[str] = Counter()
     for file in sorted((folder / "failed").glob("*.parquet")):
-        reasons.update(pq.read_table(file, columns=["reason"])["reason"].to_pylist())
+        reasons.update(read_parquet(file, columns=["reason"])["reason"].to_pylist())
     return reasons
 
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage.places import Place, place, write_text
 from dpo4rec_ray.store.artifacts import write_json
 
 MAX_DEATHS_ALONE = 2  # of one user's prompt
@@ -79,8 +79,8 @@ class Attempt:
         return attempt
 
     @property
-    def file(self) -> Path:
-        return Path(self.folder) / "attempts" / f"shard-{self.shard:05d}.json"
+    def file(self) -> Place:
+        return place(self.folder) / "attempts" / f"shard-{self.shard:05d}.json"
 
     @property
     def one_by_one(self) -> bool:
@@ -110,9 +110,9 @@ class Attempt:
         write_json(self.file, {key: value for key, value in asdict(self).items() if key != "folder"})
 
 
-def reason_file(folder: str, engine: str) -> Path:
+def reason_file(folder: str, engine: str) -> Place:
     """Where an engine's process writes why it ends."""
-    return Path(folder) / "attempts" / f"engine-{engine}.txt"
+    return place(folder) / "attempts" / f"engine-{engine}.txt"
 
 
 class Start:
@@ -122,9 +122,9 @@ class Start:
         """Raises:
         UserError: too many of this job's engines ended while they started.
         """
-        self._file = Path(folder) / "attempts" / f"start-{job}-{engine}"
+        self._file = place(folder) / "attempts" / f"start-{job}-{engine}"
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.touch()
+        write_text(self._file, "")
         starting = list(self._file.parent.glob(f"start-{job}-*"))
         if len(starting) > num_engines + MAX_UNFINISHED_STARTS:
             raise UserError(
@@ -137,7 +137,7 @@ class Start:
         self._file.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> str:
+def _read(file: Place) -> str:
     try:
         return " ".join(file.read_text(encoding="utf-8", errors="replace").split())[:300]
     except OSError:

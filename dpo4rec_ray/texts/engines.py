@@ -22,6 +22,7 @@ from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineStats
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.watchdog import Watchdog
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.needs import Groups
 from dpo4rec_ray.workers.phases import READY, phase
@@ -36,7 +37,7 @@ _running: dict[str, tuple[Any, list[Any]]] = {}
 _groups = Groups()  # of those whose GPUs are on several nodes
 
 
-def start_engine(spec: EngineSpec, reason_file: Path | None = None) -> VLLMGenerator:
+def start_engine(spec: EngineSpec, reason_file: Place | None = None) -> VLLMGenerator:
     """An engine in this process with a watchdog beside it, which writes into `reason_file` why it ends the process."""
     watchdog = Watchdog(spec.generate.stall_timeout_s, reason_file)
     without_sklearn()
@@ -142,7 +143,7 @@ class KeptGenerator:
         return self._last
 
 
-def kept_engines(config: Config, spec: EngineSpec, folder: Path) -> list[Any]:
+def kept_engines(config: Config, spec: EngineSpec, folder: Place) -> list[Any]:
     """Actors of the run's engines. They are started if there are none, or none that can serve `spec`; call `begin_stage` next.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.datasets.files import absolute, file_identity
@@ -12,6 +11,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.completions import Answer, Completion
 from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION, StatisticsGenerator
 from dpo4rec_ray.knowledge.text_table import KLG, TextTable, check_text_file, place_texts
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement, catalogue
@@ -96,7 +96,7 @@ class TableTexts(TextWriter):
     def placement(cls, config: Config, store: RunDir, policy_round: int) -> WriterPlacement:
         """Writes the files' texts into the run folder, where actors on any machine find them; says what was left out."""
         section, folder = config.texts, store.root / "texts"
-        files: dict[str, Path] = {}
+        files: dict[str, Place] = {}
         for subject, path, column in (
             ("user", section.users, section.user),
             ("item", section.items, section.item),
@@ -119,7 +119,7 @@ class TableTexts(TextWriter):
                 say(f"  texts.{subject}s {path}: {counts.texts} texts, left out: {counts.words}")
         return WriterPlacement(cls, {"files": files})
 
-    def __init__(self, config: Config, store: RunDir, *, files: dict[str, Path]):
+    def __init__(self, config: Config, store: RunDir, *, files: dict[str, Place]):
         """files: "users", "items" -> where their texts are."""
         self._tables = {subject: TextTable(file) for subject, file in files.items()}
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config import Config
@@ -18,6 +17,7 @@ from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.structured import json_schema
 from dpo4rec_ray.policy.model import load_tokenizer
+from dpo4rec_ray.storage.places import Place, write_text
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path, merges_lora, model_identity, policy_weights
 from dpo4rec_ray.texts.engines import KeptGenerator, begin_stage, kept_engines, start_engine
@@ -53,7 +53,7 @@ def open_policy(
     *,
     spec: EngineSpec,
     tokenizer: str,
-    reason_file: Path,
+    reason_file: Place,
     examples: Sequence[ExampleUser] = (),
     engines: Sequence[Any] = (),
 ) -> PolicyTexts:
@@ -115,7 +115,7 @@ class PolicyTexts(TextWriter):
         )
 
     def __init__(
-        self, prompts: TokenizedPrompts, generator: VLLMGenerator | KeptGenerator, reason_file: Path
+        self, prompts: TokenizedPrompts, generator: VLLMGenerator | KeptGenerator, reason_file: Place
     ):
         """reason_file: where the reason of an engine's death is written."""
         self._prompts, self._generator, self._reason_file = prompts, generator, reason_file
@@ -143,7 +143,7 @@ class PolicyTexts(TextWriter):
             answers = self._generator.generate([token_ids for token_ids, _ in prompts], seeds, counts)
         except EngineDied as error:
             with contextlib.suppress(OSError):
-                self._reason_file.write_text(str(error))
+                write_text(self._reason_file, str(error))
             os._exit(1)  # Ray starts a new actor and repeats the shard; an exception would end the job
         return [
             replace(answer, prompt_token_ids=token_ids, num_left_out=num_left_out)

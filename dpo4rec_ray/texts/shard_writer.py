@@ -11,7 +11,6 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -19,6 +18,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.shared_lock import SharedLock
 from dpo4rec_ray.knowledge.structured import json_factors, read_samples
+from dpo4rec_ray.storage.places import place
 from dpo4rec_ray.store.artifacts import RunDir, part_file, write_part
 from dpo4rec_ray.texts.attempts import Attempt, Start, reason_file
 from dpo4rec_ray.texts.gauges import Gauges
@@ -156,7 +156,7 @@ class ShardWriter:
     def _write_failed(self, shard: int, ids: Sequence[int], answers: Sequence[Answer]) -> None:
         """Commit who has no texts, before the shard's own part: that part says that the whole shard is accounted for."""
         failed = [(subject_id, one) for subject_id, one in zip(ids, answers, strict=True) if one.reason]
-        folder = Path(self._job.folder) / "failed"
+        folder = place(self._job.folder) / "failed"
         if not failed:
             # An earlier try may have been killed between its two parts.
             part_file(folder, shard).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from dpo4rec_ray.store import events
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.shards import Pool, Row, run_shards
 
@@ -31,7 +32,10 @@ class Throughput:
     def add(self, answer: Row) -> str:
         """Count a shard; returns `line`."""
         self.total.update({name: int(answer.get(name) or 0) for name in COUNTS})
+        if answer.get("failed"):
+            events.note("set_aside", shard=answer.get("shard"), users=answer["failed"])
         if answer.get("engine"):
+            self._note_start(answer["engine"])
             known = self._engines.get(answer["engine"])
             # Answers can arrive in another order than the shards ended: the newest is kept.
             newer = not known or answer["engine_tokens"] >= known["engine_tokens"]
@@ -39,6 +43,12 @@ class Throughput:
         if not self._first:  # rates count from the first result, because the workers started before it
             self._first, self._base = time.monotonic(), self.total.copy()
         return self.line
+
+    def _note_start(self, engine: str) -> None:
+        """An event for an engine that was not heard of before; where all are known, it replaces one that died."""
+        if engine not in self._engines:
+            event = "worker_started" if len(self._engines) < self._num_engines else "worker_restarted"
+            events.note(event, worker=engine, node=engine.rpartition("-")[0])
 
     @property
     def line(self) -> str:

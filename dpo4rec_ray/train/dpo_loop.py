@@ -18,6 +18,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.objectives import Metrics
 from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths, with_reference
 from dpo4rec_ray.policy.trainer import LOWER_LR, Trainer
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import merges_lora
 from dpo4rec_ray.train.heldout import HELDOUT, HeldoutEvaluations, mixed
@@ -59,7 +60,7 @@ class DPOTask:
     deepspeed: dict[str, Any]
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         return self.store.path("policy", self.round_id)
 
 

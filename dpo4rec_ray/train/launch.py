@@ -6,22 +6,21 @@ follows that file, because a worker's own output stays in Ray's logs.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.store.metrics_file import METRICS
+from dpo4rec_ray.storage.places import Place
+from dpo4rec_ray.store import events
+from dpo4rec_ray.store.metrics_file import last_metrics
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.train.state import checkpoint_storage, read_state, remove_checkpoints, update_state
 from dpo4rec_ray.workers.phases import starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room, joined_cluster
 from dpo4rec_ray.workers.stage_workers import trainers
 
-LAST_LINES = 8192  # bytes at the end of metrics.jsonl that hold its last line
 # DeepSpeed must not look for a GPU; `launch` adds LOCAL_SIZE, which it reads too.
 CPU_TRAIN_ENV = {**WORKER_ENV, "DS_ACCELERATOR": "cpu"}
 
@@ -30,7 +29,7 @@ def launch(
     loop: Callable[[dict[str, Any]], None],
     arguments: dict[str, Any],
     *,
-    folder: Path,
+    folder: Place,
     section: TrainerSection,
     label: str,
     unit: str,
@@ -71,24 +70,27 @@ def launch(
             worker_runtime_env={"env_vars": worker_env},
         ),
     )
+    continued = _continued_after(folder)
     progress = Progress(label, 0, unit)
     # Ray Train places its workers all at once.
     together = (fewest * section.cpus_per_worker, fewest * section.gpus_per_worker)
     progress.starting = starting(num_workers, *together)
     stop = threading.Event()
-    follower = threading.Thread(target=_follow, args=(folder / METRICS, progress, stop), daemon=True)
+    follower = threading.Thread(target=_follow, args=(folder, progress, stop), daemon=True)
     follower.start()
     try:
         trainer.fit()
     finally:
         stop.set()
         follower.join(timeout=5)
+        for step in _continued_after(folder)[len(continued) :]:
+            events.note("worker_restarted", worker="trainer", after_step=step)
         if refused := _refused(folder):
             raise UserError(refused) from None
     remove_checkpoints(section, folder)
 
 
-def _refusing(loop: Callable[[dict[str, Any]], None], folder: Path) -> Callable[[dict[str, Any]], None]:
+def _refusing(loop: Callable[[dict[str, Any]], None], folder: Place) -> Callable[[dict[str, Any]], None]:
     """The loop, with a user's mistake written to the state: Ray Train would repeat it `max_failures` times."""
 
     def guarded(arguments: dict[str, Any]) -> None:
@@ -106,7 +108,12 @@ def _refusing(loop: Callable[[dict[str, Any]], None], folder: Path) -> Callable[
     return guarded
 
 
-def _refused(folder: Path) -> str:
+def _continued_after(folder: Place) -> list[int]:
+    state = read_state(folder)
+    return state.continued_after if state else []
+
+
+def _refused(folder: Place) -> str:
     state = read_state(folder)
     return state.refused if state else ""
 
@@ -132,15 +139,12 @@ def _trainer_class() -> type:
     return LocalTrainer
 
 
-def _follow(file: Path, progress: Progress, stop: threading.Event) -> None:
+def _follow(folder: Place, progress: Progress, stop: threading.Event) -> None:
     """Print the newest step of metrics.jsonl every few seconds."""
     with progress:
         while not stop.wait(1.0):
-            try:
-                with open(file, "rb") as lines:
-                    lines.seek(max(0, file.stat().st_size - LAST_LINES))
-                    newest = json.loads(lines.read().splitlines()[-1])
-            except (OSError, IndexError, ValueError):
-                continue  # not there yet, or the line is half written
+            newest = last_metrics(folder)
+            if newest is None:
+                continue
             extra = ", ".join(f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy") if key in newest)
             progress.at(newest["step"], extra, total=newest["num_steps"])

@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
+from dpo4rec_ray.storage.parquet import read_folder, read_parquet
+from dpo4rec_ray.storage.places import Place, place
 from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of, write_part
 from dpo4rec_ray.store.policies import model_identity
 from dpo4rec_ray.store.progress import Progress
@@ -22,7 +23,7 @@ from dpo4rec_ray.workers.placement import without_sklearn
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, resume_parts, run_shards
 
 
-def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -> Path:
+def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -> Place:
     """Compute what is missing. Returns the folder, with one part per part of `pairs`."""
     section = config.dpo
     identity = model_identity(model)
@@ -57,13 +58,13 @@ def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -
 
 def read_reference(folder: str | Path) -> pa.Table:
     """All parts, in the pairs' order."""
-    return pa.concat_tables([pq.read_table(file) for file in sorted(Path(folder).glob("part-*.parquet"))])
+    return read_folder(place(folder), "part-*.parquet")
 
 
 class ShardReference:
     """Scores the pairs of one part and writes their log-probabilities as one part."""
 
-    def __init__(self, files: dict[int, str], folder: str, model: str, dtype: str, section: DPOSection):
+    def __init__(self, files: dict[int, Place], folder: str, model: str, dtype: str, section: DPOSection):
         self._files, self._folder = files, folder
         without_sklearn()
         phase(f"loading {Path(model).name}")
@@ -72,6 +73,6 @@ class ShardReference:
 
     def __call__(self, row: Row) -> Row:
         part = int(row["shard"])
-        found = self._scorer(pq.read_table(self._files[part]))
+        found = self._scorer(read_parquet(self._files[part]))
         write_part(self._folder, "reference_logps", found, part)
         return {"shard": part, "users": len(found)}

@@ -10,6 +10,7 @@ from typing import Any
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.policy.objectives import Metrics
 from dpo4rec_ray.policy.trainer import Trainer
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.metrics_file import MetricsFile, read_metrics
 from dpo4rec_ray.train.state import read_state, update_state
 
@@ -28,7 +29,7 @@ class Observer:
 def run_resumable(
     trainer: Trainer,
     section: TrainerSection,
-    folder: Path,
+    folder: Place,
     run_name: str,
     observer: Observer,
     *,
@@ -70,12 +71,14 @@ def run_resumable(
         for tracker in trackers:
             tracker.log(step, own)
         if step % section.checkpoint_every == 0 and step < num_steps and not stop:
-            with tempfile.TemporaryDirectory() as place:
-                trainer.save(Path(place))
-                train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(place))
+            metrics_file.flush()
+            with tempfile.TemporaryDirectory() as saved:
+                trainer.save(Path(saved))
+                train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(saved))
         return stop
 
     trainer.run(after_step, expect_first_loss=expect_first_loss)
+    metrics_file.flush()
     for tracker in trackers:
         tracker.close()
 

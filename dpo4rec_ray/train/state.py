@@ -7,13 +7,13 @@ worker that finds a user's mistake. Beside it metrics.jsonl has one line per ste
 from __future__ import annotations
 
 import json
-import shutil
 import uuid
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config.training import TrainerSection
+from dpo4rec_ray.storage.places import Place, place, remove
 from dpo4rec_ray.store.artifacts import MANIFEST, RunDir, write_json
 
 STATE = "training.json"
@@ -37,7 +37,7 @@ class TrainingState:
     result: dict[str, Any] | None = None
 
 
-def read_state(folder: Path) -> TrainingState | None:
+def read_state(folder: Place) -> TrainingState | None:
     """The state of the training in a folder; None where none was begun."""
     try:
         return TrainingState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
@@ -45,14 +45,14 @@ def read_state(folder: Path) -> TrainingState | None:
         return None
 
 
-def update_state(folder: Path, **changes: Any) -> TrainingState:
+def update_state(folder: Place, **changes: Any) -> TrainingState:
     """Write the state with other values of some fields; a new state where there is none."""
     state = replace(read_state(folder) or TrainingState(), **changes)
     write_json(folder / STATE, asdict(state))
     return state
 
 
-def begin(store: RunDir, name: str, round_id: int = 0) -> Path:
+def begin(store: RunDir, name: str, round_id: int = 0) -> Place:
     """The artifact's folder, empty, or as an interrupted training of the same work left it."""
     folder = store.path(name, round_id)
     state = read_state(folder)
@@ -63,7 +63,7 @@ def begin(store: RunDir, name: str, round_id: int = 0) -> Path:
     return folder
 
 
-def checkpoint_storage(section: TrainerSection, folder: Path) -> str:
+def checkpoint_storage(section: TrainerSection, folder: Place) -> str:
     """Folder or URI of this training's checkpoints; no other training uses it."""
     if not section.storage_path:
         return str(folder / "ray_train")
@@ -73,14 +73,6 @@ def checkpoint_storage(section: TrainerSection, folder: Path) -> str:
     return f"{path}/{(read_state(folder) or update_state(folder)).id}"
 
 
-def remove_checkpoints(section: TrainerSection, folder: Path) -> None:
+def remove_checkpoints(section: TrainerSection, folder: Place) -> None:
     """Remove what only an unfinished training needs: checkpoints, and Ray Train's own files beside them."""
-    from pyarrow.fs import FileSystem, FileType
-
-    storage = checkpoint_storage(section, folder)
-    if "://" not in storage:
-        shutil.rmtree(storage, ignore_errors=True)
-        return
-    filesystem, path = FileSystem.from_uri(storage)
-    if filesystem.get_file_info(path).type == FileType.Directory:
-        filesystem.delete_dir(path)
+    remove(place(checkpoint_storage(section, folder)))

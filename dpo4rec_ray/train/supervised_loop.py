@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.storage.parquet import read_parquet
+from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.train.resumable import Observer, quiet_deepspeed, run_resumable
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
 from dpo4rec_ray.workers.placement import without_sklearn
@@ -23,14 +24,13 @@ class SupervisedTask:
     config: Config
     seed: int
     deepspeed: dict[str, Any]
-    folder: Path
+    folder: Place
 
 
 def supervised_loop(arguments: dict[str, Any]) -> None:
     """Train on the rows, and save the complete model."""
     without_sklearn()
     phase("importing DeepSpeed")
-    import pyarrow.parquet as pq
     import torch
     from ray import train
     from transformers import AutoModelForCausalLM
@@ -52,7 +52,7 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_config(small_llama_config(len(tokenizer), section))
     trainer = Trainer(
         CompletionLogps(model),
-        ArrowRows(pq.read_table(task.folder / ROWS)),
+        ArrowRows(read_parquet(task.folder / ROWS)),
         SupervisedObjective(BatchLayout(tokenizer.pad_token_id)),
         section,
         dtype="float32",

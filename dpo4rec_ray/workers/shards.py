@@ -9,17 +9,15 @@ finished ids into memory.)
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from dpo4rec_ray.atomic import new_file
 from dpo4rec_ray.config.placed import Placed
+from dpo4rec_ray.storage.places import Place, remove, write_text
 from dpo4rec_ray.store.artifacts import MANIFEST
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.workers.needs import Groups, Needs
@@ -78,12 +76,12 @@ def shard_ranges(num_users: int, users_per_shard: int) -> list[tuple[int, int]]:
     return [(low, min(low + users_per_shard, num_users)) for low in range(0, num_users, users_per_shard)]
 
 
-def part_number(file: str | Path) -> int:
+def part_number(file: Place) -> int:
     """The shard that wrote a Parquet part."""
-    return int(Path(file).stem.removeprefix("part-"))
+    return int(file.stem.removeprefix("part-"))
 
 
-def resume_parts(folder: Path, fingerprint: str) -> set[int]:
+def resume_parts(folder: Place, fingerprint: str) -> set[int]:
     """Open a folder for parts, before the first is written, and note which work they belong to.
 
     Returns:
@@ -95,10 +93,9 @@ def resume_parts(folder: Path, fingerprint: str) -> set[int]:
     done = {part_number(file) for file in folder.glob("part-*.parquet")} if same else set[int]()
     if not done:
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the artifact is not complete
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with new_file(note) as temporary:  # a half-written fingerprint would cost every finished shard
-            temporary.write_text(fingerprint)
+        write_text(note, fingerprint)
     for left in folder.glob("*.tmp*"):  # from writers that were killed
         left.unlink(missing_ok=True)
     return done

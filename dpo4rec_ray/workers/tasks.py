@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
+from dpo4rec_ray.storage.places import Place
+from dpo4rec_ray.store.metrics_file import count_metrics
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.needs import Needs
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase, starting
@@ -33,7 +34,7 @@ def run_tasks(
     *,
     workers: Workers,
     label: str,
-    file: Path,
+    folder: Place,
     total: int,
 ) -> None:
     """Run `work(shared, *job)` for every job, each as a Ray task. Raises what a task raised.
@@ -41,7 +42,7 @@ def run_tasks(
     Args:
         workers: the tasks that run at the same time, for the room that each needs.
         label: name of the stage, for the terminal.
-        file: where each task appends one line per epoch.
+        folder: where each task writes one line per epoch (store/metrics_file.py).
         total: epochs of all tasks together, if none stops early.
 
     Raises:
@@ -59,9 +60,7 @@ def run_tasks(
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1.0)
             ray.get(done)
-            if file.exists():
-                with open(file, "rb") as lines:
-                    progress.at(sum(1 for _ in lines))
+            progress.at(count_metrics(folder))
 
 
 def _begun(work: Callable[..., None], *arguments: Any) -> None:

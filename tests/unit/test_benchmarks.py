@@ -28,7 +28,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     return harness
 
 
-@pytest.mark.parametrize("stage", ["prepare", "score", "generate", "dpo", "serve"])
+@pytest.mark.parametrize("stage", ["prepare", "score", "generate", "dpo", "plan", "serve"])
 def test_every_benchmark_explains_its_arguments(
     stage: str, harness: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

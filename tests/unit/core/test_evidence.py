@@ -55,15 +55,19 @@ def test_padding_and_lists_without_a_positive_say_nothing():
     without, added, labels, mask = world(1.0, 0.8)
     after = without + added
     plain = evidence_of_texts(without, after, labels, mask, USERS)
-    wide = [
-        np.hstack([one, np.full((200, 2), fill)])
-        for one, fill in ((without, np.nan), (after, 1e6), (labels, 0))
-    ]
-    assert evidence_of_texts(*wide, np.hstack([mask, np.zeros((200, 2), bool)]), USERS) == pytest.approx(
-        plain
+
+    def wider(values, fill):
+        return np.hstack([values, np.full((200, 2), fill)])
+
+    wide = evidence_of_texts(
+        wider(without, np.nan), wider(after, 1e6), wider(labels, 0), wider(mask, False), USERS
     )
-    more = [np.vstack([one, one[:9]]) for one in (without, after)]
+    assert wide == pytest.approx(plain)
+
+    def longer(values):
+        return np.concatenate([values, values[:9]])
+
     empty = np.vstack([labels, np.zeros((9, 10))])
-    users = np.append(USERS, USERS[:9])
-    assert evidence_of_texts(*more, empty, np.vstack([mask, mask[:9]]), users) == pytest.approx(plain)
+    more = evidence_of_texts(longer(without), longer(after), empty, longer(mask), longer(USERS))
+    assert more == pytest.approx(plain)
     assert evidence_of_texts(without, after, np.zeros_like(labels), mask, USERS) == 0

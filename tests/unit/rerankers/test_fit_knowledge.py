@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo4rec_ray.config.ranking import FitSection, RerankerArchitecture
+from dpo4rec_ray.core.intervals import clustered_std_error
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.rerankers import RERANKERS, build_reranker
 from dpo4rec_ray.rerankers.branches import BRANCHES
@@ -61,7 +62,11 @@ def test_texts_that_decide_what_is_liked_bring_a_gain(backbone, settings):
     assert found.result.best_value == gain.with_texts
     before, after = valid_ndcg(plain, world), valid_ndcg(found.model, world, world.user_vectors)
     assert gain.without == pytest.approx(before.mean()) and gain.with_texts == pytest.approx(after.mean())
+    assert gain.std_error == pytest.approx(clustered_std_error(after - before, world.valid.user_ids.numpy()))
     assert gain.evidence > BELIEVED_AT
+    assert (
+        0 < gain.std_error < gain.with_texts - gain.without
+    )  # what the stage train_reward prints as the channel's
     if not settings.get("similarity", True):
         assert found.model.branch.gates[1] == 0
 

@@ -174,3 +174,26 @@ def test_more_than_one_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     say("after")
     assert not progress._bars
     assert "between" in capsys.readouterr().out
+
+
+def test_start_and_work_are_told_apart() -> None:
+    progress.take_timings()
+    with Progress("score", 100, "users", already=40) as bar:
+        time.sleep(0.15)
+        bar.at(50)
+        bar.at(50)  # no news
+        time.sleep(0.05)
+        bar.at(100)
+    (one,) = progress.take_timings()
+    assert (one.label, one.unit, one.units, one.first_units) == ("score", "users", 60, 10)
+    assert 0.15 <= one.first_s < one.last_s <= one.seconds
+    assert progress.take_timings() == []
+
+
+def test_a_progress_without_a_result_has_only_a_start() -> None:
+    progress.take_timings()
+    with Progress("score", 100, "users"):
+        pass
+    (one,) = progress.take_timings()
+    assert (one.units, one.first_units) == (0, 0)
+    assert one.first_s == one.seconds

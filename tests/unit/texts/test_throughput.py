@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from dpo4rec_ray.store import events
+from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.texts.throughput import Throughput
 
 
@@ -46,3 +50,20 @@ def test_without_engines_there_is_nothing_to_say() -> None:
     done.add({"users": 5, "samples": 10, "engine": ""})
     assert done.stats == {}
     assert done.line == "", "a rate needs a second"
+
+
+def test_engines_and_users_set_aside_are_events(tmp_path: Path) -> None:
+    store = RunDir(tmp_path)
+    with events.recorded(store):
+        two = Throughput(2)
+        for engine in ("gpu-1-70", "gpu-2-71", "gpu-1-70", "gpu-1-99"):
+            two.add(answer(engine, 100, 1.0, shard=7, failed=int(engine == "gpu-2-71")))
+    driver, *found, _ = events.read_events(store)
+    assert [
+        (line["event"], line["node"], line.get("worker") or (line["shard"], line["users"])) for line in found
+    ] == [
+        ("worker_started", "gpu-1", "gpu-1-70"),
+        ("set_aside", driver["node"], (7, 1)),
+        ("worker_started", "gpu-2", "gpu-2-71"),
+        ("worker_restarted", "gpu-1", "gpu-1-99"),
+    ]

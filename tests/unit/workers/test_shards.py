@@ -66,7 +66,7 @@ def test_a_pool_that_can_never_start_is_refused(ray_local: None) -> None:
 
 def test_ranges_cover_every_user_once() -> None:
     assert shard_ranges(7, 3) == [(0, 3), (3, 6), (6, 7)]
-    assert part_number("some/folder/part-00012.parquet") == 12
+    assert part_number(Path("some/folder/part-00012.parquet")) == 12
 
 
 def test_finished_shards_count_only_for_the_same_work(tmp_path: Path) -> None:

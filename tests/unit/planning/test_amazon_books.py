@@ -1,0 +1,41 @@
+"""The recipes of Amazon-Books fit the GPUs that they are sized for, and differ in placement alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo4rec_ray.config import Config, load_config
+from dpo4rec_ray.pipeline import STAGES, steps
+from dpo4rec_ray.planning.sizes import sizes_of_recipe
+from dpo4rec_ray.planning.work import WORK, Machine
+
+RECIPES = {"amazon_books": 8, "amazon_books_one_gpu": 1}
+
+
+@pytest.mark.parametrize(("name", "gpus"), RECIPES.items())
+def test_no_stage_asks_for_more_gpus_than_there_are(name: str, gpus: int) -> None:
+    config = load_config(name)
+    sizes = sizes_of_recipe(config, {}, None)
+    asked = {
+        stage: WORK[stage](config, sizes, Machine(96, gpus), number).gpus for stage, number in steps(config)
+    }
+    assert max(asked.values()) <= gpus + 1e-9
+    assert asked["generate"] >= 0.9 * gpus and asked["dpo"] == gpus
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_engines_find_their_gpus_wherever_encoders_are(name: str) -> None:
+    """If all encoders lie on one GPU, what is left there must still hold an engine."""
+    config = load_config(name)
+    encoders = config.encoder.num_workers * config.encoder.gpus_per_worker
+    assert encoders + config.generate.gpus_per_engine <= 1 + 1e-9
+    assert config.generate.gpu_memory_utilization < config.generate.gpus_per_engine
+
+
+def test_both_make_the_same_run() -> None:
+    def identity(config: Config, stage: str) -> object:
+        return config.section_values(*STAGES[stage].sections)
+
+    large, small = (load_config(name) for name in RECIPES)
+    assert large.dpo.global_batch_size == small.dpo.global_batch_size == 32
+    assert {stage for stage in STAGES if identity(large, stage) != identity(small, stage)} == {"dpo"}
