@@ -104,10 +104,12 @@ def refusal(groups: Sequence[Workers], nodes: Sequence[Node], here: str) -> str:
     if not short:
         return ""
     keys = " or ".join(dict.fromkeys(group.keys for group in short if group.keys))
+    if any(group.needs.labels or group.needs.resources or group.needs.memory for group in short):
+        keys += ", accelerator_type, label_selector, resources, memory_gib"
     advice = f"; change {keys or 'their number or share in the recipe'}, or add nodes"
     for group in short:
         if not how_many_fit([replace(group, count=1)], nodes)[0]:
-            wanted = f"{described(group.needs)}"
+            wanted = described(group.needs)
             return f"no node can hold one of the {group.what} ({wanted}): {here} {_shown(nodes, group.needs)}{advice}"
     asked = " and ".join(f"{group.fewest} {group.what} ({described(group.needs)} each)" for group in groups)
     return f"{asked} cannot run at the same time: {here} {_shown(nodes, groups[0].needs)}{advice}"

@@ -66,7 +66,7 @@ def test_what_no_node_can_hold_is_named_with_the_nodes() -> None:
     assert refusal([group], CLUSTER, "the nodes are") == (
         "no node can hold one of the engines (1 CPU, 8 GPUs, GPUs of type H100): the nodes are 10.0.0.1 (8 CPUs), "
         "10.0.0.2 (8 CPUs, 2 GPUs, GPUs of type A10G), 10.0.0.3 (4 CPUs, 4 GPUs, GPUs of type H100); change "
-        "generate.num_engines, gpus_per_engine, or add nodes"
+        "generate.num_engines, gpus_per_engine, accelerator_type, label_selector, resources, memory_gib, or add nodes"
     )
     labelled = Workers("encoders", 1, Needs(1, labels={"zone": "c"}))
     assert (
