@@ -129,8 +129,10 @@ def described(needs: Needs) -> str:
 def amounts(resources: dict[str, float]) -> str:
     """Resources in words; what Ray adds to every node is left out."""
     found: list[str] = []
-    for name, amount in resources.items():
-        if not amount or name.startswith("node:") or name in ("object_store_memory",):
+    first = [name for name in ("CPU", "GPU", "memory") if name in resources]
+    for name in dict.fromkeys([*first, *sorted(resources)]):
+        amount = resources[name]
+        if not amount or name.startswith("node:") or name == "object_store_memory":
             continue
         if name in ("CPU", "GPU"):
             found.append(f"{amount:g} {name}{'s' * (amount != 1)}")

@@ -136,6 +136,7 @@ def test_nodes_answer_and_the_report_names_them(cluster: None, tmp_path: Path) -
     lines = list(
         report(load_config("demo", ["generate.gpus_per_engine=1", "generate.accelerator_type=A10G"]))
     )
-    assert sum("1 GPU, GPUs of type A10G" in line for line in lines if line.startswith("node ")) == 2
+    nodes = [line.partition(": ")[2] for line in lines if line.startswith("node ")]
+    assert sum(line.startswith("1 CPU, 1 GPU") and "GPUs of type A10G" in line for line in nodes) == 2
     assert any(line.startswith("tokens: not on ") for line in lines)
     assert "generate: engines: 1 x 0.5 CPUs, 1 GPU, GPUs of type A10G" in lines
