@@ -236,7 +236,11 @@ def _check_no_redraws(config: Config) -> None:
 def _check_engine(config: Config) -> None:
     """What the engine would only refuse after its start. The two builds of vLLM run on different devices."""
     section = config.generate
-    processes = section.tensor_parallel_size * section.pipeline_parallel_size
+    processes = section.processes_per_engine
+    if section.over_nodes and not section.gpus_per_engine:
+        raise UserError(
+            'generate.distributed_executor_backend = "ray" is for GPUs: vLLM\'s CPU engine cannot run under Ray; set it to "mp"'
+        )
     if section.gpus_per_engine and processes > 1 and section.gpus_per_engine != processes:
         raise UserError(
             f"generate.gpus_per_engine = {section.gpus_per_engine:g}, but tensor_parallel_size x pipeline_parallel_size = "

@@ -41,6 +41,7 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors
 from dpo4rec_ray.workers.placement import check_room
+from dpo4rec_ray.workers.stage_workers import evaluation_tasks
 
 Settings = dict[str, float]  # keys of the section [reranker]
 
@@ -131,8 +132,7 @@ def run(config: Config, store: RunDir, plan: SearchPlan) -> list[Trial]:
     import ray
 
     os.environ.update(TUNE_ENV)
-    gpus = config.evaluate.gpus_per_task
-    check_room("the trials of the search", 1, gpus)
+    check_room(evaluation_tasks(config))
     folder = store.root / FOLDER
     folder.mkdir(exist_ok=True)
     data = _read(store, plan.knowledge)
@@ -156,6 +156,12 @@ def _read(store: RunDir, knowledge: bool) -> Data:
         attributes = store.read("items", columns=["attributes"])["attributes"].to_pylist()
         catalogue, vectors = Catalogue.from_items(attributes), None
     return Data(catalogue, read_list_data(store, "train"), read_list_data(store, "valid"), vectors)
+
+
+def _trial_resources(config: Config) -> tune.PlacementGroupFactory:
+    needs = evaluation_tasks(config).needs
+    selector = {"bundle_label_selector": [needs.labels]} if needs.labels else {}
+    return tune.PlacementGroupFactory(needs.bundles(), strategy=needs.strategy or "PACK", **selector)
 
 
 def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratch: Place) -> list[Trial]:
@@ -183,7 +189,7 @@ def _search(config: Config, plan: SearchPlan, backbone: str, shared: Any, scratc
     try:
         with Progress(f"search {backbone}", len(settings) * total, "epochs") as progress:
             results = tune.Tuner(
-                tune.with_resources(trainable, {"cpu": 1, "gpu": gpus}),
+                tune.with_resources(trainable, _trial_resources(config)),
                 param_space={"settings": tune.grid_search(settings)},
                 tune_config=tune.TuneConfig(
                     metric="best_valid",

@@ -141,7 +141,7 @@ def import_command(options: argparse.Namespace) -> int:
         store = RunDir(folder)
         write_json(folder / "config.json", config.model_dump(mode="json"))
         import_pairs(config, store, files, options.format, options.heldout)
-        session.start_ray(options.verbose)
+        session.join(folder, options.verbose)
         Runner(config, store, Selection()).step("dpo", 1)
     say(f"policy: {store.path('policy', 1)}")
     return 0

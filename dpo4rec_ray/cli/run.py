@@ -1,6 +1,6 @@
 """Run a recipe.
 
-dpo4rec run RECIPE [FRAGMENT.toml ...] [section.key=value ...] [--only STAGE] [--from STAGE] [--round R] [--dry-run]
+dpo4rec run RECIPE [FRAGMENT.toml ...] [section.key=value ...] [--only STAGE] [--from STAGE] [--round R] [--dry-run | --check]
 
 Reads the recipe, starts or joins Ray, and runs the stages of dpo4rec_ray/pipeline.py. Ends with code 0, or with code 2
 and one line when the recipe, the input or the machine is at fault.
@@ -14,9 +14,11 @@ from pathlib import Path
 
 from dpo4rec_ray import stages
 from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
-from dpo4rec_ray.cli.session import guarded, open_run, ray_job, set_up
+from dpo4rec_ray.cli.cluster import check_stages, report
+from dpo4rec_ray.cli.session import guarded, join, open_run, ray_job, set_up
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.storage.places import place
+from dpo4rec_ray.workers.placement import joined_cluster
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
             ("dpo4rec run demo run.seed=1 run.name=demo-1", "with other values, into runs/demo-1"),
             ("dpo4rec run own_table data.raw_dir=FOLDER --only prepare", "what becomes of your data"),
             ("dpo4rec run demo reward.metric=ndcg@5 --dry-run", "what a change would run again, and why"),
+            ("dpo4rec run ml1m --check", "whether this machine or cluster has room for every stage"),
         ),
         formatter_class=Formatter,
     )
@@ -53,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print what would run, and why; write nothing, start nothing"
     )
     found.add_argument(
+        "--check",
+        action="store_true",
+        help="join the cluster (or start Ray here), say whether every stage can be placed, and end",
+    )
+    found.add_argument(
         "--verbose", action="store_true", help="show the logs of Ray, vLLM and DeepSpeed, and tracebacks"
     )
     return found
@@ -67,18 +75,23 @@ def run(options: argparse.Namespace) -> int:
     from dpo4rec_ray.config import load_config
 
     config = load_config(options.recipe, options.changes)
-    if options.dry_run:
+    if options.dry_run or options.check:
         folder = place(config.run.root) / config.run.name
         set_up(Path(os.devnull), options.verbose)
     else:
         folder = open_run(config, options.verbose)
+    # What is wrong on a cluster shows in seconds, before torch is loaded.
+    if joined_cluster() and not options.dry_run:
+        join(place(config.run.root) if options.check else folder, options.verbose)
     from dpo4rec_ray import checks
-    from dpo4rec_ray.pipeline import Selection, check_selection, dry_run, run_pipeline
+    from dpo4rec_ray.pipeline import Selection, check_selection, dry_run, how_far, run_pipeline
     from dpo4rec_ray.store.artifacts import RunDir
 
     for flag, stage in (("--only", options.only), ("--from", options.since)):
         if stage and stage not in stages.NAMES:
             raise UserError(f"{flag} {stage}: no such stage; known: {', '.join(stages.NAMES)}")
+    if options.check and options.dry_run:
+        raise UserError("--check and --dry-run exclude each other")
     if options.only and options.since:
         raise UserError("--only and --from exclude each other")
     if options.round is not None and not (options.only or options.since):
@@ -89,6 +102,11 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         dry_run(config, RunDir(folder), selection)
         return 0
+    if options.check:
+        join(folder, options.verbose)
+        print(*report(config), sep="\n")
+        return 0
     with ray_job(folder, options.verbose):
+        check_stages(config, [options.only] if options.only else how_far(RunDir(folder))[1])
         run_pipeline(config, RunDir(folder), selection)
     return 0

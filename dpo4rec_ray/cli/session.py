@@ -6,16 +6,18 @@ import contextlib
 import io
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from dpo4rec_ray.cli.cluster import check_joined, check_lasting
 from dpo4rec_ray.cli.mistakes import user_mistake
-from dpo4rec_ray.cli.nodes import check_nodes
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.storage.lease import GONE_AFTER_S, Held, lease
 from dpo4rec_ray.storage.local_copies import cache_root
@@ -33,6 +35,7 @@ WORK_ENV = {
 }
 # One try to reach a cluster's head takes half a minute; a wrong token would be tried twenty times.
 JOIN_ENV = {"RAY_gcs_server_port_wait_time_s": "1"}
+STOPPED = 128 + signal.SIGTERM
 DRIVER_LOG = "driver.log"
 PROBE = ".probe"
 QUIET_ENV = {
@@ -56,6 +59,9 @@ def guarded(call: Callable[[], int], verbose: bool) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == STOPPED:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return STOPPED
         cause = user_mistake(error)
         if cause is None or verbose:
             raise
@@ -69,6 +75,7 @@ def open_run(config: Config, verbose: bool) -> Place:
     To be called before torch, Ray or an engine is imported: they read the environment once.
     """
     folder = place(config.run.root) / config.run.name
+    check_lasting(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if is_remote(folder):  # where making a folder does nothing
@@ -129,7 +136,7 @@ def ray_job(folder: Place, verbose: bool) -> Iterator[None]:
 
     with locked(folder):
         watch_memory()
-        start_ray(verbose)
+        join(folder, verbose)
         try:
             yield
         finally:
@@ -190,8 +197,21 @@ def be_quiet(log: Path) -> None:
     sys.stderr = _Terminal(os.fdopen(terminal, "wb", buffering=0), write_through=True)
 
 
+def join(folder: Place, verbose: bool) -> None:
+    """`start_ray`; on a cluster, the nodes and what they see of `folder` are checked first, which takes seconds.
+
+    Raises:
+        UserError: Ray cannot be started or joined, nodes differ, or they do not share the folder.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        start_ray(verbose)
+        check_joined(folder)
+
+
 def start_ray(verbose: bool) -> None:
-    """Join the cluster this job was submitted to, or start Ray on this machine alone."""
+    """Join the cluster this job was submitted to, or start Ray on this machine alone. SIGTERM then ends the command (STOPPED)."""
     import ray
 
     from dpo4rec_ray.workers.placement import joined_cluster
@@ -204,19 +224,35 @@ def start_ray(verbose: bool) -> None:
     if joined:
         _check_address(os.environ.get("RAY_ADDRESS", ""))
         set_defaults(JOIN_ENV)
+    elif "RAY_AUTH_MODE" not in os.environ:
+        own_token()
     try:
         ray.init(log_to_driver=verbose, logging_level=level, **({} if joined else own))
-        if joined:
-            check_nodes()
-    except UserError:
-        raise
     except Exception as error:  # no work of ours has begun
         reason = user_mistake(error) or f"Ray could not be started or joined: {first_line(error)}"
         raise UserError(f"{reason} (--verbose shows more)") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)  # Ray's own handler ends the process without a word
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not verbose:
         for name in ("ray", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def own_token() -> None:
+    """A token for the Ray that this process starts, known to it alone.
+
+    Without one, Ray 2.60 makes ~/.ray/auth_token, and a later `ray start` on this machine asks for tokens that its workers and
+    jobs do not have.
+    """
+    from ray._raylet import Config as RayConfig
+
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+    RayConfig.initialize("")  # Ray has read the mode when it was imported
+
+
+def _stop(*_: object) -> NoReturn:
+    raise SystemExit(STOPPED)
 
 
 def _check_address(address: str) -> None:

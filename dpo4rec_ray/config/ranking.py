@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from dpo4rec_ray.config.placed import GPUs, Placed
 from dpo4rec_ray.config.section import Section, first_mistake
 from dpo4rec_ray.errors import nearest
 
@@ -122,10 +123,10 @@ def _part(section: RerankerSection, kind: type[_Part]) -> _Part:
 Reader = Literal["llm", "statistics"]
 
 
-class RewardSection(Section):
+class RewardSection(Placed):
     """The reward rerankers, and the reward of a text (docs/method.md, section 4)."""
 
-    placement = frozenset({"num_scorers", "cpus_per_scorer", "gpus_per_worker"})
+    placement = Placed.placement | {"num_scorers", "cpus_per_scorer", "gpus_per_worker"}
     metric: str = "log_likelihood"
     """Metric per list whose mean is the reward: log_likelihood, or ndcg, map, map_paper, mrr or hr with @k."""
     compare: tuple[str, ...] = ("ndcg@5", "map@5", "mrr@10", "log_likelihood")
@@ -156,7 +157,7 @@ class RewardSection(Section):
     """Scorers at the same time."""
     cpus_per_scorer: float = Field(default=1, gt=0)
     """CPUs of a scorer."""
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: GPUs = 0
     """GPUs of a training worker or a scorer."""
 
 
@@ -189,10 +190,10 @@ class PairSection(Section):
     expected on other lists."""
 
 
-class EvaluateSection(Section):
+class EvaluateSection(Placed):
     """The evaluation on the test users."""
 
-    placement = frozenset({"gpus_per_task"})
+    placement = Placed.placement | {"gpus_per_task"}
     backbones: tuple[str, ...] = ()
     """Backbones to fit. Empty: reranker.backbone alone."""
     num_seeds: int = Field(default=3, ge=1)
@@ -202,5 +203,5 @@ class EvaluateSection(Section):
     the same texts, but each user has another user's."""
     num_resamples: int = Field(default=2000, ge=100)
     """Bootstrap resamples of the users, for the intervals."""
-    gpus_per_task: float = Field(default=0, ge=0)
+    gpus_per_task: GPUs = 0
     """GPUs of a fit."""

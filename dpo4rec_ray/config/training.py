@@ -6,13 +6,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dpo4rec_ray.config.section import Section
+from dpo4rec_ray.config.placed import GPUs, Placed
 
 
-class TrainerSection(Section):
+class TrainerSection(Placed):
     """What both trainings share."""
 
-    placement = frozenset({"gpus_per_worker", "checkpoint_every", "max_failures", "storage_path", "trackers"})
+    placement = Placed.placement | {"cpus_per_worker", "gpus_per_worker", "checkpoint_every", "max_failures",
+                                    "storage_path", "trackers"}  # fmt: skip
     lr: float = Field(default=5e-5, gt=0)
     """Learning rate (AdamW)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -31,7 +32,9 @@ class TrainerSection(Section):
     """Gradients are clipped to this norm."""
     num_workers: int = Field(default=2, ge=1)
     """Data-parallel workers."""
-    gpus_per_worker: float = Field(default=0, ge=0)
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs of a worker."""
+    gpus_per_worker: GPUs = 0
     """GPUs of a worker. 0: CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: what workers share out. 1: optimiser states. 2: gradients too. 3: weights too."""

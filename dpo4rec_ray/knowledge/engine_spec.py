@@ -19,6 +19,7 @@ OWN_ARGUMENTS = {
     "max_model_len": "llm.max_model_len",
     "tensor_parallel_size": "generate.tensor_parallel_size",
     "pipeline_parallel_size": "generate.pipeline_parallel_size",
+    "distributed_executor_backend": "generate.distributed_executor_backend",
     "max_num_seqs": "generate.max_num_seqs",
     "gpu_memory_utilization": "generate.gpu_memory_utilization",
     "enable_lora": "llm.lora_mode",
@@ -100,6 +101,8 @@ class EngineSpec:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(section, name) > 1:
                 chosen[name] = getattr(section, name)
+        if section.processes_per_engine > 1:
+            chosen["distributed_executor_backend"] = section.distributed_executor_backend
         if self.max_lora_rank:
             rank = next(rank for rank in LORA_RANKS if rank >= self.max_lora_rank)
             chosen |= {"enable_lora": True, "max_lora_rank": rank}

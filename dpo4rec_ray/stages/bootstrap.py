@@ -34,6 +34,7 @@ from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.supervised_loop import MODEL, ROWS, TOKENIZER, WORK, SupervisedTask, supervised_loop
 from dpo4rec_ray.workers.placement import engine_env
+from dpo4rec_ray.workers.stage_workers import engine_needs
 from dpo4rec_ray.workers.tasks import in_worker
 
 RECIPE_OF = {"sample": "demo", "movielens": "ml1m_small"}
@@ -121,8 +122,8 @@ def check_texts(config: Config, store: RunDir, model: Place) -> dict[str, Any]:
     """Sample one text per new simulated user with vLLM: the share of named tastes that are true, and what chance gives."""
     lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
     spec = EngineSpec(ServedWeights(str(model)), config.llm, config.generate)
-    gpus, env = config.generate.gpus_per_engine, engine_env(config)
-    texts = in_worker(_sample_texts, spec, lesson.prompts, gpus=gpus, env=env)
+    needs, env = engine_needs(config), engine_env(config)
+    texts = in_worker(_sample_texts, spec, lesson.prompts, needs=needs, env=env)
     found = text_accuracy([[text] for text in texts], lesson.tastes)[EVERY_FACET]
     return {"text_accuracy": found.accuracy, "text_chance": found.chance}
 

@@ -42,6 +42,7 @@ from dpo4rec_ray.store.reading import (
     training_facts,
 )
 from dpo4rec_ray.workers.shards import resume_parts
+from dpo4rec_ray.workers.stage_workers import evaluation_tasks
 from dpo4rec_ray.workers.tasks import run_tasks
 
 # In the card of a reranker with knowledge behind its backbone:
@@ -88,7 +89,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         _fit_and_measure,
         (config, store, texts),
         jobs,
-        gpus=config.evaluate.gpus_per_task,
+        workers=evaluation_tasks(config),
         label="evaluate",
         folder=folder,
         total=sum(

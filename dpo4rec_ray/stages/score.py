@@ -26,6 +26,7 @@ from dpo4rec_ray.store.reading import sample_scorer
 from dpo4rec_ray.texts.vectors import encoder_pool, open_encoder
 from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
+from dpo4rec_ray.workers.stage_workers import SCORER_KEYS
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -34,14 +35,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     store.start("scores", round_id)
     shards = [(part_number(file), 0, 0) for file in store.files("generations", round_id)]
     generated = store.require("generations", round_id)
-    scorer = Pool(
-        ShardScorer,
-        {"config": config, "store": store, "round_id": round_id},
-        config.reward.num_scorers,
-        config.reward.cpus_per_scorer,
-        num_gpus=config.reward.gpus_per_worker,
-    )
-    pools = [encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id))), scorer]
+    encoders = encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id)))
+    pools = [encoders, scorer_pool(config, store, round_id)]
     progress = Progress("score", generated.stats["users"], "users")
     rows = sum(answer["rows"] for answer in run_shards(shards, pools, progress))
     scores, by_metric = (_parts(store, name, round_id) for name in ("scores", "metric_scores"))
@@ -51,6 +46,21 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         stats["personal"] = personal_diagnosis(scores)
     _say(stats)
     return Outcome(rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": len(by_metric)})
+
+
+def scorer_pool(config: Config, store: RunDir, round_id: int) -> Pool:
+    """The pool that scores what the encoders send it."""
+    section = config.reward
+    return Pool(
+        ShardScorer,
+        {"config": config, "store": store, "round_id": round_id},
+        section.num_scorers,
+        section.cpus_per_scorer,
+        num_gpus=section.gpus_per_worker,
+        where=section,
+        what="scorers",
+        keys=SCORER_KEYS,
+    )
 
 
 def _parts(store: RunDir, name: str, round_id: int) -> pa.Table:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.core.intervals import Interval, paired_bootstrap
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.metrics import list_metrics
@@ -44,6 +43,7 @@ from dpo4rec_ray.store.reading import (
     training_facts,
 )
 from dpo4rec_ray.train.launch import launch
+from dpo4rec_ray.workers.stage_workers import reward_tasks, reward_trainer
 from dpo4rec_ray.workers.tasks import run_tasks
 
 # Beside each fold's reranker: the same backbone without knowledge, trained on the same users.
@@ -59,11 +59,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             train_loop,
             {"config": config, "store": store, "names": names},
             folder=folder,
-            section=TrainerSection(
-                num_workers=config.reward.num_workers,
-                gpus_per_worker=config.reward.gpus_per_worker,
-                max_failures=0,  # no checkpoints: a retry would start from the beginning
-            ),
+            section=reward_trainer(config),
             label="train_reward",
             unit="epochs",
         )
@@ -72,7 +68,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             _train_task,
             (config, store),
             [(name, len(names)) for name in names],
-            gpus=config.reward.gpus_per_worker,
+            workers=reward_tasks(config),
             label="train_reward",
             folder=folder,
             total=len(names) * _epochs(config),

@@ -31,6 +31,7 @@ from dpo4rec_ray.store.reading import sample_scorer, vectors_of
 from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
 from dpo4rec_ray.store.user_rows import liked_items
 from dpo4rec_ray.texts.vectors import open_encoder
+from dpo4rec_ray.workers.stage_workers import reward_tasks
 from dpo4rec_ray.workers.tasks import in_worker
 
 _SIDES = ("before", "after")
@@ -39,7 +40,7 @@ _SIDES = ("before", "after")
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `heldout` of the round."""
     store.start("heldout", round_id)
-    table, stats = in_worker(_measure, config, store, round_id, gpus=config.reward.gpus_per_worker)
+    table, stats = in_worker(_measure, config, store, round_id, needs=reward_tasks(config).needs)
     stats |= _choice(store, round_id, table)
     store.write("heldout", table, round_id)
     choice = stats["choice"]

@@ -24,14 +24,17 @@ from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.needs import Groups
 from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.placement import check_room, engine_env, release_room, reserve_room, without_sklearn
+from dpo4rec_ray.workers.stage_workers import engines
 
 CALLS_AT_ONCE = 32  # threads of an engine's actor: running calls, claims and stats
 MAX_RESTARTS = 50  # of one engine in a run
 
 # Run folder -> what its engines cannot change, and their actors.
 _running: dict[str, tuple[Any, list[Any]]] = {}
+_groups = Groups()  # of those whose GPUs are on several nodes
 
 
 def start_engine(spec: EngineSpec, reason_file: Place | None = None) -> VLLMGenerator:
@@ -156,7 +159,7 @@ def kept_engines(config: Config, spec: EngineSpec, folder: Place) -> list[Any]:
     """Actors of the run's engines. They are started if there are none, or none that can serve `spec`; call `begin_stage` next.
 
     Raises:
-        UserError: this machine has too few CPUs or GPUs.
+        UserError: they can never be placed.
     """
     import ray
 
@@ -167,9 +170,10 @@ def kept_engines(config: Config, spec: EngineSpec, folder: Place) -> list[Any]:
         release_engines()
         # An idle engine holds a GPU, but no CPU: on CPUs the sampling actors hold them while an engine works. Ray places an
         # actor without num_cpus where a CPU is free, and counts none once it is there.
-        where: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
-        if section.gpus_per_engine:
-            where = {"num_cpus": section.cpus_per_engine, "num_gpus": section.gpus_per_engine}
+        workers = engines(config)
+        where = {"scheduling_strategy": "SPREAD"} | workers.needs.options()
+        if not section.gpus_per_engine:
+            where.pop("num_cpus")
         actor = ray.remote(KeptEngine).options(
             **where,
             max_restarts=MAX_RESTARTS,
@@ -177,16 +181,17 @@ def kept_engines(config: Config, spec: EngineSpec, folder: Place) -> list[Any]:
             max_concurrency=CALLS_AT_ONCE,
             runtime_env={"env_vars": engine_env(config)},
         )
-        num_cpus = section.num_engines * section.cpus_per_engine
-        num_gpus = section.num_engines * section.gpus_per_engine
-        check_room(f"{section.num_engines} engines", num_cpus, num_gpus)
+        check_room(workers)
         base = replace(spec, weights=ServedWeights(spec.weights.model))
-        actors = [actor.remote(base) for _ in range(section.num_engines)]
+        apart = _groups.option(workers.needs)
+        actors = [
+            (actor.options(**apart()) if apart else actor).remote(base) for _ in range(section.num_engines)
+        ]
         for one in actors:
             one.start.remote()  # nobody waits for it yet
         _running[str(folder)] = (wanted, actors)
-        if num_gpus:
-            reserve_room(num_cpus, num_gpus)
+        if section.gpus_per_engine:
+            reserve_room(workers)
     return actors
 
 
@@ -208,4 +213,5 @@ def release_engines() -> None:
         for actor in actors:
             ray.kill(actor)
     _running.clear()
+    _groups.close()
     release_room()

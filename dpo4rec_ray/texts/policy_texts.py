@@ -103,6 +103,7 @@ class PolicyTexts(TextWriter):
                 batch=section.max_num_seqs,
                 dies=True,
                 prepare=partial(begin_stage, engines),
+                kept=True,
             )
         return WriterPlacement(
             open_policy,

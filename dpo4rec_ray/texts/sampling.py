@@ -24,6 +24,7 @@ from dpo4rec_ray.texts.shard_writer import ShardTexts, ShardWriter, WritingJob
 from dpo4rec_ray.texts.sources import SOURCES
 from dpo4rec_ray.texts.text_source import Row
 from dpo4rec_ray.workers.shards import Pool
+from dpo4rec_ray.workers.stage_workers import ENGINE_KEYS
 
 MAX_SHARDS_AT_ONCE = 16
 
@@ -174,4 +175,9 @@ def text_pool(
         shards_at_once=min(shards + 2, MAX_SHARDS_AT_ONCE) if placement.batch else 1,
         prepare=placement.prepare,
         max_restarts=-1 if placement.dies else 3,  # -1: `attempts` decides when there were too many
+        min_size=section.min_engines,
+        where=None if placement.kept else section,
+        what="engines",
+        keys=ENGINE_KEYS,
+        over_nodes=section.over_nodes and placement.num_gpus > 0,
     )

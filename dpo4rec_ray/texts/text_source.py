@@ -75,6 +75,7 @@ class WriterPlacement:
         batch: samples that the writer works on at the same time. 0: the samples of one shard.
         dies: whether the writer may end the actor's process. The reason is then written to `reason_file`.
         prepare: called before the actors start.
+        kept: whether engines that outlive the stage have what generate's placement asks for, and not the actors.
     """
 
     writer: Callable[..., TextWriter]
@@ -85,6 +86,7 @@ class WriterPlacement:
     batch: int = 0
     dies: bool = False
     prepare: Callable[[], None] | None = None
+    kept: bool = False
 
 
 def catalogue(store: RunDir) -> pa.Table:

@@ -16,6 +16,7 @@ from dpo4rec_ray.texts.throughput import COUNTS
 from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.placement import without_sklearn
 from dpo4rec_ray.workers.shards import Pool, Row
+from dpo4rec_ray.workers.stage_workers import ENCODER_KEYS
 
 
 class ItemTexts:
@@ -84,4 +85,7 @@ def encoder_pool(config: Config, worker: type, **arguments: Any) -> Pool:
         section.num_workers,
         section.cpus_per_worker,
         num_gpus=section.gpus_per_worker,
+        where=section,
+        what="encoders",
+        keys=ENCODER_KEYS,
     )

@@ -19,6 +19,7 @@ from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.train.state import checkpoint_storage, read_state, remove_checkpoints, update_state
 from dpo4rec_ray.workers.phases import starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room, joined_cluster
+from dpo4rec_ray.workers.stage_workers import trainers
 
 # DeepSpeed must not look for a GPU; `launch` adds LOCAL_SIZE, which it reads too.
 CPU_TRAIN_ENV = {**WORKER_ENV, "DS_ACCELERATOR": "cpu"}
@@ -41,13 +42,14 @@ def launch(
 
     Raises:
         ray.train.TrainingFailedError: a worker failed; its exception is inside.
-        UserError: this machine cannot hold that many workers, or a worker raised one.
+        UserError: that many workers can never be placed, or one of them raised it.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
     num_workers, gpu = section.num_workers, section.on_gpu
     fewest = min_workers or num_workers
-    check_room(f"{fewest} workers of {label}", fewest, fewest * section.gpus_per_worker)
+    workers = trainers(section, label, min_workers)
+    check_room(workers)
     worker_env = dict(WORKER_ENV) if gpu else {**CPU_TRAIN_ENV, "LOCAL_SIZE": str(num_workers)}
     update_state(folder, refused="")
     trainer = _trainer_class()(
@@ -56,7 +58,9 @@ def launch(
         scaling_config=ScalingConfig(
             num_workers=num_workers if fewest == num_workers else (fewest, num_workers),
             use_gpu=gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": section.gpus_per_worker} if gpu else {})},
+            resources_per_worker=workers.needs.bundles()[0],
+            placement_strategy=section.placement_strategy or "PACK",
+            label_selector=workers.needs.labels or None,
         ),
         run_config=RunConfig(
             name=label,
@@ -69,7 +73,8 @@ def launch(
     continued = _continued_after(folder)
     progress = Progress(label, 0, unit)
     # Ray Train places its workers all at once.
-    progress.starting = starting(num_workers, fewest, fewest * section.gpus_per_worker)
+    together = (fewest * section.cpus_per_worker, fewest * section.gpus_per_worker)
+    progress.starting = starting(num_workers, *together)
     stop = threading.Event()
     follower = threading.Thread(target=_follow, args=(folder, progress, stop), daemon=True)
     follower.start()

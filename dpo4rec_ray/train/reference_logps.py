@@ -44,8 +44,10 @@ def cached_reference(config: Config, store: RunDir, round_id: int, model: str) -
             "section": section,
         },
         section.num_workers,
-        1,
+        section.cpus_per_worker,
         num_gpus=section.gpus_per_worker,
+        where=section,
+        what="workers of dpo",
     )
     shards = [(part, 0, 0) for part in sorted(set(files) - done)]
     progress = Progress("reference", pairs.rows, "pairs")

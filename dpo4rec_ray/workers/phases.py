@@ -59,8 +59,10 @@ def _lacking(num_cpus: float, num_gpus: float) -> str:
     import ray
 
     if joined_cluster():
-        free = ray.available_resources()
+        free, there = ray.available_resources(), ray.cluster_resources()
         for kind, need in (("GPU", num_gpus), ("CPU", num_cpus)):
+            if need > there.get(kind, 0):
+                return f"{need:g} {kind}s, and the nodes have {there.get(kind, 0):g}"
             if free.get(kind, 0) < need:
                 return f"a free {kind}"
     return "a process"

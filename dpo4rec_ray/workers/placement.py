@@ -1,4 +1,4 @@
-"""Where work may run: resources of this machine or cluster, and the environment of worker processes."""
+"""Where work may run: the room on this machine or cluster, and the environment of worker processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.workers.needs import Needs
+from dpo4rec_ray.workers.nodes import nodes_that_may_come, nodes_there
+from dpo4rec_ray.workers.room import ALL, Workers, how_many_fit, refusal
 
 # Worker processes must not start a thread per core each, nor talk to a hub, nor report usage.
 WORKER_ENV = {
@@ -17,7 +20,8 @@ WORKER_ENV = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
-_reserved: dict[str, float] = {}  # "CPU", "GPU" -> how many `reserve_room` has taken
+
+_kept: list[Workers] = []  # what `reserve_room` has noted
 
 
 def joined_cluster() -> bool:
@@ -25,36 +29,42 @@ def joined_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
 
 
-def check_room(what: str, num_cpus: float, num_gpus: float) -> None:
-    """Refuse work that this machine can never start: Ray would wait for ever. A cluster may grow and refuses nothing.
+def check_room(*groups: Workers) -> list[int]:
+    """How many workers of each group can run at the same time, on the nodes that there are or that may come.
+
+    Where an autoscaler may add nodes and does not say which, all of them can.
 
     Raises:
-        UserError: more CPUs or GPUs are wanted than there are, less what is reserved.
+        UserError: too few of them can ever run beside what is reserved.
     """
-    import ray
-
+    nodes = nodes_there()
+    here = "the nodes are" if len(nodes) > 1 else "this machine has"
     if joined_cluster():
-        return
-    have = ray.cluster_resources()
-    for kind, need in (("CPU", num_cpus), ("GPU", num_gpus)):
-        taken = _reserved.get(kind, 0)
-        free = have.get(kind, 0) - taken
-        if need > free:
-            kept = f" free of {have.get(kind, 0):g} (generate.keep_engines)" if taken else ""
-            raise UserError(
-                f"{what} need {need:g} {kind}s, this machine has {free:g}{kept}; lower the number of workers or "
-                f"their share in the recipe (num_engines, num_workers, cpus_per_engine, gpus_per_worker, ...)"
-            )
+        coming = nodes_that_may_come(nodes)
+        if coming is None:
+            return [group.count for group in groups]
+        if coming:
+            here = "the nodes, with those that the autoscaler may add, are"
+        nodes += coming
+    together = [*_kept, *groups]
+    if reason := refusal(together, nodes, here):
+        raise UserError(reason)
+    return how_many_fit(together, nodes)[len(_kept) :]
 
 
-def reserve_room(num_cpus: float, num_gpus: float) -> None:
+def pool_workers(what: str, size: int, needs: Needs, keys: str, min_size: int = 0) -> Workers:
+    """Workers of a pool. On a cluster, whose nodes go and come, one of them is enough to go on, or `min_size`."""
+    return Workers(what, size, needs, keys, min_size or (1 if joined_cluster() else ALL))
+
+
+def reserve_room(workers: Workers) -> None:
     """Note what actors hold that outlive a stage (generate.keep_engines); later stages cannot have it."""
-    _reserved.update(CPU=num_cpus, GPU=num_gpus)
+    _kept.append(workers)
 
 
 def release_room() -> None:
     """Give back what was reserved."""
-    _reserved.clear()
+    _kept.clear()
 
 
 def without_sklearn() -> None:

@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dpo4rec_ray.config.placed import Placed
 from dpo4rec_ray.storage.places import Place, remove, write_text
 from dpo4rec_ray.store.artifacts import MANIFEST
-from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.store.progress import Progress, say
+from dpo4rec_ray.workers.needs import Groups, Needs
 from dpo4rec_ray.workers.phases import starting
-from dpo4rec_ray.workers.placement import WORKER_ENV, check_room
+from dpo4rec_ray.workers.placement import WORKER_ENV, check_room, pool_workers
+from dpo4rec_ray.workers.room import Workers
 from dpo4rec_ray.workers.shard_queue import Row, ShardQueue, from_queue, tickets
 
 MAX_RESTARTS = 3  # of an actor whose process died, and of the shards it was working on
@@ -32,7 +35,11 @@ class Pool:
     """An actor pool: an ordinary class, how it is built, and what each actor occupies.
 
     Attributes:
-        size: number of actors.
+        size: number of actors, at most.
+        min_size: number of actors to begin with and to keep; more come while shards wait. 0: all at once.
+        where: the section of the recipe that says what their nodes must have. None: any node will do.
+        what, keys: the actors in plain words, and the recipe's keys that set what they take.
+        over_nodes: each GPU of an actor may be on another node.
         shards_at_once: calls that an actor works on at the same time, each in a thread of its own.
         max_restarts: of an actor. -1: the worker itself says when it has died too often.
         prepare: called before the actors start.
@@ -47,6 +54,22 @@ class Pool:
     shards_at_once: int = 1
     max_restarts: int = MAX_RESTARTS
     prepare: Callable[[], None] | None = None
+    min_size: int = 0
+    where: Placed | None = None
+    what: str = ""
+    keys: str = ""
+    over_nodes: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.of(self.where, self.num_cpus, self.num_gpus, over_nodes=self.over_nodes)
+
+    @property
+    def workers(self) -> Workers:
+        """For the room that the actors need."""
+        return pool_workers(
+            self.what or f"actors of {self.worker.__name__}", self.size, self.needs, self.keys, self.min_size
+        )
 
 
 def shard_ranges(num_users: int, users_per_shard: int) -> np.ndarray:
@@ -105,7 +128,7 @@ def run_shards(
     extra: takes an answer and returns what the progress line shows beside the number.
 
     Raises:
-        UserError: the pools need more CPUs or GPUs than this machine has.
+        UserError: the pools' actors can never be placed (`check_room`).
     """
     import ray
     import ray.data
@@ -115,19 +138,24 @@ def run_shards(
 
     if not len(shards):
         return
-    check_room(
-        ", ".join(f"{pool.size} x {pool.worker.__name__}" for pool in pools),
-        sum(pool.size * pool.num_cpus for pool in pools),
-        sum(pool.size * pool.num_gpus for pool in pools),
-    )
-    pools = [replace(pool, size=min(pool.size, len(shards))) for pool in pools]  # no actor without a shard
-    first = pools[0]
+    fitting = check_room(*(pool.workers for pool in pools))
+    for pool, fits in zip(pools, fitting, strict=True):
+        if fits < pool.size and not pool.min_size:
+            say(f"  room for {fits} of {pool.size} {pool.workers.what}; the others start when nodes come")
+    pools = [
+        # No actor without a shard. What has no room now must not take that of the next pool.
+        replace(pool, size=min(pool.size, len(shards)), min_size=min(pool.min_size or fits, len(shards)))
+        for pool, fits in zip(pools, fitting, strict=True)
+    ]
+    first, groups = pools[0], Groups()
     num_tickets, per_ticket = tickets(len(shards), first.size, first.shards_at_once + 1)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(ShardQueue).options(num_cpus=0, scheduling_strategy=here)
     queue = actor.remote(np.asarray(shards, np.int64), per_ticket)
     taking = {"worker": from_queue(first.worker), "arguments": {"queue": queue, **first.arguments}}
     context = DataContext.get_current().copy()
+    # Otherwise a pool whose actors are all busy would not grow: its queues are short (`max_tasks_in_flight_per_actor`).
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     # Otherwise a worker's UserError comes back as Ray's own exception, which loses its cause between processes.
     context.raise_original_map_exception = True
     context.target_max_block_size = 8  # bytes: so every row is a block, and goes on as soon as it is there
@@ -143,25 +171,26 @@ def run_shards(
                 one.worker,
                 fn_constructor_kwargs=one.arguments,
                 compute=ray.data.ActorPoolStrategy(
-                    size=one.size,
+                    min_size=one.min_size,
+                    max_size=one.size,
                     max_tasks_in_flight_per_actor=one.shards_at_once + 1,
                     max_concurrent_calls_per_actor=one.shards_at_once,
                     enable_true_multi_threading=one.shards_at_once > 1,
                 ),
-                num_cpus=one.num_cpus,
-                num_gpus=one.num_gpus,
+                **one.needs.options(),
+                ray_remote_args_fn=groups.option(one.needs),
                 runtime_env={"env_vars": one.env},
                 max_restarts=one.max_restarts,
                 max_task_retries=one.max_restarts,
             )
     progress.starting = starting(
-        sum(pool.size for pool in pools),
+        sum(pool.min_size for pool in pools),
         min(pool.num_cpus for pool in pools),
         max(pool.num_gpus for pool in pools),
     )
     progress.live = partial(_progress_of, queue)
     done = already
-    with progress:
+    with progress, contextlib.closing(groups):
         for pool in pools:
             if pool.prepare:
                 pool.prepare()

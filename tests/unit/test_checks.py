@@ -178,6 +178,8 @@ def test_an_engine_of_several_processes_takes_whole_gpus() -> None:
         UserError, match=r"gpus_per_engine = 0\.5, but tensor_parallel_size x pipeline_parallel_size = 2"
     ):
         check(parallel, "generate.gpus_per_engine=0.5")
+    with pytest.raises(UserError, match="vLLM's CPU engine cannot run under Ray"):
+        check(parallel, "generate.distributed_executor_backend=ray")
 
 
 def test_json_needs_room_for_its_factors() -> None:

@@ -254,3 +254,26 @@ def test_factors_are_a_name_or_words(tmp_path: Path) -> None:
         "pace",
         "plot",
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("generate.label_selector.zone=in(a", "generate.label_selector: zone = 'in(a' is none of"),
+        ("encoder.resources.GPU=1", "encoder.resources: GPU has a key of its own"),
+        ("reward.resources.disk=0", "greater than 0"),
+        ("dpo.gpus_per_worker=1.5", "above 1 it is a whole number"),
+        ("evaluate.placement_strategy=STRICT", "'PACK' or 'SPREAD'"),
+        ("generate.min_engines=3", "min_engines = 3 is above num_engines = 1"),
+    ],
+)
+def test_placement_that_ray_would_not_take(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        default_config([override])
+
+
+def test_where_work_runs_is_in_no_fingerprint() -> None:
+    changes = ["accelerator_type=A10G", "label_selector.zone=a", "resources.disk=1", "memory_gib=2"]
+    for section in ("generate", "encoder", "reward", "dpo", "bootstrap", "evaluate"):
+        placed = default_config([f"{section}.{change}" for change in changes])
+        assert placed.section_hash(section) == default_config().section_hash(section)

@@ -106,3 +106,19 @@ def test_a_list_of_temperatures_has_one_per_policy_and_the_last_holds_on() -> No
     section = GenerateSection(temperature=[1.0, 0.8, 0.6])
     assert [section.of_policy(number).temperature for number in range(5)] == [1.0, 0.8, 0.6, 0.6, 0.6]
     assert GenerateSection(temperature=0.7).of_policy(3).temperature == 0.7
+
+
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+def test_processes_of_an_engine_run_where_the_recipe_says(backend: str) -> None:
+    spec = with_generate(
+        tensor_parallel_size=4,
+        pipeline_parallel_size=2,
+        gpus_per_engine=8,
+        distributed_executor_backend=backend,
+    )
+    chosen = spec.arguments()
+    assert (chosen["tensor_parallel_size"], chosen["pipeline_parallel_size"]) == (4, 2)
+    assert chosen["distributed_executor_backend"] == backend
+    assert spec.generate.over_nodes == (backend == "ray")
+    alone = with_generate(gpus_per_engine=1, distributed_executor_backend=backend)
+    assert "distributed_executor_backend" not in alone.arguments() and not alone.generate.over_nodes

@@ -65,7 +65,7 @@ def test_from_a_process_to_ready(ray_local: None, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(phases, "joined_cluster", lambda: True)
     second = actor.remote(str(tmp_path / "gate"))
     until(line, "1 loading a model, 1 waiting for a free CPU")
-    assert starting(1, 0, 1)() == "1 waiting for a free GPU", (
+    assert starting(1, 0, 1)() == "1 waiting for 1 GPUs, and the nodes have 0", (
         "a new start has forgotten the workers before it"
     )
     (tmp_path / "gate").touch()

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from dpo4rec_ray.cli import nodes
+from dpo4rec_ray.cli import installed
 from dpo4rec_ray.errors import UserError
 from tests.conftest import local_ray
 
 
 def test_the_version_is_what_is_in_the_python_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "PACKAGE", tmp_path)
-    file, seen = tmp_path / "a.py", [nodes.code_version()]
+    monkeypatch.setattr(installed, "PACKAGE", tmp_path)
+    file, seen = tmp_path / "a.py", [installed.code_version()]
     for text in ("x = 1", "x = 2"):
         file.write_text(text)
-        seen.append(nodes.code_version())
+        seen.append(installed.code_version())
     file.rename(tmp_path / "b.py")
-    seen.append(nodes.code_version())
+    seen.append(installed.code_version())
     assert len(set(seen)) == 4
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__/b.pyc").write_bytes(b"x")
-    assert nodes.code_version() == seen[-1]
+    assert installed.code_version() == seen[-1]
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def ray_local() -> Iterator[None]:
 def test_nodes_with_the_same_and_with_other_code(
     ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nodes.check_nodes()
+    installed.check_nodes()
     (tmp_path / "a.py").write_text("newer")
-    monkeypatch.setattr(nodes, "PACKAGE", tmp_path)  # of this process alone
+    monkeypatch.setattr(installed, "PACKAGE", tmp_path)  # of this process alone
     with pytest.raises(UserError, match=r"node [\d.]+ has another version of dpo4rec_ray"):
-        nodes.check_nodes()
+        installed.check_nodes()

@@ -1,0 +1,40 @@
+"""Nodes that an autoscaler may still add, from a cluster's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpo4rec_ray.workers import nodes
+from dpo4rec_ray.workers.nodes import GROUP_LABEL, may_come, nodes_that_may_come
+from dpo4rec_ray.workers.room import Node
+
+CONFIG = {
+    "max_workers": 4,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 4}, "max_workers": 0},
+        "cpu": {"resources": {"CPU": 8}, "max_workers": 2, "labels": {"market": "spot"}},
+        "gpu": {"resources": {"CPU": 8, "GPU": 1}},
+    },
+}
+HEAD, GPU = Node("10.0.0.1", {"CPU": 4}), Node("10.0.0.2", {"CPU": 8, "GPU": 1})
+
+
+def test_types_up_to_their_own_and_the_clusters_most() -> None:
+    found = may_come(CONFIG, [HEAD])
+    assert [node.name for node in found] == ["type cpu"] * 2 + ["type gpu"] * 4
+    assert found[0] == Node("type cpu", {"CPU": 8.0}, {"market": "spot"})
+    assert [node.name for node in may_come(CONFIG, [HEAD, GPU])] == ["type cpu"] * 2 + ["type gpu"] * 3
+    assert may_come(CONFIG, [HEAD, *[GPU] * 4]) == []
+
+
+def test_where_the_limits_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "AUTOSCALER_FILE", tmp_path / "none.yaml")
+    assert nodes_that_may_come([HEAD]) == [], "a cluster that nothing scales"
+    assert nodes_that_may_come([HEAD, Node("10.0.0.2", {}, {GROUP_LABEL: "workers"})]) is None
+    file = tmp_path / "bootstrap.yaml"
+    file.write_text("max_workers: 1\navailable_node_types: {gpu: {resources: {GPU: 8}}}\n")
+    monkeypatch.setattr(nodes, "AUTOSCALER_FILE", file)
+    assert nodes_that_may_come([HEAD]) == [Node("type gpu", {"GPU": 8.0})]
