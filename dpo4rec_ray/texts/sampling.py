@@ -143,7 +143,7 @@ def text_pool(
     section, writer = config.generate, SOURCES[config.llm.source]
     placement = writer.placement(config, store, policy_round)
     seed = seed_of(config.run.seed, stage, policy_round)
-    job = WritingJob(config, store, placement, round_id, folder, seed, start_id=uuid.uuid4().hex)
+    job = WritingJob(config, store, placement, round_id, folder, stage, seed, start_id=uuid.uuid4().hex)
     # Enough shards for two batches of samples, and two more: a shard ends with its longest sample, and until then there
     # must be other shards to work on.
     shards = math.ceil(2 * placement.batch / max(1, samples_per_shard))

@@ -21,9 +21,9 @@ from dpo4rec_ray.knowledge.structured import json_factors, read_samples
 from dpo4rec_ray.storage.places import place
 from dpo4rec_ray.store.artifacts import RunDir, part_file, write_part
 from dpo4rec_ray.texts.attempts import Attempt, Start, reason_file
-from dpo4rec_ray.texts.gauges import Gauges
 from dpo4rec_ray.texts.text_source import Row, WriterPlacement
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
+from dpo4rec_ray.workers.run_metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class WritingJob:
     Attributes:
         round_id: of the artifact that is written.
         folder: of that artifact.
+        stage: that writes it.
         seed: of this stage and policy; each user's seed is drawn from it.
         start_id: changes with every start of the driver.
     """
@@ -42,6 +43,7 @@ class WritingJob:
     placement: WriterPlacement
     round_id: int
     folder: str
+    stage: str
     seed: int
     start_id: str
 
@@ -83,7 +85,7 @@ class ShardWriter:
         else:
             self._writer = placement.writer(job.config, job.store, **arguments)
         self._write = self._writer.users if subject == "user" else self._writer.items
-        self._gauges = Gauges(self._engine)
+        self._metrics = Metrics(job.config.run.name, job.stage, job.round_id, engine=self._engine)
         phase(FIRST_WORK)
 
     def write(
@@ -94,7 +96,8 @@ class ShardWriter:
         found = self._answers(shard, ids, rows, seeds, counts)
         totals: Counter[str] = Counter(users=len(ids))
         answers = [self._checked(one, count, totals) for one, count in zip(found, counts, strict=True)]
-        self._gauges.count(totals)
+        for name in ("users", "samples", "tokens", "failed"):
+            self._metrics.count(f"dpo4rec_{name}", totals[name])
         self._write_failed(shard, ids, answers)
         return ShardTexts(ids, list(counts), answers, dict(totals))
 
@@ -103,7 +106,8 @@ class ShardWriter:
         stats = self._writer.stats()
         if stats is None:
             return {"engine": ""}
-        self._gauges.engine(stats.busy, stats.running, stats.kv_cache)
+        for name in ("busy", "running", "kv_cache"):
+            self._metrics.level(f"dpo4rec_engine_{name}", getattr(stats, name))
         row = asdict(stats)
         # A shard's own counts are named "tokens" and "samples".
         row |= {f"engine_{name}": row.pop(name) for name in ("tokens", "samples")}
