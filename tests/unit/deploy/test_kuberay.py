@@ -127,7 +127,6 @@ def test_what_the_operator_asks_beyond_the_schema(name: str) -> None:
     assert ("gcsFaultToleranceOptions" in spec) == (name != "rayjob.yaml")
 
 
-@pytest.mark.xfail(reason="run.root as a URI comes with the storage layer")
 def test_the_job_is_tried_again_on_a_new_cluster_and_leaves_nothing() -> None:
     spec = read("rayjob.yaml")["spec"]
     assert spec["backoffLimit"] >= 1 and "clusterSelector" not in spec  # the operator refuses both together
@@ -144,7 +143,6 @@ def test_the_jobs_cluster_is_the_one_that_stays() -> None:
     assert cluster("rayjob.yaml") == stays
 
 
-@pytest.mark.xfail(reason="serving.registry as a URI comes with the storage layer")
 def test_serve_accepts_the_service() -> None:
     from ray.serve.schema import ServeDeploySchema
 
