@@ -10,6 +10,7 @@ UV_VERSION := 0.13.8
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 LOCK := requirements/$(EXTRA).txt
+DEPS := $(VENV)/.dependencies-$(EXTRA)
 STAMP := $(VENV)/.installed-$(EXTRA)
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
@@ -29,7 +30,7 @@ export SSL_CERT_FILE := $(PIP_CERT)
 endif
 endif
 
-.PHONY: help install demo test slow chaos fuzz bench lint types format lock wheel docs clean
+.PHONY: help install deps demo test slow chaos fuzz bench lint types format lock wheel docs clean
 
 help:
 	@echo "make demo    the whole method on the sample world, two CPU cores"
@@ -44,15 +45,21 @@ help:
 
 install: $(STAMP)
 
+# All that the package needs, without the package itself: a layer of deploy/Dockerfile.
+deps: $(DEPS)
+
 # Compiling the bytecode once saves every worker process seconds of start-up where Python may not write its cache.
-# The stamp is written last, so an interrupted install is done again. uv keeps itself and pip when it syncs.
-$(STAMP): $(LOCK)
+# The stamps are written last, so an interrupted install is done again. uv keeps itself and pip when it syncs.
+$(DEPS): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 		echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.11 ..." >&2; exit 2; }
-	@rm -f $(VENV)/.installed-*
+	@rm -f $(VENV)/.installed-* $(VENV)/.dependencies-*
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(UV) pip sync --compile-bytecode --python $(BIN)/python --build-constraints requirements/build.txt $(TORCH_SRC) $(LOCK)
+	@touch $@
+
+$(STAMP): $(DEPS)
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -42,6 +42,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.engines import release_engines
 from dpo4rec_ray.texts.sources import SOURCES
+from dpo4rec_ray.workers.run_metrics import stage_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -331,7 +332,8 @@ class Runner:
         events.note("stage_started", why=why)
         progress.take_timings()  # those of an earlier stage are no part of this one
         self.store.fingerprint = depends.fingerprint
-        outcome = stage.run(self.config, self.store, round_id)
+        with stage_metrics(self.config.run.name, name, round_id):
+            outcome = stage.run(self.config, self.store, round_id)
         seconds = round(time.monotonic() - began, 2)
         timings = [asdict(timing) for timing in progress.take_timings()]
         for artifact, artifact_round in stage.writes(round_id):

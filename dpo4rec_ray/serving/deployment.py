@@ -22,6 +22,7 @@ from dpo4rec_ray.config.serving import APPLICATION, ServingSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.fresh_texts import FreshTextLookup, FreshTextStore, TextJob
 from dpo4rec_ray.serving.http import build_api
+from dpo4rec_ray.serving.ray_metrics import RayExport
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.request_metrics import ServingMetrics, WriterMetrics
 from dpo4rec_ray.serving.service import Service
@@ -47,11 +48,15 @@ class Rerank:
         torch.set_num_threads(settings.threads)
         self._settings = settings
         registry, self._writer, fresh_texts = Registry(settings.registry), None, None
+        metrics = ServingMetrics(metrics_folder())
+        self._exports = [RayExport(metrics.registry)]
         if writer is not None:
-            self._writer = WriterClient(writer, WriterMetrics(metrics_folder()), settings.fresh_queue)
+            of_jobs = WriterMetrics(metrics_folder())
+            self._exports.append(RayExport(of_jobs.registry))
+            self._writer = WriterClient(writer, of_jobs, settings.fresh_queue)
             store = FreshTextStore(registry.root, settings)
             fresh_texts = FreshTextLookup(store, self._writer.submit, settings.fresh_retry_s)
-        self._service = Service(registry, settings, ServingMetrics(metrics_folder()), fresh_texts)
+        self._service = Service(registry, settings, metrics, fresh_texts)
         self._tasks: list[asyncio.Task[None]] = []
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -65,7 +70,12 @@ class Rerank:
         return build_api(self._service, tokens, self._settings.max_body)
 
     def check_health(self) -> None:
-        """Raises RuntimeError if no list can be ranked any more, as after a GPU error. Serve then replaces the replica."""
+        """Raises RuntimeError if no list can be ranked any more, as after a GPU error. Serve then replaces the replica.
+
+        Serve calls it every few seconds, so that it also hands the counts to Ray.
+        """
+        for export in self._exports:
+            export.push()
         if self._service.failed_in_a_row >= MAX_FAILED:
             raise RuntimeError(f"the last {self._service.failed_in_a_row} lists could not be ranked")
 
@@ -115,6 +125,7 @@ class WriterReplica:
         registry = Registry(settings.registry)
         # Before the Writer: vLLM imports Prometheus' client, which reads the folder at that moment.
         metrics = WriterMetrics(metrics_folder())
+        self._export = RayExport(metrics.registry)
         self._writer = Writer(registry, FreshTextStore(registry.root, settings), settings, metrics)
 
     async def offer(self, job: TextJob) -> bool:
@@ -122,7 +133,8 @@ class WriterReplica:
         return self._writer.offer(job)
 
     def check_health(self) -> None:
-        """Raises RuntimeError if no text can be written any more. Serve then starts another replica."""
+        """Raises RuntimeError if no text can be written any more. Serve then starts another replica. Hands the counts to Ray."""
+        self._export.push()
         if not self._writer.alive():
             raise RuntimeError("the writing thread has ended")
 

@@ -34,7 +34,7 @@ class ServingMetrics:
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
-        own = CollectorRegistry()  # only holds the objects; `text` reads the folder
+        own = self.registry = CollectorRegistry()  # of this process alone; `text` reads the folder
         counter = partial(Counter, registry=own, namespace="dpo4rec_serve")
         by_version = partial(counter, labelnames=("version",))
         self._answers = counter("answers", "Lists ranked", ("version", "knowledge"))
@@ -102,7 +102,7 @@ class WriterMetrics:
         _use(folder)
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-        own = CollectorRegistry()
+        own = self.registry = CollectorRegistry()
         names: Any = {"registry": own, "namespace": "dpo4rec_serve_fresh"}
         self._waiting = Gauge("waiting", "Users who wait for a text", multiprocess_mode="mostrecent", **names)
         self._refused = Counter("refused", "Jobs that were refused", ("reason",), **names)

@@ -25,6 +25,7 @@ from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
 from dpo4rec_ray.texts.vectors import encoder_pool, open_encoder
 from dpo4rec_ray.workers.phases import READY, phase
+from dpo4rec_ray.workers.run_metrics import Metrics
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
 from dpo4rec_ray.workers.stage_workers import SCORER_KEYS
 
@@ -131,6 +132,7 @@ class ShardScorer:
         self._scorer = sample_scorer(config, store, metric_names(config))
         phase(READY)
         self._store, self._round = store, round_id
+        self._metrics = Metrics(config.run.name, "score", round_id)
 
     def __call__(self, row: Row) -> Row:
         user_ids = np.asarray(row["user_ids"], np.int64)
@@ -166,6 +168,7 @@ class ShardScorer:
         part = int(row["shard"])
         self._store.write("metric_scores", pa.table(by_metric), self._round, part)
         self._store.write("scores", pa.table(scores), self._round, part)
+        self._metrics.count("dpo4rec_rewards", len(user_ids))
         return {"shard": part, "rows": len(user_ids), "users": len(np.unique(user_ids))}
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 EVERY_S = 5.0  # between two lines of a Progress
 BAR_WIDTH = 24
 _bars: list[Live] = []  # those on the terminal now
+# Told of every result: label, unit, done, total (0: not known). They are called in the thread that works.
+followers: list[Callable[[str, str, int, int], None]] = []
 _open: list[Progress] = []  # for `figures`
 _timings: list[Timing] = []  # of those that closed since `take_timings`
 
@@ -118,6 +120,8 @@ class Progress:
             self._last = time.monotonic()
             self._first = self._first or (self._last, done)
         self._done, self._extra = done, extra
+        for follower in followers:
+            follower(self._label, self._unit, done, self._total)
 
     def figures(self) -> dict[str, Any]:
         """See the function of this name."""

@@ -160,7 +160,7 @@ def text_pool(
     placement = writer.placement(config, store, policy_round)
     seed = seed_of(config.run.seed, stage, policy_round)
     job = WritingJob(
-        config, store, placement, round_id, folder, samples_per_shard, seed, start_id=uuid.uuid4().hex
+        config, store, placement, round_id, folder, stage, samples_per_shard, seed, start_id=uuid.uuid4().hex
     )
     # A shard ends with its longest sample, when most of its others have long been there: so an engine is full of the rests of
     # many shards. How many there are at once follows from its room; these are the threads for them.

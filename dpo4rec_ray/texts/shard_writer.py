@@ -22,9 +22,9 @@ from dpo4rec_ray.storage.places import place
 from dpo4rec_ray.store.artifacts import RunDir, part_file, write_part
 from dpo4rec_ray.texts.attempts import Attempt, Start, reason_file
 from dpo4rec_ray.texts.filling import Filling
-from dpo4rec_ray.texts.gauges import Gauges
 from dpo4rec_ray.texts.text_source import Row, WriterPlacement
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
+from dpo4rec_ray.workers.run_metrics import Metrics
 
 # Samples that a writer has in hand, for each that it works on at the same time: the next shard is read while these last.
 AHEAD = 1.25
@@ -37,6 +37,7 @@ class WritingJob:
     Attributes:
         round_id: of the artifact that is written.
         folder: of that artifact.
+        stage: that writes it.
         samples_per_shard: about how many.
         seed: of this stage and policy; each user's seed is drawn from it.
         start_id: changes with every start of the driver.
@@ -47,6 +48,7 @@ class WritingJob:
     placement: WriterPlacement
     round_id: int
     folder: str
+    stage: str
     samples_per_shard: int
     seed: int
     start_id: str
@@ -90,7 +92,7 @@ class ShardWriter:
             self._writer = placement.writer(job.config, job.store, **arguments)
         self._filling = Filling(self._writer.finished)
         self._asked: set[int] = set()  # shards whose samples are in `filling`, or have been
-        self._gauges = Gauges(self._engine)
+        self._metrics = Metrics(job.config.run.name, job.stage, job.round_id, engine=self._engine)
         phase(FIRST_WORK)
 
     def write(
@@ -101,7 +103,8 @@ class ShardWriter:
         found = self._answers(shard, ids, rows, seeds, counts)
         totals: Counter[str] = Counter(users=len(ids))
         answers = [self._checked(one, count, totals) for one, count in zip(found, counts, strict=True)]
-        self._gauges.count(totals)
+        for name in ("users", "samples", "tokens", "failed"):
+            self._metrics.count(f"dpo4rec_{name}", totals[name])
         self._write_failed(shard, ids, answers)
         return ShardTexts(ids, list(counts), answers, dict(totals))
 
@@ -110,7 +113,8 @@ class ShardWriter:
         stats = self._writer.stats()
         if stats is None:
             return {"engine": ""}
-        self._gauges.engine(stats.busy, stats.running, stats.kv_cache)
+        for name in ("busy", "running", "kv_cache"):
+            self._metrics.level(f"dpo4rec_engine_{name}", getattr(stats, name))
         row = asdict(stats)
         # A shard's own counts are named "tokens" and "samples".
         row |= {f"engine_{name}": row.pop(name) for name in ("tokens", "samples")}

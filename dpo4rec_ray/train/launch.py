@@ -19,6 +19,7 @@ from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.train.state import checkpoint_storage, read_state, remove_checkpoints, update_state
 from dpo4rec_ray.workers.phases import starting
 from dpo4rec_ray.workers.placement import WORKER_ENV, check_room, joined_cluster
+from dpo4rec_ray.workers.run_metrics import trained
 from dpo4rec_ray.workers.stage_workers import trainers
 
 # DeepSpeed must not look for a GPU; `launch` adds LOCAL_SIZE, which it reads too.
@@ -148,3 +149,4 @@ def _follow(folder: Place, progress: Progress, stop: threading.Event) -> None:
                 continue
             extra = ", ".join(f"{key} {newest[key]:.4f}" for key in ("loss", "accuracy") if key in newest)
             progress.at(newest["step"], extra, total=newest["num_steps"])
+            trained(newest)

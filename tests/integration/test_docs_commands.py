@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"checkout", "cluster", "data", "gpu", "hours", "key", "minutes", "run", "server"}
-OTHER_PROGRAMS = {"cd", "curl", "export", "pip", "printf", "ray", "serve"}
+OTHER_PROGRAMS = {"cd", "curl", "docker", "export", "kubectl", "pip", "printf", "ray", "serve"}
 BLOCK = re.compile(r"(?:<!-- needs: (.*) -->\n)?```sh\n((?:.*\n)*?)```")
 OVERRIDE = re.compile(r"\w+\.[\w.]+=")
 # `section.key` in prose; `table.csv` is a file.
