@@ -14,11 +14,9 @@ from pathlib import Path
 
 from dpo4rec_ray import stages
 from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
-from dpo4rec_ray.cli.cluster import check_stages, report
 from dpo4rec_ray.cli.session import guarded, join, open_run, ray_job, set_up
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.storage.places import place
-from dpo4rec_ray.workers.placement import joined_cluster
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,8 +30,10 @@ def parser() -> argparse.ArgumentParser:
         prog="dpo4rec run",
         description="Run a recipe. Stages that are complete, and whose inputs and keys are the same, are kept.",
         epilog=examples(
-            ("dpo4rec run demo", "the whole method on the sample world"),
-            ("dpo4rec run demo run.seed=1 run.name=demo-1", "with other values, into runs/demo-1"),
+            (
+                "dpo4rec run demo run.seed=1 run.name=demo-1",
+                "the whole method on the sample world, into runs/demo-1",
+            ),
             ("dpo4rec run own_table data.raw_dir=FOLDER --only prepare", "what becomes of your data"),
             ("dpo4rec run demo reward.metric=ndcg@5 --dry-run", "what a change would run again, and why"),
             ("dpo4rec run ml1m --check", "whether this machine or cluster has room for every stage"),
@@ -72,7 +72,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Check what costs nothing first; torch, Ray and the engines are imported after the recipe is known to be sound."""
+    from dpo4rec_ray.cli.cluster import check_stages, report
     from dpo4rec_ray.config import load_config
+    from dpo4rec_ray.workers.placement import joined_cluster
 
     config = load_config(options.recipe, options.changes)
     if options.dry_run or options.check:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dpo4rec_ray.cli.cluster import check_joined, check_lasting
 from dpo4rec_ray.cli.mistakes import user_mistake
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.storage.lease import GONE_AFTER_S, Held, lease
@@ -75,6 +74,8 @@ def open_run(config: Config, verbose: bool) -> Place:
     To be called before torch, Ray or an engine is imported: they read the environment once.
     """
     folder = place(config.run.root) / config.run.name
+    from dpo4rec_ray.cli.cluster import check_lasting
+
     check_lasting(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -207,6 +208,8 @@ def join(folder: Place, verbose: bool) -> None:
 
     if not ray.is_initialized():
         start_ray(verbose)
+        from dpo4rec_ray.cli.cluster import check_joined
+
         check_joined(folder)
 
 

@@ -19,7 +19,7 @@ class QueryTexts:
 
     def __init__(self, device: str):
         self._device = device
-        self._encoders: dict[EncoderSection, TextEncoder] = {}  # versions mostly share one
+        self._encoders: dict[str, TextEncoder] = {}  # versions mostly share one
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def encoder(self, version: VersionFiles) -> TextEncoder:
@@ -39,9 +39,10 @@ class QueryTexts:
                 f"version {name} has no {ENCODER_FILE}, which older versions lack; publish its run again"
             )
         section = EncoderSection.model_validate_json(file.read_bytes())
-        if section not in self._encoders:
-            self._encoders[section] = TextEncoder(section, self._device)
-        return self._encoders[section]
+        known = section.model_dump_json(exclude=set(section.placement))
+        if known not in self._encoders:
+            self._encoders[known] = TextEncoder(section, self._device)
+        return self._encoders[known]
 
     async def vector(self, version: VersionFiles, text: str) -> npt.NDArray[np.float32]:
         """[D]. Raises as `encoder`."""

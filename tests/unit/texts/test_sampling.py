@@ -8,12 +8,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-
 from dpo4rec_ray.config import default_config
 from dpo4rec_ray.knowledge.completions import Answer, Completion
 from dpo4rec_ray.store.artifacts import RunDir
-from dpo4rec_ray.texts import shard_writer
 from dpo4rec_ray.texts.shard_writer import ShardWriter, WritingJob
 from dpo4rec_ray.texts.text_source import Row, TextWriter, WriterPlacement
 from tests.conftest import ROOT
@@ -34,19 +31,12 @@ class Held(TextWriter):
         return self.done
 
 
-class NoGauges:
-    def __init__(self, engine: str):
-        pass
-
-    def count(self, totals: object) -> None:
-        pass
-
-
-def test_room_follows_the_samples_and_not_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_follows_the_samples_and_not_the_shards(tmp_path: Path) -> None:
     """100 samples at the same time, so 125 in hand; shards of 40."""
-    monkeypatch.setattr(shard_writer, "Gauges", NoGauges)
     placement = WriterPlacement(Held, batch=100)
-    job = WritingJob(default_config(), RunDir(tmp_path), placement, 1, str(tmp_path), 40, 0, "start")
+    job = WritingJob(
+        default_config(), RunDir(tmp_path), placement, 1, str(tmp_path), "generate", 40, 0, "start"
+    )
     writer = ShardWriter(job)
     held = writer._writer
     assert isinstance(held, Held)
