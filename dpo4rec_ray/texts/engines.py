@@ -169,11 +169,14 @@ def kept_engines(config: Config, spec: EngineSpec, folder: Place) -> list[Any]:
     if known != wanted:
         release_engines()
         # An idle engine holds a GPU, but no CPU: on CPUs the sampling actors hold them while an engine works. Ray places an
-        # actor without num_cpus where a CPU is free, and counts none once it is there.
+        # actor that asks for nothing where a CPU is free, and counts none once it is there; one that asks for num_gpus=0, or
+        # for anything else, it gives a CPU for good.
         workers = engines(config)
         where = {"scheduling_strategy": "SPREAD"} | workers.needs.options()
         if not section.gpus_per_engine:
-            where.pop("num_cpus")
+            del where["num_cpus"], where["num_gpus"]
+            if "resources" in where or "memory" in where:
+                where["num_cpus"] = 0
         actor = ray.remote(KeptEngine).options(
             **where,
             max_restarts=MAX_RESTARTS,
