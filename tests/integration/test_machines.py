@@ -128,12 +128,16 @@ def test_the_same_rows_and_figures_as_on_one_machine(cluster: Cluster, tiny_run:
 
 
 def test_a_second_job_on_the_same_run_is_refused(cluster: Cluster) -> None:
-    first = cluster.nodes[1].popen(cluster.line("twice", "--only", "prepare"), cluster.log)
-    until(lambda: (cluster.run_dir("twice").root / ".lease").is_dir(), 120)
-    second = cluster.nodes[2].run(cluster.line("twice", "--only", "prepare"), timeout=300)
-    assert first.wait(300) == 0
-    assert second.returncode == 2 and second.stderr.count("\n") <= 2, second.stderr
-    assert "another job (process " in second.stderr and "Traceback" not in second.stderr
+    first = cluster.nodes[1].popen(cluster.line("twice"), cluster.log)
+    until(lambda: any((cluster.run_dir("twice").root / ".lease").glob("*.json")), 120)
+    second = cluster.nodes[2].run(cluster.line("twice"), timeout=300)
+    assert first.poll() is None, "the first job had ended"
+    assert second.returncode == 2, second.stdout + second.stderr
+    [line] = [one for one in second.stderr.splitlines() if one.startswith("error:")]
+    assert "another job (process " in line and "Traceback" not in second.stderr
+    cluster.nodes[1].run("pkill -TERM -f '[j]obs/run.py'")
+    assert first.wait(120) == 143
+    assert not any((cluster.run_dir("twice").root / ".lease").glob("*.json"))
 
 
 Act = Callable[[Cluster, subprocess.Popen[bytes]], None]
