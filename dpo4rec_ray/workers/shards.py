@@ -190,7 +190,11 @@ def run_shards(
     )
     progress.live = partial(_progress_of, queue)
     done = already
-    with progress, contextlib.closing(groups):
+    with contextlib.ExitStack() as stack:
+        # Ray ends an actor when nothing refers to it, and Ray Data may do so long after the stage.
+        stack.callback(ray.kill, queue)
+        stack.enter_context(progress)
+        stack.enter_context(contextlib.closing(groups))
         for pool in pools:
             if pool.prepare:
                 pool.prepare()

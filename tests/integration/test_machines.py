@@ -107,8 +107,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             yield found
 
 
-def assert_same(store: RunDir, reference: Finished) -> None:
-    """Rows are neither lost nor doubled, and evaluation says the same."""
+def assert_same(store: RunDir, reference: Finished, within: float = 2e-3) -> None:
+    """Rows are neither lost nor doubled, and evaluation says the same: DPO that was continued may differ in the last digits."""
     other = RunDir(reference.folder)
     for name, round_id in (("users", 0), ("items", 0), ("lists", 0), ("generations", 1), ("scores", 1)):
         assert store.read(name, round_id).num_rows == other.read(name, round_id).num_rows, name
@@ -118,13 +118,13 @@ def assert_same(store: RunDir, reference: Finished) -> None:
     assert not ids.duplicated().any()
     one, same = (json.loads((run.root / "summary.json").read_text())["systems"] for run in (store, other))
     for row, expected in zip(one, same, strict=True):
-        assert row == pytest.approx(expected, abs=2e-3, nan_ok=True), row["system"]
+        assert row == pytest.approx(expected, abs=within, nan_ok=True), row["system"]
 
 
 def test_the_same_rows_and_figures_as_on_one_machine(cluster: Cluster, tiny_run: Finished) -> None:
     done = cluster.head.run(cluster.submitted("plain"), timeout=1500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert_same(cluster.run_dir("plain"), tiny_run)
+    assert_same(cluster.run_dir("plain"), tiny_run, within=1e-4)
 
 
 def test_a_second_job_on_the_same_run_is_refused(cluster: Cluster) -> None:
