@@ -175,7 +175,7 @@ def machines(
     try:
         for node in nodes:
             node.boot()
-        yield nodes
+        yield nodes.copy()  # a test may take one aside
     finally:
         for node in nodes:
             if node.pid:
