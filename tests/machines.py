@@ -48,6 +48,7 @@ class Machine:
     pid: int = 0
     env: dict[str, str] = field(default_factory=dict)
     _slow: threading.Event | None = None
+    _base: Path | None = None  # of the folders that stay visible
 
     @property
     def address(self) -> str:
@@ -56,7 +57,7 @@ class Machine:
     def boot(self) -> None:
         """Start the node, with empty private folders."""
         binds = [ROOT, Path(sys.prefix)]  # what all see although it may lie below a private folder
-        base = Path(tempfile.mkdtemp(prefix="machine-", dir="/run"))
+        base = self._base = Path(tempfile.mkdtemp(prefix="machine-", dir="/run"))
         lines = ["mount --make-rprivate /", "mount -t proc proc /proc"]
         for one in binds:
             lines += [f"mkdir -p {base}{one}", f"mount --bind {shlex.quote(str(one))} {base}{one}"]
@@ -99,6 +100,11 @@ class Machine:
         while Path(f"/proc/{self.pid}").exists() and not _is_zombie(self.pid):
             time.sleep(0.05)
         subprocess.run(["ip", "link", "del", f"d4rt{self.number}"], capture_output=True)
+        if self._base is not None:  # what was mounted there is gone with the node: empty folders
+            for folder in sorted(self._base.rglob("*"), reverse=True):
+                folder.rmdir()
+            self._base.rmdir()
+            self._base = None
 
     def cut(self) -> None:
         """Take its cable out."""
