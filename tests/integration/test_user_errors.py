@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo4rec_ray.storage.lease import lease
 from tests.conftest import DEMO, ROOT, TINY, Finished, run_job
 
 ML = "jobs/recipes/ml1m_small.toml"
@@ -165,12 +166,8 @@ def test_help_names_every_option() -> None:
 
 
 def test_two_jobs_in_one_folder(tmp_path: Path) -> None:
-    import fcntl
-
-    (tmp_path / "run").mkdir()
-    with open(tmp_path / "run/.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        one_line(run_job(tmp_path, DEMO), "another job is at work")
+    with lease(tmp_path / "run", lost=lambda: None):
+        one_line(run_job(tmp_path, DEMO), f"another job (process {os.getpid()} on ", "is at work")
 
 
 def test_a_model_too_short_for_the_prompts(tmp_path: Path) -> None:
