@@ -152,7 +152,7 @@ def _beat(leases: Place, number: int, me: Holder, stop: threading.Event, lost: C
 
 def _still_mine(leases: Place, number: int, me: Holder) -> bool:
     found = _read(leases, number)
-    return found is not None and found.token == me.token and _numbers(leases)[-1] == number
+    return found is not None and found.token == me.token and _numbers(leases)[-1:] == [number]
 
 
 def _numbers(leases: Place) -> list[int]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.storage.places import download, is_remote, objects, place, remove
+from dpo4rec_ray.storage.places import described, download, is_remote, objects, place, remove, size_of
 
 BOUND = "DPO4REC_CACHE_GIB"
 DEFAULT_BOUND_GIB = 100.0
@@ -39,11 +39,7 @@ def local_copy(where: str | Path) -> Path:
     if not is_remote(source):
         return source
     found = objects(source)
-    facts = [
-        f"{name} {info.get('size')} {info.get('e_tag') or info.get('ETag') or info.get('last_modified')}"
-        for name, info in found.items()
-    ]
-    key = hashlib.sha256("\n".join([str(source), *facts]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\n".join([str(source), *described(found)]).encode()).hexdigest()[:24]
     entry = cache_root() / "copies" / key
     target = entry / source.name
     with alone(entry):
@@ -81,7 +77,7 @@ def _make_room(folder: Path, needed: int) -> None:
         (one for one in folder.iterdir() if one.is_dir() and ".tmp" not in one.name),
         key=lambda one: one.stat().st_mtime,
     )
-    sizes = [sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in entries]
+    sizes = [size_of(one) for one in entries]
     total = sum(sizes) + needed
     for one, size in zip(entries, sizes, strict=True):
         if total <= bound or time.time() - one.stat().st_mtime < IN_USE_S:

@@ -149,6 +149,14 @@ def objects(where: Place) -> dict[str, dict[str, Any]]:
     return dict(sorted(listed.items()))
 
 
+def described(found: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each of these `objects`, which changes with its content: path, size, and the store's hash or time."""
+    return [
+        f"{name} {info.get('size')} {info.get('e_tag') or info.get('ETag') or info.get('last_modified')}"
+        for name, info in found.items()
+    ]
+
+
 def size_of(folder: Place) -> int:
     """Bytes of all files below a folder."""
     if is_remote(folder):

@@ -19,7 +19,16 @@ import pyarrow as pa
 
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.storage.parquet import parquet_metadata, read_parquet, write_parquet
-from dpo4rec_ray.storage.places import Place, is_remote, objects, place, remove, size_of, write_text
+from dpo4rec_ray.storage.places import (
+    Place,
+    described,
+    is_remote,
+    objects,
+    place,
+    remove,
+    size_of,
+    write_text,
+)
 from dpo4rec_ray.store.schemas import SCHEMA_VERSION, SCHEMAS, validate_table
 
 MANIFEST = "manifest.json"
@@ -223,8 +232,8 @@ def folder_hash(folder: str | Path) -> str:
     """
     digest, root = hashlib.sha256(), place(folder)
     if is_remote(root):
-        for name, info in objects(root).items():
-            digest.update(f"{name} {info.get('size')} {info.get('e_tag') or info.get('ETag')}\n".encode())
+        for line in described(objects(root)):
+            digest.update(f"{line}\n".encode())
         return digest.hexdigest()[:16]
     for file in sorted(root.rglob("*")):
         if not file.is_file():
