@@ -57,9 +57,9 @@ def test_progress_counts_users_inside_shards_and_no_shard_twice() -> None:
     assert queue.progress() == (5.0, 10 + 4), "a call that was repeated counts once"
 
 
-def test_the_last_shards_go_to_who_ends_first() -> None:
-    """a does a shard in 10 s, b in 20 s. After 40 s a has done 4 and holds 1, b has done 2 and holds 1; 1 is left."""
-    queue, clock = queue_of(9)
+def after_40_s(num_shards: int) -> ShardQueue:
+    """a does a shard in 10 s, b in 20 s. After 40 s a has done 4 and holds 1, b has done 2 and holds 1."""
+    queue, clock = queue_of(num_shards)
     for ticket in range(8):
         queue.take(ticket, 0, "b" if ticket in (1, 4, 7) else "a")
     clock.now += 40
@@ -67,6 +67,12 @@ def test_the_last_shards_go_to_who_ends_first() -> None:
         queue.end(place, 10, "a", 0)
     for place in (1, 4):
         queue.end(place, 10, "b", 0)
+    return queue
+
+
+def test_the_last_shards_go_to_who_ends_first() -> None:
+    """a does a shard in 10 s, b in 20 s. After 40 s a has done 4 and holds 1, b has done 2 and holds 1; 1 is left."""
+    queue = after_40_s(9)
     # b would be done with it in 2 x 20 = 40 s, a in (1 + 1) x 10 = 20 s.
     assert queue.take(8, 0, "b") == (LATER, {})
     assert queue.take(9, 0, "a") == (8, {"shard": 15, "low": 80, "high": 90})
@@ -75,14 +81,7 @@ def test_the_last_shards_go_to_who_ends_first() -> None:
 
 def test_a_slow_worker_gets_what_the_others_have_no_time_for() -> None:
     """As before, with 3 left: in b's 40 s a is done with what it holds and two of them, but not before b."""
-    queue, clock = queue_of(11)
-    for ticket in range(8):
-        queue.take(ticket, 0, "b" if ticket in (1, 4, 7) else "a")
-    clock.now += 40
-    for place in (0, 2, 3, 5):
-        queue.end(place, 10, "a", 0)
-    for place in (1, 4):
-        queue.end(place, 10, "b", 0)
+    queue = after_40_s(11)
     found = queue.take(8, 0, "b")
     assert found is not None and found[0] == 8
 
