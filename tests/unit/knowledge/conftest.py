@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -258,20 +259,17 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 SMALL_CACHE = {"num_gpu_blocks_override": 256}
 
 
-def _calm_llvmlite(patch: pytest.MonkeyPatch) -> None:
-    """vLLM 0.32 asks everything in every module for its __dict__; llvmlite, which ranx brings, answers with a C function."""
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    if ffi is None:
-        return
-    kind = type(ffi.lib)
-    answer = kind.__getattr__
+class _ModulesOfVLLM:
+    """`sys` for the one file of vLLM 0.32 that asks everything in every loaded module for its __dict__ (_rebind_kernels).
 
-    def only_functions(self: Any, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return answer(self, name)
+    It looks for its own kernels, and others may answer with an error: a proxy of Flask's (schemathesis imports Flask where
+    it is installed, as it is with moto), a C library of llvmlite's (ranx imports it). Processes of the product load none
+    of these beside an engine.
+    """
 
-    patch.setattr(kind, "__getattr__", only_functions)
+    @property
+    def modules(self) -> dict[str, ModuleType]:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "vllm"}
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +291,7 @@ def start_engine() -> Iterator[Callable[..., VLLMGenerator]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        _calm_llvmlite(patch)
+        patch.setattr("vllm.triton_utils.dispatcher.sys", _ModulesOfVLLM())
 
         def start(
             model: Path | str, generate: GenerateSection, max_model_len: int = 512, **at_run_time: Any
