@@ -22,6 +22,7 @@ STAGES = {
     "plan": "times that `dpo4rec plan` reckons from a small run, against a run of ten times the size",
     "balance": "a late engine and a slow one, against the ideal",
     "scaling": "1 to 32 engines, and memory of the driver by users",
+    "chain": "all stages at Amazon-Books' size, with texts that nobody wrote",
     "serve": "requests per second, against a no-op deployment and bare FastAPI",
 }
 
