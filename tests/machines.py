@@ -162,6 +162,11 @@ class Machine:
         """Run a shell command to its end."""
         return subprocess.run(self.command(text), capture_output=True, text=True, timeout=timeout)
 
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file of the node, which may be private to it."""
+        command = self.command(f"cat > {shlex.quote(path)}")
+        subprocess.run(command, input=content, check=True, timeout=60)
+
     def popen(self, text: str, log: Path) -> subprocess.Popen[bytes]:
         """Start a shell command; its output goes to `log`."""
         with log.open("ab") as out:

@@ -7,7 +7,7 @@ dpo4rec serve config [serving.key=value ...]               a config file for `se
 
 All take --registry FOLDER (default: runs/registry). A server follows its registry: within a second (serving.poll_s) it loads
 a promoted version beside the versions that answer, checks it against recorded requests, and replaces them. A broken version
-is refused. `run` serves until Ctrl-C or SIGTERM. On a cluster, start Ray with RAY_SERVE_ENABLE_HA_PROXY=1 on every node.
+is refused. `run` serves until Ctrl-C or SIGTERM. `config` says what every node of a cluster needs.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import signal
 import socket
 import sys
@@ -61,6 +62,8 @@ def status(options: argparse.Namespace) -> int:
 def config(options: argparse.Namespace) -> int:
     import yaml
 
+    from dpo4rec_ray.serving.haproxy import ON_CLUSTERS
+
     settings = serving_settings(options.changes, options.registry)
     http = settings.model_dump(include={"host", "port", "request_timeout_s"})
     arguments = settings.model_dump(exclude_defaults=True, exclude=set(http)) | {
@@ -70,7 +73,9 @@ def config(options: argparse.Namespace) -> int:
         arguments[name] = str(place(arguments[name]))
     application = {"name": APPLICATION, "route_prefix": "/", "import_path": IMPORT_PATH, "args": arguments}
     content = {"proxy_location": "EveryNode", "http_options": http, "applications": [application]}
-    print("# For `serve deploy FILE`; start Ray with RAY_SERVE_ENABLE_HA_PROXY=1 on every node.")
+    print("# For `serve deploy FILE`. On every node, before `ray start`:")
+    for name, value in ON_CLUSTERS.items():
+        print(f"#   export {name}={shlex.quote(value)}")
     if settings.host == "127.0.0.1":
         print(
             "# For several nodes, make this file with serving.host=0.0.0.0: HAProxy also asks replicas of other nodes."

@@ -15,6 +15,24 @@ from pathlib import Path
 
 import psutil
 
+# Serve's processes read these when they start: of `serve run`, and on clusters, where they belong in the environment of `ray
+# start` on every node (cluster.yaml, deploy/kuberay).
+_EVERYWHERE = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # about six times the rate of Serve's default proxy
+    # The application runs in the event loop of Serve: a change of threads costs more than ranking ten items.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # A request changes nothing, so if a replica dies with it, another replica gets it.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+}
+# A node that is gone says nothing, so that by default a request to it waits for ever. Its replicas are left out after two missed
+# checks, and what was sent to them is sent to others.
+ON_CLUSTERS = _EVERYWHERE | {
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "1",
+    "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "5",
+}
+
 SCRIPT = """#!/bin/sh
 for file in "$@"; do
     case "$file" in *.cfg) sed -i {edits} "$file" ;; esac
@@ -49,7 +67,7 @@ def environment(folder: Path, timeout_s: float | None = None, tuned: bool = True
     script.write_text(SCRIPT.format(edits=edits, guard=guard, binary=get_haproxy_binary()))
     script.chmod(0o700)
     found = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",  # about six times the rate of Serve's default proxy
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -62,10 +80,7 @@ def environment(folder: Path, timeout_s: float | None = None, tuned: bool = True
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
     }
     if tuned:
-        # The application runs in the event loop of Serve: a change of threads costs more than ranking ten items.
-        found["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
-        # A request changes nothing, so if a replica dies with it, another replica gets it.
-        found["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"
+        found |= _EVERYWHERE
     if timeout_s is not None:
         found["RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"] = str(math.ceil(timeout_s))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+
+from dpo4rec_ray.serving.haproxy import ON_CLUSTERS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -111,6 +114,16 @@ def test_tokens_are_on_everywhere_and_in_no_file(cluster: dict[str, Any]) -> Non
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert all("RAY_AUTH_MODE=token" in line for line in cluster[commands] if "ray start" in line)
     assert "RAY_AUTH_TOKEN=" not in (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+
+
+def test_nodes_start_ray_with_what_serve_reads(cluster: dict[str, Any]) -> None:
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [line for line in cluster[commands] if "ray start" in line]
+        assert starts and all("set -a; . ~/dpo4rec_ray/deploy/serve.env; set +a; " in line for line in starts)
+    read = "set -a; . deploy/serve.env; env"
+    done = subprocess.run(["bash", "-c", read], cwd=ROOT, env={}, capture_output=True, text=True, check=True)
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert {name: value for name, value in found.items() if name.startswith("RAY_")} == ON_CLUSTERS
 
 
 def test_its_commands_agree_with_the_makefile(cluster: dict[str, Any]) -> None:

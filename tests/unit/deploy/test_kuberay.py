@@ -15,6 +15,7 @@ import yaml
 
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.config.serving import APPLICATION, ServingSection
+from dpo4rec_ray.serving.haproxy import ON_CLUSTERS
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy" / "kuberay"
@@ -165,7 +166,7 @@ def test_serve_accepts_the_service() -> None:
     for pod in pods(cluster("rayservice.yaml")):
         (container,) = pod["containers"]
         assert {"name": "serve", "containerPort": 8000} in container["ports"]
-        assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in container["env"]
+        assert ON_CLUSTERS.items() <= {one["name"]: one["value"] for one in container["env"]}.items()
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

@@ -1,0 +1,228 @@
+"""What is left of a run when a machine, its cable, its disk, the store, or the driver fails: nothing lost, nothing twice.
+
+Two runs with many faults are in the default suite. The whole matrix, fault by stage, is `make chaos`: a cell begins with the
+stages before it complete, and prints a line that starts with FAULT for the table in docs/cluster.md.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dpo4rec_ray.config import read_config
+from dpo4rec_ray.pipeline import STAGES, steps
+from dpo4rec_ray.storage.places import place, remove
+from dpo4rec_ray.store.artifacts import RunDir
+from tests.conftest import Finished
+from tests.machine_cluster import MARKS, Cluster, put, started, until
+from tests.same_runs import assert_same
+
+pytestmark = MARKS
+LONGEST_S = 900  # from a fault to the end of the job, whatever the end is
+CUT_S = 30  # so long the cable is out, or the store away
+
+
+@dataclass
+class Job:
+    """A run in progress, on the head or submitted."""
+
+    cluster: Cluster
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @classmethod
+    def start(cls, cluster: Cluster, name: str, *, submit: bool = False) -> Job:
+        log = cluster.logs / f"{name}.log"
+        log.unlink(missing_ok=True)
+        line = cluster.submitted(name) if submit else cluster.line(name)
+        return cls(cluster, name, cluster.head.popen(line, log), log)
+
+    def reach(self, stage: str, seconds: float) -> None:
+        """Wait until so many seconds into the stage."""
+        started = f"{stage}: started"
+        until(lambda: started in self.log.read_text() or self.process.poll() is not None, 1200)
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        time.sleep(seconds)
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(LONGEST_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail(f"no end {LONGEST_S} s after the fault: {self.log.read_text()[-2000:]}")
+
+
+def power_off_worker(job: Job) -> None:
+    job.cluster.nodes[2].power_off()
+
+
+def power_off_head(job: Job) -> None:
+    job.cluster.head.power_off()
+
+
+def cut_worker(job: Job) -> None:
+    job.cluster.nodes[2].cut()
+    time.sleep(CUT_S)
+    job.cluster.nodes[2].heal()
+
+
+def fill_worker(job: Job) -> None:
+    job.cluster.nodes[2].fill_disk()
+
+
+def slow_worker(job: Job) -> None:
+    job.cluster.nodes[2].slow()
+
+
+def store_says_503(job: Job) -> None:
+    job.cluster.mode.write_text("503")
+    time.sleep(CUT_S)
+    job.cluster.mode.write_text("")
+
+
+def store_hangs(job: Job) -> None:
+    job.cluster.mode.write_text("hang")
+    time.sleep(CUT_S)
+    job.cluster.mode.write_text("")
+
+
+def kill_driver(job: Job) -> None:
+    job.cluster.head.run("pkill -KILL -f '[j]obs/run.py'")
+
+
+def stop_job(job: Job) -> None:
+    """Of a submitted job."""
+    done = job.cluster.head.run(f"ray job stop {job.name}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+Act = Callable[[Job], None]
+OF_MACHINES: dict[str, Act] = {
+    act.__name__: act
+    for act in (
+        power_off_worker,
+        power_off_head,
+        cut_worker,
+        fill_worker,
+        slow_worker,
+        kill_driver,
+        stop_job,
+    )
+}
+OF_STORE: dict[str, Act] = {act.__name__: act for act in (store_says_503, store_hangs)}
+FAULTS = OF_MACHINES | OF_STORE
+# Seconds into the stage at which the fault comes: it should be at work.
+AT = {
+    "prepare(0)": 1.0,
+    "encode(0)": 12.0,
+    "train_reward(0)": 3.0,
+    "generate(1)": 4.0,
+    "score(1)": 5.0,
+    "dpo(1)": 12.0,
+    "validate(1)": 2.0,
+    "evaluate(1)": 5.0,
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with started("shared", tmp_path_factory.mktemp("shared")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def on_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with started("s3", tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+def test_many_faults_in_one_run(shared: Cluster, tiny_run: Finished) -> None:
+    """A slow node, a dead driver, a stopped job and a lost node, and the run is what it would have been."""
+    job = Job.start(shared, "many")
+    job.reach("encode(0)", AT["encode(0)"])
+    slow_worker(job)
+    job.reach("generate(1)", AT["generate(1)"])
+    shared.nodes[2].normal_speed()
+    kill_driver(job)
+    assert job.end() == -9
+    job = Job.start(shared, "many", submit=True)
+    job.reach("dpo(1)", AT["dpo(1)"])
+    stop_job(job)
+    assert job.end()
+    job = Job.start(shared, "many")
+    job.reach("encode(1)", 2.0)
+    power_off_worker(job)
+    assert job.end() == 0, job.log.read_text()[-3000:]
+    assert_same(shared.run_dir("many"), tiny_run)
+
+
+def test_a_store_that_is_away_for_a_while(on_s3: Cluster, tiny_run: Finished) -> None:
+    """Requests are asked again: no job ends, and none loses a row."""
+    job = Job.start(on_s3, "away")
+    for stage, fault in (
+        ("prepare(0)", store_says_503),
+        ("generate(1)", store_hangs),
+        ("score(1)", store_says_503),
+    ):
+        job.reach(stage, AT[stage])
+        fault(job)
+    assert job.end() == 0, job.log.read_text()[-3000:]
+    assert_same(on_s3.run_dir("away"), tiny_run, within=1e-4)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stage", AT)
+@pytest.mark.parametrize("fault", OF_MACHINES)
+def test_a_fault_of_a_machine(shared: Cluster, tiny_run: Finished, fault: str, stage: str) -> None:
+    one_fault(shared, tiny_run, fault, stage)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stage", AT)
+@pytest.mark.parametrize("fault", OF_STORE)
+def test_a_fault_of_the_store(on_s3: Cluster, tiny_run: Finished, fault: str, stage: str) -> None:
+    one_fault(on_s3, tiny_run, fault, stage)
+
+
+def one_fault(cluster: Cluster, reference: Finished, fault: str, stage: str) -> None:
+    """It ends in a finished, equal run, or in one clear line and a run that the same command finishes."""
+    name = f"{fault}-{stage.partition('(')[0]}"
+    before(cluster, reference, name, stage)
+    job = Job.start(cluster, name, submit=fault == "stop_job")
+    job.reach(stage, AT[stage])
+    FAULTS[fault](job)
+    struck = time.monotonic()
+    code = job.end()
+    ended = time.monotonic() - struck
+    outcome = "went on"
+    if code:
+        text = job.log.read_text()
+        assert "Traceback" not in text, text[-3000:]
+        if fault not in ("kill_driver", "stop_job"):
+            cluster.reboot()
+        began = time.monotonic()
+        done = cluster.head.run(cluster.line(name), timeout=1500)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        outcome = f"exit {code}; the same command: {time.monotonic() - began:.0f} s"
+    assert_same(cluster.run_dir(name), reference)
+    print(f"FAULT {fault} | {stage} | {outcome} | ended {ended:.0f} s after the fault | lost 0 | doubled 0")
+    remove(place(f"{cluster.root}/{name}"))
+    if not code and fault in ("power_off_worker", "fill_worker", "slow_worker", "cut_worker"):
+        cluster.reboot()
+
+
+def before(cluster: Cluster, reference: Finished, name: str, stage: str) -> None:
+    """Give the cluster a run whose stages before this one are those of the reference."""
+    config, store = read_config(reference.folder), RunDir(reference.folder)
+    for done, round_id in steps(config):
+        if f"{done}({round_id})" == stage:
+            return
+        for artifact in STAGES[done].writes(round_id):
+            folder = store.path(artifact, round_id)
+            put(Path(str(folder)), str(cluster.run_dir(name).path(artifact, round_id)))

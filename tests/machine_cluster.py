@@ -1,0 +1,144 @@
+"""A Ray cluster of three machines with private disks, for tests of runs and servers on many nodes: fixture `cluster`.
+
+What the machines share is a folder, or an S3 server on a fourth machine, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+from dpo4rec_ray.serving.haproxy import ON_CLUSTERS
+from dpo4rec_ray.storage.places import place
+from dpo4rec_ray.store.artifacts import RunDir
+from tests.conftest import DEMO, ROOT, TINY
+from tests.machines import RAY_ENV, Machine, machines, missing, start_ray
+from tests.object_store import BUCKET, store_environment
+
+WHY_NOT = missing()
+MARKS = [pytest.mark.ray, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(1800)]
+BIN = ROOT / ".venv/bin" if (ROOT / ".venv/bin").is_dir() else Path(shutil.which("ray") or "/").parent
+SHARED = Path("/tmp/cluster")  # on the machines, and a link to it here
+S3_PORT, PROXY_PORT = 5001, 5000
+
+
+@dataclass
+class Cluster:
+    """Three machines with Ray, and where what they share is.
+
+    Attributes:
+        storage: folder or URI that all of them see, as does this process.
+        logs: folder of this machine.
+        mode: file that the proxy before the S3 server reads (tests/flaky_proxy.py).
+    """
+
+    nodes: list[Machine]
+    storage: str
+    logs: Path
+    mode: Path
+    address: str = ""
+
+    @property
+    def head(self) -> Machine:
+        return self.nodes[0]
+
+    @property
+    def web(self) -> str:
+        return f"http://{self.head.address}:8265"
+
+    @property
+    def root(self) -> str:
+        return f"{self.storage}/runs"
+
+    def start(self) -> None:
+        self.address = start_ray(self.nodes)
+        for node in self.nodes:
+            node.env |= {"RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.web}
+
+    def reboot(self) -> None:
+        """Power off every machine, and start them and Ray again."""
+        for node in self.nodes:
+            node.power_off()
+        for node in self.nodes:
+            node.boot()
+        self.start()
+
+    def line(self, name: str, *arguments: str) -> str:
+        """The command line of a small demo run."""
+        keys = [f"run.root={self.root}", f"run.name={name}"]
+        return " ".join(["python jobs/run.py", DEMO, *TINY, *keys, *arguments])
+
+    def submitted(self, name: str, *arguments: str) -> str:
+        """The same as a Ray job, with the run's name as its id."""
+        return f"ray job submit --submission-id {name} --working-dir . -- {self.line(name, *arguments)}"
+
+    def run_dir(self, name: str) -> RunDir:
+        return RunDir(f"{self.root}/{name}")
+
+
+@pytest.fixture(scope="module", params=["shared", "s3"])
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with started(request.param, tmp_path_factory.mktemp("machines")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def started(storage: str, logs: Path) -> Iterator[Cluster]:
+    """storage: "shared" or "s3"."""
+    env = {**RAY_ENV, **ON_CLUSTERS, "PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
+    mode = logs / "mode"
+    if storage == "shared":
+        shared = logs / "shared"
+        shared.mkdir()
+        SHARED.symlink_to(shared)
+        try:
+            with machines(3, shared=shared, env=env) as nodes:
+                found = Cluster(nodes, str(SHARED), logs, mode)
+                found.start()
+                yield found
+        finally:
+            SHARED.unlink()
+        return
+    with machines(4, env=env) as nodes, pytest.MonkeyPatch.context() as patch:
+        store = nodes.pop()
+        web = f"http://{store.address}:{PROXY_PORT}"
+        store.popen(f"python -m moto.server -H 0.0.0.0 -p {S3_PORT}", logs / "s3.log")
+        proxy = f"python tests/flaky_proxy.py 0.0.0.0 {PROXY_PORT} http://127.0.0.1:{S3_PORT} {mode}"
+        store.popen(proxy, logs / "proxy.log")
+        for node in nodes:
+            node.env |= store_environment(web)
+        for name, value in store_environment(web).items():
+            patch.setenv(name, value)
+        until(lambda: _made(f"{web}/{BUCKET}"), 60)
+        found = Cluster(nodes, f"s3://{BUCKET}", logs, mode)
+        found.start()
+        yield found
+
+
+def _made(bucket: str) -> bool:
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.put(bucket, timeout=5).ok
+    return False
+
+
+def put(folder: Path, target: str) -> None:
+    """Copy a folder of this machine to a folder or URI."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            there = place(f"{target}/{file.relative_to(folder)}")
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.write_bytes(file.read_bytes())
+
+
+def until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s"
+        time.sleep(0.3)
