@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import numpy as np
 from harness import ROOT, Peaks, Row
 from sleeping_engines import Kind, ray_for, stage
 
@@ -32,7 +33,7 @@ MAX_SHARDS = 16_000  # of the driver's run: with more users, shards are larger
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--parts", default="engines,users,shards")
+    parser.add_argument("--parts", default="engines,scorers,users,shards")
     parser.add_argument("--engines", default="1,2,4,8,16,32")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a sample in the mean")
     parser.add_argument("--waves", type=int, default=20, help="samples that each of an engine's slots writes")
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, folder: Path) -> int:
     """The parts that are asked for."""
-    parts = {"engines": engines, "users": users, "shards": shards}
+    parts = {"engines": engines, "scorers": scorers, "users": users, "shards": shards}
     harness.run_parts(folder / "scaling", parts, options.parts, (options, folder / "scaling"))
     return 0
 
@@ -59,6 +60,35 @@ def engines(bench: Any) -> list[Row]:
         found,
         "engines {engines} | shards {shards} | s {seconds} | ideal s {ideal_s} | efficiency {efficiency:.2f} | "
         "s from the call to the last engine's first sample asked for {asked_s}",
+    )
+    return found
+
+
+def scorers(bench: Any) -> list[Row]:
+    """The two pools of `score`: one encoder for four scorers, which it keeps at work; vectors are as large as real ones."""
+    options, _ = bench
+    found: list[Row] = []
+    for number in map(int, options.engines.split(",")):
+        with ray_for(2 * number):
+            encoders = Pool(Encoder, {"seconds": options.seconds / 4}, -(-number // 4), 1)
+            pools = [encoders, Pool(Scorer, {"seconds": options.seconds}, number, 1)]
+            shards = shard_ranges(number * options.waves * SHARD, SHARD)
+            progress = Progress("scorers", len(shards) * SHARD, "users")
+            rows = list(run_shards(shards, pools, progress))
+        assert len(rows) == len(shards)
+        # From the first scorer's first shard on: starting 32 processes on two cores says nothing about a cluster.
+        seconds = max(row["ended"] for row in rows) - min(row["began"] for row in rows)
+        ideal = sum(row["slept"] for row in rows) / number
+        row = {
+            "scorers": number,
+            "shards": len(shards),
+            "ideal_s": round(ideal, 1),
+            "seconds": round(seconds, 1),
+        }
+        found.append(harness.note(row | {"efficiency": round(ideal / seconds, 3)}))
+    harness.print_table(
+        found,
+        "scorers {scorers} | shards {shards} | s {seconds} | ideal s {ideal_s} | efficiency {efficiency:.2f}",
     )
     return found
 
@@ -133,6 +163,41 @@ def _nothing(folder: str, num_users: int, per_shard: int) -> None:
     progress = Progress("shards", num_users, "users")
     done = sum(row["users"] for row in run_shards(shard_ranges(num_users, per_shard), [pool], progress))
     assert done == num_users
+
+
+class Encoder:
+    """Sleeps as long as the vectors of a shard take, and hands over as many."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def __call__(self, row: Row) -> Row:
+        time.sleep(self._seconds)
+        users = row["high"] - row["low"]
+        return {
+            "shard": row["shard"],
+            "users": users,
+            "vectors": np.zeros((users * SAMPLES, 384), np.float32),
+        }
+
+
+class Scorer:
+    """Sleeps as long as the rewards of a shard take, shorter or longer."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def __call__(self, row: Row) -> Row:
+        began = time.time()
+        slept = self._seconds * np.random.default_rng(int(row["shard"])).uniform(0.5, 1.5)
+        time.sleep(slept)
+        return {
+            "shard": row["shard"],
+            "users": row["users"],
+            "slept": slept,
+            "began": began,
+            "ended": time.time(),
+        }
 
 
 class Nothing:
