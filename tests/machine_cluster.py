@@ -6,7 +6,7 @@ What the machines share is a folder, or an S3 server on a fourth machine, and no
 from __future__ import annotations
 
 import contextlib
-import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ import requests
 from dpo4rec_ray.serving.haproxy import ON_CLUSTERS
 from dpo4rec_ray.storage.places import place
 from dpo4rec_ray.store.artifacts import RunDir
-from tests.conftest import DEMO, ROOT, TINY
+from tests.conftest import DEMO, TINY
 from tests.machines import RAY_ENV, Machine, machines, missing, start_ray
 from tests.object_store import BUCKET, store_environment
 
 WHY_NOT = missing()
 MARKS = [pytest.mark.ray, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(1800)]
-BIN = ROOT / ".venv/bin" if (ROOT / ".venv/bin").is_dir() else Path(shutil.which("ray") or "/").parent
+BIN = Path(sys.executable).parent  # ray's and dpo4rec's commands
 SHARED = Path("/tmp/cluster")  # on the machines, and a link to it here
 S3_PORT, PROXY_PORT = 5001, 5000
 
@@ -97,6 +97,8 @@ def started(storage: str, logs: Path) -> Iterator[Cluster]:
     if storage == "shared":
         shared = logs / "shared"
         shared.mkdir()
+        if SHARED.is_symlink():
+            SHARED.unlink()  # of a session that was killed
         SHARED.symlink_to(shared)
         try:
             with machines(3, shared=shared, env=env) as nodes:
