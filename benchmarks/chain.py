@@ -175,7 +175,7 @@ def stages(run_folder: Path) -> list[Row]:
     seen = json.loads((run_folder / PEAKS).read_text())
     found: list[Row] = []
     for name, round_id in steps(read_config(run_folder)):
-        manifests = [store.manifest(one, round_id) for one in STAGES[name].writes(round_id)]
+        manifests = [store.manifest(*one) for one in STAGES[name].writes(round_id)]
         made = [one for one in manifests if one is not None]
         if made:
             found.append(

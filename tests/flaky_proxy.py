@@ -1,6 +1,6 @@
 """An HTTP proxy before the S3 server that fails when it is told to: python tests/flaky_proxy.py HOST PORT TARGET MODE_FILE.
 
-While MODE_FILE holds "503" every request is answered so; while it holds "hang" none is answered.
+While MODE_FILE holds "503" every request is answered so; while it holds "hang" none is answered. It prints what was asked then.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ def handler(target: str, mode: Path) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def state(self) -> str:
+            return mode.read_text().strip() if mode.exists() else ""
+
         def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            while (state := mode.read_text().strip() if mode.exists() else "") == "hang":
+            if state := self.state():
+                print(state, self.command, self.path, flush=True)
+            while self.state() == "hang":
                 time.sleep(0.2)
-            if state == "503":
+            if self.state() == "503":
                 self.send_response(503, "Slow Down")
                 self.send_header("Content-Length", "0")
                 self.end_headers()

@@ -1,4 +1,4 @@
-"""A Ray cluster of three machines with private disks, for tests of runs and servers on many nodes: fixture `cluster`.
+"""A Ray cluster of three machines with private disks, for tests of runs and servers on many nodes.
 
 What the machines share is a folder, or an S3 server on a fourth machine, and nothing else.
 """
@@ -27,6 +27,7 @@ MARKS = [pytest.mark.ray, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pyt
 BIN = Path(sys.executable).parent  # ray's and dpo4rec's commands
 SHARED = Path("/tmp/cluster")  # on the machines, and a link to it here
 S3_PORT, PROXY_PORT = 5001, 5000
+MODE = "/tmp/mode"  # on the machine of the S3 server
 
 
 @dataclass
@@ -36,13 +37,13 @@ class Cluster:
     Attributes:
         storage: folder or URI that all of them see, as does this process.
         logs: folder of this machine.
-        mode: file that the proxy before the S3 server reads (tests/flaky_proxy.py).
+        store: the machine of the S3 server, if there is one.
     """
 
     nodes: list[Machine]
     storage: str
     logs: Path
-    mode: Path
+    store: Machine | None = None
     address: str = ""
 
     @property
@@ -70,6 +71,11 @@ class Cluster:
             node.boot()
         self.start()
 
+    def store_is(self, mode: str) -> None:
+        """What the proxy before the S3 server does from now on: "503", "hang", or "" (tests/flaky_proxy.py)."""
+        assert self.store is not None
+        self.store.write(MODE, mode.encode())
+
     def line(self, name: str, *arguments: str) -> str:
         """The command line of a small demo run."""
         keys = [f"run.root={self.root}", f"run.name={name}"]
@@ -83,17 +89,10 @@ class Cluster:
         return RunDir(f"{self.root}/{name}")
 
 
-@pytest.fixture(scope="module", params=["shared", "s3"])
-def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with started(request.param, tmp_path_factory.mktemp("machines")) as found:
-        yield found
-
-
 @contextlib.contextmanager
 def started(storage: str, logs: Path) -> Iterator[Cluster]:
     """storage: "shared" or "s3"."""
     env = {**RAY_ENV, **ON_CLUSTERS, "PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
-    mode = logs / "mode"
     if storage == "shared":
         shared = logs / "shared"
         shared.mkdir()
@@ -102,7 +101,7 @@ def started(storage: str, logs: Path) -> Iterator[Cluster]:
         SHARED.symlink_to(shared)
         try:
             with machines(3, shared=shared, env=env) as nodes:
-                found = Cluster(nodes, str(SHARED), logs, mode)
+                found = Cluster(nodes, str(SHARED), logs)
                 found.start()
                 yield found
         finally:
@@ -112,14 +111,14 @@ def started(storage: str, logs: Path) -> Iterator[Cluster]:
         store = nodes.pop()
         web = f"http://{store.address}:{PROXY_PORT}"
         store.popen(f"python -m moto.server -H 0.0.0.0 -p {S3_PORT}", logs / "s3.log")
-        proxy = f"python tests/flaky_proxy.py 0.0.0.0 {PROXY_PORT} http://127.0.0.1:{S3_PORT} {mode}"
+        proxy = f"python tests/flaky_proxy.py 0.0.0.0 {PROXY_PORT} http://127.0.0.1:{S3_PORT} {MODE}"
         store.popen(proxy, logs / "proxy.log")
         for node in nodes:
             node.env |= store_environment(web)
         for name, value in store_environment(web).items():
             patch.setenv(name, value)
         until(lambda: _made(f"{web}/{BUCKET}"), 60)
-        found = Cluster(nodes, f"s3://{BUCKET}", logs, mode)
+        found = Cluster(nodes, f"s3://{BUCKET}", logs, store)
         found.start()
         yield found
 

@@ -19,6 +19,9 @@ _OTHER_LLM = "set llm.path to another one, or update the environment"
 # What an error's text holds -> what it becomes; {0} is its first group. The first that fits counts.
 MISTAKES = {
     r"\[Errno 28\]|os error 28|No space left on device": DISK_IS_FULL,
+    r"Error performing \w+ (\S+) in \S+, after \d+ retries": (
+        "the store does not answer: {0} was asked for three minutes; run the same command when it does"
+    ),
     # Ray itself
     r"current node timed out during startup|Timed out waiting for file": (
         "Ray did not start in time on this machine; it is too busy or short of memory: end other work, then run again"

@@ -104,8 +104,10 @@ def lease(
     finally:
         stop.set()
         beating.join()
-        if _still_mine(leases, number, me):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(
+            Exception
+        ):  # a lease that stays is taken over, and says less than what ended the block
+            if _still_mine(leases, number, me):
                 _file(leases, number).unlink(missing_ok=True)
 
 
@@ -146,8 +148,8 @@ def _beat(leases: Place, number: int, me: Holder, stop: threading.Event, lost: C
                 return
             beats += 1
             write_text(_file(leases, number), json.dumps(asdict(replace(me, beats=beats))))
-        except OSError:
-            continue  # the storage does not answer; the next beat asks again who holds
+        except Exception:  # each store has errors of its own
+            continue  # it does not answer; the next beat asks again who holds
 
 
 def _still_mine(leases: Place, number: int, me: Holder) -> bool:

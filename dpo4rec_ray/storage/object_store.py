@@ -6,19 +6,87 @@ machine's role; GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME. A re
 
 from __future__ import annotations
 
-from typing import Any
+import errno
+import functools
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-from obstore.exceptions import AlreadyExistsError
-from obstore.fsspec import FsspecStore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.fsspec import BufferedFile, FsspecStore
+
+if TYPE_CHECKING:
+    from obstore._store._retry import RetryConfig
+
+# By time alone: with obstore's own ten retries a store that refuses is given up after five seconds.
+RETRIES: RetryConfig = {
+    "max_retries": 10_000,
+    "retry_timeout": timedelta(minutes=3),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+
+
+def _os_error(error: BaseError) -> OSError:
+    """What those who read and write expect of storage that fails; obstore's own errors are no OSErrors."""
+    return OSError(errno.EIO, str(error).partition("\n\nDebug source")[0])
+
+
+def _translated(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return method(*arguments, **options)
+        except BaseError as error:
+            raise _os_error(error) from error
+
+    return call
+
+
+def _translated_async(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(method)
+    async def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return await method(*arguments, **options)
+        except BaseError as error:
+            raise _os_error(error) from error
+
+    return call
+
+
+class _File(BufferedFile):
+    """An object that is read or written in pieces."""
 
 
 class _Store(FsspecStore):
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **{"retry_config": RETRIES, **options})
+
+    def _open(
+        self,
+        path: str,
+        mode: str = "rb",
+        block_size: Any = None,
+        autocommit: Any = True,
+        cache_options: Any = None,
+        **options: Any,
+    ) -> Any:
         if mode == "rb":
-            self.info(
-                path
-            )  # a missing object is known here; obstore's own file then fails once more when it is collected
-        return super()._open(path, mode, **options)
+            # A missing object is known here; obstore's own file then fails once more when it is collected.
+            self.info(path)
+        return _File(self, path, mode, **options)
+
+    async def _isdir(self, path: str) -> bool:
+        return await self._is(path, "directory")
+
+    async def _isfile(self, path: str) -> bool:
+        return await self._is(path, "file")
+
+    async def _is(self, path: str, kind: str) -> bool:
+        """fsspec's own says no of a store that does not answer."""
+        try:
+            return (await self._info(path))["type"] == kind
+        except FileNotFoundError:
+            return False
 
     async def _pipe_file(self, path: str, value: Any, mode: str = "overwrite", **options: Any) -> Any:
         """As fsspec has it: mode "create" raises FileExistsError where there is an object."""
@@ -29,6 +97,13 @@ class _Store(FsspecStore):
             return await self._construct_store(bucket).put_async(key, value, mode="create")
         except AlreadyExistsError as error:
             raise FileExistsError(path) from error
+
+
+for _name in ("__init__", "read", "readline", "readlines", "write", "flush", "close"):
+    setattr(_File, _name, _translated(getattr(_File, _name)))
+_REQUESTS = ["_rm_file", "_cp_file", "_pipe_file", "_cat_file", "_cat", "_cat_ranges"]
+for _name in [*_REQUESTS, "_put_file", "_get_file", "_info", "_ls"]:
+    setattr(_Store, _name, _translated_async(getattr(_Store, _name)))
 
 
 class S3(_Store):

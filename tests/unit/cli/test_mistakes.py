@@ -101,6 +101,11 @@ RECORDED = {
         ("has no dpo4rec_ray.workers.phases", "every node"),
     ),
     "a node without vLLM": ("ModuleNotFoundError: No module named 'vllm'", ("package vllm", "every node")),
+    "a store that is away": (
+        "obstore.exceptions.GenericError: Generic S3 error: Error performing HEAD http://10.79.0.4:5000/bucket/runs/a/b.json in "
+        "180.3s, after 44 retries, max_retries: 10000, retry_timeout: 180s  - Server returned non-2xx status code: 503",
+        ("store does not answer", "http://10.79.0.4:5000/bucket/runs/a/b.json", "same command"),
+    ),
     "a full disk": (
         "safetensors_rust.SafetensorError: Error while serializing: I/O error: No space left on device (os error 28)",
         ("no space left",),

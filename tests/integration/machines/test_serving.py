@@ -146,9 +146,9 @@ def test_the_store_is_away(configured: Cluster, bodies: list[dict[str, Any]]) ->
         pytest.skip("the fault is the S3 server's")
     deploy(configured)
     with asked(configured, bodies, "store_says_503") as found:
-        configured.mode.write_text("503")
+        configured.store_is("503")
         time.sleep(CUT_S)
-        configured.mode.write_text("")
+        configured.store_is("")
     assert found["client"]["failed"] == found["once"]["failed"] == [], found
     done = configured.head.run(f"dpo4rec serve promote v2 --registry {configured.storage}/registry")
     assert done.returncode == 0, done.stdout + done.stderr
