@@ -83,9 +83,7 @@ class Client:
         method = "POST" if body else "GET"
         data = body and body.model_dump_json(exclude_none=True).encode()
         try:
-            answer = self._session.request(
-                method, url, data=data, timeout=self._timeout, allow_redirects=False
-            )
+            answer = self._request(method, url, data)
             if answer.status_code == 200:
                 return read(answer.content)
         except (requests.RequestException, ValidationError) as error:
@@ -96,6 +94,15 @@ class Client:
             reason = answer.text[:200]
         message = f"{url}: {answer.status_code} {answer.reason}: {reason}"
         raise Unavailable(message) if answer.status_code >= 500 else Refused(answer.status_code, message)
+
+    def _request(self, method: str, url: str, data: bytes | None) -> requests.Response:
+        def send() -> requests.Response:
+            return self._session.request(method, url, data=data, timeout=self._timeout, allow_redirects=False)
+
+        try:
+            return send()
+        except requests.exceptions.ChunkedEncodingError:  # the answer broke off, which no Retry sees
+            return send()
 
 
 def _bearer(token: str) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
