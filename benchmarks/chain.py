@@ -29,7 +29,6 @@ import psutil
 import pyarrow.compute as pc
 from harness import ROOT, Row
 
-from benchmarks.amazon_files import write_amazon_like
 from dpo4rec_ray.config import Config, load_config, read_config
 from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.knowledge.completions import Answer, Completion
@@ -48,7 +47,7 @@ from dpo4rec_ray.texts.text_source import WriterPlacement, catalogue
 LENGTH, SPREAD = 200, 0.2  # tokens of a text: median, and standard deviation of the logarithm
 ON_CPUS = {
     "run.num_rounds": 1,
-    "llm.path": "bundled",
+    "llm.path": ROOT / "dpo4rec_ray/policy/bundled",
     "llm.dtype": "float32",
     "llm.max_model_len": 1024,
     "generate.num_engines": 2,
@@ -58,6 +57,7 @@ ON_CPUS = {
     "encoder.cpus_per_worker": 0.5,
     "encoder.gpus_per_worker": 0,
     "reward.num_scorers": 2,
+    "reward.cpus_per_scorer": 0.5,
     "reward.gpus_per_worker": 0,
     "reward.must_read": "false",  # nothing can be read in random words
     "dpo.num_workers": 2,
@@ -131,7 +131,8 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     for reviews in map(int, options.reviews.split(",")):
         raw = folder / f"raw-{reviews}"
         if not raw.exists():
-            write_amazon_like(raw, like="amazon-books-core", num_reviews=reviews)
+            module = ["-m", "benchmarks.amazon_files", "--like", "amazon-books-core", str(raw)]
+            harness.run(*module, "--reviews", str(reviews))
         keys = ON_CPUS | {
             "data.raw_dir": raw,
             "encoder.path": encoder,
