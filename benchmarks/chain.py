@@ -36,7 +36,7 @@ from dpo4rec_ray.knowledge.encoder import MINILM, resolve_encoder
 from dpo4rec_ray.knowledge.engine_loop import EngineStats
 from dpo4rec_ray.pipeline import STAGES, steps
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.serving.client import Client, Unavailable
+from dpo4rec_ray.serving.client import Client, Refused, Unavailable
 from dpo4rec_ray.serving.haproxy import free_ports
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path
@@ -66,6 +66,7 @@ ON_CPUS = {
     "evaluate.gpus_per_task": 0,
     "evaluate.num_seeds": 1,
     "reranker.epochs": 1,
+    "reranker.knowledge": "input",  # the default's gates shut out what says nothing: all rewards would be the same
 }
 REQUESTS = 2_000
 PEAKS = "peaks.json"
@@ -254,7 +255,7 @@ def served(run_folder: Path, folder: Path) -> list[Row]:
 def _answers(client: Client) -> bool:
     try:
         return bool(client.models())
-    except Unavailable:
+    except (Refused, Unavailable):  # not there yet, or not all of it
         return False
 
 
