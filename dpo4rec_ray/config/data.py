@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from dpo4rec_ray.config.placed import Placed
 from dpo4rec_ray.config.section import Section
 
 _NamedUnit = Literal["s", "ms", "us", "ns", "iso"]
@@ -26,10 +27,10 @@ FEW_BAD_ROWS = 10
 MIN_CANDIDATES, MAX_CANDIDATES = 2, 200
 
 
-class DataSection(Section):
+class DataSection(Placed):
     """Source, splits and candidate lists (docs/method.md, section 1)."""
 
-    placement = frozenset({"partition_mib"})
+    placement = Placed.placement | {"partition_mib"}
     dataset: str = "sample"
     """Name of the data source: sample, movielens, amazon2018, amazon2023, recbole or table."""
     raw_dir: str = ""

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.placed import Placed
 from dpo4rec_ray.core.candidates import split_users
 from dpo4rec_ray.core.joins import JoinSide, check_join
 from dpo4rec_ray.core.keys import Keys, keys_of, seed_of
@@ -29,10 +30,12 @@ class Wanted:
     some_ids: Callable[[], list[str]]
 
 
-def rows_about(kind: str, source: Source, wanted: Wanted | None, report: DataReport) -> pa.Table | None:
+def rows_about(
+    kind: str, source: Source, wanted: Wanted | None, report: DataReport, where: Placed
+) -> pa.Table | None:
     """What the files of "items" or "users" hold, with a column `key`; None where the source has no such files.
 
-    wanted: rows with another key are left out. None: all rows are kept.
+    wanted: rows with another key are left out. None: all rows are kept. where: what the nodes of those who read must have.
 
     Raises:
         UserError: too many rows are damaged, or almost none is wanted.
@@ -41,7 +44,7 @@ def rows_about(kind: str, source: Source, wanted: Wanted | None, report: DataRep
     if not files:
         return None
     schema = ITEMS if kind == "items" else USERS
-    table, counts = read_rows(files, schema, wanted.keys if wanted else None)
+    table, counts = read_rows(files, schema, wanted.keys if wanted else None, where)
     report.add(kind, counts)
     if wanted:
         num_matched = len(np.unique(table["key"].to_numpy()))

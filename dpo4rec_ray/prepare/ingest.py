@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo4rec_ray.config.placed import Placed
 from dpo4rec_ray.core.kcore import contains
 from dpo4rec_ray.core.keys import Keys, keys_of, partition_of
 from dpo4rec_ray.datasets.files import BLOCK_BYTES, Split, plan_splits, read_blocks, read_row_group
@@ -27,6 +28,7 @@ from dpo4rec_ray.datasets.source import MAX_SHOWN, BadLine, DataFile, Parsed
 from dpo4rec_ray.prepare.partition_files import new_arrow
 from dpo4rec_ray.storage.places import Place, remove
 from dpo4rec_ray.store.progress import Progress, say
+from dpo4rec_ray.workers.needs import Needs
 
 # The numbers must differ: operators with equal ones are joined by Ray Data. Together they are one CPU.
 READER_CPUS, PARSER_CPUS = 0.25, 0.75
@@ -62,10 +64,12 @@ def write_partitions(
     num_partitions: int,
     known: dict[str, Keys],
     label: str,
+    where: Placed,
 ) -> FileCounts:
     """Parse event files (or logged lists) into `folder`: one Arrow file per block, one batch per partition of users.
 
     known: the sorted keys of "user" and "item", if the source lists all of them. Rows with other keys are quarantined.
+    where: what the nodes of those who read must have.
     """
     import ray
 
@@ -81,19 +85,19 @@ def write_partitions(
 
     counts = []
     with Progress(label, 0, "rows") as progress:
-        for batch in _stream(files, splits, write):
+        for batch in _stream(files, splits, write, where):
             counts += [json.loads(text) for text in batch["counts"].to_pylist()]
             progress.at(sum(block["rows_read"] for block in counts))
     total = _summed(counts, files)
     if total.spans_lines:
         remove(folder)
         files = _over_lines(files)
-        return write_partitions(files, plan_splits(files), folder, num_partitions, known, label)
+        return write_partitions(files, plan_splits(files), folder, num_partitions, known, label, where)
     return total
 
 
 def read_rows(
-    files: tuple[DataFile, ...], schema: pa.Schema, wanted: Keys | None
+    files: tuple[DataFile, ...], schema: pa.Schema, wanted: Keys | None, where: Placed
 ) -> tuple[pa.Table, FileCounts]:
     """Parse item or user files (ITEMS, USERS) into one table with a column `key`, in file order.
 
@@ -124,12 +128,12 @@ def read_rows(
 
     empty = schema.empty_table().append_column("key", pa.array([], pa.uint64()))
     tables, counts = [empty], []
-    for batch in _stream(files, plan_splits(files), select):
+    for batch in _stream(files, plan_splits(files), select, where):
         counts += [json.loads(text) for text in batch["counts"].to_pylist() if text]
         tables.append(batch.drop_columns("counts").filter(pc.is_valid(batch["raw_id"])))
     total = _summed(counts, files)
     if total.spans_lines:
-        return read_rows(_over_lines(files), schema, wanted)
+        return read_rows(_over_lines(files), schema, wanted, where)
     table = pa.concat_tables(tables, promote_options="default")
     return table.sort_by("order") if table.num_rows else table, total
 
@@ -145,7 +149,7 @@ def _with_counts(table: pa.Table, counts: str) -> pa.Table:
     return pa.concat_tables([table, pa.table({"counts": [counts]})], promote_options="default")
 
 
-def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any) -> Iterator[pa.Table]:
+def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any, where: Placed) -> Iterator[pa.Table]:
     """Read every block of the files and apply `work` to it. The results come in any order."""
     import ray.data
 
@@ -162,8 +166,9 @@ def _stream(files: tuple[DataFile, ...], splits: list[Split], work: Any) -> Iter
     usual = context.target_max_block_size
     context.target_max_block_size = BLOCK_BYTES  # larger blocks would be spilled to disk
     dataset = ray.data.from_arrow([pa.Table.from_pylist([asdict(split)]) for split in splits])
-    dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=READER_CPUS)
-    dataset = dataset.map_batches(work, batch_size=1, batch_format="pyarrow", num_cpus=PARSER_CPUS)
+    reader, parser = (Needs.of(where, cpus).options() for cpus in (READER_CPUS, PARSER_CPUS))
+    dataset = dataset.map_batches(read, batch_size=None, batch_format="pyarrow", **reader)
+    dataset = dataset.map_batches(work, batch_size=1, batch_format="pyarrow", **parser)
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     finally:

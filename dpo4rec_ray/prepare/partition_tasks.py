@@ -9,24 +9,26 @@ from typing import Any
 import numpy as np
 
 from dpo4rec_ray.config.data import DataSection
+from dpo4rec_ray.config.placed import Placed
 from dpo4rec_ray.core.kcore import ItemCounts, merge_counts
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.data_report import DataReport
 from dpo4rec_ray.prepare.partition_events import NUM_BINS, Counted, collect, peel, time_histogram, time_range
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers.stage_workers import task_needs
 
 
 def each(
-    label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]
+    label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], where: Placed
 ) -> Iterator[tuple[int, Any]]:
     """Run a function on Ray with the arguments of each task: (place of the task, result) as they come.
 
-    Ray replaces references among the arguments by their values.
+    Ray replaces references among the arguments by their values. where: what a task's node must have.
     """
     import ray
 
-    remote = ray.remote(function)
+    remote = ray.remote(**task_needs(where).options())(function)
     place_of = {remote.remote(*task): place for place, task in enumerate(tasks)}
     left = list(place_of)
     with Progress(label, len(tasks), "partitions") as progress:
@@ -36,9 +38,11 @@ def each(
             yield place_of.pop(ref), ray.get(ref)
 
 
-def in_order(label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+def in_order(
+    label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], where: Placed
+) -> list[Any]:
     """The results of `each` in the order of the tasks."""
-    return [result for _, result in sorted(each(label, function, tasks), key=lambda found: found[0])]
+    return [result for _, result in sorted(each(label, function, tasks, where), key=lambda found: found[0])]
 
 
 def shared(value: Any) -> Any:
@@ -49,13 +53,13 @@ def shared(value: Any) -> Any:
 
 
 def counted(
-    label: str, function: Callable[..., Counted], tasks: Sequence[tuple[Any, ...]]
+    label: str, function: Callable[..., Counted], tasks: Sequence[tuple[Any, ...]], where: Placed
 ) -> tuple[ItemCounts, list[Counted]]:
     """Run a counting function on every partition: the items of all partitions, and the other counts of each."""
     merged = ItemCounts(np.zeros(0, np.uint64), np.zeros(0, np.int64))
     waiting: list[ItemCounts] = []
     counts: list[Any] = [None] * len(tasks)
-    for place, one in each(label, function, tasks):
+    for place, one in each(label, function, tasks, where):
         waiting.append(one.items)
         counts[place] = replace(one, items=None)
         if sum(len(items.keys) for items in waiting) > max(2**22, len(merged.keys)):
@@ -74,7 +78,7 @@ def k_core(
     rows_kept, num_blocks = report.counts["events"].rows_kept, report.counts["events"].num_blocks
     order = (data.protocol, data.keeps_repeated_events)
     tasks = [(work, p, num_blocks, *order, user_core) for p in range(num_partitions)]
-    items, counts = counted("prepare: sorting", collect, tasks)
+    items, counts = counted("prepare: sorting", collect, tasks, data)
     collected = sum(one.num_collected for one in counts)
     if collected != rows_kept:
         raise RuntimeError(f"{rows_kept} events were read, {collected} arrived in partitions")
@@ -85,7 +89,7 @@ def k_core(
     while len(dead := items.keys[items.counts < data.item_core]):
         dead_ref = shared(dead)
         tasks = [(work, p, dead_ref, user_core) for p in range(num_partitions)]
-        items, counts = counted("prepare: k-core", peel, tasks)
+        items, counts = counted("prepare: k-core", peel, tasks, data)
     report.num_in_core = sum(one.num_events for one in counts)
     if collected and not report.num_in_core:
         raise UserError(
@@ -108,11 +112,11 @@ def cuts_in_time(work: Place, num_partitions: int, data: DataSection) -> tuple[i
         UserError: the events cannot be cut in three.
     """
     tasks = [(work, p) for p in range(num_partitions)]
-    ranges = [found for _, found in each("prepare: time", time_range, tasks) if found[1] >= found[0]]
+    ranges = [found for _, found in each("prepare: time", time_range, tasks, data) if found[1] >= found[0]]
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     width = (high - low) // NUM_BINS + 1
     tasks = [(work, p, low, width) for p in range(num_partitions)]
-    bins = sum(found for _, found in each("prepare: time", time_histogram, tasks))
+    bins = sum(found for _, found in each("prepare: time", time_histogram, tasks, data))
     done = np.cumsum(bins) / np.sum(bins)
     shares = ((1 - data.test_frac) * (1 - data.valid_frac), 1 - data.test_frac)
     valid_s, test_s = (int(low + width * np.searchsorted(done, share)) for share in shares)

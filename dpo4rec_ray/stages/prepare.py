@@ -84,14 +84,14 @@ def _prepare(
     partitions = range(num_partitions)
 
     # The events of a closed source must be of users and items that it describes, so these are read first, all of them.
-    item_rows = rows_about("items", source, None, report) if source.closed else None
-    user_rows = rows_about("users", source, None, report) if source.closed else None
+    item_rows = rows_about("items", source, None, report, data) if source.closed else None
+    user_rows = rows_about("users", source, None, report, data) if source.closed else None
     described = {"item": item_rows, "user": user_rows}
     known = {name: np.unique(rows["key"].to_numpy()) for name, rows in described.items() if rows is not None}
     report.add(
         "events",
         write_partitions(
-            source.events, event_splits, work / "events", num_partitions, known, "prepare: reading"
+            source.events, event_splits, work / "events", num_partitions, known, "prepare: reading", data
         ),
     )
     user_core = 0 if source.lists else max(2, data.user_core)  # a single event gives no list
@@ -100,7 +100,7 @@ def _prepare(
         report.add(
             "lists",
             write_partitions(
-                source.lists, list_splits, work / "lists", num_partitions, {}, "prepare: reading lists"
+                source.lists, list_splits, work / "lists", num_partitions, {}, "prepare: reading lists", data
             ),
         )
         in_events = EventIds(
@@ -109,7 +109,7 @@ def _prepare(
             *(some_ids(work, name) for name in ("user", "item")),
         )
         tasks = [(work, p, report.counts["lists"].num_blocks) for p in partitions]
-        listed, counts = counted("prepare: logged lists", collect_lists, tasks)
+        listed, counts = counted("prepare: logged lists", collect_lists, tasks, data)
         items = merge_counts([items, listed])
     elif len(items.keys) <= data.num_candidates:
         raise UserError(
@@ -120,13 +120,13 @@ def _prepare(
     item_keys, catalogue = items.keys, shared(items.keys)
     if not source.closed:
         asked = Wanted(item_keys, partial(some_ids, work, "item"))
-        item_rows = rows_about("items", source, asked, report)
+        item_rows = rows_about("items", source, asked, report, data)
     if source.lists:
         check_lists(work, in_events, listed.keys, counts, item_rows)
         report.users_in_lists = sum(one.num_users for one in counts)
         report.users_without_events = report.users_in_lists - sum(one.num_known_users for one in counts)
     names = new_names(
-        item_keys, each("prepare: items", item_names, [(work, p, catalogue) for p in partitions])
+        item_keys, each("prepare: items", item_names, [(work, p, catalogue) for p in partitions], data)
     )
     table, report.untitled_items = catalogue_table(item_keys, names, item_rows)
     store.write("items", table)
@@ -134,11 +134,11 @@ def _prepare(
     sizes = first_users(np.array([one.num_users for one in counts]), data.max_users)
     tasks = [(work, p, int(sizes[p])) for p in partitions]
     user_keys: Keys = np.concatenate(
-        in_order("prepare: users", logged_user_keys if source.lists else user_keys_of, tasks)
+        in_order("prepare: users", logged_user_keys if source.lists else user_keys_of, tasks, data)
     )
     if not source.closed:
         asked = Wanted(user_keys, partial(some_ids, work, "user"))
-        user_rows = rows_about("users", source, asked, report)
+        user_rows = rows_about("users", source, asked, report, data)
     store.write("truth", truth_table(source.truth, user_keys))
     logged_splits = {split for one in counts for split in one.splits}
     # A split by time, or by the log, says itself what is tested. Users are then drawn for validation alone.
@@ -148,12 +148,12 @@ def _prepare(
     if source.lists:
         draw_valid = "valid" not in logged_splits
         tasks = [(work, p, blocks[p], catalogue, data, draw_valid, folders) for p in partitions]
-        report.built = in_order("prepare: building lists", build_logged, tasks)
+        report.built = in_order("prepare: building lists", build_logged, tasks, data)
     else:
         cuts_s = cuts_in_time(work, num_partitions, data) if data.protocol == "time" else None
         seed = seed_of(config.run.seed, "lists")
         tasks = [(work, p, blocks[p], catalogue, data, cuts_s, seed, folders) for p in partitions]
-        report.built = in_order("prepare: building lists", build_drawn, tasks)
+        report.built = in_order("prepare: building lists", build_drawn, tasks, data)
     num_truth = len(user_keys) if source.truth is not None else 0
     stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth)
     check_splits(stats["splits"])

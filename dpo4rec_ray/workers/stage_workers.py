@@ -19,6 +19,7 @@ ENCODER_KEYS = _keys("encoder", "num_workers", "cpus_per_worker", "gpus_per_work
 SCORER_KEYS = _keys("reward", "num_scorers", "cpus_per_scorer", "gpus_per_worker")
 REWARD_KEYS = _keys("reward", "num_workers", "gpus_per_worker")
 EVALUATE_KEYS = _keys("evaluate", "gpus_per_task")
+PREPARE_KEYS = "data.label_selector, resources, memory_gib"
 
 
 def engine_needs(config: Config) -> Needs:
@@ -58,6 +59,16 @@ def reward_tasks(config: Config) -> Workers:
     return Workers("tasks of the reward", 1, needs, REWARD_KEYS)
 
 
+def task_needs(where: Placed) -> Needs:
+    """Of one task of `prepare`."""
+    return Needs.of(where, 1)
+
+
+def prepare_tasks(config: Config) -> Workers:
+    """What reads the raw files and makes the lists."""
+    return Workers("tasks of prepare", 1, task_needs(config.data), PREPARE_KEYS)
+
+
 def evaluation_tasks(config: Config) -> Workers:
     """What fits a reranker for the evaluation, or a trial of the search."""
     needs = Needs.of(config.evaluate, 1, config.evaluate.gpus_per_task)
@@ -83,7 +94,7 @@ def reward_trainer(config: Config) -> TrainerSection:
 
 def stage_workers(config: Config) -> dict[str, list[Workers]]:
     """The stages of the recipe that have workers of their own: those which run at the same time. Others need one CPU."""
-    found: dict[str, list[Workers]] = {}
+    found: dict[str, list[Workers]] = {"prepare": [prepare_tasks(config)]}
     dpo: DPOSection = config.dpo
     bootstrap: BootstrapSection = config.bootstrap
     if config.has_policy and config.llm.path == "bootstrap":

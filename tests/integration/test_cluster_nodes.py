@@ -7,12 +7,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.cli.cluster import check_joined, check_stages, report
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.config.placed import Placed
+from dpo4rec_ray.datasets.source import USERS, DataFile, Parsed
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.prepare.ingest import read_rows
+from dpo4rec_ray.prepare.partition_tasks import in_order
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.needs import Groups, Needs
 from dpo4rec_ray.workers.nodes import ask_each_node
@@ -76,6 +80,24 @@ def test_labels_and_accelerators_decide_where_actors_run(cluster: None) -> None:
     pool = Pool(worker(), {}, size=1, num_cpus=0.5, num_gpus=0.5, where=where)
     rows = list(run_shards([(shard, 0, 0) for shard in range(4)], [pool], Progress("test", 4, "users")))
     assert {zone_of(row["node"]) for row in rows} == {"b"}
+
+
+def test_prepare_runs_where_its_section_says(cluster: None, tmp_path: Path) -> None:
+    """Its tasks, and those that read files."""
+    import ray
+
+    def task(number: int) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def parse(block: bytes) -> Parsed:
+        return Parsed(pa.table({"raw_id": [task(0)], "profile": [""]}), 1)
+
+    data = Placed(label_selector={"zone": "b"})
+    found = in_order("test", task, [(number,) for number in range(6)], data)
+    file = tmp_path / "users.csv"
+    file.write_text("a line\n")
+    table, _ = read_rows((DataFile(str(file), parse),), USERS, None, data)
+    assert {zone_of(node) for node in [*found, *table["raw_id"].to_pylist()]} == {"b"}
 
 
 def test_what_no_node_has_is_refused_at_once(cluster: None, tmp_path: Path) -> None:

@@ -53,11 +53,12 @@ def test_pools_and_what_is_checked_are_the_same(tmp_path: Path) -> None:
 
 def test_stages_by_recipe() -> None:
     assert list(stage_workers.stage_workers(load_config("demo"))) == [
-        "encode", "train_reward", "generate", "score", "dpo", "evaluate",
+        "prepare", "encode", "train_reward", "generate", "score", "dpo", "evaluate",
     ]  # fmt: skip
     untrained = load_config("demo", ["llm.source=statistics"])
     assert "dpo" not in stage_workers.stage_workers(untrained)
     assert list(stage_workers.stage_workers(load_config("demo", ["run.num_rounds=0"]))) == [
+        "prepare",
         "encode",
         "evaluate",
     ]
