@@ -89,7 +89,7 @@ def test_no_argument_is_help() -> None:
         (["recipes", "show", "../demo"], "error: no bundled recipe '../demo'; did you mean 'demo'?"),
         (["config", "dta"], "error: dta: a recipe has no section 'dta'; did you mean 'data'?"),
         (["config", "data.usr_core"], "error: data.usr_core: [data] has no key 'usr_core'; did you mean 'user_core'?"),
-        (["config", "data."], "error: data.: [data] has no key ''; known: dataset, "),
+        (["config", "data."], "error: data.: [data] has no key ''; known: accelerator_type, "),
         (["config", "user_kore"], "error: user_kore: a recipe has no section 'user_kore'"),
         (["config", ".seed"], "error: .seed: a recipe has no section ''; known: run, "),
         (["sample", "x", "dpo.lr=1"], "error: 'dpo.lr=1': only sample.key=value and run.seed=N can be set here"),
