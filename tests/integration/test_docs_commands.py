@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"checkout", "cluster", "data", "gpu", "hours", "key", "minutes", "run", "server"}
-OTHER_PROGRAMS = {"cd", "curl", "docker", "export", "kubectl", "pip", "printf", "ray", "serve"}
+OTHER_PROGRAMS = {"cd", "curl", "docker", "export", "kubectl", "pip", "printf", "ray", "serve", "set"}
 BLOCK = re.compile(r"(?:<!-- needs: (.*) -->\n)?```sh\n((?:.*\n)*?)```")
 OVERRIDE = re.compile(r"\w+\.[\w.]+=")
 # `section.key` in prose; `table.csv` is a file.
@@ -84,6 +84,8 @@ def check(command: list[str]) -> None:
         assert (ROOT / arguments[0]).is_file(), arguments[0]
         if arguments[0] == "jobs/run.py":
             check(["dpo4rec", "run", *arguments[1:]])
+    elif program == ".":
+        assert (ROOT / arguments[0].rstrip(";")).is_file(), arguments[0]
     elif program == "dpo4rec":
         options, more = front.module(arguments[0]).parser().parse_known_args(arguments[1:])
         # argparse does not take positional arguments behind an option; the commands themselves do
