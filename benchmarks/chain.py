@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import psutil
 import pyarrow.compute as pc
 from harness import ROOT, Row
+from serve import served as server
 
 from dpo4rec_ray.config import Config, load_config, read_config
 from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
@@ -36,9 +36,11 @@ from dpo4rec_ray.knowledge.encoder import MINILM, resolve_encoder
 from dpo4rec_ray.knowledge.engine_loop import EngineStats
 from dpo4rec_ray.pipeline import STAGES, steps
 from dpo4rec_ray.policy.model import load_tokenizer
-from dpo4rec_ray.serving.client import Client, Refused, Unavailable
-from dpo4rec_ray.serving.haproxy import free_ports
+from dpo4rec_ray.serving.client import Client
+from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.storage.places import size_of
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.memory import tree_mb
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.texts.policy_texts import PolicyTexts
 from dpo4rec_ray.texts.sources import SOURCES
@@ -199,32 +201,21 @@ def served(run_folder: Path, folder: Path) -> list[Row]:
     registry = folder / f"registry-{run_folder.name}"
     shutil.rmtree(registry, ignore_errors=True)
     store = RunDir(run_folder)
-    common = {"users": store.require("users").rows, "rows_in": store.require("users").rows}
+    num_users = store.require("users").rows
     model = min(one.name for one in (run_folder / "eval/rerankers").glob("prm-dpo4rec-round1-*"))
     publish = ["-m", "dpo4rec_ray", "serve", "publish", "--promote", "--registry", str(registry)]
     seconds, peaks, _ = harness.watched([*publish, str(run_folder), "--model", model])
-    size = sum(one.stat().st_size for one in registry.rglob("*") if one.is_file()) / 1e6
-    found: list[Row] = [
-        common | {"stage": "publish", "seconds": seconds, "mb": size, "all_mib": peaks.tree_mib}
-    ]
-    port = free_ports(1)[0]
-    command = ["-m", "dpo4rec_ray", "serve", "run", f"serving.registry={registry}", f"serving.port={port}"]
+    published = {
+        "users": num_users,
+        "stage": "publish",
+        "rows_in": num_users,
+        "seconds": seconds,
+        "mb": size_of(registry) / 1e6,
+        "all_mib": peaks.tree_mib,
+    }
     began = time.monotonic()
-    with open(run_folder / "serve.log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, *command, "serving.num_replicas=2"],
-            cwd=ROOT,
-            env=harness.environment(),
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        client = Client(f"http://127.0.0.1:{port}")
-        while not _answers(client):
-            if server.poll() is not None or time.monotonic() - began > 300:
-                raise SystemExit(f"no server: {run_folder / 'serve.log'}")
-            time.sleep(0.5)
-        started = time.monotonic() - began
+    with server("dpo4rec_ray", Registry(registry), "serving.num_replicas=2") as (url, process):
+        client, started = Client(url), time.monotonic() - began
         users, items = (store.read(kind, columns=["raw_id"])["raw_id"] for kind in ("users", "items"))
         lists = store.read("lists", columns=["user_id", "candidate_item_ids", "split"])
         asked = lists.filter(pc.field("split") == "test").slice(0, REQUESTS).to_pylist()
@@ -236,27 +227,15 @@ def served(run_folder: Path, folder: Path) -> list[Row]:
             times.append(time.monotonic() - at)
             if answer.meta.fallback or answer.meta.knowledge != "stored":
                 raise SystemExit(f"a list of user {row['user_id']} was answered without the user's text")
-        found.append(
-            common
-            | {
-                "stage": f"serve ({started:.0f} s to the first answer, p50 {1e3 * np.median(times):.1f} ms)",
-                "rows_in": len(asked),
-                "rows_out": len(asked),
-                "seconds": sum(times),
-                "all_mib": harness.tree_mb(server.pid),
-            }
-        )
-    finally:
-        server.terminate()
-        server.wait(60)
-    return found
-
-
-def _answers(client: Client) -> bool:
-    try:
-        return bool(client.models())
-    except (Refused, Unavailable):  # not there yet, or not all of it
-        return False
+        answered = {
+            "users": num_users,
+            "stage": f"serve ({started:.0f} s to the first answer, p50 {1e3 * np.median(times):.1f} ms)",
+            "rows_in": len(asked),
+            "rows_out": len(asked),
+            "seconds": sum(times),
+            "all_mib": tree_mb(process.pid),
+        }
+    return [published, answered]
 
 
 class Watch(threading.Thread):
@@ -282,11 +261,8 @@ class Watch(threading.Thread):
         here = psutil.Process()
         for process in (here, *here.children(recursive=True)):
             with contextlib.suppress(psutil.Error, OSError, KeyError):
-                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                status = dict(line.split(":", 1) for line in lines)
-                mib = sum(int(status[name].split()[0]) for name in ("RssAnon", "RssFile")) / 2**10
                 name = "driver" if process.pid == here.pid else _name(process)
-                sizes[f"{name} {process.pid}"] = mib
+                sizes[f"{name} {process.pid}"] = harness.own_mib(process.pid)
         row = self.found.setdefault(stage, {"largest_mib": 0.0, "driver_mib": 0.0, "all_mib": 0.0})
         largest = max(
             (name for name in sizes if not name.startswith("driver ")), key=lambda name: sizes[name]

@@ -53,12 +53,16 @@ class Peaks:
 
     def look(self, pid: int) -> None:
         """Raises psutil.Error or OSError where a process has ended meanwhile."""
-        status = Path(f"/proc/{pid}/status").read_text()
-        sizes = dict(line.split(":", 1) for line in status.splitlines())
-        own_kib = sum(int(sizes[name].split()[0]) for name in ("RssAnon", "RssFile"))
-        self.driver_mib = max(self.driver_mib, round(own_kib / 2**10, 1))
+        self.driver_mib = max(self.driver_mib, round(own_mib(pid), 1))
         self.tree_mib = max(self.tree_mib, round(tree_mb(pid), 1))
         self.store_mib = max(self.store_mib, round(_store_mib(pid), 2))
+
+
+def own_mib(pid: int) -> float:
+    """Memory of one process, without what it maps of Ray's object store. Raises OSError or KeyError where it has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    sizes = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(sizes[name].split()[0]) for name in ("RssAnon", "RssFile")) / 2**10
 
 
 def _store_mib(pid: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,8 @@ import pytest
 import requests
 
 from dpo4rec_ray.serving.haproxy import ON_CLUSTERS
-from dpo4rec_ray.storage.places import place
 from dpo4rec_ray.store.artifacts import RunDir
-from tests.conftest import DEMO, TINY
+from tests.conftest import DEMO, TINY, until
 from tests.machines import RAY_ENV, Machine, machines, missing, start_ray
 from tests.object_store import BUCKET, store_environment
 
@@ -26,6 +25,7 @@ WHY_NOT = missing()
 MARKS = [pytest.mark.ray, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(1800)]
 BIN = Path(sys.executable).parent  # ray's and dpo4rec's commands
 SHARED = Path("/tmp/cluster")  # on the machines, and a link to it here
+CUT_S = 30  # so long a cable is out, or the store away
 S3_PORT, PROXY_PORT = 5001, 5000
 MODE = "/tmp/mode"  # on the machine of the S3 server
 
@@ -75,6 +75,17 @@ class Cluster:
         """What the proxy before the S3 server does from now on: "503", "hang", or "" (tests/flaky_proxy.py)."""
         assert self.store is not None
         self.store.write(MODE, mode.encode())
+
+    def store_is_for_a_while(self, mode: str) -> None:
+        self.store_is(mode)
+        time.sleep(CUT_S)
+        self.store_is("")
+
+    def cut_worker(self) -> None:
+        """The last machine's cable is out for a while."""
+        self.nodes[2].cut()
+        time.sleep(CUT_S)
+        self.nodes[2].heal()
 
     def line(self, name: str, *arguments: str) -> str:
         """The command line of a small demo run."""
@@ -127,19 +138,3 @@ def _made(bucket: str) -> bool:
     with contextlib.suppress(requests.ConnectionError):
         return requests.put(bucket, timeout=5).ok
     return False
-
-
-def put(folder: Path, target: str) -> None:
-    """Copy a folder of this machine to a folder or URI."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            there = place(f"{target}/{file.relative_to(folder)}")
-            there.parent.mkdir(parents=True, exist_ok=True)
-            there.write_bytes(file.read_bytes())
-
-
-def until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s"
-        time.sleep(0.3)

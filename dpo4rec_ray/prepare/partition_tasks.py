@@ -16,7 +16,7 @@ from dpo4rec_ray.prepare.data_report import DataReport
 from dpo4rec_ray.prepare.partition_events import NUM_BINS, Counted, collect, peel, time_histogram, time_range
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.progress import Progress
-from dpo4rec_ray.workers.stage_workers import task_needs
+from dpo4rec_ray.workers.needs import Needs
 
 
 def each(
@@ -28,7 +28,7 @@ def each(
     """
     import ray
 
-    remote = ray.remote(**task_needs(where).options())(function)
+    remote = ray.remote(**Needs.of(where, 1).options())(function)
     place_of = {remote.remote(*task): place for place, task in enumerate(tasks)}
     left = list(place_of)
     with Progress(label, len(tasks), "partitions") as progress:

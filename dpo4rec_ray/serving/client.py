@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -96,9 +97,9 @@ class Client:
         raise Unavailable(message) if answer.status_code >= 500 else Refused(answer.status_code, message)
 
     def _request(self, method: str, url: str, data: bytes | None) -> requests.Response:
-        def send() -> requests.Response:
-            return self._session.request(method, url, data=data, timeout=self._timeout, allow_redirects=False)
-
+        send = partial(
+            self._session.request, method, url, data=data, timeout=self._timeout, allow_redirects=False
+        )
         try:
             return send()
         except requests.exceptions.ChunkedEncodingError:  # the answer broke off, which no Retry sees

@@ -104,9 +104,8 @@ def lease(
     finally:
         stop.set()
         beating.join()
-        with contextlib.suppress(
-            Exception
-        ):  # a lease that stays is taken over, and says less than what ended the block
+        # A lease that stays is taken over, and its error says less than what ended the block.
+        with contextlib.suppress(Exception):
             if _still_mine(leases, number, me):
                 _file(leases, number).unlink(missing_ok=True)
 

@@ -6,9 +6,10 @@ machine's role; GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME. A re
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -26,29 +27,20 @@ RETRIES: RetryConfig = {
 }
 
 
-def _os_error(error: BaseError) -> OSError:
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
     """What those who read and write expect of storage that fails; obstore's own errors are no OSErrors."""
-    return OSError(errno.EIO, str(error).partition("\n\nDebug source")[0])
+    try:
+        yield
+    except BaseError as error:
+        raise OSError(errno.EIO, str(error).partition("\n\nDebug source")[0]) from error
 
 
-def _translated(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(*arguments: Any, **options: Any) -> Any:
-        try:
-            return method(*arguments, **options)
-        except BaseError as error:
-            raise _os_error(error) from error
-
-    return call
-
-
-def _translated_async(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _awaited(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(method)
     async def call(*arguments: Any, **options: Any) -> Any:
-        try:
+        with _as_os_errors():
             return await method(*arguments, **options)
-        except BaseError as error:
-            raise _os_error(error) from error
 
     return call
 
@@ -100,10 +92,10 @@ class _Store(FsspecStore):
 
 
 for _name in ("__init__", "read", "readline", "readlines", "write", "flush", "close"):
-    setattr(_File, _name, _translated(getattr(_File, _name)))
+    setattr(_File, _name, _as_os_errors()(getattr(_File, _name)))
 _REQUESTS = ["_rm_file", "_cp_file", "_pipe_file", "_cat_file", "_cat", "_cat_ranges"]
 for _name in [*_REQUESTS, "_put_file", "_get_file", "_info", "_ls"]:
-    setattr(_Store, _name, _translated_async(getattr(_Store, _name)))
+    setattr(_Store, _name, _awaited(getattr(_Store, _name)))
 
 
 class S3(_Store):

@@ -19,7 +19,7 @@ ENCODER_KEYS = _keys("encoder", "num_workers", "cpus_per_worker", "gpus_per_work
 SCORER_KEYS = _keys("reward", "num_scorers", "cpus_per_scorer", "gpus_per_worker")
 REWARD_KEYS = _keys("reward", "num_workers", "gpus_per_worker")
 EVALUATE_KEYS = _keys("evaluate", "gpus_per_task")
-PREPARE_KEYS = "data.label_selector, resources, memory_gib"
+PREPARE_KEYS = _keys("data", "label_selector", "resources", "memory_gib")
 
 
 def engine_needs(config: Config) -> Needs:
@@ -59,14 +59,9 @@ def reward_tasks(config: Config) -> Workers:
     return Workers("tasks of the reward", 1, needs, REWARD_KEYS)
 
 
-def task_needs(where: Placed) -> Needs:
-    """Of one task of `prepare`."""
-    return Needs.of(where, 1)
-
-
 def prepare_tasks(config: Config) -> Workers:
     """What reads the raw files and makes the lists."""
-    return Workers("tasks of prepare", 1, task_needs(config.data), PREPARE_KEYS)
+    return Workers("tasks of prepare", 1, Needs.of(config.data, 1), PREPARE_KEYS)
 
 
 def evaluation_tasks(config: Config) -> Workers:

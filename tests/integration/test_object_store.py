@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.storage.places import place
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO, ROOT, TINY, Finished, command
+from tests.same_runs import assert_same_figures
 
 SAME = {"users": 0, "items": 0, "lists": 0, "generations": 1}
 
@@ -45,9 +45,7 @@ def test_the_same_rows_and_figures_as_on_a_disk(on_s3: str, tiny_run: Finished) 
     pd.testing.assert_frame_equal(
         there.read("scores", 1).to_pandas(), here.read("scores", 1).to_pandas(), atol=1e-5
     )
-    one, other = (json.loads((store.root / "summary.json").read_text()) for store in (there, here))
-    for row, same in zip(one["systems"], other["systems"], strict=True):
-        assert row == pytest.approx(same, abs=1e-4)
+    assert_same_figures(there, here, within=1e-4)
     assert not list(Path(ROOT).glob("s3:*")), "a folder with the URI's name was made here"
 
 

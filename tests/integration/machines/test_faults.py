@@ -16,15 +16,14 @@ import pytest
 
 from dpo4rec_ray.config import read_config
 from dpo4rec_ray.pipeline import STAGES, steps
-from dpo4rec_ray.storage.places import place, remove
+from dpo4rec_ray.storage.places import copy_folder, place, remove
 from dpo4rec_ray.store.artifacts import RunDir
-from tests.conftest import Finished
-from tests.machine_cluster import MARKS, Cluster, put, until
+from tests.conftest import Finished, until
+from tests.machine_cluster import MARKS, Cluster
 from tests.same_runs import assert_same
 
 pytestmark = MARKS
 LONGEST_S = 900  # from a fault to the end of the job, whatever the end is
-CUT_S = 30  # so long the cable is out, or the store away
 
 
 @dataclass
@@ -67,9 +66,7 @@ def power_off_head(job: Job) -> None:
 
 
 def cut_worker(job: Job) -> None:
-    job.cluster.nodes[2].cut()
-    time.sleep(CUT_S)
-    job.cluster.nodes[2].heal()
+    job.cluster.cut_worker()
 
 
 def fill_worker(job: Job) -> None:
@@ -81,15 +78,11 @@ def slow_worker(job: Job) -> None:
 
 
 def store_says_503(job: Job) -> None:
-    job.cluster.store_is("503")
-    time.sleep(CUT_S)
-    job.cluster.store_is("")
+    job.cluster.store_is_for_a_while("503")
 
 
 def store_hangs(job: Job) -> None:
-    job.cluster.store_is("hang")
-    time.sleep(CUT_S)
-    job.cluster.store_is("")
+    job.cluster.store_is_for_a_while("hang")
 
 
 def kill_driver(job: Job) -> None:
@@ -132,6 +125,7 @@ AT = {
 
 SHARED = pytest.mark.parametrize("cluster", ["shared"], indirect=True)
 ON_S3 = pytest.mark.parametrize("cluster", ["s3"], indirect=True)
+WHERE = [("shared", fault) for fault in OF_MACHINES] + [("s3", fault) for fault in OF_STORE]
 
 
 @SHARED
@@ -170,26 +164,13 @@ def test_a_store_that_is_away_for_a_while(cluster: Cluster, tiny_run: Finished) 
     assert "503 " in asked and "hang " in asked, "nothing was asked of the store while it was away"
 
 
-@SHARED
 @pytest.mark.chaos
 @pytest.mark.parametrize("stage", AT)
-@pytest.mark.parametrize("fault", OF_MACHINES)
-def test_a_fault_of_a_machine(cluster: Cluster, tiny_run: Finished, fault: str, stage: str) -> None:
-    one_fault(cluster, tiny_run, fault, stage)
-
-
-@ON_S3
-@pytest.mark.chaos
-@pytest.mark.parametrize("stage", AT)
-@pytest.mark.parametrize("fault", OF_STORE)
-def test_a_fault_of_the_store(cluster: Cluster, tiny_run: Finished, fault: str, stage: str) -> None:
-    one_fault(cluster, tiny_run, fault, stage)
-
-
-def one_fault(cluster: Cluster, reference: Finished, fault: str, stage: str) -> None:
+@pytest.mark.parametrize(("cluster", "fault"), WHERE, indirect=["cluster"])
+def test_a_fault_costs_no_row(cluster: Cluster, tiny_run: Finished, fault: str, stage: str) -> None:
     """It ends in a finished, equal run, or in one clear line and a run that the same command finishes."""
     name = f"{fault}-{stage.partition('(')[0]}"
-    before(cluster, reference, name, stage)
+    before(cluster, tiny_run, name, stage)
     job = Job.start(cluster, name, submit=fault == "stop_job")
     job.reach(stage, AT[stage])
     FAULTS[fault](job)
@@ -206,7 +187,7 @@ def one_fault(cluster: Cluster, reference: Finished, fault: str, stage: str) -> 
         done = cluster.head.run(cluster.line(name), timeout=1500)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         outcome = f"ended with {code}; the same command: {time.monotonic() - began:.0f} s"
-    assert_same(cluster.run_dir(name), reference)
+    assert_same(cluster.run_dir(name), tiny_run)
     print(f"FAULT {fault} | {stage} | {outcome} | ended {ended:.0f} s after the fault | lost 0 | doubled 0")
     remove(place(f"{cluster.root}/{name}"))
     if outcome == "went on" and fault in ("power_off_worker", "fill_worker", "slow_worker", "cut_worker"):
@@ -220,4 +201,4 @@ def before(cluster: Cluster, reference: Finished, name: str, stage: str) -> None
         if f"{done}({round_id})" == stage:
             return
         for artifact in STAGES[done].writes(round_id):
-            put(Path(str(store.path(*artifact))), str(cluster.run_dir(name).path(*artifact)))
+            copy_folder(store.path(*artifact), cluster.run_dir(name).path(*artifact))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import Finished
-from tests.machine_cluster import MARKS, Cluster, until
+from tests.conftest import Finished, until
+from tests.machine_cluster import MARKS, Cluster
 from tests.same_runs import assert_same
 
 pytestmark = [*MARKS, pytest.mark.chaos]

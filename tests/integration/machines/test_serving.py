@@ -14,14 +14,15 @@ import pytest
 import requests
 
 from dpo4rec_ray.serving.registry import Registry
+from dpo4rec_ray.storage.places import copy_folder, place
 from dpo4rec_ray.store.artifacts import RunDir
-from tests.machine_cluster import MARKS, Cluster, put, until
+from tests.conftest import until
+from tests.machine_cluster import MARKS, Cluster
 from tests.machines import Machine
 from tests.serving_world import requests_of
 
 pytestmark = [*MARKS, pytest.mark.chaos]
 THREADS, NUM_REPLICAS = 8, 3
-CUT_S = 30
 
 
 class Asking:
@@ -57,7 +58,7 @@ def bodies(served_run: RunDir) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def configured(cluster: Cluster, published: Registry) -> Cluster:
     """The published versions where all machines see them, and the server's config."""
-    put(Path(str(published.root)), f"{cluster.storage}/registry")
+    copy_folder(published.root, place(f"{cluster.storage}/registry"))
     keys = f"serving.registry={cluster.storage}/registry serving.host=0.0.0.0 serving.num_replicas={NUM_REPLICAS}"
     made = cluster.head.run(f"dpo4rec serve config {keys}")
     assert made.returncode == 0, made.stderr
@@ -106,9 +107,7 @@ def power_off_worker(cluster: Cluster) -> None:
 
 
 def cut_worker(cluster: Cluster) -> None:
-    cluster.nodes[2].cut()
-    time.sleep(CUT_S)
-    cluster.nodes[2].heal()
+    cluster.cut_worker()
     time.sleep(10)
 
 
@@ -146,9 +145,7 @@ def test_the_store_is_away(configured: Cluster, bodies: list[dict[str, Any]]) ->
         pytest.skip("the fault is the S3 server's")
     deploy(configured)
     with asked(configured, bodies, "store_says_503") as found:
-        configured.store_is("503")
-        time.sleep(CUT_S)
-        configured.store_is("")
+        configured.store_is_for_a_while("503")
     assert found["client"]["failed"] == found["once"]["failed"] == [], found
     done = configured.head.run(f"dpo4rec serve promote v2 --registry {configured.storage}/registry")
     assert done.returncode == 0, done.stdout + done.stderr

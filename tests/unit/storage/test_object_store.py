@@ -18,8 +18,7 @@ from dpo4rec_ray.serving.haproxy import free_ports
 from dpo4rec_ray.storage import object_store
 from dpo4rec_ray.storage.lease import lease
 from dpo4rec_ray.storage.places import Place, create, place, write_text
-from tests.conftest import ROOT
-from tests.machine_cluster import until
+from tests.conftest import ROOT, until
 
 Tell = Callable[[str], object]
 AWAY_S = 8.0  # longer than obstore's own ten retries take
