@@ -19,7 +19,7 @@ from dpo4rec_ray.serving.haproxy import ON_CLUSTERS
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import DEMO, TINY, until
 from tests.machines import RAY_ENV, Machine, machines, missing, start_ray
-from tests.object_store import BUCKET, store_environment
+from tests.object_store import BUCKET, store_at, store_environment
 
 WHY_NOT = missing()
 MARKS = [pytest.mark.ray, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(1800)]
@@ -118,7 +118,7 @@ def started(storage: str, logs: Path) -> Iterator[Cluster]:
         finally:
             SHARED.unlink()
         return
-    with machines(4, env=env) as nodes, pytest.MonkeyPatch.context() as patch:
+    with machines(4, env=env) as nodes:
         store = nodes.pop()
         web = f"http://{store.address}:{PROXY_PORT}"
         store.popen(f"python -m moto.server -H 0.0.0.0 -p {S3_PORT}", logs / "s3.log")
@@ -126,12 +126,11 @@ def started(storage: str, logs: Path) -> Iterator[Cluster]:
         store.popen(proxy, logs / "proxy.log")
         for node in nodes:
             node.env |= store_environment(web)
-        for name, value in store_environment(web).items():
-            patch.setenv(name, value)
         until(lambda: _made(f"{web}/{BUCKET}"), 60)
-        found = Cluster(nodes, f"s3://{BUCKET}", logs, store)
-        found.start()
-        yield found
+        with store_at(web):
+            found = Cluster(nodes, f"s3://{BUCKET}", logs, store)
+            found.start()
+            yield found
 
 
 def _made(bucket: str) -> bool:

@@ -30,6 +30,21 @@ def store_environment(address: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def store_at(address: str) -> Iterator[None]:
+    """This process uses the store at `address`; its file systems are kept by fsspec, which does not look at the address."""
+    from dpo4rec_ray.storage.object_store import S3
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in store_environment(address).items():
+            patch.setenv(name, value)
+        S3.clear_instance_cache()
+        try:
+            yield
+        finally:
+            S3.clear_instance_cache()
+
+
+@contextlib.contextmanager
 def s3_server(host: str = "127.0.0.1", log: Path | None = None) -> Iterator[str]:
     """Address of a server that runs while the block does."""
     with socket.socket() as free:
@@ -57,8 +72,7 @@ def s3_address() -> Iterator[str]:
 
 
 @pytest.fixture
-def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def s3(s3_address: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """URI of a folder of the test's own; the environment names its server."""
-    for name, value in store_environment(s3_address).items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{abs(hash(request.node.nodeid)):x}"
+    with store_at(s3_address):
+        yield f"s3://{BUCKET}/{abs(hash(request.node.nodeid)):x}"

@@ -88,12 +88,11 @@ class Progress:
         or None before it began. The rate is then theirs.
         """
         self._label, self._total, self._unit = label, total, unit
-        self._already = self._done = already
+        self._already = self._done = self._live = already
         self._extra = ""
         self._opened = self._last = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first result came: workers start up before it
         self._display: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        self._already = self._live = already
         self.starting: Callable[[], str] = lambda: ""
         self.live: Callable[[], tuple[float, int] | None] = lambda: None
 

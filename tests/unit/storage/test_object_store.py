@@ -19,26 +19,23 @@ from dpo4rec_ray.storage import object_store
 from dpo4rec_ray.storage.lease import lease
 from dpo4rec_ray.storage.places import Place, create, place, write_text
 from tests.conftest import ROOT, until
+from tests.object_store import store_at
 
 Tell = Callable[[str], object]
 AWAY_S = 8.0  # longer than obstore's own ten retries take
 
 
 @pytest.fixture
-def flaky(
-    s3: str, s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Place, Tell]]:
+def flaky(s3: str, s3_address: str, tmp_path: Path) -> Iterator[tuple[Place, Tell]]:
     """A folder in a bucket, and what tells the proxy to fail."""
     [port], mode = free_ports(1), tmp_path / "mode"
     command = ["tests/flaky_proxy.py", "127.0.0.1", str(port), s3_address, str(mode)]
     proxy = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    object_store.S3.clear_instance_cache()
     try:
         until(lambda: answers(port), 20)
-        yield place(s3), mode.write_text
+        with store_at(f"http://127.0.0.1:{port}"):
+            yield place(s3), mode.write_text
     finally:
-        object_store.S3.clear_instance_cache()
         proxy.kill()
         proxy.wait()
 
