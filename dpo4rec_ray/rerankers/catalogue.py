@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from dpo4rec_ray.errors import UserError
 
-# How many entries of the product of all distinct users with all distinct items cost as much as gathering the two vectors
-# of one place and multiplying them (measured on one CPU thread with vectors of 384 numbers).
-GATHER_COST = 64
+# The product of all users with all items, in the cost of gathering the two vectors of one place and multiplying them
+# (measured on one CPU thread with vectors of 384 numbers): each item is read once, and multiplied with each user.
+READ_COST, MULTIPLY_COST = 1 / 4, 1 / 36
 
 
 def tensor_of(values: np.ndarray | Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def dot_places(users: Tensor, user_rows: Tensor | None, items: Tensor, index: Te
 
     user_rows None: list b has row b (S = B).
     """
-    if user_rows is not None and len(users) * len(items) <= GATHER_COST * index.numel():
+    if user_rows is not None and len(items) * (READ_COST + MULTIPLY_COST * len(users)) <= index.numel():
         table = users @ items.t()
         return table.flatten()[user_rows.unsqueeze(1) * len(items) + index]
     own = users if user_rows is None else users[user_rows]

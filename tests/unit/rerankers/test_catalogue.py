@@ -55,9 +55,9 @@ def test_batch_holds_distinct_items_and_users_once(small):
     assert len(batch.user_vectors) == 1 and batch.user_rows.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("gather_cost", [0, 10**9])
-def test_both_ways_of_the_dot_product_agree(gather_cost, monkeypatch):
-    monkeypatch.setattr(catalogue, "GATHER_COST", gather_cost)
+@pytest.mark.parametrize("read_cost", [0, 10**9])
+def test_both_ways_of_the_dot_product_agree(read_cost, monkeypatch):
+    monkeypatch.setattr(catalogue, "READ_COST", read_cost)
     rng = np.random.default_rng(0)
     users, items = rng.normal(size=(4, 6)), rng.normal(size=(7, 6))
     rows, index = rng.integers(0, 4, 5), rng.integers(0, 7, (5, 3))
