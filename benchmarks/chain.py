@@ -62,9 +62,9 @@ ON_CPUS = {
     "reward.cpus_per_scorer": 0.5,
     "reward.gpus_per_worker": 0,
     "reward.must_read": "false",  # nothing can be read in random words
-    "dpo.num_workers": 2,
-    "dpo.gpus_per_worker": 0,
-    "dpo.epochs": 1,
+    "policy.num_workers": 2,
+    "policy.gpus_per_worker": 0,
+    "policy.epochs": 1,
     "evaluate.gpus_per_task": 0,
     "evaluate.num_seeds": 1,
     "reranker.epochs": 1,

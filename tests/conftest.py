@@ -50,7 +50,7 @@ TINY = [
     "reranker.epochs=2",
     "reward.num_redraws=2",
     "reward.must_read=false",  # so few validation users cannot show that it reads
-    "dpo.epochs=1",
+    "policy.epochs=1",
     "evaluate.num_seeds=2",
     "evaluate.num_resamples=200",
 ]

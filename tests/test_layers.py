@@ -95,7 +95,7 @@ def test_import_rules(module: str) -> None:
         ("dpo4rec_ray.store.reading", "from dpo4rec_ray.stages import prepare"),
         ("dpo4rec_ray.policy.model", "from ..knowledge import prompts"),
         ("dpo4rec_ray.policy.model", "import peft"),
-        ("dpo4rec_ray.stages.dpo", "try:\n    import deepspeed\nexcept ImportError:\n    pass"),
+        ("dpo4rec_ray.stages.train_policy", "try:\n    import deepspeed\nexcept ImportError:\n    pass"),
         ("dpo4rec_ray.knowledge.generator", "class A:\n    from vllm import LLM"),
         ("dpo4rec_ray.pipeline", "from jobs.run import main"),
         ("dpo4rec_ray.config", "import torch"),
@@ -108,7 +108,7 @@ def test_each_rule_can_fail(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dpo4rec_ray.stages.dpo", "import ray\nfrom dpo4rec_ray.policy import model"),
+        ("dpo4rec_ray.stages.train_policy", "import ray\nfrom dpo4rec_ray.policy import model"),
         ("dpo4rec_ray.policy.model", "def f():\n    import peft\nfrom dpo4rec_ray.core import losses"),
         ("dpo4rec_ray.policy.model", "if TYPE_CHECKING:\n    import peft"),
         ("dpo4rec_ray.policy.model", "from . import batch\nfrom .batch import collate"),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dpo4rec_ray.errors import UserError, first_line
 
 DISK_IS_FULL = "no space left on the disk of the run folder; free some or change run.root, then run again"
-_OUT_OF_MEMORY = "lower generate.kv_cache_gib, the number of engines and workers or dpo.batch_size, or take a larger machine"
+_OUT_OF_MEMORY = "lower generate.kv_cache_gib, the number of engines and workers or policy.batch_size, or take a larger machine"
 _GPU_MEMORY = "lower generate.gpu_memory_utilization, or end what else is on the GPU (nvidia-smi)"
 _OTHER_LLM = "set llm.path to another one, or update the environment"
 
@@ -59,7 +59,7 @@ MISTAKES = {
         "the LLM leaves no room for a KV cache; raise generate.gpu_memory_utilization or kv_cache_gib, or take a larger GPU"
     ),
     r"CUDA out of memory|CUDA error: out of memory|torch\.OutOfMemoryError": (
-        f"a GPU is out of memory; {_GPU_MEMORY}; in training lower dpo.batch_size or set dpo.activation_checkpointing"
+        f"a GPU is out of memory; {_GPU_MEMORY}; in training lower policy.batch_size or set policy.activation_checkpointing"
     ),
     r"running low on memory|OutOfMemoryError|MemoryError|can't allocate memory|Cannot allocate memory": (
         f"this machine is out of memory; {_OUT_OF_MEMORY}"

@@ -16,7 +16,7 @@ the file:
 import reads JSON lines or Parquet in these layouts, writes the pairs of round 1 of a new run folder, and runs DPO on
 them; the same command goes on where it stopped. A plain prompt is one user turn. Texts go through the LLM's chat
 template; the token ids of an exported line are used when they belong to its texts under this LLM. Rows that give no
-pair, or one longer than dpo.max_length, are counted by reason and set aside in RUN_FOLDER/pairs-rejected.jsonl, where
+pair, or one longer than policy.max_length, are counted by reason and set aside in RUN_FOLDER/pairs-rejected.jsonl, where
 `jq -r .line` gives them back.
 """
 

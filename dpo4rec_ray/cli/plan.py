@@ -95,7 +95,7 @@ def show(options: argparse.Namespace) -> int:
         * generate.gpus_per_engine
         * generate.tensor_parallel_size
         * generate.pipeline_parallel_size,
-        config.dpo.num_workers * config.dpo.gpus_per_worker,
+        config.policy.num_workers * config.policy.gpus_per_worker,
     )
     machine = Machine(
         options.cpus or os.cpu_count() or 1, max(wanted) if options.gpus is None else options.gpus

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from dpo4rec_ray.config.bundled_recipes import names, recipe_file
 from dpo4rec_ray.config.recipe import Config
 from dpo4rec_ray.config.section import Section, first_mistake, merged
+from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.errors import UserError, first_line, nearest
 from dpo4rec_ray.storage.places import place
 
@@ -21,8 +22,10 @@ Table = dict[str, Any]  # of a TOML file
 # Former keys and values -> what they are called now. A recipe is told the new name; the config.json of an old
 # run folder or published version is read as if it had it.
 RENAMED_KEYS = {
-    ("dpo", "accumulation"): "gradient_accumulation_steps",
-    ("bootstrap", "accumulation"): "gradient_accumulation_steps",
+    **{("dpo", key): ("policy", key) for key in PolicySection.model_fields},
+    ("dpo", "accumulation"): ("policy", "gradient_accumulation_steps"),
+    ("bootstrap", "accumulation"): ("bootstrap", "gradient_accumulation_steps"),
+    ("pair", "max_heldout_users"): ("policy", "max_heldout_users"),
 }
 RENAMED_VALUES = {("llm", "lora_mode", "adapter"): "lora"}
 
@@ -66,9 +69,9 @@ def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{folder}: not a run folder; {why}") from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); run the recipe again") from None
-    for (section, old), new in RENAMED_KEYS.items():
+    for (section, old), (now, new) in RENAMED_KEYS.items():
         if old in raw.get(section, {}):
-            raw[section][new] = raw[section].pop(old)
+            raw.setdefault(now, {})[new] = raw[section].pop(old)
     for (section, key, old), new in RENAMED_VALUES.items():
         if raw.get(section, {}).get(key) == old:
             raw[section][key] = new
@@ -157,7 +160,7 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
         known = list(kind.model_fields)
         for key, value in values.items():
             if renamed := RENAMED_KEYS.get((section, key)):
-                raise UserError(f"{where}: {section}.{key} is called {section}.{renamed} now")
+                raise UserError(f"{where}: {section}.{key} is called {'.'.join(renamed)} now")
             if isinstance(value, str) and (renamed := RENAMED_VALUES.get((section, key, value))):
                 raise UserError(f"{where}: {section}.{key} = {value!r} is called {renamed!r} now")
             if key not in known:

@@ -180,9 +180,6 @@ class PairSection(Section):
     others_hardness: float = Field(default=0.0, ge=0, le=1)
     """How alike the other user is: 0 draws among all users, 0.9 among the tenth whose liked items are most like this user's.
     The 5 % who are most alike are left out."""
-    max_heldout_users: int = Field(default=1000, ge=0)
-    """Most validation users, drawn at random, that get pairs. DPO reads them through the reference and at every evaluation; its
-    accuracy is known to 3 % from 1,000 pairs. 0: all."""
     num_rejected: int = Field(default=1, ge=1)
     """Most rejected texts per chosen one: the worst texts (dpo.loss = "softmax" uses several)."""
     shrinkage: bool = False

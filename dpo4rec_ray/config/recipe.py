@@ -20,7 +20,13 @@ from dpo4rec_ray.config.texts import (
     PromptSection,
     TextsSection,
 )
-from dpo4rec_ray.config.training import BootstrapSection, DPOSection
+from dpo4rec_ray.config.training import (
+    BestOfNSection,
+    BootstrapSection,
+    DPOSection,
+    GRPOSection,
+    PolicySection,
+)
 
 
 class RunSection(Section):
@@ -64,13 +70,16 @@ class Config(Section):
     reranker: RerankerSection = RerankerSection()
     reward: RewardSection = RewardSection()
     pair: PairSection = PairSection()
+    policy: PolicySection = PolicySection()
     dpo: DPOSection = DPOSection()
+    best_of_n: BestOfNSection = BestOfNSection()
+    grpo: GRPOSection = GRPOSection()
     evaluate: EvaluateSection = EvaluateSection()
     serving: ServingSection = ServingSection()
 
     @property
     def has_policy(self) -> bool:
-        """Whether an LLM writes the texts that DPO can train; other sources are only sampled."""
+        """Whether an LLM writes the texts, which can be trained; other sources are only sampled."""
         return self.llm.source == "vllm"
 
     @property
@@ -95,9 +104,9 @@ class Config(Section):
         return self.run.num_rounds > 0 and not {"llm", self.llm.source}.isdisjoint(self.reward.reader)
 
     @property
-    def max_pair_tokens(self) -> int:
-        """Most tokens of prompt and text of a pair that is trained on."""
-        return self.dpo.max_length or self.llm.max_model_len
+    def max_training_tokens(self) -> int:
+        """Most tokens of a prompt and a text that are trained on."""
+        return self.policy.max_length or self.llm.max_model_len
 
     def section_hash(self, *parts: str) -> str:
         """Hash of `section_values`."""

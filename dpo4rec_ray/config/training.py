@@ -1,4 +1,4 @@
-"""Training of the LLM: DPO, and the small LLM from scratch. One trainer runs both."""
+"""Training of the LLM: of the policy by one of three objectives, and of the small LLM from scratch. One trainer runs all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dpo4rec_ray.config.placed import GPUs, Placed
+from dpo4rec_ray.config.section import Section
 
 
 class TrainerSection(Placed):
@@ -74,19 +75,12 @@ class TrainerSection(Placed):
         return self
 
 
-class DPOSection(TrainerSection):
-    """Direct preference optimisation (docs/method.md, section 5)."""
+class PolicySection(TrainerSection):
+    """Training of the LLM on what the recommender thinks of its texts (docs/method.md, section 5)."""
 
     placement = TrainerSection.placement | {"min_workers", "max_kl_per_token"}
-    beta: float = Field(default=0.01, gt=0)
-    """Beta of the DPO loss."""
-    loss: str = "sigmoid"
-    """Preference loss: sigmoid, robust, ipo (sums over tokens), ipo_norm and sigmoid_norm (means), hinge, or softmax, which takes
-    several rejected texts."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Label smoothing of sigmoid (then cDPO), sigmoid_norm and robust."""
-    nll_weight: float = Field(default=0.0, ge=0)
-    """Weight of the chosen texts' negative log-likelihood per token, added to the loss."""
+    objective: str = "dpo"
+    """What is learned from scored texts: dpo (preference pairs), best_of_n (each user's best texts) or grpo (all texts)."""
     reference: Literal["cached", "lora_off"] = "cached"
     """Where the reference's log-probabilities come from. "cached": computed once, stored beside the pairs. "lora_off": from the
     model in training with its LoRA off, at every step."""
@@ -117,8 +111,11 @@ class DPOSection(TrainerSection):
     """Pairs of similar length meet in a step."""
     chunk_tokens: int = Field(default=512, ge=0)
     """Tokens whose logits are held at the same time. 0: all of a micro-batch."""
+    max_heldout_users: int = Field(default=1000, ge=0)
+    """Most validation users, drawn at random, whose texts the training is evaluated on; they go through the reference too. The
+    accuracy of 1,000 pairs is known to 3 %. 0: all."""
     eval_every: int = Field(default=0, ge=0)
-    """Steps between evaluations on the held-out pairs; the policy of the lowest loss is kept. 0: at the end of every epoch."""
+    """Steps between evaluations on the held-out users; the policy of the lowest loss is kept. 0: at the end of every epoch."""
     patience: int = Field(default=1, ge=0)
     """Evaluations without a lower held-out loss before training stops. 0: never. Without held-out pairs it never stops."""
     max_kl_per_token: float = Field(default=0.5, gt=0)
@@ -127,7 +124,7 @@ class DPOSection(TrainerSection):
     """Least number of workers to go on with when a node is lost. 0: num_workers."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> DPOSection:
+    def _consistent(self) -> PolicySection:
         if self.lora_init not in ("default", "gaussian"):
             raise ValueError(
                 f"lora_init = {self.lora_init!r} changes the base weights, so that the saved LoRA alone would not be the "
@@ -146,6 +143,47 @@ class DPOSection(TrainerSection):
                 "min_workers below num_workers needs zero_stage = 0: checkpoints of the others belong to one number of workers"
             )
         return self
+
+
+class DPOSection(Section):
+    """Direct preference optimisation: policy.objective = "dpo" (docs/method.md, section 5)."""
+
+    beta: float = Field(default=0.01, gt=0)
+    """Beta of the DPO loss."""
+    loss: str = "sigmoid"
+    """Preference loss: sigmoid, robust, ipo (sums over tokens), ipo_norm and sigmoid_norm (means), hinge, or softmax, which takes
+    several rejected texts."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Label smoothing of sigmoid (then cDPO), sigmoid_norm and robust."""
+    nll_weight: float = Field(default=0.0, ge=0)
+    """Weight of the chosen texts' negative log-likelihood per token, added to the loss."""
+
+
+class BestOfNSection(Section):
+    """Supervised training on each user's best texts: policy.objective = "best_of_n" (RAFT, arXiv 2304.06767)."""
+
+    top: int = Field(default=1, ge=1)
+    """Most texts per user; never more than half of the distinct ones."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """Least distance of a text's reward from the mean of the user's texts."""
+    reward_temperature: float = Field(default=0.0, ge=0)
+    """A user's texts are weighted by softmax(reward / reward_temperature). 0: all the same."""
+
+
+class GRPOSection(Section):
+    """Group relative policy optimisation: policy.objective = "grpo" (arXiv 2402.03300)."""
+
+    scale: Literal["std", "none"] = "std"
+    """Advantages are a user's rewards minus their mean. "std": by their standard deviation. "none": as they are (Dr. GRPO)."""
+    clip_low: float = Field(default=0.2, gt=0, le=1)
+    """A token's ratio to the sampling policy is clipped at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """A token's ratio is clipped at 1 + clip_high. Above clip_low: rare tokens may grow faster (DAPO)."""
+    kl_weight: float = Field(default=0.04, ge=0)
+    """Weight of the KL divergence to the reference per token (k3 estimate). 0: none."""
+    token_weights: str = "sequence"
+    """"sequence": mean over each text's tokens, then over texts. "token": mean over all tokens of a user's texts. "constant": sum
+    over tokens by generate.max_new_tokens (Dr. GRPO), which favours no length."""
 
 
 class BootstrapSection(TrainerSection):

@@ -46,20 +46,15 @@ def clipped_surrogate(
     return -torch.minimum(plain, clipped), clipped < plain
 
 
-def k3(log_ratio_to_reference: Tensor) -> Tensor:
-    """Schulman's estimate of KL(pi || reference) per token, exp(-d) + d - 1, from tokens that pi draws; never negative.
+def divergence(log_ratio: Tensor) -> Tensor:
+    """An estimate of KL(pi || pi_old) per token, from tokens that pi_old drew; never negative.
 
-    log_ratio_to_reference: [M] d = log pi(token) - log pi_ref(token).
+    Schulman's k3, 1 / r + log r - 1, times the ratio r = pi / pi_old: without r it would be right for tokens that pi draws, and
+    its gradient that of another divergence (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl).
+
+    log_ratio: [M] log pi(token) - log pi_old(token).
     """
-    return torch.expm1(-log_ratio_to_reference) + log_ratio_to_reference
-
-
-def truncated_importance(old_logps: Tensor, engine_logps: Tensor, most: float) -> Tensor:
-    """min(pi_old / pi_engine, most) per token, a constant: the engine drew the tokens, and its kernels round otherwise.
-
-    Truncated importance sampling (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025).
-    """
-    return (old_logps - engine_logps).exp().clamp(max=most).detach()
+    return log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
 
 
 @dataclass(frozen=True)

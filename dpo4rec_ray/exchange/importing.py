@@ -43,7 +43,7 @@ def import_pairs(config: Config, store: RunDir, files: list[Path], form: str, he
     Raises:
         UserError: a file cannot be read, or no row gives a pair to train on.
     """
-    max_length = config.max_pair_tokens
+    max_length = config.max_training_tokens
     llm = PolicyTexts.identity(config, store)
     identities = [file_identity(absolute(str(file))) for file in files]
     fingerprint = fingerprint_of(

@@ -23,7 +23,7 @@ OWN_ARGUMENTS = {
     "max_num_seqs": "generate.max_num_seqs",
     "gpu_memory_utilization": "generate.gpu_memory_utilization",
     "enable_lora": "llm.lora_mode",
-    "max_lora_rank": "dpo.lora_rank",
+    "max_lora_rank": "policy.lora_rank",
     "disable_log_stats": "nothing: the run's figures need it",
     "trust_remote_code": "nothing: it is off",
 }

@@ -169,7 +169,7 @@ def _reckoned(config: Config, users: int, items: int, interactions: int, lists: 
         knowledge_cut(round(interactions / users), data.max_history)
     )
     most = config.llm.max_model_len - config.generate.max_new_tokens
-    heldout = min(valid, config.pair.max_heldout_users or valid)
+    heldout = min(valid, config.policy.max_heldout_users or valid)
     return Sizes(
         users=users, items=items, interactions=interactions, lists=lists, train=train, valid=valid, test=test,
         prompt_tokens=min(prompt, most), text_tokens=config.generate.max_new_tokens,

@@ -110,9 +110,36 @@ def pair(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
     )
 
 
+def best_of_n(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
+    """The best texts of training users, and an evaluation on held-out users' per epoch."""
+    section, heldout = config.policy, _heldout_users(config, sizes)
+    rows = section.epochs * (sizes.train * config.generate.user_frac + heldout * FORWARD)
+    tokens = sizes.prompt_tokens + config.best_of_n.top * sizes.text_tokens
+    return Work(rows * tokens, "tokens", section.num_workers, section.num_workers * section.gpus_per_worker)
+
+
+def grpo(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
+    """All texts of training users, the reference's pass over them, and an evaluation on held-out users' per epoch."""
+    section, heldout = config.policy, _heldout_users(config, sizes)
+    users = sizes.train * config.generate.user_frac
+    reference = (users + heldout) * FORWARD * (section.epochs if section.reference == "lora_off" else 1)
+    rows = section.epochs * (users + heldout * FORWARD) + reference
+    tokens = sizes.prompt_tokens + config.generate.num_samples * sizes.text_tokens
+    return Work(rows * tokens, "tokens", section.num_workers, section.num_workers * section.gpus_per_worker)
+
+
+def _heldout_users(config: Config, sizes: Sizes) -> float:
+    most = config.policy.max_heldout_users
+    return (
+        min(sizes.valid * config.generate.user_frac, most)
+        if most
+        else sizes.valid * config.generate.user_frac
+    )
+
+
 def dpo(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
     """Training, the reference's pass over all pairs, and an evaluation on the held-out ones per epoch."""
-    section = config.dpo
+    section = config.policy
     tokens = sizes.prompt_tokens * (1 if section.prefix_sharing else 2) + 2 * sizes.text_tokens
     evaluations = section.epochs * sizes.heldout_pairs * FORWARD
     reference = (sizes.pairs + sizes.heldout_pairs) * FORWARD
@@ -168,6 +195,8 @@ WORK: dict[str, Callable[[Config, Sizes, Machine, int], Work]] = {
     "score": score,
     "pair": pair,
     "dpo": dpo,
+    "best_of_n": best_of_n,
+    "grpo": grpo,
     "validate": validate,
     "evaluate": evaluate,
 }

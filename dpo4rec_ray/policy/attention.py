@@ -17,7 +17,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.groups import GroupLayout, GroupSpan
 
 NAME = "dpo4rec_groups"
-WITHOUT_GROUPS = "set dpo.prefix_sharing = false and dpo.packing = false"
+WITHOUT_GROUPS = "set policy.prefix_sharing = false and policy.packing = false"
 
 
 def grouped_attention(

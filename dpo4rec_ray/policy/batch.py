@@ -40,6 +40,11 @@ class TokenBatch(OnDevice):
         return self.completion_mask.sum(-1)
 
     @property
+    def sequence_ids(self) -> torch.Tensor:
+        """[M] long, number of the completion of each completion token."""
+        return self.completion_mask.nonzero()[:, 0]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the model computes, padding excluded."""
         return int(self.attention_mask.sum())

@@ -1,4 +1,4 @@
-"""log pi(completion | prompt), the only thing that DPO asks of a model, and three ways to compute it with less work.
+"""log pi(completion | prompt), the only thing that training asks of a model, and three ways to compute it with less work.
 
 Plain: padded rows and the model's own attention and head. Otherwise groups of policy.groups: shared prompts, packed rows,
 and a head that is applied to the hidden states which predict completion tokens, a chunk of tokens at a time, so that no
@@ -7,13 +7,14 @@ tensor of tokens x vocabulary is ever held.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpo4rec_ray.core.losses import sequence_logps
+from dpo4rec_ray.core.losses import sequence_logps, token_logps
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.attention import NAME, WITHOUT_GROUPS, use_grouped_attention
 from dpo4rec_ray.policy.batch import TokenBatch, collate, completion_logits
@@ -21,21 +22,31 @@ from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
 
 
 class CompletionLogps(torch.nn.Module):
-    """batch -> sums of log-probabilities over each completion, EOS included: [S], float64."""
+    """batch -> log-probabilities of its S completions, EOS included: sums [S] float64, or one per token [M] float32."""
 
-    def __init__(self, model: Any, *, grouped: bool = False, chunk_tokens: int = 0):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        grouped: bool = False,
+        chunk_tokens: int = 0,
+        per_token: bool = False,
+        temperature: float = 1.0,
+    ):
         """
         Args:
             model: a transformers causal LM, or one with peft's LoRA in it.
             grouped: batches are GroupBatch, else TokenBatch.
             chunk_tokens: completion tokens per application of the head; 0: all at once (grouped only).
+            per_token: not summed up, in the order of the completions (`sequence_ids` of the batch).
+            temperature: of the distribution: logits are divided by it.
 
         Raises:
             UserError: grouped, and the model runs only with its own attention.
         """
         super().__init__()
         self.model = model
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens, self._per_token, self._temperature = chunk_tokens, per_token, temperature
         inner = bare(model)
         if grouped:
             use_grouped_attention(inner)
@@ -45,7 +56,12 @@ class CompletionLogps(torch.nn.Module):
 
     def forward(self, batch: TokenBatch | GroupBatch) -> torch.Tensor:
         if isinstance(batch, TokenBatch):
-            return sequence_logps(*completion_logits(self.model, batch))
+            logits, token_ids, mask = completion_logits(self.model, batch)
+            if self._temperature != 1:
+                logits = logits / self._temperature
+            if self._per_token:
+                return token_logps(logits, token_ids, mask)[mask[:, 1:]]
+            return sequence_logps(logits, token_ids, mask)
         hidden = (
             bare(self.model)
             .get_decoder()(
@@ -57,9 +73,11 @@ class CompletionLogps(torch.nn.Module):
             .last_hidden_state
         )
         predicting = hidden.flatten(0, 1)[batch.predictors]  # [M, H]
-        token_logps = self._head(predicting, batch.targets)
-        sums = token_logps.new_zeros(len(batch.lengths), dtype=torch.float64)
-        return sums.index_add(0, batch.sequence_ids, token_logps.double())
+        logps = self._head(predicting, batch.targets)
+        if self._per_token:
+            return logps
+        sums = logps.new_zeros(len(batch.lengths), dtype=torch.float64)
+        return sums.index_add(0, batch.sequence_ids, logps.double())
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """[M, H], [M] -> log p of the targets [M], float32.
@@ -69,29 +87,47 @@ class CompletionLogps(torch.nn.Module):
         """
         inner = bare(self.model)
         head = inner.get_output_embeddings()
-        cap = _softcap(inner, "final")
+        curve = Curve(_softcap(inner, "final"), self._temperature)
         if type(head) is not torch.nn.Linear:  # LoRA on the head, or the model's own class
-            return _logps(head(hidden), targets, cap)
+            return _logps(head(hidden), targets, curve)
         own = head.forward
         # called as a module: its hooks gather a partitioned weight, in the backward pass too
-        head.forward = lambda states: _linear_logps(head, states, targets, cap, self._chunk_tokens)
+        head.forward = lambda states: _linear_logps(head, states, targets, curve, self._chunk_tokens)
         try:
             return head(hidden)
         finally:
             head.forward = own
 
 
+@dataclass(frozen=True)
+class Curve:
+    """What becomes of a logit between head and softmax: cap * tanh(logit / cap) where there is a cap, by the temperature."""
+
+    cap: float | None
+    temperature: float = 1.0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.cap:
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def slope(self, curved: torch.Tensor) -> torch.Tensor | float:
+        """Derivative by the head's logit, from the value after the curve."""
+        straight = 1 / self.temperature
+        return straight * (1 - (curved * self.temperature / self.cap) ** 2) if self.cap else straight
+
+
 def _linear_logps(
-    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, cap: float | None, chunk_tokens: int
+    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, curve: Curve, chunk_tokens: int
 ) -> torch.Tensor:
     """As `CompletionLogps._head`, a chunk of tokens at a time."""
     size = chunk_tokens or len(targets)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
     if not head.weight.requires_grad and head.bias is None:
-        return torch.cat([FrozenHead.apply(states, head.weight, ids, cap) for states, ids in chunks])
+        return torch.cat([FrozenHead.apply(states, head.weight, ids, curve) for states, ids in chunks])
 
     def logps(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return _logps(F.linear(states, head.weight, head.bias), ids, cap)
+        return _logps(F.linear(states, head.weight, head.bias), ids, curve)
 
     if chunk_tokens and torch.is_grad_enabled():
         return torch.cat([checkpoint(logps, states, ids, use_reentrant=False) for states, ids in chunks])
@@ -107,18 +143,16 @@ class FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, curve: Curve
     ) -> torch.Tensor:
-        logits = (hidden @ weight.t()).float()
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
+        logits = curve((hidden @ weight.t()).float())
         at_target = logits.gather(1, targets[:, None])
         log_total = logits.logsumexp(dim=1, keepdim=True)
         if ctx.needs_input_grad[0]:
-            slope = 1 - (logits / cap) ** 2 if cap else None
+            slope = curve.slope(logits)
             shares = logits.sub_(log_total).exp_()
-            if slope is None:
-                gradient = weight[targets] - shares.to(weight.dtype) @ weight
+            if isinstance(slope, float):  # the same everywhere: no copy of the logits
+                gradient = slope * (weight[targets] - shares.to(weight.dtype) @ weight)
             else:
                 at = slope.gather(1, targets[:, None]).to(weight.dtype)
                 gradient = at * weight[targets] - (shares * slope).to(weight.dtype) @ weight
@@ -131,11 +165,8 @@ class FrozenHead(torch.autograd.Function):
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None
 
 
-def _logps(logits: torch.Tensor, targets: torch.Tensor, cap: float | None) -> torch.Tensor:
-    logits = logits.float()
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return -F.cross_entropy(logits, targets, reduction="none")
+def _logps(logits: torch.Tensor, targets: torch.Tensor, curve: Curve) -> torch.Tensor:
+    return -F.cross_entropy(curve(logits.float()), targets, reduction="none")
 
 
 def _softcap(model: Any, of: str) -> float | None:

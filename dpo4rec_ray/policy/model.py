@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.models.gguf_folder import model_folder
 from dpo4rec_ray.storage.local_copies import local_copy
@@ -154,7 +154,7 @@ def check_bitsandbytes() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            'dpo.quantize = "4bit" needs the package bitsandbytes; install it, or set dpo.quantize = "none"'
+            'policy.quantize = "4bit" needs the package bitsandbytes; install it, or set policy.quantize = "none"'
         )
 
 
@@ -171,8 +171,8 @@ def _four_bits(dtype: str) -> Any:
     )
 
 
-def add_lora(model: PreTrainedModel, section: DPOSection) -> Any:
-    """Put a new LoRA on `dpo.lora_targets` ("all-linear": every linear layer but the output head); only its weights train.
+def add_lora(model: PreTrainedModel, section: PolicySection) -> Any:
+    """Put a new LoRA on `policy.lora_targets` ("all-linear": every linear layer but the output head); only its weights train.
 
     The model's output does not change until the first step.
 
@@ -193,7 +193,7 @@ def add_lora(model: PreTrainedModel, section: DPOSection) -> Any:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"dpo.lora_targets = {names}: {first_line(error)[:200]}") from None
+        raise UserError(f"policy.lora_targets = {names}: {first_line(error)[:200]}") from None
 
 
 def load_lora(model: PreTrainedModel, lora: str) -> Any:

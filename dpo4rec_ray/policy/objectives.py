@@ -1,4 +1,4 @@
-"""What a training step minimises: DPO on preference pairs, or the likelihood of texts.
+"""What a training step minimises: DPO on preference pairs, GRPO on groups of scored texts, or the likelihood of texts.
 
 An objective turns rows into a batch and a batch into a sum over its rows, never a mean: the trainer divides by the rows of
 the whole step, so that rows may be distributed over micro-batches and workers in any way.
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import DPOSection, GRPOSection
+from dpo4rec_ray.core.policy_gradient import TOKEN_WEIGHTS, Shape, clipped_surrogate, divergence, sums_per_group
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, Ratios, chosen_nll
 from dpo4rec_ray.policy.batch import OnDevice, TokenBatch, collate
 from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
@@ -49,22 +50,38 @@ class Batch(OnDevice):
 
     tokens: TokenBatch | GroupBatch
     counts: list[int]  # completions per row
-    reference: torch.Tensor | None = None  # [S] log-probabilities, where they are stored
+    reference: torch.Tensor | None = None  # log-probabilities [S], or [M] of tokens, where they are stored
+    weights: torch.Tensor | None = (
+        None  # [S] of the completions: their advantages, or their shares in the loss
+    )
 
 
 class SupervisedObjective:
-    """Negative log-likelihood of the completions, the mean over a row's tokens. Rows: prompt_token_ids, completion_token_ids."""
+    """Negative log-likelihood of the completions, the mean over each one's tokens.
+
+    Rows: prompt_token_ids, and completion_token_ids, or several `completions` with their `weights`, which add up to 1.
+    """
+
+    per_token = False
 
     def __init__(self, layout: BatchLayout):
         self._layout = layout
 
     def collate(self, rows: list[TrainingRow]) -> Batch:
-        groups = [Group(row["prompt_token_ids"], [row["completion_token_ids"]]) for row in rows]
-        return Batch(self._layout.collate(groups), [1] * len(rows))
+        groups = [
+            Group(row["prompt_token_ids"], row.get("completions") or [row["completion_token_ids"]])
+            for row in rows
+        ]
+        counts = [len(group.completions) for group in groups]
+        weights = [weight for row in rows for weight in row.get("weights", (1.0,))]
+        return Batch(self._layout.collate(groups), counts, weights=torch.tensor(weights, dtype=torch.float64))
 
     def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Metrics]:
+        assert batch.weights is not None
         losses = -model(batch.tokens) / batch.tokens.lengths
-        return losses.sum(), {"loss": losses.sum().item()}
+        loss = (losses * batch.weights).sum()
+        tokens = (batch.tokens.lengths * batch.weights).sum()
+        return loss, {"loss": loss.item(), "length": tokens.item()}
 
 
 class DPOObjective:
@@ -73,6 +90,8 @@ class DPOObjective:
     Rows: prompt_token_ids, chosen_token_ids, rejected_token_ids, and chosen_logp, rejected_logp where the reference's
     log-probabilities are stored. Where they are not, the model with its LoRA off is the reference.
     """
+
+    per_token = False
 
     def __init__(self, layout: BatchLayout, section: DPOSection):
         self._layout, self._section = layout, section
@@ -87,10 +106,7 @@ class DPOObjective:
 
     def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         policy = model(batch.tokens)
-        reference = batch.reference
-        if reference is None:
-            with torch.no_grad(), _peft(model).disable_adapter():
-                reference = model(batch.tokens)
+        reference = _reference(model, batch)
         ratios = ratios_of(policy - reference, batch.tokens.lengths, batch.counts)
         section = self._section
         losses = PREFERENCE_LOSSES[section.loss](ratios, section.beta, section.label_smoothing)
@@ -139,7 +155,85 @@ class DPOObjective:
         return dict(zip(names, values.tolist(), strict=True))
 
 
-Objective = SupervisedObjective | DPOObjective
+class GRPOObjective:
+    """The clipped surrogate with a KL penalty, a row is a user's group of texts (core.policy_gradient).
+
+    Rows: prompt_token_ids, completions, advantages, and `logps`, the log-probabilities of the completions' tokens under the
+    policy that training starts from, where they are stored. It has drawn the texts, and it is the reference: of a round that
+    starts from the policy before. Where they are not stored, the model with its LoRA off is that policy.
+    """
+
+    per_token = True
+
+    def __init__(self, layout: BatchLayout, section: GRPOSection, max_text_tokens: int):
+        """max_text_tokens: most tokens of a text that is sampled, the divisor of token_weights "constant"."""
+        self._layout, self._section, self._longest = layout, section, max_text_tokens
+
+    def collate(self, rows: list[TrainingRow]) -> Batch:
+        groups = [Group(row["prompt_token_ids"], row["completions"]) for row in rows]
+        stored = None
+        if "logps" in rows[0]:
+            stored = torch.tensor([logp for row in rows for one in row["logps"] for logp in one])
+        return Batch(
+            self._layout.collate(groups),
+            [len(group.completions) for group in groups],
+            stored,
+            torch.tensor([one for row in rows for one in row["advantages"]], dtype=torch.float64),
+        )
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Metrics]:
+        assert batch.weights is not None
+        policy = model(batch.tokens)
+        device = policy.device
+        counts = torch.tensor(batch.counts, device=device)
+        texts = batch.tokens.sequence_ids
+        groups = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+        shape = Shape(texts, groups, batch.tokens.lengths)
+        section = self._section
+        log_ratio = policy - _reference(model, batch)
+        gains, clipped = clipped_surrogate(
+            log_ratio, batch.weights[texts].to(log_ratio.dtype), section.clip_low, section.clip_high
+        )
+        kl = divergence(log_ratio)
+        weights = TOKEN_WEIGHTS[section.token_weights](shape, self._longest)
+        loss = sums_per_group(gains + section.kl_weight * kl, weights, shape).sum()
+        with torch.no_grad():
+            mean = TOKEN_WEIGHTS["token"](shape, self._longest)
+            # The advantage of the policy's texts by importance sampling, of whole texts, normalised within the group.
+            of_text = torch.zeros(len(texts.unique()), dtype=torch.float64, device=device)
+            of_text.index_add_(0, texts, log_ratio.double())
+            shares = _softmax_per_group(of_text, groups, len(counts))
+            sums = {
+                "loss": loss,
+                "gain": (shares * batch.weights).sum(),
+                "ratio": (log_ratio.exp().double() * mean).sum(),
+                "clip_share": (clipped.double() * mean).sum(),
+                "kl_per_token": (kl.double() * mean).sum(),
+                # Minus the mean log-probability of the texts' tokens: the entropy while these are the policy's own
+                "surprise": (-policy.double() * mean).sum(),
+                "length": (batch.tokens.lengths.double() / counts[groups]).sum(),
+            }
+            values = torch.stack([value.detach().double() for value in sums.values()]).tolist()
+        return loss, dict(zip(sums, values, strict=True))
+
+
+Objective = SupervisedObjective | DPOObjective | GRPOObjective
+
+
+def _softmax_per_group(values: torch.Tensor, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """[S] values -> [S], adding up to 1 in each group."""
+    most = torch.full((num_groups,), -torch.inf, dtype=values.dtype, device=values.device)
+    most = most.scatter_reduce(0, groups, values, "amax")
+    shares = (values - most[groups]).exp()
+    return shares / torch.zeros_like(most).index_add(0, groups, shares)[groups]
+
+
+def _reference(model: Any, batch: Batch) -> torch.Tensor:
+    """The stored log-probabilities of the reference, or those of the model with its LoRA off."""
+    if batch.reference is not None:
+        return batch.reference
+    with torch.no_grad(), _peft(model).disable_adapter():
+        return model(batch.tokens)
 
 
 def pair_group(row: TrainingRow) -> Group:

@@ -256,7 +256,7 @@ def check_tracker(tracker: str) -> None:
     module = MODULES[tracker]
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"dpo.trackers: {tracker} needs the package {module}, which is not installed; "
+            f"policy.trackers: {tracker} needs the package {module}, which is not installed; "
             f'pip install {module}, or pip install "dpo4rec-ray[tracking]" for all trackers'
         )
 

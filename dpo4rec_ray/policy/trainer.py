@@ -28,7 +28,7 @@ LOWER_LR = 'lower lr, or set llm.dtype = "float32"'
 class Trainer:
     """One worker's part in a training.
 
-    >>> trainer = Trainer(model, rows, objective, config.dpo, dtype="bfloat16", seed=0)
+    >>> trainer = Trainer(model, rows, objective, config.policy, dtype="bfloat16", seed=0)
     >>> trainer.load(folder)            # to continue
     >>> trainer.run(on_step)
     """
@@ -142,9 +142,9 @@ class Trainer:
                 expected, tolerance = expect_first_loss
                 if abs(mean["loss"] - expected) > tolerance:
                     raise UserError(
-                        f"the first DPO loss is {mean['loss']:.6f}, not ln 2 = {expected:.6f}: policy and reference differ "
-                        "before training; a wrong base folder, stale reference log-probabilities or a LoRA that does not "
-                        "start at zero would do that"
+                        f"the first loss is {mean['loss']:.6f}, not {expected:.6f}: policy and reference differ before training; "
+                        "a wrong base folder, stale reference log-probabilities or a LoRA that does not start at zero would do "
+                        "that"
                     )
             mean["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
             # with float16 DeepSpeed skips a step whose gradients overflow, and lowers its loss scale
@@ -155,7 +155,7 @@ class Trainer:
             mean["lr"] = self._schedule.get_last_lr()[0]
             now = time.monotonic()
             mean["tokens_per_s"] = step_tokens / (now - started)
-            mean["pairs_per_s"] = len(step.rows) / (now - started)
+            mean["rows_per_s"] = len(step.rows) / (now - started)
             self.step = step.index + 1
             stop = on_step(self.step, self.order.num_steps, mean)
             started = time.monotonic()

@@ -37,7 +37,7 @@ def run(
     summary: dict[str, Any] = {
         "generator": config.llm.source,
         "simulated_texts": config.llm.source == "template",
-        "trainer": f"deepspeed-zero{config.dpo.zero_stage}" if last_round else "none",
+        "trainer": f"deepspeed-zero{config.policy.zero_stage}" if last_round else "none",
         "run": config.run.name,
         "seed": config.run.seed,
         "stages": log,
@@ -87,7 +87,7 @@ def _round(store: RunDir, round_id: int, comparisons: list[dict[str, Any]]) -> d
     generated = store.require("generations", round_id)
     reward = store.require("reward").stats
     scores = store.require("scores", round_id).stats
-    pairs = store.require("pairs", round_id).stats
+    pairs = _stats(store, "pairs", round_id)  # only DPO makes them
     policy = store.require("policy", round_id).stats
     heldout = store.require("heldout", round_id).stats
     texts = {
@@ -108,8 +108,8 @@ def _round(store: RunDir, round_id: int, comparisons: list[dict[str, Any]]) -> d
             },
             **generated.stats["this_run"],
         },
-        "pairs": pairs["pairs"],
-        "dropped": pairs["dropped"],
+        "pairs": pairs.get("pairs", 0),
+        "dropped": pairs.get("dropped", {}),
         **{key: value for key, value in heldout.items() if key.startswith("heldout_reward_")},
         "heldout_users": store.require("heldout", round_id).rows,
         "choice": heldout["choice"],
@@ -117,7 +117,7 @@ def _round(store: RunDir, round_id: int, comparisons: list[dict[str, Any]]) -> d
         "text_accuracy_by_facet": {
             side: heldout.get(f"accuracy_by_facet_{side}", {}) for side in ("before", "after")
         },
-        "dpo": policy,
+        "training": policy,
         "diagnosis": diagnosis,
         "ladder": ladder(round_id, reward, scores, policy, heldout, comparisons),
     }

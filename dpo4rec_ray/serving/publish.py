@@ -54,7 +54,7 @@ from dpo4rec_ray.texts.policy_texts import served_weights
 WRITER_CONFIG: Any = {
     "run": {"seed"},
     "data": {"max_history", "positive_rating"},
-    "dpo": {"lora_rank"},
+    "policy": {"lora_rank"},
     **dict.fromkeys(("llm", "prompt", "generate", "encoder"), True),
 }
 NUM_RECORDED = 32  # validation lists that a version has to rank as the evaluation does before it may answer

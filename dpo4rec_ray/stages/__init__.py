@@ -10,6 +10,8 @@ NAMES = (
     "score",
     "pair",
     "dpo",
+    "best_of_n",
+    "grpo",
     "validate",
     "evaluate",
     "report",

@@ -25,6 +25,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import read_vectors
 from dpo4rec_ray.store.schemas import SCHEMAS
+from dpo4rec_ray.train.scored_texts import unread_users
 
 SPLITS = ("train", "valid")
 # Users of a split whose best texts are held in memory, to be rejected under other users' prompts.
@@ -39,7 +40,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     store.start("pairs", round_id)
     users = store.read("users", split=SPLITS, columns=["user_id", "split"])
     split_of = dict(zip(users["user_id"].to_pylist(), users["split"].to_pylist(), strict=True))
-    unread = _unread_users(config, split_of)
+    held_out = np.array([user for user, split in split_of.items() if split == "valid"], np.int64)
+    unread = set(unread_users(config, held_out).tolist())
     judged = _Judged(config, store, round_id)
     # Held-out users always have a pair with another user's text: it measures whether DPO teaches reading.
     others = {
@@ -101,16 +103,6 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         "fewer_pairs": dict(fewer),
     }
     return Outcome(rows_in=rows_in, rows_out=rows_out, stats=stats)
-
-
-def _unread_users(config: Config, split_of: dict[int, str]) -> set[int]:
-    """Validation users beyond those that DPO reads."""
-    held_out = np.sort([user for user, split in split_of.items() if split == "valid"])
-    most = config.pair.max_heldout_users
-    if not most or len(held_out) <= most:
-        return set()
-    rng = np.random.default_rng(seed_of(config.run.seed, "held-out pairs"))
-    return set(rng.permutation(held_out)[most:].tolist())
 
 
 def _counted(kinds: Counter[str]) -> str:

@@ -42,7 +42,7 @@ def engine_spec(config: Config, weights: ServedWeights, policy_round: int) -> En
         weights,
         config.llm,
         config.generate.of_policy(policy_round),
-        max_lora_rank=config.dpo.lora_rank if takes_lora else 0,
+        max_lora_rank=config.policy.lora_rank if takes_lora else 0,
         schema=json_schema(config.prompt, config.generate),
     )
 

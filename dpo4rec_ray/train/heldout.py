@@ -40,10 +40,10 @@ class HeldoutEvaluations:
 
 
 def mixed(by_kind: Mapping[str, Metrics], trained: Mapping[str, int]) -> Metrics:
-    """The held-out metrics as the training weighs the kinds of pairs, and the accuracy of each kind as accuracy_KIND.
+    """The held-out metrics as the training weighs the kinds of rows, and the accuracy of each kind of pairs as accuracy_KIND.
 
-    by_kind: metrics of the held-out pairs of each kind (core.pairing.Kind); empty where there are none. trained: training pairs
-    of each kind. A kind that is not trained on has no part in the loss that chooses the policy, unless there is no other.
+    by_kind: metrics of the held-out rows of each kind (of pairs: core.pairing.Kind); empty where there are none. trained:
+    training rows of each kind. A kind that is not trained on has no part in the loss that chooses the policy, unless there is no other.
     """
     found = {kind: metrics for kind, metrics in by_kind.items() if metrics}
     weights = {kind: trained.get(kind, 0) for kind in found}
@@ -52,4 +52,7 @@ def mixed(by_kind: Mapping[str, Metrics], trained: Mapping[str, int]) -> Metrics
     total = sum(weights.values())
     names = next(iter(found.values()), {})
     mean = {name: sum(weights[kind] * found[kind][name] for kind in found) / total for name in names}
-    return {**mean, **{f"accuracy_{kind}": metrics["accuracy"] for kind, metrics in found.items()}}
+    accuracies = {
+        f"accuracy_{kind}": metrics["accuracy"] for kind, metrics in found.items() if "accuracy" in metrics
+    }
+    return {**mean, **accuracies}

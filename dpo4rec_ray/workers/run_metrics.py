@@ -35,7 +35,7 @@ METRICS = {
     "dpo4rec_stage_size": Metric("gauge", "Units that there are; 0 if unknown", (*STAGE, "part", "unit")),
     **{
         f"dpo4rec_training_{name}": Metric("gauge", f"{name} of the newest optimiser step")
-        for name in ("loss", "accuracy", "pairs_per_s", "tokens_per_s")
+        for name in ("loss", "accuracy", "rows_per_s", "tokens_per_s")
     },
     **{
         f"dpo4rec_{name}": Metric("counter", f"{name} done by this engine", (*STAGE, "engine"))
@@ -93,7 +93,7 @@ def stage_metrics(run: str, stage: str, round_id: int) -> Iterator[None]:
 
 def trained(step: Mapping[str, Any]) -> None:
     """A training of the stage that works has come to this step. step: a line of metrics.jsonl."""
-    for name in ("loss", "accuracy", "pairs_per_s", "tokens_per_s"):
+    for name in ("loss", "accuracy", "rows_per_s", "tokens_per_s"):
         if _stage is not None and name in step:
             _stage.level(f"dpo4rec_training_{name}", step[name])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.placed import Placed
-from dpo4rec_ray.config.training import BootstrapSection, DPOSection, TrainerSection
+from dpo4rec_ray.config.training import BootstrapSection, PolicySection, TrainerSection
 from dpo4rec_ray.workers.needs import Needs
 from dpo4rec_ray.workers.placement import pool_workers
 from dpo4rec_ray.workers.room import ALL, Workers
@@ -90,7 +90,7 @@ def reward_trainer(config: Config) -> TrainerSection:
 def stage_workers(config: Config) -> dict[str, list[Workers]]:
     """The stages of the recipe that have workers of their own: those which run at the same time. Others need one CPU."""
     found: dict[str, list[Workers]] = {"prepare": [prepare_tasks(config)]}
-    dpo: DPOSection = config.dpo
+    policy: PolicySection = config.policy
     bootstrap: BootstrapSection = config.bootstrap
     if config.has_policy and config.llm.path == "bootstrap":
         found["bootstrap"] = [trainers(bootstrap, "bootstrap")]
@@ -103,6 +103,6 @@ def stage_workers(config: Config) -> dict[str, list[Workers]]:
         found["generate"] = [engines(config)]
         found["score"] = [encoders(config), scorers(config)]
         if config.has_policy:
-            found["dpo"] = [trainers(dpo, "dpo", dpo.min_workers)]
+            found[policy.objective] = [trainers(policy, policy.objective, policy.min_workers)]
     found["evaluate"] = [evaluation_tasks(config)]
     return found

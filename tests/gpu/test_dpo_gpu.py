@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import DPOSection, PolicySection
 from dpo4rec_ray.policy.batch import collate
 from dpo4rec_ray.policy.groups import Group, apart, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps
 from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.gpu
-SECTION = DPOSection(beta=0.1, lora_rank=4, lora_alpha=8)
+SECTION, DPO = PolicySection(lora_rank=4, lora_alpha=8), DPOSection(beta=0.1)
 
 
 def groups() -> list[Group]:
@@ -60,7 +60,7 @@ def test_a_4_bit_base_with_a_new_lora_is_its_own_reference(tmp_path: Any) -> Non
         }
         for group in groups()
     ]
-    objective = DPOObjective(BatchLayout(0), SECTION)
+    objective = DPOObjective(BatchLayout(0), DPO)
     loss, _ = objective(model, objective.collate(rows).to("cuda"))
     assert loss.item() / len(rows) == pytest.approx(math.log(2), abs=1e-4)
     loss.backward()

@@ -30,7 +30,7 @@ def test_vllm_gives_n_seeded_samples() -> None:
 def test_the_whole_run_with_nccl_and_gpu_engines(tmp_path: Path) -> None:
     """One worker each: two NCCL ranks need two GPUs."""
     shares = ["generate.gpus_per_engine=0.4", "generate.num_engines=1", "generate.gpu_memory_utilization=0.3"]
-    training = ["dpo.num_workers=1", "dpo.gpus_per_worker=0.4", "reward.num_workers=1"]
+    training = ["policy.num_workers=1", "policy.gpus_per_worker=0.4", "reward.num_workers=1"]
     done = run_job(tmp_path, DEMO, *TINY, *shares, *training)
     assert done.code == 0, done.stderr[-4000:]
-    assert done.summary["rounds"][0]["dpo"]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert done.summary["rounds"][0]["training"]["first_loss"] == pytest.approx(0.6931, abs=1e-3)

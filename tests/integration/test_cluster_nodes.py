@@ -108,7 +108,7 @@ def test_what_no_node_has_is_refused_at_once(cluster: None, tmp_path: Path) -> N
     ):
         list(run_shards([(0, 0, 1)], [pool], Progress("test", 1, "users")))
     with pytest.raises(UserError, match=r"dpo: no node can hold one of the workers of dpo .*label zone = c"):
-        check_stages(load_config("demo", ["dpo.label_selector.zone=c"]), ["dpo"])
+        check_stages(load_config("demo", ["policy.label_selector.zone=c"]), ["dpo"])
     assert time.monotonic() - began < 5
 
 

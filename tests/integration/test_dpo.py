@@ -31,10 +31,15 @@ pytestmark = pytest.mark.ray
 
 STEP = ["--only", "dpo", "--round", "1"]
 # 4 pairs a step whatever the workers are; steps that are slow and many enough to be interrupted
-SMALL = ["dpo.epochs=3", "dpo.checkpoint_every=3", "dpo.lr=0.002", "dpo.chunk_tokens=1"]
-ONE = ["dpo.num_workers=1", "dpo.batch_size=4", "dpo.gradient_accumulation_steps=1", "dpo.zero_stage=0"]
-FULLY = ["dpo.tuning=full", "dpo.lr=0.0005"]
-TWO = ["dpo.num_workers=2", "dpo.batch_size=1", "dpo.gradient_accumulation_steps=2"]
+SMALL = ["policy.epochs=3", "policy.checkpoint_every=3", "policy.lr=0.002", "policy.chunk_tokens=1"]
+ONE = [
+    "policy.num_workers=1",
+    "policy.batch_size=4",
+    "policy.gradient_accumulation_steps=1",
+    "policy.zero_stage=0",
+]
+FULLY = ["policy.tuning=full", "policy.lr=0.0005"]
+TWO = ["policy.num_workers=2", "policy.batch_size=1", "policy.gradient_accumulation_steps=2"]
 
 
 def copied(tiny_run: Finished, folder: Path) -> Path:
@@ -118,7 +123,7 @@ def test_the_saved_lora_is_what_was_trained(undisturbed: Finished) -> None:
 def test_two_workers_with_zero_train_the_same_lora(
     tiny_run: Finished, undisturbed: Finished, tmp_path: Path, zero_stage: int
 ) -> None:
-    done = train(tiny_run, tmp_path, *TWO, f"dpo.zero_stage={zero_stage}")
+    done = train(tiny_run, tmp_path, *TWO, f"policy.zero_stage={zero_stage}")
     assert done.code == 0, done.stderr
     assert_same_weights(weights(done), weights(undisturbed), atol=1e-5)
     assert stats(done)["heldout_loss"] == pytest.approx(stats(undisturbed)["heldout_loss"], abs=1e-5)
@@ -132,8 +137,8 @@ def partitioned(tiny_run: Finished, tmp_path_factory: pytest.TempPathFactory) ->
         tmp_path_factory.mktemp("partitioned"),
         *TWO,
         *FULLY,
-        "dpo.zero_stage=3",
-        "dpo.activation_checkpointing=true",
+        "policy.zero_stage=3",
+        "policy.activation_checkpointing=true",
     )
     assert done.code == 0, done.stderr
     return done
@@ -172,14 +177,14 @@ def test_options_that_change_no_weight(tiny_run: Finished, undisturbed: Finished
         tiny_run,
         tmp_path,
         *ONE,
-        "dpo.zero_stage=2",
-        "dpo.offload_optimizer=true",
-        'dpo.reference="lora_off"',
-        "dpo.prefix_sharing=false",
-        "dpo.packing=false",
-        f'dpo.deepspeed="{extra}"',
-        f'dpo.storage_path="file://{checkpoints}"',
-        'dpo.trackers=["tensorboard", "mlflow"]',
+        "policy.zero_stage=2",
+        "policy.offload_optimizer=true",
+        'policy.reference="lora_off"',
+        "policy.prefix_sharing=false",
+        "policy.packing=false",
+        f'policy.deepspeed="{extra}"',
+        f'policy.storage_path="file://{checkpoints}"',
+        'policy.trackers=["tensorboard", "mlflow"]',
     )
     assert done.code == 0, done.stderr
     found, expected = (read_metrics(policy_folder(run)) for run in (done, undisturbed))
@@ -195,12 +200,15 @@ def test_options_that_change_no_weight(tiny_run: Finished, undisturbed: Finished
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sharding",
-    [["dpo.zero_stage=1"], ["dpo.zero_stage=3", "dpo.offload_params=true", "dpo.offload_optimizer=true"]],
+    [
+        ["policy.zero_stage=1"],
+        ["policy.zero_stage=3", "policy.offload_params=true", "policy.offload_optimizer=true"],
+    ],
     ids=["zero1", "zero3-offload"],
 )
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_half_precision(tiny_run: Finished, tmp_path: Path, sharding: list[str], tuning: str) -> None:
-    done = train(tiny_run, tmp_path, *TWO, *sharding, 'llm.dtype="bfloat16"', f'dpo.tuning="{tuning}"')
+    done = train(tiny_run, tmp_path, *TWO, *sharding, 'llm.dtype="bfloat16"', f'policy.tuning="{tuning}"')
     assert done.code == 0, done.stderr
     found = stats(done)
     assert found["first_loss"] == pytest.approx(0.693147, abs=2e-2)
@@ -215,7 +223,7 @@ def test_half_precision(tiny_run: Finished, tmp_path: Path, sharding: list[str],
 def test_a_second_round_against_the_base_llm(tmp_path: Path) -> None:
     """reference_policy "base": round 2 trains round 1's LoRA on, against the LLM that round 1 started from."""
     done = run_job(
-        tmp_path, DEMO, *TINY, *ONE, "run.num_rounds=2", "run.patience=2", 'dpo.reference_policy="base"'
+        tmp_path, DEMO, *TINY, *ONE, "run.num_rounds=2", "run.patience=2", 'policy.reference_policy="base"'
     )
     assert done.code == 0, done.stderr
     first, second = (read_policy(done.folder / f"rounds/0{number}/policy") for number in (1, 2))
@@ -276,7 +284,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
 ) -> None:
     """Both continue from the last checkpoint, and the weights at the end are those of the run that nobody disturbed."""
     copied(tiny_run, tmp_path)
-    process = start(tmp_path, *ONE, "dpo.checkpoint_every=1")  # which makes the steps slow enough, too
+    process = start(tmp_path, *ONE, "policy.checkpoint_every=1")  # which makes the steps slow enough, too
     wait_for_steps(process, tmp_path, 4)
     for worker in workers_of(process):
         worker.send_signal(signal.SIGKILL)
@@ -307,11 +315,11 @@ def test_long_pairs_are_counted_and_training_stops_when_it_no_longer_helps(
         tiny_run,
         tmp_path,
         *ONE,
-        f"dpo.max_length={limit}",
-        "dpo.lr=0.5",  # far too much: the held-out loss rises
-        "dpo.eval_every=1",
-        "dpo.patience=2",
-        "dpo.epochs=20",
+        f"policy.max_length={limit}",
+        "policy.lr=0.5",  # far too much: the held-out loss rises
+        "policy.eval_every=1",
+        "policy.patience=2",
+        "policy.epochs=20",
     )
     assert done.code == 0, done.stderr
     found = stats(done)
@@ -325,7 +333,7 @@ def test_long_pairs_are_counted_and_training_stops_when_it_no_longer_helps(
 
 
 def test_a_mistake_that_a_worker_finds_ends_with_one_line(tiny_run: Finished, tmp_path: Path) -> None:
-    done = train(tiny_run, tmp_path, *ONE, 'dpo.lora_targets=["nothing_like_it"]')
+    done = train(tiny_run, tmp_path, *ONE, 'policy.lora_targets=["nothing_like_it"]')
     assert done.code == 2
-    assert "dpo.lora_targets" in done.stderr.strip().splitlines()[-1]
+    assert "policy.lora_targets" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -27,10 +27,10 @@ from tests.integration.test_dpo import (
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 KILLS = 5
-LONG = ["dpo.epochs=20", "dpo.max_failures=10", "dpo.checkpoint_every=5"]
+LONG = ["policy.epochs=20", "policy.max_failures=10", "policy.checkpoint_every=5"]
 
 
-@pytest.mark.parametrize("workers", [[*ONE], [*TWO, "dpo.zero_stage=2"]], ids=["one", "two-zero2"])
+@pytest.mark.parametrize("workers", [[*ONE], [*TWO, "policy.zero_stage=2"]], ids=["one", "two-zero2"])
 def test_killed_workers_change_nothing(tiny_run: Finished, tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "undisturbed").mkdir()
     undisturbed = train(tiny_run, tmp_path / "undisturbed", *workers, *LONG)
@@ -67,7 +67,7 @@ def test_fewer_workers_after_a_lost_node(tiny_run: Finished, tmp_path: Path) -> 
     from ray.cluster_utils import Cluster
 
     # one worker adds up in another order than two: steps that do not blow rounding up
-    recipe = [*TWO, *LONG, "dpo.zero_stage=0", "dpo.min_workers=1", "dpo.lr=0.0001"]
+    recipe = [*TWO, *LONG, "policy.zero_stage=0", "policy.min_workers=1", "policy.lr=0.0001"]
     (tmp_path / "undisturbed").mkdir()
     undisturbed = train(tiny_run, tmp_path / "undisturbed", *recipe)
     assert undisturbed.code == 0, undisturbed.stderr

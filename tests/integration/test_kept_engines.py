@@ -22,7 +22,7 @@ KEEP = [
     "generate.num_engines=1",
     "generate.cpus_per_engine=0.4",
     "encoder.cpus_per_worker=0.4",
-    "dpo.num_workers=1",
+    "policy.num_workers=1",
 ]
 
 

@@ -109,7 +109,7 @@ def test_a_run_is_exported_as_the_dashboard_asks() -> None:
         running = ray.remote(work_for_a_while).remote()
         with stage_metrics("demo", "dpo", 1):  # of the driver
             Progress("dpo", 20, "steps").at(5)
-            trained({"loss": 0.5, "accuracy": 0.75, "pairs_per_s": 8.0, "tokens_per_s": 900.0})
+            trained({"loss": 0.5, "accuracy": 0.75, "rows_per_s": 8.0, "tokens_per_s": 900.0})
             names = {exported(name) for name in METRICS}
             found = wait_for([port], lambda seen: names <= {name for name, _, _ in seen})
         values = {name: value for name, tags, value in found if tags.get("run") == "demo"}

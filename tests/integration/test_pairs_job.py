@@ -37,7 +37,12 @@ TEXTS = [
     "Likes nothing of it",
     "Prefers drama; no comedy at all.",
 ]
-SMALL = ["dpo.epochs=1", "dpo.num_workers=1", "dpo.gradient_accumulation_steps=2", "dpo.lora_rank=2"]
+SMALL = [
+    "policy.epochs=1",
+    "policy.num_workers=1",
+    "policy.gradient_accumulation_steps=2",
+    "policy.lora_rank=2",
+]
 
 
 def job(folder: Path, *arguments: str, timeout: int = 400) -> Finished:

@@ -55,7 +55,7 @@ def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
     (one,) = summary["rounds"]
     assert {"round", "users", "samples", "pairs", "dropped", "heldout_reward_before"} <= one.keys()
     assert {"heldout_reward_after", "heldout_reward_delta_ci95", "dpo", "diagnosis"} <= one.keys()
-    assert {"first_loss", "last_loss", "accuracy"} <= one["dpo"].keys()
+    assert {"first_loss", "last_loss", "accuracy"} <= one["training"].keys()
     assert {"text_accuracy", "shuffle_drop", "gap_in_sample", "gap_held_out", "gap_held_out_ci95"} <= one[
         "diagnosis"
     ].keys()
@@ -81,7 +81,7 @@ def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
 
 
 def test_the_first_dpo_loss_is_ln2(tiny_run: Finished) -> None:
-    assert tiny_run.summary["rounds"][0]["dpo"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert tiny_run.summary["rounds"][0]["training"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_counted_texts_are_read_by_rerankers_and_compared_with(tiny_run: Finished) -> None:
@@ -281,7 +281,7 @@ def test_two_rounds_with_lora_requests(tmp_path: Path) -> None:
     assert first.merged is None and second.merged is None
     assert second.base == str(done.folder / "rounds/02/policy/start")
     for one in done.summary["rounds"]:
-        assert one["dpo"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+        assert one["training"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
     pairs = rows(done, "pairs", 2)[:4]
     batch = collate([p["prompt_token_ids"] for p in pairs], [p["chosen_token_ids"] for p in pairs], 0)
     with torch.no_grad():

@@ -69,7 +69,7 @@ def test_generate_killed(tmp_path: Path) -> None:
 
 
 def test_dpo_killed(tmp_path: Path) -> None:
-    arguments = [*RECIPE, "dpo.epochs=6"]
+    arguments = [*RECIPE, "policy.epochs=6"]
     policy = tmp_path / "run/rounds/01/policy"
     kill_when(tmp_path, arguments, policy, "metrics.jsonl")
     assert not (policy / "manifest.json").exists()
@@ -77,4 +77,4 @@ def test_dpo_killed(tmp_path: Path) -> None:
     assert again.code == 0, again.stderr
     skipped = {stage["stage"]: stage["skipped"] for stage in again.summary["stages"] if stage["round"] == 1}
     assert skipped["generate"] and skipped["score"] and skipped["pair"] and not skipped["dpo"]
-    assert again.summary["rounds"][0]["dpo"]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert again.summary["rounds"][0]["training"]["first_loss"] == pytest.approx(0.6931, abs=1e-3)

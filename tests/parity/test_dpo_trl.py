@@ -12,27 +12,23 @@ rejected per prompt.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from dpo4rec_ray.config.training import DPOSection
 from dpo4rec_ray.policy.groups import Group, collate_groups
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
+from tests.trl_parity import BOS, EOS, Outcome, encode, gradients_of, tiny_llama, word_tokenizer
 
 Pair = tuple[str, str, str]
 BETA = 0.3
-BOS, EOS = 1, 2
-TEXT = "the a user likes drama comedy films of old new long short and with hope"
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *TEXT.split()]
 PAIRS: list[Pair] = [  # prompt, chosen, rejected: lengths differ on both sides of a pair and between pairs
     ("the user likes", " drama films with hope", " short comedy"),
     ("a user likes old films and", " new films", " long films of drama and hope"),
@@ -46,52 +42,7 @@ SAME_LENGTH: list[Pair] = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, one BOS in front."""
-    words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-
-
-def tiny_llama(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).float()
-
-
-@dataclass
-class Outcome:
-    loss: float
-    gradients: dict[str, torch.Tensor]
-    metrics: dict[str, float]
-
-    def assert_equals(self, other: Outcome) -> None:
-        """Loss to 1e-5 relative, gradients to 1e-5 of the largest."""
-        assert self.loss == pytest.approx(other.loss, rel=1e-5)
-        assert self.gradients.keys() == other.gradients.keys()
-        largest = max(gradient.abs().max().item() for gradient in other.gradients.values())
-        assert largest > 1e-3
-        for name, gradient in other.gradients.items():
-            difference = (self.gradients[name] - gradient).abs().max().item()
-            assert difference <= 1e-5 * largest, f"{name}: off by {difference / largest:.2g}"
-
-
-def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return word_tokenizer()
 
 
 def trl_trainer(
@@ -129,10 +80,6 @@ def step_of(trainer: DPOTrainer) -> Outcome:
 def trl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
     """(pairs, **DPOConfig) -> `Outcome`"""
     return lambda pairs, **settings: step_of(trl_trainer(tmp_path, tokenizer, pairs, **settings))
-
-
-def encode(text: str) -> list[int]:
-    return [WORDS.index(word) for word in text.split()]
 
 
 def row_of(prompt: str, chosen: str, *rejected: str) -> dict[str, Any]:

@@ -191,10 +191,16 @@ def test_json_needs_room_for_its_factors() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (['dpo.storage_path="s3://KEY:SECRET@bucket"'], "dpo.storage_path carries a user name or password"),
-        (['dpo.storage_path="nowhere://bucket"'], "dpo.storage_path = 'nowhere://bucket' is no place"),
-        (['llm.dtype="float16"', "dpo.zero_stage=0"], "set dpo.zero_stage = 1"),
-        (['dpo.deepspeed="/nowhere/own.json"'], "dpo.deepspeed /nowhere/own.json: not a readable JSON file"),
+        (
+            ['policy.storage_path="s3://KEY:SECRET@bucket"'],
+            "policy.storage_path carries a user name or password",
+        ),
+        (['policy.storage_path="nowhere://bucket"'], "policy.storage_path = 'nowhere://bucket' is no place"),
+        (['llm.dtype="float16"', "policy.zero_stage=0"], "set policy.zero_stage = 1"),
+        (
+            ['policy.deepspeed="/nowhere/own.json"'],
+            "policy.deepspeed /nowhere/own.json: not a readable JSON file",
+        ),
     ],
 )
 def test_what_training_cannot_do_is_refused_before_anything_runs(overrides: list[str], words: str) -> None:
@@ -205,11 +211,11 @@ def test_what_training_cannot_do_is_refused_before_anything_runs(overrides: list
 
 def test_a_deepspeed_file_counts_by_what_is_in_it(tmp_path: Path) -> None:
     file = tmp_path / "own.json"
-    config = load_config(DEMO, [f'dpo.deepspeed="{file}"'])
+    config = load_config(DEMO, [f'policy.deepspeed="{file}"'])
     found = set()
     for content in ('{"steps_per_print": 1}', '{"steps_per_print": 2}'):
         file.write_text(content)
-        found.add(identity.outside_identity(config, "dpo", ("dpo",))["file of dpo.deepspeed"])
+        found.add(identity.outside_identity(config, "dpo", ("dpo",))["file of policy.deepspeed"])
     assert len(found) == 2
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dpo4rec_ray.config import Config, default_config, load_config, read_config
 from dpo4rec_ray.config.section import merged
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
@@ -190,7 +190,7 @@ def test_section_hash_can_leave_a_key_out() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[dpo]\naccumulation = 4\n", "dpo.accumulation is called dpo.gradient_accumulation_steps now"),
+        ("[dpo]\naccumulation = 4\n", "dpo.accumulation is called policy.gradient_accumulation_steps now"),
         ("[bootstrap]\naccumulation = 4\n", "bootstrap.gradient_accumulation_steps now"),
         ('[llm]\nlora_mode = "adapter"\n', "llm.lora_mode = 'adapter' is called 'lora' now"),
     ],
@@ -202,18 +202,23 @@ def test_a_recipe_of_an_older_release_is_told_the_new_name(tmp_path: Path, text:
 
 def test_the_config_of_an_older_run_is_read(tmp_path: Path) -> None:
     stored = Config().model_dump(mode="json")
+    trained = stored.pop("policy")  # its keys stood in [dpo]
+    stored["pair"]["max_heldout_users"] = 7
+    del trained["objective"], trained["max_heldout_users"]
+    stored["dpo"] |= trained | {"lr": 0.25}
     for section, value in (("dpo", 4), ("bootstrap", 2)):
         del stored[section]["gradient_accumulation_steps"]
         stored[section]["accumulation"] = value
     stored["llm"]["lora_mode"] = "adapter"
     (tmp_path / "config.json").write_text(json.dumps(stored))
     found = read_config(tmp_path)
-    assert (found.dpo.gradient_accumulation_steps, found.bootstrap.gradient_accumulation_steps) == (4, 2)
+    assert (found.policy.gradient_accumulation_steps, found.bootstrap.gradient_accumulation_steps) == (4, 2)
+    assert (found.policy.lr, found.policy.max_heldout_users) == (0.25, 7)
     assert found.llm.lora_mode == "lora"
 
 
 def test_the_global_batch_size_counts_all_workers_and_micro_steps() -> None:
-    section = DPOSection(batch_size=2, gradient_accumulation_steps=3, num_workers=4)
+    section = PolicySection(batch_size=2, gradient_accumulation_steps=3, num_workers=4)
     assert section.global_batch_size == 24
 
 
@@ -262,7 +267,7 @@ def test_factors_are_a_name_or_words(tmp_path: Path) -> None:
         ("generate.label_selector.zone=in(a", "generate.label_selector: zone = 'in(a' is none of"),
         ("encoder.resources.GPU=1", "encoder.resources: GPU has a key of its own"),
         ("reward.resources.disk=0", "greater than 0"),
-        ("dpo.gpus_per_worker=1.5", "above 1 it is a whole number"),
+        ("policy.gpus_per_worker=1.5", "above 1 it is a whole number"),
         ("evaluate.placement_strategy=STRICT", "'PACK' or 'SPREAD'"),
         ("generate.min_engines=3", "min_engines = 3 is above num_engines = 1"),
     ],
@@ -274,6 +279,6 @@ def test_placement_that_ray_would_not_take(override: str, words: str) -> None:
 
 def test_where_work_runs_is_in_no_fingerprint() -> None:
     changes = ["accelerator_type=A10G", "label_selector.zone=a", "resources.disk=1", "memory_gib=2"]
-    for section in ("generate", "encoder", "reward", "dpo", "bootstrap", "evaluate"):
+    for section in ("generate", "encoder", "reward", "policy", "bootstrap", "evaluate"):
         placed = default_config([f"{section}.{change}" for change in changes])
         assert placed.section_hash(section) == default_config().section_hash(section)

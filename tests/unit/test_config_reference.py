@@ -57,8 +57,8 @@ def test_quantities_have_units(unit: str, ends: tuple[str, ...], words: str) -> 
         ("data.num_candidates", "whole number, from 2 to 200", "10", ""),
         ("table.profile", "list of text", "[]", ""),
         ("table.attributes", "table of text", "{}", ""),
-        ("dpo.zero_stage", "0, 1, 2 or 3", "2", ""),
-        ("dpo.trackers", 'list of "tensorboard", "mlflow" or "wandb"', "[]", ""),
+        ("policy.zero_stage", "0, 1, 2 or 3", "2", ""),
+        ("policy.trackers", 'list of "tensorboard", "mlflow" or "wandb"', "[]", ""),
         ("prompt.ratings", "true or false", "true", ""),
         ("reward.compare", "list of text", '["ndcg@5", "map@5", "mrr@10", "log_likelihood"]', ""),
         ("serving.max_body", "whole number, from 1024", "1048576", "bytes"),
@@ -73,8 +73,13 @@ def test_keys_in_plain_words(path: str, kind: str, default: str, unit: str) -> N
 
 def test_keys_that_only_say_where_the_work_runs() -> None:
     placement = {key.path for key in KEYS if key.placement}
-    assert {"data.partition_mib", "dpo.checkpoint_every", "dpo.min_workers", "bootstrap.trackers"} < placement
-    assert not {"data.user_core", "dpo.lr", "bootstrap.min_workers"} & placement
+    assert {
+        "data.partition_mib",
+        "policy.checkpoint_every",
+        "policy.min_workers",
+        "bootstrap.trackers",
+    } < placement
+    assert not {"data.user_core", "policy.lr", "bootstrap.min_workers"} & placement
 
 
 def test_the_command_in_its_forms(

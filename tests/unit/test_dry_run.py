@@ -80,7 +80,11 @@ def test_a_changed_key_is_named_with_both_values(store: RunDir, capsys: pytest.C
     ("changes", "step", "reason"),
     [
         (["run.seed=3"], "prepare(0)", "changed key run.seed (0 -> 3)"),
-        (["dpo.lr=1e-3", "dpo.beta=0.2"], "dpo(1)", "changed key dpo.lr (0.0005 -> 0.001), changed key dpo.beta (0.1 -> 0.2)"),
+        (
+            ["policy.lr=1e-3", "dpo.beta=0.2"],
+            "dpo(1)",
+            "changed key policy.lr (0.0005 -> 0.001), changed key dpo.beta (0.1 -> 0.2)",
+        ),
         (["evaluate.num_seeds=1"], "evaluate(1)", "changed key evaluate.num_seeds (3 -> 1)"),
         (["generate.engine_args.seed=1"], "encode(0)", 'changed key generate.engine_args ({} -> {"seed": 1})'),
     ],
@@ -92,7 +96,9 @@ def test_every_kind_of_value(
 
 
 def test_where_the_work_runs_changes_nothing(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    found = said(store, capsys, "generate.num_engines=1", "encoder.num_workers=2", "dpo.checkpoint_every=7")
+    found = said(
+        store, capsys, "generate.num_engines=1", "encoder.num_workers=2", "policy.checkpoint_every=7"
+    )
     assert {found[step] for step in STEPS} == {"kept"}
 
 
@@ -179,7 +185,7 @@ def test_rounds_end_where_the_run_would_end_them(tmp_path: Path, capsys: pytest.
     finish(load_config("demo", ["run.num_rounds=2"]), two)
     found = said(two, capsys, "run.num_rounds=3")
     assert "validate(2)" in found and "generate(3)" not in found
-    assert "generate(3)" in said(two, capsys, "run.num_rounds=3", "dpo.lr=1e-3")
+    assert "generate(3)" in said(two, capsys, "run.num_rounds=3", "policy.lr=1e-3")
 
 
 def test_the_small_llm_is_an_input_of_all_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def test_a_stage_that_no_node_can_hold(joined: None, monkeypatch: pytest.MonkeyP
     nodes = [Node("10.0.0.1", {"CPU": 4}), Node("10.0.0.2", {"CPU": 4, "GPU": 1})]
     monkeypatch.setattr(placement, "nodes_there", lambda: list(nodes))
     monkeypatch.setattr(placement, "nodes_that_may_come", lambda there: [])
-    config = load_config("demo", ["dpo.gpus_per_worker=1", "dpo.num_workers=2"])
+    config = load_config("demo", ["policy.gpus_per_worker=1", "policy.num_workers=2"])
     check_stages(config, ["generate", "score"])
     with pytest.raises(
         UserError, match=r"dpo: 2 workers of dpo .*10\.0\.0\.1 \(4 CPUs\), 10\.0\.0\.2 \(4 CPUs, 1 GPU\)"
@@ -90,4 +90,6 @@ def test_a_stage_that_no_node_can_hold(joined: None, monkeypatch: pytest.MonkeyP
     )
     check_stages(config, ["dpo"])
     monkeypatch.setattr(placement, "nodes_that_may_come", lambda there: None)
-    check_stages(load_config("demo", ["dpo.gpus_per_worker=8"]), ["dpo"])  # an autoscaler of unknown limits
+    check_stages(
+        load_config("demo", ["policy.gpus_per_worker=8"]), ["dpo"]
+    )  # an autoscaler of unknown limits

@@ -92,7 +92,7 @@ def test_no_argument_is_help() -> None:
         (["config", "data."], "error: data.: [data] has no key ''; known: accelerator_type, "),
         (["config", "user_kore"], "error: user_kore: a recipe has no section 'user_kore'"),
         (["config", ".seed"], "error: .seed: a recipe has no section ''; known: run, "),
-        (["sample", "x", "dpo.lr=1"], "error: 'dpo.lr=1': only sample.key=value and run.seed=N can be set here"),
+        (["sample", "x", "policy.lr=1"], "error: 'policy.lr=1': only sample.key=value and run.seed=N can be set here"),
         (["sample", "/proc/x"], "error: /proc/x: cannot be written to (No such file or directory); name another folder"),
         (["sample", "pyproject.toml"], "error: pyproject.toml: cannot be written to (File exists); name another folder"),
         (["run", "demo", "data.user_core=abc"], "error: recipe demo: data.user_core = 'abc': "),

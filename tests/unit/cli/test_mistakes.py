@@ -76,7 +76,7 @@ RECORDED = {
     ),
     "CUDA memory": (
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB",
-        ("GPU is out of memory", "dpo.batch_size"),
+        ("GPU is out of memory", "policy.batch_size"),
     ),
     "memory": ("MemoryError", ("out of memory", "generate.kv_cache_gib")),
     "torch's memory": (

@@ -42,20 +42,21 @@ def test_no_gradient_comes_from_a_clipped_token():
     assert log_ratio.grad.tolist() == [0.0, -1.0]
 
 
-def test_k3_is_zero_at_the_reference_and_never_negative():
-    found = pg.k3(torch.tensor([0.0, math.log(2), -math.log(2)]).double())
-    torch.testing.assert_close(found, torch.tensor([0.0, 0.5 - 1 + math.log(2), 2 - 1 - math.log(2)]).double())
+def test_the_divergence_is_zero_at_the_reference_and_never_negative():
+    found = pg.divergence(torch.tensor([0.0, math.log(2), -math.log(2), -200.0]).double())
+    expected = [0.0, 2 * (0.5 - 1 + math.log(2)), 0.5 * (2 - 1 - math.log(2)), 1.0]
+    torch.testing.assert_close(found, torch.tensor(expected).double())
 
 
-def test_k3_is_the_divergence_on_average():
-    policy, reference = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.5, 0.3, 0.2]).double()
-    log_ratio = (policy / reference).log()
-    torch.testing.assert_close((policy * pg.k3(log_ratio)).sum(), (policy * log_ratio).sum())
-
-
-def test_truncated_importance_is_bounded():
-    found = pg.truncated_importance(torch.tensor([0.0, 1.0]).double(), torch.tensor([0.0, -1.0]).double(), 2.0)
-    assert found.tolist() == [1.0, 2.0]
+def test_the_divergence_and_its_gradient_are_right_on_average():
+    """Over what the old policy draws: KL(pi || old), and its derivative by the policy's logits."""
+    logits = torch.tensor([0.3, -0.4, 0.9]).double().requires_grad_()
+    old = torch.tensor([0.5, 0.3, 0.2]).double()
+    found = (old * pg.divergence(logits.log_softmax(0) - old.log())).sum()
+    exact = (logits.softmax(0) * (logits.log_softmax(0) - old.log())).sum()
+    torch.testing.assert_close(found, exact)
+    [gradient], [right] = torch.autograd.grad(found, logits), torch.autograd.grad(exact, logits)
+    torch.testing.assert_close(gradient, right)
 
 
 @pytest.mark.parametrize(
@@ -71,4 +72,6 @@ def test_weights_of_tokens(name, expected):
     torch.testing.assert_close(weights, torch.tensor(expected).double())
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     sums = pg.sums_per_group(values, weights, SHAPE)
-    torch.testing.assert_close(sums, torch.stack([(weights * values)[:3].sum(), (weights * values)[3:].sum()]))
+    torch.testing.assert_close(
+        sums, torch.stack([(weights * values)[:3].sum(), (weights * values)[3:].sum()])
+    )

@@ -15,7 +15,7 @@ import torch
 
 from dpo4rec_ray.config import default_config
 from dpo4rec_ray.config.texts import GenerateSection
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.knowledge.completions import Answer
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
@@ -77,7 +77,7 @@ def perturbed(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA that changes what the bundled LLM says."""
     torch.manual_seed(1)
-    model = add_lora(load_model(str(bundled), "float32"), DPOSection(lora_rank=8, lora_alpha=16))
+    model = add_lora(load_model(str(bundled), "float32"), PolicySection(lora_rank=8, lora_alpha=16))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:

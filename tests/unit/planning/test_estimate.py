@@ -64,7 +64,7 @@ def test_ten_times_the_users_take_ten_times_the_work_and_the_start_once(tmp_path
 
 
 def test_gpus_are_paid_while_they_are_held() -> None:
-    books = load_config("amazon_books", ["generate.num_engines=8", "dpo.num_workers=8"])
+    books = load_config("amazon_books", ["generate.num_engines=8", "policy.num_workers=8"])
     sizes = sizes_of_recipe(books, {}, None)
     rates = with_given({}, {"generate": 2_500, "generate.start": 100, "dpo": 1_000})
     found = plan(books, sizes, rates, Machine(64, 8))
@@ -109,7 +109,7 @@ def test_tasks_share_the_places_there_are() -> None:
 
 def test_pairs_share_their_prompt() -> None:
     """Of a pair: its prompt once, or twice without sharing, and two texts."""
-    apart = load_config("demo", ["dpo.prefix_sharing=false"])
+    apart = load_config("demo", ["policy.prefix_sharing=false"])
     one, two = (WORK["dpo"](config, SIZES, MACHINE, 1).amount for config in (DEMO, apart))
     assert two / one == pytest.approx((2 * SIZES.prompt_tokens + 2 * 48) / (SIZES.prompt_tokens + 2 * 48))
 

@@ -31,7 +31,7 @@ def test_engines_find_their_gpus_wherever_encoders_are(name: str) -> None:
     config = load_config(name)
     encoders = config.encoder.num_workers * config.encoder.gpus_per_worker
     assert encoders + config.generate.gpus_per_engine <= 1 + 1e-9
-    assert config.dpo.global_batch_size == 32
+    assert config.policy.global_batch_size == 32
     assert config.generate.gpu_memory_utilization < config.generate.gpus_per_engine
 
 
@@ -40,5 +40,5 @@ def test_both_make_the_same_run() -> None:
         return config.section_values(*STAGES[stage].sections)
 
     large, small = (load_config(name) for name in BOOKS)
-    assert large.dpo.global_batch_size == small.dpo.global_batch_size
+    assert large.policy.global_batch_size == small.policy.global_batch_size
     assert {stage for stage in STAGES if identity(large, stage) != identity(small, stage)} == {"dpo"}

@@ -15,13 +15,13 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.core.losses import sequence_logps
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.attention import NAME
 from dpo4rec_ray.policy.batch import TokenBatch, collate, completion_logits
 from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups
-from dpo4rec_ray.policy.logps import CompletionLogps, FrozenHead, bare, check_grouped
+from dpo4rec_ray.policy.logps import CompletionLogps, Curve, FrozenHead, bare, check_grouped
 from dpo4rec_ray.policy.model import add_lora
 from tests.families import FAMILIES, VOCABULARY, WINDOW, tiny_model
 
@@ -53,7 +53,7 @@ def _start(family: str, lora: bool) -> Any:
     model = tiny_model(family)
     if not lora:
         return model
-    adapted = add_lora(model, DPOSection(lora_rank=4, lora_alpha=8))
+    adapted = add_lora(model, PolicySection(lora_rank=4, lora_alpha=8))
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # at zero, as it starts, lora_A would have no gradient
@@ -219,18 +219,18 @@ def test_windows_and_soft_caps_are_felt(family: str, name: str) -> None:
 
 
 def reference_head(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, curve: Curve
 ) -> torch.Tensor:
     """The same by torch's own log_softmax and autograd."""
     logits = hidden @ weight.t()
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.log_softmax(dim=1)[torch.arange(len(targets)), targets]
+    if curve.cap:
+        logits = curve.cap * torch.tanh(logits / curve.cap)
+    return (logits / curve.temperature).log_softmax(dim=1)[torch.arange(len(targets)), targets]
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("curve", [Curve(None), Curve(3.0), Curve(None, 0.7), Curve(3.0, 0.7)], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str)
-def test_frozen_head_equals_autograd(cap: float | None, dtype: torch.dtype, tolerance: float) -> None:
+def test_frozen_head_equals_autograd(curve: Curve, dtype: torch.dtype, tolerance: float) -> None:
     """Values and gradients against float64; in bfloat16 to its 3 digits. Each token weighs otherwise."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(9, 16, generator=generator).to(dtype)
@@ -238,10 +238,10 @@ def test_frozen_head_equals_autograd(cap: float | None, dtype: torch.dtype, tole
     targets = torch.randint(0, 33, (9,), generator=generator)
     upstream = torch.linspace(-2.0, 3.0, 9)
     exact = hidden.double().requires_grad_()
-    expected = reference_head(exact, weight.double(), targets, cap)
+    expected = reference_head(exact, weight.double(), targets, curve)
     expected.backward(upstream.double())
     hidden.requires_grad_()
-    found = FrozenHead.apply(hidden, weight, targets, cap)
+    found = FrozenHead.apply(hidden, weight, targets, curve)
     assert found is not None and found.dtype == torch.float32
     found.backward(upstream)
     assert exact.grad is not None and hidden.grad is not None and hidden.grad.dtype == dtype
@@ -249,7 +249,7 @@ def test_frozen_head_equals_autograd(cap: float | None, dtype: torch.dtype, tole
         scale = theirs.abs().max().item()
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * scale)
     with torch.no_grad():
-        assert torch.equal(FrozenHead.apply(hidden, weight, targets, cap), found)
+        assert torch.equal(FrozenHead.apply(hidden, weight, targets, curve), found)
 
 
 def test_frozen_head_passes_gradcheck_by_differences() -> None:
@@ -258,9 +258,9 @@ def test_frozen_head_passes_gradcheck_by_differences() -> None:
     hidden = torch.randn(3, 4, generator=generator)
     weight = torch.randn(7, 4, generator=generator)
     targets = torch.tensor([0, 6, 3])
-    for cap in (None, 1.5):
+    for curve in (Curve(None), Curve(1.5), Curve(1.5, 0.8)):
         states = hidden.clone().requires_grad_()
-        FrozenHead.apply(states, weight, targets, cap).sum().backward()
+        FrozenHead.apply(states, weight, targets, curve).sum().backward()
         assert states.grad is not None
         step = 1e-2
         for place in range(states.numel()):
@@ -268,7 +268,7 @@ def test_frozen_head_passes_gradcheck_by_differences() -> None:
             for sign in (1, -1):
                 moved = hidden.clone()
                 moved.view(-1)[place] += sign * step
-                ends.append(FrozenHead.apply(moved, weight, targets, cap).sum().item())
+                ends.append(FrozenHead.apply(moved, weight, targets, curve).sum().item())
             slope = (ends[0] - ends[1]) / (2 * step)
             assert states.grad.view(-1)[place].item() == pytest.approx(slope, abs=2e-3)
 
@@ -317,7 +317,7 @@ def wide_model(lora: bool) -> Any:
     config = FAMILIES["llama"]()
     config.vocab_size = WIDE
     model = transformers.LlamaForCausalLM(config)
-    return add_lora(model, DPOSection(lora_rank=4, lora_alpha=8)) if lora else model
+    return add_lora(model, PolicySection(lora_rank=4, lora_alpha=8)) if lora else model
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])

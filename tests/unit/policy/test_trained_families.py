@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import DPOSection, PolicySection
 from dpo4rec_ray.policy.logps import CompletionLogps, bare
 from dpo4rec_ray.policy.model import add_lora, gathered_state, load_model
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective
@@ -20,7 +20,7 @@ from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-SECTION = DPOSection(
+SECTION = PolicySection(
     lr=1e-2,
     schedule="constant",
     epochs=2,
@@ -30,11 +30,10 @@ SECTION = DPOSection(
     warmup_frac=0.0,
     max_grad_norm=1.0,
     zero_stage=0,
-    beta=0.1,
-    loss="softmax",
     lora_rank=4,
     lora_alpha=8,
 )
+DPO = DPOSection(beta=0.1, loss="softmax")
 
 
 def rows(model: Any) -> list[dict[str, Any]]:
@@ -52,7 +51,7 @@ def rows(model: Any) -> list[dict[str, Any]]:
         }
         for i in range(8)
     ]
-    batch = DPOObjective(BatchLayout(0), SECTION).collate(found)
+    batch = DPOObjective(BatchLayout(0), DPO).collate(found)
     with torch.no_grad():
         logps = CompletionLogps(model)(batch.tokens).tolist()
     for row, count in zip(found, batch.counts, strict=True):
@@ -86,7 +85,7 @@ def test_trains_alike_with_and_without_sharing_and_reloads(family: str, tuning: 
         trainer = Trainer(
             CompletionLogps(model, grouped=shared, chunk_tokens=5 if shared else 0),
             pairs,
-            DPOObjective(layout, SECTION),
+            DPOObjective(layout, DPO),
             SECTION,
             dtype="float32",
             seed=0,

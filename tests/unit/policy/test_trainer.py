@@ -12,28 +12,29 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from dpo4rec_ray.config.training import DPOSection
+from dpo4rec_ray.config.training import DPOSection, PolicySection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.batch import collate
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import add_lora
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedObjective
 from dpo4rec_ray.policy.trainer import Trainer, without_dropout
-from dpo4rec_ray.train.dpo_loop import FIRST_LOSS_NOISE
+from dpo4rec_ray.train.dpo import FIRST_LOSS_NOISE
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
 RUN = {"dtype": "float32", "seed": 3}
+DPO = DPOSection(beta=0.1)
 
 
-def section(batch_size: int = 8, global_batch_size: int = 8, **changes: Any) -> DPOSection:
+def section(batch_size: int = 8, global_batch_size: int = 8, **changes: Any) -> PolicySection:
     values = {
         "lr": 1e-2, "epochs": 1, "batch_size": batch_size, "num_workers": 1, "warmup_frac": 0.0, "max_grad_norm": 1e9,
-        "gradient_accumulation_steps": global_batch_size // batch_size, "zero_stage": 2, "beta": 0.1, "lora_rank": 4,
+        "gradient_accumulation_steps": global_batch_size // batch_size, "zero_stage": 2, "lora_rank": 4,
         "lora_alpha": 8,
     }  # fmt: skip
-    return DPOSection(**{**values, **changes})
+    return PolicySection(**{**values, **changes})
 
 
 def base_model() -> LlamaForCausalLM:
@@ -80,7 +81,7 @@ def fit_dpo(
     metrics: list[dict[str, float]] = []
     model = CompletionLogps(lora_model(), grouped=layout.grouped, chunk_tokens=7)
     own = section(**changes)
-    trainer = Trainer(model, rows, DPOObjective(layout, own), own, **RUN)
+    trainer = Trainer(model, rows, DPOObjective(layout, DPO), own, **RUN)
     trainer.run(lambda step, total, found: bool(metrics.append(found)), expect_first_loss=(math.log(2), 1e-3))
     return trainer, metrics
 
@@ -151,7 +152,7 @@ def test_half_precision_without_sharding_takes_the_same_steps() -> None:
     for zero_stage in (0, 1):
         model = CompletionLogps(lora_model().to(torch.bfloat16))
         own = section(batch_size=8, epochs=4, zero_stage=zero_stage, schedule="constant")
-        trainer = Trainer(model, pairs(8), DPOObjective(PLAIN, own), own, dtype="bfloat16", seed=3)
+        trainer = Trainer(model, pairs(8), DPOObjective(PLAIN, DPO), own, dtype="bfloat16", seed=3)
         norms[zero_stage] = []
         trainer.run(lambda step, total, found, one=norms[zero_stage]: bool(one.append(found["grad_norm"])))
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
@@ -162,7 +163,7 @@ def test_weights_that_are_no_numbers_end_the_training() -> None:
     model = lora_model()
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
-    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
+    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, DPO), section(), **RUN)
     with pytest.raises(UserError, match="step 1: the loss is nan; lower lr"):
         trainer.run(lambda *_: False)
 
@@ -177,7 +178,7 @@ def test_dropout_of_any_kind_is_off() -> None:
     assert (model(ids).logits - model(ids).logits).abs().max().item() > 1e-3
     without_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
-    adapted = add_lora(model, DPOSection(lora_rank=2, lora_alpha=4, lora_dropout=0.25))
+    adapted = add_lora(model, PolicySection(lora_rank=2, lora_alpha=4, lora_dropout=0.25))
     without_dropout(adapted)
     assert {m.p for n, m in adapted.named_modules() if n.endswith("lora_dropout.default")} == {0.25}
 
@@ -188,8 +189,8 @@ def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
-    with pytest.raises(UserError, match="not ln 2"):
+    trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, DPO), section(), **RUN)
+    with pytest.raises(UserError, match=r"not 0\.693"):
         trainer.run(lambda *_: False, expect_first_loss=(math.log(2), 1e-3))
 
 
@@ -200,7 +201,7 @@ def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage:
     first = Trainer(
         CompletionLogps(lora_model()),
         rows,
-        DPOObjective(PLAIN, section()),
+        DPOObjective(PLAIN, DPO),
         section(epochs=4, batch_size=2, zero_stage=zero_stage),
         **RUN,
     )
@@ -210,7 +211,7 @@ def test_a_saved_state_continues_to_the_same_weights(tmp_path: Path, zero_stage:
     second = Trainer(
         CompletionLogps(lora_model()),
         rows,
-        DPOObjective(PLAIN, section()),
+        DPOObjective(PLAIN, DPO),
         section(epochs=4, batch_size=2, zero_stage=zero_stage),
         **RUN,
     )
@@ -250,7 +251,7 @@ def test_first_steps_equal_a_plain_pytorch_loop() -> None:
 
 
 def test_nothing_is_compiled_and_no_shared_memory_is_left() -> None:
-    Trainer(CompletionLogps(lora_model()), pairs(8), DPOObjective(PLAIN, section()), section(), **RUN)
+    Trainer(CompletionLogps(lora_model()), pairs(8), DPOObjective(PLAIN, DPO), section(), **RUN)
     from deepspeed import comm
 
     assert comm.comm.cdb is not None and comm.comm.cdb.shm_comm_op is None
@@ -277,10 +278,12 @@ def test_fewer_rows_than_an_accumulation_still_make_a_step() -> None:
 
 
 def test_a_new_key_of_the_recipe_reaches_trainer_and_objective() -> None:
-    class Wider(DPOSection):
+    class Wider(PolicySection):
         new_key: int = 7
 
-    own = Wider()
-    objective = DPOObjective(PLAIN, own)
-    trainer = Trainer(CompletionLogps(lora_model()), pairs(8), objective, own, **RUN)
-    assert trainer._section.new_key == objective._section.new_key == 7  # type: ignore[attr-defined]
+    class WiderDPO(DPOSection):
+        new_key: int = 8
+
+    objective = DPOObjective(PLAIN, WiderDPO())
+    trainer = Trainer(CompletionLogps(lora_model()), pairs(8), objective, Wider(), **RUN)
+    assert (trainer._section.new_key, objective._section.new_key) == (7, 8)  # type: ignore[attr-defined]

@@ -116,12 +116,12 @@ def test_held_out_users_are_as_many_as_dpo_reads(
     store = make_store(tmp_path, *measured)
     every, few, again = (
         [(row["split"], row["user_id"], row["chosen_token_ids"], row["rejected_token_ids"]) for row in rows]
-        for rows in (pairs_of(store, f"pair.max_heldout_users={most}")[0] for most in (0, 3, 3))
+        for rows in (pairs_of(store, f"policy.max_heldout_users={most}")[0] for most in (0, 3, 3))
     )
     held_out = {user for split, user, *_ in few if split == "valid"}
     assert len(held_out) == 3 and few == again
     assert few == [row for row in every if row[0] == "train" or row[1] in held_out]
-    stats = pairs_of(store, "pair.max_heldout_users=3")[1]
+    stats = pairs_of(store, "policy.max_heldout_users=3")[1]
     assert stats["heldout_pairs_by_kind"] == {"own": 3, "other": 3} and stats["dropped_heldout"] == {}
 
 

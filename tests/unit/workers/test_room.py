@@ -76,10 +76,10 @@ def test_what_no_node_can_hold_is_named_with_the_nodes() -> None:
 
 
 def test_what_fits_alone_but_not_together() -> None:
-    groups = [Workers("workers of dpo", 7, Needs(1, 1), "dpo.num_workers")]
+    groups = [Workers("workers of dpo", 7, Needs(1, 1), "policy.num_workers")]
     said = refusal(groups, CLUSTER, "the nodes are")
     assert said.startswith("7 workers of dpo (1 CPU, 1 GPU each) cannot run at the same time: the nodes are ")
-    assert said.endswith("; change dpo.num_workers, or add nodes")
+    assert said.endswith("; change policy.num_workers, or add nodes")
 
 
 def test_many_nodes_of_one_kind_are_counted() -> None:

@@ -62,10 +62,10 @@ def test_steps_of_a_training_belong_to_the_stage_that_works(seen: Seen) -> None:
     trained({"loss": 0.7})  # no stage works
     assert not seen
     with stage_metrics("demo", "dpo", 1):
-        trained({"loss": 0.6, "pairs_per_s": 12.0, "step": 3, "num_steps": 9})
+        trained({"loss": 0.6, "rows_per_s": 12.0, "step": 3, "num_steps": 9})
     stage = {"run": "demo", "stage": "dpo", "round": 1}
     assert value(seen, "dpo4rec_training_loss", **stage) == 0.6
-    assert value(seen, "dpo4rec_training_pairs_per_s", **stage) == 12
+    assert value(seen, "dpo4rec_training_rows_per_s", **stage) == 12
     assert not [name for name, _ in seen if name == "dpo4rec_training_accuracy"]
 
 

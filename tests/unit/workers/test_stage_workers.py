@@ -27,8 +27,8 @@ CHANGES = [
     "encoder.accelerator_type=A10G",
     "reward.num_scorers=2",
     "reward.memory_gib=1",
-    "dpo.min_workers=1",
-    "dpo.zero_stage=0",
+    "policy.min_workers=1",
+    "policy.zero_stage=0",
 ]
 
 
@@ -71,7 +71,7 @@ def test_a_pool_goes_on_with_fewer_only_on_a_cluster(monkeypatch: pytest.MonkeyP
     assert stage_workers.engines(config).least == ALL
     monkeypatch.setattr(placement, "joined_cluster", lambda: True)
     assert stage_workers.engines(config).least == 1
-    assert stage_workers.trainers(config.dpo, "dpo").fewest == config.dpo.num_workers
+    assert stage_workers.trainers(config.policy, "dpo").fewest == config.policy.num_workers
     kept = load_config("demo", ["generate.num_engines=4"])
     assert stage_workers.engines(kept).least == ALL
 

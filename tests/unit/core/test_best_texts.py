@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dpo4rec_ray.core.best_of_n import best_of
+from dpo4rec_ray.core.best_texts import best_of
 
 REWARDS = np.array([0.1, 0.9, 0.5, 0.9, 0.3])
 TEXTS = ["a", "b", "c", "b", "d"]  # b twice: four distinct
