@@ -1,0 +1,117 @@
+"""What best-of-N and GRPO make of scored texts, and what they leave out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dpo4rec_ray.config import Config, load_config
+from dpo4rec_ray.core.policy_gradient import advantages
+from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.store.artifacts import RunDir, write_part
+from dpo4rec_ray.train.learners import LEARNERS
+from dpo4rec_ray.train.scored_texts import AllTexts, scored_groups
+from tests.conftest import DEMO
+from tests.scored_run import NUM_SAMPLES, NUM_USERS, make_store
+
+VALID = range(NUM_USERS - 5, NUM_USERS)
+UNKNOWN, SAME = 3, 7  # users: without a reward, and with texts that are all worth the same
+
+
+def config_of(objective: str, *changes: str) -> Config:
+    return load_config(DEMO, [f"policy.objective={objective}", *changes])
+
+
+@pytest.fixture
+def rewards() -> np.ndarray:
+    found = np.random.default_rng(0).normal(size=(NUM_USERS, NUM_SAMPLES)).astype(np.float32)
+    found[UNKNOWN, 1] = np.nan
+    found[SAME] = 0.5
+    return found
+
+
+@pytest.fixture
+def store(tmp_path: Path, rewards: np.ndarray) -> RunDir:
+    return make_store(tmp_path, rewards, np.ones(NUM_USERS, np.float32), np.full(NUM_USERS, 3))
+
+
+def material(config: Config, store: RunDir, reference: str | None = None) -> Any:
+    task: Any = SimpleNamespace(config=config, store=store, round_id=1, reference=reference)
+    return LEARNERS[config.policy.objective].material(task)
+
+
+def test_every_user_with_rewards_is_in_its_split(store: RunDir, rewards: np.ndarray) -> None:
+    groups = scored_groups(config_of("grpo"), store, 1)
+    assert groups["valid"]["user_id"].to_pylist() == list(VALID)
+    assert groups["train"]["user_id"].to_pylist() == [
+        user for user in range(NUM_USERS - 5) if user != UNKNOWN
+    ]
+    for row in groups["train"].to_pylist():
+        user = row["user_id"]
+        assert row["completions"] == [[user, sample] for sample in range(NUM_SAMPLES)]
+        np.testing.assert_array_equal(row["rewards"], rewards[user].astype(float))
+
+
+def test_held_out_users_are_bounded(store: RunDir) -> None:
+    found = scored_groups(config_of("grpo", "policy.max_heldout_users=2"), store, 1)["valid"]
+    assert len(found) == 2 and set(found["user_id"].to_pylist()) <= set(VALID)
+
+
+def test_grpo_reads_all_texts_of_users_whose_texts_differ(store: RunDir, rewards: np.ndarray) -> None:
+    found = material(config_of("grpo"), store)
+    assert (found.counts["train"], found.counts["train_same"], found.counts["valid"]) == (23, 1, 5)
+    row = next(row for row in found.training if row["completions"][0][0] == 0)
+    expected = advantages(rewards[0], "std")
+    assert expected is not None
+    np.testing.assert_allclose(row["advantages"], expected)
+    assert found.lengths.tolist() == [2 + 2 * NUM_SAMPLES] * 23 and found.trained == {"users": 23}
+
+
+def test_grpo_takes_the_reference_of_its_user(store: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "reference").mkdir()
+    for part, files in enumerate(zip(store.files("generations", 1), store.files("scores", 1), strict=True)):
+        users, groups = AllTexts().read(files)
+        logps = [[[-float(token) for token in one] for one in group.completions] for group in groups]
+        write_part(str(tmp_path / "reference"), "token_logps", AllTexts().table(users, logps), part)
+    found = material(config_of("grpo"), store, str(tmp_path / "reference"))
+    for row in found.training:
+        assert row["logps"] == [[-float(token) for token in one] for one in row["completions"]]
+
+
+def test_best_of_n_reads_the_best_texts(store: RunDir, rewards: np.ndarray) -> None:
+    found = material(config_of("best_of_n", "best_of_n.top=2"), store)
+    assert (found.counts["train"], found.counts["train_without"]) == (23, 1)
+    for row in found.training:
+        user = row["completions"][0][0]
+        order = np.argsort(-rewards[user])
+        best = [place for place in order[:2] if rewards[user][place] > rewards[user].mean()]
+        assert row["completions"] == [[user, place] for place in best]
+        assert row["weights"] == [1 / len(best)] * len(best)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "best_of_n"])
+def test_texts_that_are_too_long_are_counted_and_left_out(store: RunDir, objective: str) -> None:
+    config = config_of(objective)
+    fits = config.model_copy(update={"policy": config.policy.model_copy(update={"max_length": 3})})
+    with pytest.raises(UserError, match="'train_too_long': 96"):
+        material(fits, store)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "best_of_n"])
+def test_rewards_that_are_all_the_same_are_refused(tmp_path: Path, objective: str) -> None:
+    same = np.zeros((NUM_USERS, NUM_SAMPLES), np.float32)
+    store = make_store(tmp_path, same, np.ones(NUM_USERS, np.float32), np.full(NUM_USERS, 3))
+    with pytest.raises(UserError, match="round 1: no training user"):
+        material(config_of(objective), store)
+
+
+def test_a_part_of_other_users_is_refused(store: RunDir) -> None:
+    generations, scores = (store.files(name, 1) for name in ("generations", "scores"))
+    with pytest.raises(ValueError, match="different users"):
+        AllTexts().read([generations[0], scores[1]])
+    assert pa.types.is_integer(AllTexts().read([generations[0], scores[0]])[0].type)
