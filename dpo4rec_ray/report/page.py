@@ -22,6 +22,7 @@ from dpo4rec_ray.store.memory import peak_rss_mb
 from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.versions import commit, machine, versions
+from dpo4rec_ray.train.learners import LEARNERS
 
 _DETAIL = ("by user", "on lists with a positive")
 SHOWN = (*PRINTED, *(f"{name} {how}" for how in _DETAIL for name in HEADLINE))
@@ -147,9 +148,10 @@ def _html(store: RunDir, summary: dict[str, Any]) -> str:
         ("NDCG@5 per system (mean and standard deviation over seeds)", _plot_systems(summary["systems"]))
     ]
     if summary["rounds"]:
+        objective = summary["rounds"][0]["training"].get("objective", "dpo")
         plots += [
             ("Held-out reward before and after each round", _plot_rewards(store, summary)),
-            ("DPO loss, accuracy and margin per step", _plot_dpo(store, summary)),
+            (f"Training ({objective}) per step", _plot_training(store, summary, LEARNERS[objective].shown)),
         ]
     differences = [row for row in summary["comparisons"] if row["metric"] in HEADLINE]
     return template.render(
@@ -210,11 +212,11 @@ def _plot_rewards(store: RunDir, summary: dict[str, Any]) -> str:
     return _embed(figure)
 
 
-def _plot_dpo(store: RunDir, summary: dict[str, Any]) -> str:
-    figure, axes = _figure(columns=3)
+def _plot_training(store: RunDir, summary: dict[str, Any], names: tuple[str, ...]) -> str:
+    figure, axes = _figure(columns=len(names))
     for row in summary["rounds"]:
         steps = read_metrics(store.path("policy", row["round"]))
-        for axis, name in zip(axes, ("loss", "accuracy", "margin"), strict=True):
+        for axis, name in zip(axes, names, strict=True):
             axis.plot(
                 [step["step"] for step in steps],
                 [step[name] for step in steps],

@@ -22,6 +22,7 @@ class BestOfNLearner:
 
     texts: TextSource | None = None
     unit = "users"
+    shown = ("loss", "grad_norm")
 
     def material(self, task: PolicyTask) -> Material:
         tables = scored_groups(task.config, task.store, task.round_id)

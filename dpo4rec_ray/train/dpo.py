@@ -55,6 +55,7 @@ class DPOLearner:
 
     texts: TextSource | None = PairTexts()
     unit = "pairs"
+    shown = ("loss", "accuracy", "margin")
 
     def material(self, task: PolicyTask) -> Material:
         columns = ["user_id", "split", "kind", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]

@@ -26,6 +26,7 @@ class GRPOLearner:
 
     texts: TextSource | None = AllTexts()
     unit = "users"
+    shown = ("gain", "kl_per_token", "clip_share")
 
     def material(self, task: PolicyTask) -> Material:
         tables = scored_groups(task.config, task.store, task.round_id)

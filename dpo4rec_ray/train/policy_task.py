@@ -95,6 +95,8 @@ class Learner(Protocol):
     texts: TextSource | None
     # What one row is, for lines of progress.
     unit: str
+    # The metrics of its steps that the report shows.
+    shown: tuple[str, ...]
 
     def material(self, task: PolicyTask) -> Material:
         """Rows without those that are longer than `Config.max_training_tokens`."""
