@@ -16,6 +16,7 @@ STAGES = {
     "score": "rewards of 10,000 texts, against a plain loop over lists",
     "generate": "samples per second, against vLLM and transformers alone",
     "dpo": "pairs per second and first steps, against TRL's DPOTrainer",
+    "grpo": "prompts per second and first steps, against TRL's GRPOTrainer",
     "belief": "how often texts are believed that say nothing, and counted ones, by the metric and by the likelihood",
     "channel": "what texts add to a backbone, by encoder, way and adapter, against the backbone",
     "ablation": "one round of DPO by reader, reward and pairs, judged by the same rerankers",

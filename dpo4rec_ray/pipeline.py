@@ -255,14 +255,20 @@ def check_selection(config: Config, selection: Selection) -> None:
         raise selection.missing()
 
 
-def how_far(store: RunDir) -> tuple[list[str], list[str]]:
-    """The stages that are complete in a run folder, in its first round where they belong to rounds, and the others."""
+def how_far(store: RunDir, objective: str = "") -> tuple[list[str], list[str]]:
+    """The stages that are complete in a run folder, in its first round where they belong to rounds, and the others.
+
+    objective: which learner's stage counts; "": that of the run's first policy, "dpo" where there is none.
+    """
+    policy = store.manifest("policy", 1)
+    objective = objective or (policy.stats.get("objective", "dpo") if policy else "dpo")
+    names = [name for name in STAGES if name == objective or name not in LEARNERS]
     done = {
         name
         for name, stage in STAGES.items()
         if any(all(store.manifest(*artifact) for artifact in stage.writes(round_id)) for round_id in (0, 1))
     }
-    return [name for name in STAGES if name in done], [name for name in STAGES if name not in done]
+    return [name for name in names if name in done], [name for name in names if name not in done]
 
 
 def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection()) -> dict[str, object]:

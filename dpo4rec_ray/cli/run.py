@@ -109,6 +109,8 @@ def run(options: argparse.Namespace) -> int:
         print(*report(config), sep="\n")
         return 0
     with ray_job(folder, options.verbose):
-        check_stages(config, [options.only] if options.only else how_far(RunDir(folder))[1])
+        check_stages(
+            config, [options.only] if options.only else how_far(RunDir(folder), config.policy.objective)[1]
+        )
         run_pipeline(config, RunDir(folder), selection)
     return 0

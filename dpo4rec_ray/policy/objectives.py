@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from dpo4rec_ray.config.training import DPOSection, GRPOSection
-from dpo4rec_ray.core.policy_gradient import TOKEN_WEIGHTS, Shape, clipped_surrogate, divergence, sums_per_group
+from dpo4rec_ray.core.policy_gradient import (
+    TOKEN_WEIGHTS,
+    Shape,
+    clipped_surrogate,
+    divergence,
+    sums_per_group,
+)
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, Ratios, chosen_nll
 from dpo4rec_ray.policy.batch import OnDevice, TokenBatch, collate
 from dpo4rec_ray.policy.groups import Group, GroupBatch, apart, collate_groups

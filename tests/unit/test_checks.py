@@ -215,7 +215,7 @@ def test_a_deepspeed_file_counts_by_what_is_in_it(tmp_path: Path) -> None:
     found = set()
     for content in ('{"steps_per_print": 1}', '{"steps_per_print": 2}'):
         file.write_text(content)
-        found.add(identity.outside_identity(config, "dpo", ("dpo",))["file of policy.deepspeed"])
+        found.add(identity.outside_identity(config, "dpo", ("policy",))["file of policy.deepspeed"])
     assert len(found) == 2
 
 

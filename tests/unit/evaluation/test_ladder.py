@@ -24,7 +24,7 @@ SCORES = {
     "gap_held_out_ci95": [0.05, 0.15],
     "best tied": 0.1,
 }
-POLICY = {"accuracy": 0.75, "pairs": {"valid": 108}}
+POLICY = {"accuracy": 0.75, "rows": {"valid": 108}}
 HELDOUT = {
     "figures": {
         "reward": figure(-2.2, -2.1),
@@ -99,7 +99,7 @@ def test_dpo_accuracy_is_set_beside_a_half_and_split_by_kind() -> None:
         "accuracy": 60 / 108,
         "heldout_accuracy_own": 66 / 108,
         "heldout_accuracy_other": None,
-        "pairs": {"valid": 108, "valid_own": 108, "valid_other": 0},
+        "rows": {"valid": 108, "valid_own": 108, "valid_other": 0},
     }
     found = rungs(policy=policy)
     assert found["DPO accuracy"]["verdict"] == NOT_SHOWN and found["DPO accuracy"]["bound"] == 0.5

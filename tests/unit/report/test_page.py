@@ -38,7 +38,7 @@ def test_a_round_shows_its_ladder_its_figures_and_why_it_was_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "_plot_rewards", lambda *_: "")
-    monkeypatch.setattr(page, "_plot_dpo", lambda *_: "")
+    monkeypatch.setattr(page, "_plot_training", lambda *_: "")
     figure = {"before": 0.1, "after": 0.3, "change": 0.2, "change_ci95": [0.1, 0.3]}
     unknown = {"value": 0.5, "ci95": None, "verdict": "not shown", "says": "<i>why</i>"}
     row = {
@@ -47,7 +47,7 @@ def test_a_round_shows_its_ladder_its_figures_and_why_it_was_kept(
         "choice": {"kept": False, "against": 0, **_interval("reward", 0.2), **_interval("reading", -0.2)},
         "figures": {"reading": figure},
         "ladder": [{"name": "shuffle drop", **unknown}],
-        **{name: {} for name in ("dpo", "diagnosis", "dropped")},
+        **{name: {} for name in ("training", "diagnosis", "dropped")},
     }
     html = report(tmp_path, rounds=[row])
     assert "Round 1: not kept" in html
