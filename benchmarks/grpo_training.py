@@ -1,7 +1,7 @@
 """One measured GRPO training: python benchmarks/grpo_training.py reference|trl|ours SPEC (JSON). Prints one JSON line.
 
-On the model and the texts that `dpo_training.py make` writes, with N - 1 rejected texts: a pair's texts are the group of a prompt,
-with rewards drawn at random. trl: TRL's GRPOTrainer, which is given these groups in place of what it would generate; ours: this
+On the model and texts that `dpo_training.py make` writes, with N - 1 rejected texts: a pair's texts are the group of a prompt,
+with rewards drawn at random. trl: TRL's GRPOTrainer, given these groups in place of what it would generate; ours: this
 project's trainer. Both take the prompts of every step in the same order and start from the same LoRA; the log-probabilities of
 the policy that drew the texts are given to both.
 """

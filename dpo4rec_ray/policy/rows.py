@@ -1,4 +1,4 @@
-"""Preference pairs as rows of Arrow tables, converted one at a time, so that a million pairs are never Python lists at once."""
+"""Training rows in Arrow tables, converted one at a time, so that a million pairs are never Python lists at once."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def pair_lengths(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return total, prompt + longest
 
 
+def group_lengths(groups: pa.Table) -> np.ndarray:
+    """[n] tokens per row of prompt_token_ids and completions: the prompt once, and every text."""
+    total = _lengths(groups["prompt_token_ids"])
+    completions = groups["completions"].combine_chunks()
+    np.add.at(total, pc.list_parent_indices(completions).to_numpy(), _lengths(pc.list_flatten(completions)))
+    return total
+
+
 def with_reference(pairs: pa.Table, reference: pa.Table) -> pa.Table:
     """Put stored reference log-probabilities beside their pairs.
 
@@ -58,4 +66,4 @@ def with_reference(pairs: pa.Table, reference: pa.Table) -> pa.Table:
 
 
 def _lengths(column: Any) -> np.ndarray:
-    return np.asarray(pc.list_value_length(column), dtype=np.int64)
+    return np.array(pc.list_value_length(column), dtype=np.int64)

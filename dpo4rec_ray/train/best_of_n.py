@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.best_texts import best_of
 from dpo4rec_ray.core.text_watch import TextWatch
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.objectives import BatchLayout, SupervisedObjective
-from dpo4rec_ray.policy.rows import ArrowRows
 from dpo4rec_ray.train.policy_task import Material, PolicyTask, TextSource
-from dpo4rec_ray.train.scored_texts import scored_groups
+from dpo4rec_ray.train.scored_texts import ScoredUser, material
 
 
 class BestOfNLearner:
@@ -25,24 +23,22 @@ class BestOfNLearner:
     shown = ("loss", "grad_norm")
 
     def material(self, task: PolicyTask) -> Material:
-        tables = scored_groups(task.config, task.store, task.round_id)
-        rows, counts = {}, {}
-        for split, table in tables.items():
-            rows[split], own = chosen_rows(table, task.config)
-            counts |= {split: len(rows[split]), **{f"{split}_{name}": count for name, count in own.items()}}
-        if not rows["train"]:
+        section = task.config.best_of_n
+
+        def best(user: ScoredUser) -> dict[str, Any] | None:
+            texts, rewards = [tuple(one) for one in user["completions"]], np.array(user["rewards"])
+            found = best_of(rewards, texts, section.top, section.min_margin, section.reward_temperature)
+            if found is None:
+                return None
+            return {"completions": [texts[place] for place in found.places], "weights": found.weights}
+
+        found = material(task, best, "without")
+        if not found.counts["train"]:
             raise UserError(
-                f"round {task.round_id}: no training user has a best text ({counts}); lower best_of_n.min_margin, or use "
+                f"round {task.round_id}: no training user has a best text ({found.counts}); lower best_of_n.min_margin, or use "
                 'reward.metric = "log_likelihood"'
             )
-        lengths = [len(row["prompt_token_ids"]) + sum(map(len, row["completions"])) for row in rows["train"]]
-        return Material(
-            ArrowRows(pa.Table.from_pylist(rows["train"])),
-            np.array(lengths),
-            {"users": rows["valid"]},
-            {"users": len(rows["train"])},
-            counts,
-        )
+        return found
 
     def objective(self, layout: BatchLayout, config: Config) -> SupervisedObjective:
         return SupervisedObjective(layout)
@@ -62,35 +58,3 @@ class BestOfNLearner:
         return [
             f"held-out users' best texts: {heldout['loss']:.4f} nats per token over {counts['valid']} users"
         ]
-
-
-def chosen_rows(table: pa.Table, config: Config) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rows of `SupervisedObjective` from `scored_texts.groups_of`, and how many users have none, by reason.
-
-    A text that is too long to train on is no candidate.
-    """
-    section, rows = config.best_of_n, []
-    counts = {"texts": 0, "without": 0, "too_long": 0}
-    for group in table.to_pylist():
-        room = config.max_training_tokens - len(group["prompt_token_ids"])
-        fits = [place for place, text in enumerate(group["completions"]) if len(text) <= room]
-        counts["too_long"] += len(group["completions"]) - len(fits)
-        texts = [tuple(group["completions"][place]) for place in fits]
-        rewards = np.array([group["rewards"][place] for place in fits])
-        best = (
-            best_of(rewards, texts, section.top, section.min_margin, section.reward_temperature)
-            if fits
-            else None
-        )
-        if best is None:
-            counts["without"] += 1
-            continue
-        counts["texts"] += len(best.places)
-        rows.append(
-            {
-                "prompt_token_ids": group["prompt_token_ids"],
-                "completions": [list(texts[place]) for place in best.places],
-                "weights": best.weights,
-            }
-        )
-    return rows, counts

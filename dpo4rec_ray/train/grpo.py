@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.policy_gradient import advantages
 from dpo4rec_ray.core.text_watch import TextWatch
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.objectives import BatchLayout, GRPOObjective
-from dpo4rec_ray.policy.rows import ArrowRows
 from dpo4rec_ray.train.policy_task import Material, PolicyTask, TextSource
-from dpo4rec_ray.train.reference_logps import read_reference
-from dpo4rec_ray.train.scored_texts import AllTexts, scored_groups
+from dpo4rec_ray.train.scored_texts import AllTexts, ScoredUser, material
 
 # How far the first loss may be from 0, where every ratio is 1 and advantages cancel: rounding of token log-probabilities.
 FIRST_LOSS_NOISE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
@@ -29,25 +26,22 @@ class GRPOLearner:
     shown = ("gain", "kl_per_token", "clip_share")
 
     def material(self, task: PolicyTask) -> Material:
-        tables = scored_groups(task.config, task.store, task.round_id)
-        stored = _by_user(read_reference(task.reference)) if task.reference else None
-        rows, counts = {}, {}
-        for split, table in tables.items():
-            rows[split], own = group_rows(table, task.config, stored)
-            counts |= {split: len(rows[split]), **{f"{split}_{name}": count for name, count in own.items()}}
-        if not rows["train"]:
+        scale = task.config.grpo.scale
+
+        def group(user: ScoredUser) -> dict[str, Any] | None:
+            found = advantages(np.array(user["rewards"]), scale)
+            if found is None:
+                return None
+            kept = {name: user[name] for name in ("completions", "logps") if name in user}
+            return {**kept, "advantages": found.tolist()}
+
+        found = material(task, group, "same")
+        if not found.counts["train"]:
             raise UserError(
-                f"round {task.round_id}: no training user's texts differ in reward ({counts}); use "
+                f"round {task.round_id}: no training user's texts differ in reward ({found.counts}); use "
                 'reward.metric = "log_likelihood" or more reward.num_redraws'
             )
-        lengths = [len(row["prompt_token_ids"]) + sum(map(len, row["completions"])) for row in rows["train"]]
-        return Material(
-            ArrowRows(pa.Table.from_pylist(rows["train"])),
-            np.array(lengths),
-            {"users": rows["valid"]},
-            {"users": len(rows["train"])},
-            counts,
-        )
+        return found
 
     def objective(self, layout: BatchLayout, config: Config) -> GRPOObjective:
         return GRPOObjective(layout, config.grpo, config.generate.max_new_tokens)
@@ -74,39 +68,7 @@ class GRPOLearner:
         found = [f"{counts['train_same']} training users whose texts are all worth the same were left out"]
         if heldout:
             found.append(
-                f"held-out users: texts of the policy are worth {heldout['gain']:+.3f} of a standard deviation more, by "
-                f"importance sampling over {counts['valid']} users"
+                f"held-out users: by importance sampling the policy's texts have an advantage of {heldout['gain']:+.3f} "
+                f"({counts['valid']} users)"
             )
         return found[not counts["train_same"] :]
-
-
-def group_rows(
-    table: pa.Table, config: Config, stored: dict[int, list[list[float]]] | None
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rows of `GRPOObjective` from `scored_texts.groups_of`, and how many groups and texts are left out, by reason.
-
-    stored: log-probabilities of each user's texts, token by token. A text that is too long to train on is no part of its group.
-    """
-    rows, counts = [], {"same": 0, "too_long": 0}
-    for group in table.to_pylist():
-        room = config.max_training_tokens - len(group["prompt_token_ids"])
-        fits = [place for place, text in enumerate(group["completions"]) if len(text) <= room]
-        counts["too_long"] += len(group["completions"]) - len(fits)
-        own = advantages(np.array([group["rewards"][place] for place in fits]), config.grpo.scale)
-        if own is None:
-            counts["same"] += 1
-            continue
-        row = {
-            "prompt_token_ids": group["prompt_token_ids"],
-            "completions": [group["completions"][place] for place in fits],
-            "advantages": own.tolist(),
-        }
-        if stored is not None:
-            logps = stored[group["user_id"]]
-            row["logps"] = [logps[place] for place in fits]
-        rows.append(row)
-    return rows, counts
-
-
-def _by_user(reference: pa.Table) -> dict[int, list[list[float]]]:
-    return dict(zip(reference["user_id"].to_pylist(), reference["logps"].to_pylist(), strict=True))

@@ -43,7 +43,8 @@ def mixed(by_kind: Mapping[str, Metrics], trained: Mapping[str, int]) -> Metrics
     """The held-out metrics as the training weighs the kinds of rows, and the accuracy of each kind of pairs as accuracy_KIND.
 
     by_kind: metrics of the held-out rows of each kind (of pairs: core.pairing.Kind); empty where there are none. trained:
-    training rows of each kind. A kind that is not trained on has no part in the loss that chooses the policy, unless there is no other.
+    training rows of each kind. A kind that is not trained on has no part in the loss that chooses the policy, unless there is
+    no other.
     """
     found = {kind: metrics for kind, metrics in by_kind.items() if metrics}
     weights = {kind: trained.get(kind, 0) for kind in found}

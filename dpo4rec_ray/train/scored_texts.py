@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +12,29 @@ import pyarrow.compute as pc
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.policy.groups import Group
+from dpo4rec_ray.policy.rows import ArrowRows, group_lengths
 from dpo4rec_ray.storage.parquet import read_parquet
 from dpo4rec_ray.storage.places import Place
-from dpo4rec_ray.store.artifacts import Manifest, RunDir
-from dpo4rec_ray.train.policy_task import TextSource
+from dpo4rec_ray.store.artifacts import Manifest
+from dpo4rec_ray.train.policy_task import Material, PolicyTask, TextSource
+from dpo4rec_ray.train.reference_logps import read_reference
 
-_ORDER = [("user_id", "ascending"), ("sample_id", "ascending")]
 ARTIFACTS = ("generations", "scores")
+_ORDER = [("user_id", "ascending"), ("sample_id", "ascending")]
+_TEXTS = pa.list_(pa.list_(pa.int32()))
+_SCORED = pa.schema(
+    [
+        ("user_id", pa.int64()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("completions", _TEXTS),
+        ("rewards", pa.list_(pa.float64())),
+    ]
+)
+# Users whose texts are Python lists at the same time.
+AT_ONCE = 256
+ScoredUser = dict[str, Any]  # a row of `groups_of`, and "logps" where there is a reference
+# A user with the texts that fit -> the row to train on, without its prompt; None: there is none.
+MakeRow = Callable[[ScoredUser], dict[str, Any] | None]
 
 
 def groups_of(files: Sequence[Place]) -> pa.Table:
@@ -48,42 +65,7 @@ def groups_of(files: Sequence[Place]) -> pa.Table:
                     "rewards": own.astype(np.float64).tolist(),
                 }
             )
-    return pa.Table.from_pylist(rows, SCHEMA)
-
-
-SCHEMA = pa.schema(
-    [
-        ("user_id", pa.int64()),
-        ("prompt_token_ids", pa.list_(pa.int32())),
-        ("completions", pa.list_(pa.list_(pa.int32()))),
-        ("rewards", pa.list_(pa.float64())),
-    ]
-)
-
-
-def scored_groups(config: Config, store: RunDir, round_id: int) -> dict[str, pa.Table]:
-    """`groups_of` all parts by split, with the validation users that training is evaluated on, drawn by the run's seed."""
-    parts = zip(*(store.files(name, round_id) for name in ARTIFACTS), strict=True)
-    table = pa.concat_tables([groups_of(files) for files in parts])
-    users = store.read("users", split=("train", "valid"), columns=["user_id", "split"])
-    held_out = pc.equal(users["split"], "valid")
-    unread = unread_users(config, users["user_id"].filter(held_out).to_numpy())
-    valid = np.setdiff1d(users["user_id"].filter(held_out).to_numpy(), unread)
-    train = users["user_id"].filter(pc.invert(held_out)).to_numpy()
-    own = table["user_id"].to_numpy()
-    return {
-        "train": table.filter(pa.array(np.isin(own, train))),
-        "valid": table.filter(pa.array(np.isin(own, valid))),
-    }
-
-
-def unread_users(config: Config, held_out: np.ndarray) -> np.ndarray:
-    """Validation users beyond `policy.max_heldout_users`."""
-    most = config.policy.max_heldout_users
-    if not most or len(held_out) <= most:
-        return held_out[:0]
-    rng = np.random.default_rng(seed_of(config.run.seed, "held-out pairs"))
-    return rng.permutation(np.sort(held_out))[most:]
+    return pa.Table.from_pylist(rows, _SCORED)
 
 
 class AllTexts(TextSource):
@@ -101,3 +83,72 @@ class AllTexts(TextSource):
 
     def table(self, users: pa.Array, logps: list[list[list[float]]]) -> pa.Table:
         return pa.table({"user_id": users, "logps": pa.array(logps, pa.list_(pa.list_(pa.float32())))})
+
+
+def material(task: PolicyTask, make: MakeRow, without: str) -> Material:
+    """What a learner trains on and is evaluated on: `make` of every training user, and of held-out ones.
+
+    A text that is too long to train on (`Config.max_training_tokens`) is none for `make`. Users without a row are counted by
+    the name `without`.
+    """
+    tables, counts = {}, {}
+    for split, scored in _by_split(task).items():
+        parts, told = [], {"too_long": 0, without: 0}
+        for batch in scored.to_batches(max_chunksize=AT_ONCE):
+            rows = []
+            for user in batch.to_pylist():
+                fitting, dropped = _fitting(user, task.config.max_training_tokens)
+                told["too_long"] += dropped
+                row = make(fitting) if fitting["completions"] else None
+                told[without] += row is None
+                if row is not None:
+                    rows.append({"prompt_token_ids": user["prompt_token_ids"], **row})
+            if rows:
+                parts.append(pa.Table.from_pylist(rows))
+        tables[split] = pa.concat_tables(parts) if parts else None
+        num_rows = len(tables[split]) if parts else 0
+        counts |= {split: num_rows, **{f"{split}_{name}": count for name, count in told.items()}}
+    train, valid = tables["train"], tables["valid"]
+    return Material(
+        [] if train is None else ArrowRows(train),
+        np.zeros(0, np.int64) if train is None else group_lengths(train),
+        {"users": [] if valid is None else ArrowRows(valid)},
+        {"users": counts["train"]},
+        counts,
+    )
+
+
+def _fitting(user: ScoredUser, max_length: int) -> tuple[ScoredUser, int]:
+    """The user with those texts alone that fit beside the prompt, and how many do not."""
+    room = max_length - len(user["prompt_token_ids"])
+    fits = [place for place, text in enumerate(user["completions"]) if len(text) <= room]
+    dropped = len(user["completions"]) - len(fits)
+    per_text = [name for name in ("completions", "rewards", "logps") if name in user]
+    return user | {name: [user[name][place] for place in fits] for name in per_text}, dropped
+
+
+def _by_split(task: PolicyTask) -> dict[str, pa.Table]:
+    """Users with rewards by split, with the reference's log-probabilities; of validation users those that are evaluated on."""
+    store, config = task.store, task.config
+    parts = zip(*(store.files(name, task.round_id) for name in ARTIFACTS), strict=True)
+    table = pa.concat_tables([groups_of(files) for files in parts])
+    if task.reference:
+        reference = read_reference(task.reference)
+        if not reference["user_id"].equals(table["user_id"]):
+            raise ValueError("the stored reference log-probabilities belong to other texts")
+        table = table.append_column("logps", reference["logps"])
+    users = store.read("users", split=("train", "valid"), columns=["user_id", "split"])
+    held_out = users["user_id"].filter(pc.equal(users["split"], "valid")).to_numpy()
+    own = table["user_id"].to_numpy()
+    is_valid = np.isin(own, held_out)
+    is_read = is_valid & ~np.isin(own, unread_users(config, held_out))
+    return {"train": table.filter(pa.array(~is_valid)), "valid": table.filter(pa.array(is_read))}
+
+
+def unread_users(config: Config, held_out: np.ndarray) -> np.ndarray:
+    """Validation users beyond `policy.max_heldout_users`, drawn by the run's seed."""
+    most = config.policy.max_heldout_users
+    if not most or len(held_out) <= most:
+        return held_out[:0]
+    rng = np.random.default_rng(seed_of(config.run.seed, "held-out pairs"))
+    return rng.permutation(np.sort(held_out))[most:]

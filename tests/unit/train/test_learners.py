@@ -15,7 +15,7 @@ from dpo4rec_ray.core.policy_gradient import advantages
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.artifacts import RunDir, write_part
 from dpo4rec_ray.train.learners import LEARNERS
-from dpo4rec_ray.train.scored_texts import AllTexts, scored_groups
+from dpo4rec_ray.train.scored_texts import AllTexts
 from tests.conftest import DEMO
 from tests.scored_run import NUM_SAMPLES, NUM_USERS, make_store
 
@@ -45,21 +45,20 @@ def material(config: Config, store: RunDir, reference: str | None = None) -> Any
     return LEARNERS[config.policy.objective].material(task)
 
 
-def test_every_user_with_rewards_is_in_its_split(store: RunDir, rewards: np.ndarray) -> None:
-    groups = scored_groups(config_of("grpo"), store, 1)
-    assert groups["valid"]["user_id"].to_pylist() == list(VALID)
-    assert groups["train"]["user_id"].to_pylist() == [
-        user for user in range(NUM_USERS - 5) if user != UNKNOWN
-    ]
-    for row in groups["train"].to_pylist():
-        user = row["user_id"]
-        assert row["completions"] == [[user, sample] for sample in range(NUM_SAMPLES)]
-        np.testing.assert_array_equal(row["rewards"], rewards[user].astype(float))
+def test_every_user_with_rewards_is_in_its_split(store: RunDir) -> None:
+    found = material(config_of("grpo"), store)
+    first = [row["completions"][0][0] for row in found.heldout["users"]]
+    assert first == list(VALID)
+    trained = [row["completions"][0][0] for row in found.training]
+    assert trained == [user for user in range(NUM_USERS - 5) if user not in (UNKNOWN, SAME)]
+    for row in found.training:
+        assert row["completions"] == [[row["prompt_token_ids"][0], sample] for sample in range(NUM_SAMPLES)]
 
 
 def test_held_out_users_are_bounded(store: RunDir) -> None:
-    found = scored_groups(config_of("grpo", "policy.max_heldout_users=2"), store, 1)["valid"]
-    assert len(found) == 2 and set(found["user_id"].to_pylist()) <= set(VALID)
+    found = material(config_of("grpo", "policy.max_heldout_users=2"), store)
+    users = {row["completions"][0][0] for row in found.heldout["users"]}
+    assert len(users) == found.counts["valid"] == 2 and users <= set(VALID)
 
 
 def test_grpo_reads_all_texts_of_users_whose_texts_differ(store: RunDir, rewards: np.ndarray) -> None:
