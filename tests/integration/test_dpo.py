@@ -323,7 +323,7 @@ def test_long_pairs_are_counted_and_training_stops_when_it_no_longer_helps(
     )
     assert done.code == 0, done.stderr
     found = stats(done)
-    too_long = found["pairs"]["train_too_long"] + found["pairs"]["valid_too_long"]
+    too_long = found["rows"]["train_too_long"] + found["rows"]["valid_too_long"]
     assert too_long == sum(length > limit for length in longest) > 0
     assert f"{too_long} pairs are longer than {limit} tokens" in done.stdout
     losses = {int(step): loss for step, loss in found["heldout_losses"].items()}
