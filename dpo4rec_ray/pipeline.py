@@ -262,7 +262,8 @@ def how_far(store: RunDir, objective: str = "") -> tuple[list[str], list[str]]:
     """
     policy = store.manifest("policy", 1)
     objective = objective or (policy.stats.get("objective", "dpo") if policy else "dpo")
-    names = [name for name in STAGES if name == objective or name not in LEARNERS]
+    others = {*LEARNERS, *(() if objective == "dpo" else ("pair",))} - {objective}
+    names = [name for name in STAGES if name not in others]
     done = {
         name
         for name, stage in STAGES.items()
@@ -382,8 +383,11 @@ class Runner:
                 continue
             manifest = self.store.manifest(name, input_round)
             if manifest is None:
+                mine = STAGES.keys() - (LEARNERS.keys() - {self.config.policy.objective})
                 writers = (
-                    one.name for one in STAGES.values() if (name, input_round) in one.writes(input_round)
+                    one.name
+                    for one in STAGES.values()
+                    if one.name in mine and (name, input_round) in one.writes(input_round)
                 )
                 raise UserError(
                     f"stage {stage.name}: {self.store.path(name, input_round)} is missing or incomplete; run the stage "

@@ -12,8 +12,13 @@ from dpo4rec_ray.store.artifacts import Manifest, RunDir
 NUM_USERS, NUM_SAMPLES = 30, 4
 
 
-def make_store(folder: Path, rewards: np.ndarray, errors: np.ndarray, num_lists: np.ndarray) -> RunDir:
-    """A run up to its scores, in two parts with rows in no order; rewards: [U, N]."""
+def make_store(
+    folder: Path, rewards: np.ndarray, errors: np.ndarray, num_lists: np.ndarray, *, longer: bool = False
+) -> RunDir:
+    """A run up to its scores, in two parts with rows in no order; rewards: [U, N].
+
+    The text n of user u has the tokens u, n; with `longer` and n more.
+    """
     store = RunDir(folder)
     users = np.arange(NUM_USERS)
     empty = [[] for _ in users]
@@ -32,7 +37,8 @@ def make_store(folder: Path, rewards: np.ndarray, errors: np.ndarray, num_lists:
         tokens = [
             [int(user), int(sample)] for user, sample in zip(ids["user_id"], ids["sample_id"], strict=True)
         ]
-        texts = {"prompt_token_ids": tokens, "token_ids": tokens, "text": [str(one) for one in tokens]}
+        written = [[*one, *[5] * one[1]] for one in tokens] if longer else tokens
+        texts = {"prompt_token_ids": tokens, "token_ids": written, "text": [str(one) for one in tokens]}
         reason = ["stop"] * len(tokens)
         scores = {
             "reward": rewards[own].ravel(),

@@ -106,6 +106,10 @@ def export_command(options: argparse.Namespace) -> int:
     store, target = RunDir(options.run), Path(options.out)
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--out {target}: cannot be written; name a file in a folder that is there")
+    if (store.root / "config.json").is_file() and (
+        name := read_config(options.run).policy.objective
+    ) != "dpo":
+        raise UserError(f"{options.run}: its policy.objective is {name!r}; only DPO makes pairs")
     session.check_came_to("pairs", 1, options.run)
     config = read_config(options.run)
     round_id = round_with_pairs(store, options.round)
@@ -135,6 +139,10 @@ def import_command(options: argparse.Namespace) -> int:
     from dpo4rec_ray.store.artifacts import RunDir, write_json
     from dpo4rec_ray.store.progress import say
 
+    if config.policy.objective != "dpo":
+        raise UserError(
+            f"policy.objective = {config.policy.objective!r}: pairs are trained on by DPO alone; leave it out"
+        )
     checks.check_all(config, "dpo")
     with session.locked(folder):
         memory.watch_memory()

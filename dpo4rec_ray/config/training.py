@@ -112,8 +112,8 @@ class PolicySection(TrainerSection):
     chunk_tokens: int = Field(default=512, ge=0)
     """Tokens whose logits are held at the same time. 0: all of a micro-batch."""
     max_heldout_users: int = Field(default=1000, ge=0)
-    """Most validation users, drawn at random, whose texts the training is evaluated on; they go through the reference too. The
-    accuracy of 1,000 pairs is known to 3 %. 0: all."""
+    """Most validation users, drawn at random, whose texts the training is evaluated on. The accuracy of 1,000 pairs
+    is known to 3 %. 0: all."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on the held-out users; the policy of the lowest loss is kept. 0: at the end of every epoch."""
     patience: int = Field(default=1, ge=0)

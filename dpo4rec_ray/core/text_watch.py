@@ -25,7 +25,8 @@ class TextWatch:
         self._said: set[str] = set()
 
     def see(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Take the metrics of optimiser step `step`, counted from 1: kl_per_token, clip_share, surprise, where there are any.
+        """Take the metrics of optimiser step `step`, counted from 1: kl_per_token and clip_share of
+                GRPO, surprise (minus the log-probability per token) of both.
 
         Returns:
             New warnings, one line each; no warning comes twice in a training.
@@ -50,7 +51,7 @@ class TextWatch:
             return ""
         return (
             f"the policy is {median(kl):.3g} nats per token from the reference (median of the last {WINDOW} steps), above the "
-            f"bound of {self._max_kl:g}: its texts may degrade; raise kl_weight, or lower the learning rate or the epochs"
+            f"bound of {self._max_kl:g}: its texts may degrade; raise grpo.kl_weight, or lower the learning rate or the epochs"
         )
 
     def _clipped(self) -> str:
@@ -68,5 +69,5 @@ class TextWatch:
             return ""
         return (
             f"the texts' log-probability per token rose from {-fmean(self._first):.3g} to {-fmean(now):.3g}: the policy is about "
-            "to write the same again and again; lower the learning rate or the epochs, or raise kl_weight"
+            "to write the same again and again; lower the learning rate or the epochs"
         )

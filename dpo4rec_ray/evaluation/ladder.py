@@ -170,7 +170,7 @@ def _dpo(policy: Stats) -> Iterator[Rung]:
         ("DPO accuracy, own texts", "heldout_accuracy_own", "valid_own"),
         ("DPO accuracy, other users' texts", "heldout_accuracy_other", "valid_other"),
     ):
-        accuracy, pairs = policy.get(key), policy.get("rows", {}).get(count)
+        accuracy, pairs = policy.get(key), (policy.get("rows") or policy.get("pairs", {})).get(count)
         if accuracy is not None and pairs:
             yield _rung(
                 name,

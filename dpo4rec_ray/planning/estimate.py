@@ -13,12 +13,10 @@ from dpo4rec_ray.planning.rates import Measured, Rate, measured, rate_of
 from dpo4rec_ray.planning.sizes import Sizes, sizes_of_run
 from dpo4rec_ray.planning.work import WORK, Machine, Work
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.train.learners import LEARNERS
 
-WEIGHTS = (
-    "bootstrap",
-    "train_reward",
-    "dpo",
-)  # stages that write models, whose size does not grow with users
+# Stages that write models, whose size does not grow with users.
+WEIGHTS = ("bootstrap", "train_reward", *LEARNERS)
 
 
 @dataclass(frozen=True)

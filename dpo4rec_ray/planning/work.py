@@ -112,29 +112,36 @@ def pair(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
 
 def best_of_n(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
     """The best texts of training users, and an evaluation on held-out users' per epoch."""
-    section, heldout = config.policy, _heldout_users(config, sizes)
-    rows = section.epochs * (sizes.train * config.generate.user_frac + heldout * FORWARD)
-    tokens = sizes.prompt_tokens + config.best_of_n.top * sizes.text_tokens
+    section = config.policy
+    rows = section.epochs * (
+        sizes.train * config.generate.user_frac + _heldout_users(config, sizes) * FORWARD
+    )
+    tokens = _group_tokens(config, sizes, config.best_of_n.top)
     return Work(rows * tokens, "tokens", section.num_workers, section.num_workers * section.gpus_per_worker)
 
 
 def grpo(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
-    """All texts of training users, the reference's pass over them, and an evaluation on held-out users' per epoch."""
-    section, heldout = config.policy, _heldout_users(config, sizes)
-    users = sizes.train * config.generate.user_frac
-    reference = (users + heldout) * FORWARD * (section.epochs if section.reference == "lora_off" else 1)
-    rows = section.epochs * (users + heldout * FORWARD) + reference
-    tokens = sizes.prompt_tokens + config.generate.num_samples * sizes.text_tokens
+    """All texts of training users, an evaluation on held-out users' per epoch, and the reference's pass over everybody's."""
+    section, users = config.policy, sizes.train * config.generate.user_frac
+    evaluated = _heldout_users(config, sizes) * FORWARD
+    rows = section.epochs * (users + evaluated)
+    if section.reference == "lora_off":
+        rows += section.epochs * (users * FORWARD + evaluated)
+    else:
+        rows += (sizes.train + sizes.valid) * config.generate.user_frac * FORWARD
+    tokens = _group_tokens(config, sizes, config.generate.num_samples)
     return Work(rows * tokens, "tokens", section.num_workers, section.num_workers * section.gpus_per_worker)
 
 
 def _heldout_users(config: Config, sizes: Sizes) -> float:
-    most = config.policy.max_heldout_users
-    return (
-        min(sizes.valid * config.generate.user_frac, most)
-        if most
-        else sizes.valid * config.generate.user_frac
-    )
+    """Validation users that the training is evaluated on."""
+    there = sizes.valid * config.generate.user_frac
+    return min(there, config.policy.max_heldout_users or there)
+
+
+def _group_tokens(config: Config, sizes: Sizes, texts: int) -> float:
+    """Tokens of a prompt with so many texts."""
+    return sizes.prompt_tokens * (1 if config.policy.prefix_sharing else texts) + texts * sizes.text_tokens
 
 
 def dpo(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:

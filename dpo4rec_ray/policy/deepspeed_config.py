@@ -60,7 +60,7 @@ def deepspeed_config(
     return merged(config, extra, unset="auto")
 
 
-def read_extra(section: TrainerSection, dtype: str, where: str = "dpo") -> dict[str, Any]:
+def read_extra(section: TrainerSection, dtype: str, where: str = "policy") -> dict[str, Any]:
     """The section's DeepSpeed file without the keys that the recipe owns; empty where it names no file.
 
     where: the section's name in the recipe, for errors.

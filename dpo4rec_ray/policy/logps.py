@@ -58,7 +58,7 @@ class CompletionLogps(torch.nn.Module):
         if isinstance(batch, TokenBatch):
             logits, token_ids, mask = completion_logits(self.model, batch)
             if self._temperature != 1:
-                logits = logits / self._temperature
+                logits = logits.float() / self._temperature
             if self._per_token:
                 return token_logps(logits, token_ids, mask)[mask[:, 1:]]
             return sequence_logps(logits, token_ids, mask)

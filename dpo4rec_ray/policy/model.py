@@ -58,9 +58,7 @@ def read_policy(folder: Place) -> PolicyWeights:
             stored["lora"] = stored.pop("adapter")
         return PolicyWeights(**{key: _absolute(stored[key], folder) for key in ("base", "lora", "merged")})
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{folder / POLICY_FILE}: not a saved policy ({error}); run the dpo stage again"
-        ) from None
+        raise UserError(f"{folder / POLICY_FILE}: not a saved policy ({error}); train it again") from None
 
 
 def _relative(path: str | None, folder: Place) -> str | None:

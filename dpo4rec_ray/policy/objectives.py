@@ -87,7 +87,7 @@ class SupervisedObjective:
         losses = -model(batch.tokens) / batch.tokens.lengths
         loss = (losses * batch.weights).sum()
         tokens = (batch.tokens.lengths * batch.weights).sum()
-        return loss, {"loss": loss.item(), "length": tokens.item()}
+        return loss, {"loss": loss.item(), "surprise": loss.item(), "length": tokens.item()}
 
 
 class DPOObjective:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,24 @@ from dpo4rec_ray.policy.objectives import Metrics, Objective, TrainingRow
 from dpo4rec_ray.policy.order import StepOrder
 
 LOWER_LR = 'lower lr, or set llm.dtype = "float32"'
+
+
+@dataclass(frozen=True)
+class FirstFigure:
+    """What a metric is in the first step, where the policy is its reference."""
+
+    name: str
+    value: float
+    tolerance: float
+
+    def check(self, metrics: Metrics) -> None:
+        """Raises UserError where it is not."""
+        if not abs(metrics[self.name] - self.value) <= self.tolerance:
+            raise UserError(
+                f"step 1: {self.name} is {metrics[self.name]:.6f}, not {self.value:.6f}: policy and reference differ before "
+                "training; a wrong base folder, stale reference log-probabilities or a LoRA that does not start at zero would do "
+                "that"
+            )
 
 
 class Trainer:
@@ -101,17 +120,17 @@ class Trainer:
         self,
         on_step: Callable[[int, int, Metrics], bool],
         *,
-        expect_first_loss: tuple[float, float] | None = None,
+        expect_first: FirstFigure | None = None,
     ) -> None:
         """Train to the end, or until `on_step(step, num_steps, metrics)` returns True; all workers must return the same.
 
         `step` counts from 1; metrics are means over the rows of the step, of all workers.
 
-        expect_first_loss: value and tolerance.
+        expect_first: what a metric of the first step must be.
 
         Raises:
-            UserError: the first loss is not the expected one (policy and reference differ at the start), or a loss or
-                gradient is not finite.
+            UserError: a figure of the first step is not the expected one (policy and reference differ at the start), or a loss
+                or gradient is not finite.
         """
         engine, batch_size = self.engine, self._section.batch_size
         engine.train()
@@ -138,14 +157,8 @@ class Trainer:
             step_tokens = mean.pop("tokens") * len(step.rows)
             if not math.isfinite(mean["loss"]):
                 raise UserError(f"step {step.index + 1}: the loss is {mean['loss']}; {LOWER_LR}")
-            if step.index == 0 and expect_first_loss is not None:
-                expected, tolerance = expect_first_loss
-                if abs(mean["loss"] - expected) > tolerance:
-                    raise UserError(
-                        f"the first loss is {mean['loss']:.6f}, not {expected:.6f}: policy and reference differ before training; "
-                        "a wrong base folder, stale reference log-probabilities or a LoRA that does not start at zero would do "
-                        "that"
-                    )
+            if step.index == 0 and expect_first is not None:
+                expect_first.check(mean)
             mean["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
             # with float16 DeepSpeed skips a step whose gradients overflow, and lowers its loss scale
             if not math.isfinite(mean["grad_norm"]) and self._dtype != "float16":

@@ -88,8 +88,9 @@ def _round(store: RunDir, round_id: int, comparisons: list[dict[str, Any]]) -> d
     generated = store.require("generations", round_id)
     reward = store.require("reward").stats
     scores = store.require("scores", round_id).stats
-    pairs = _stats(store, "pairs", round_id)  # only DPO makes them
     policy = store.require("policy", round_id).stats
+    # Pairs of an earlier training may lie there still.
+    pairs = _stats(store, "pairs", round_id) if policy.get("objective", "dpo") == "dpo" else {}
     heldout = store.require("heldout", round_id).stats
     texts = {
         key: value for key, value in heldout.items() if key.startswith(("text_", "distinct_", "opening_"))

@@ -154,7 +154,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("rejected_logp", pa.list_(pa.float64())),
         ]
     ),
-    # Beside the generations, one file per policy and part: of every user with scores, one number per token of each text.
+    # Beside the scores, one file per policy and part: of every user with scores, one number per token of each text.
     "token_logps": pa.schema([("user_id", pa.int64()), ("logps", pa.list_(_FLOATS))]),
     # Fresh samples of the validation users under the policies before and after a round.
     "heldout": pa.schema(

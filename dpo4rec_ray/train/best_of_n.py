@@ -49,7 +49,7 @@ class BestOfNLearner:
     def watch(self, config: Config, num_steps: int) -> TextWatch:
         return TextWatch(num_steps, config.policy.max_kl_per_token)
 
-    def first_loss(self, task: PolicyTask) -> None:
+    def first_figure(self, task: PolicyTask) -> None:
         return None
 
     def lines(self, counts: dict[str, int], heldout: dict[str, float]) -> list[str]:

@@ -15,6 +15,7 @@ from dpo4rec_ray.core.watch import Watch
 from dpo4rec_ray.policy.groups import Group
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, pair_group
 from dpo4rec_ray.policy.rows import ArrowRows, pair_lengths, with_reference
+from dpo4rec_ray.policy.trainer import FirstFigure
 from dpo4rec_ray.storage.parquet import read_parquet
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import Manifest
@@ -32,8 +33,8 @@ class PairTexts(TextSource):
 
     artifacts, schema, per_token, unit = ("pairs",), "reference_logps", False, "pairs"
 
-    def total(self, manifest: Manifest) -> int:
-        return manifest.rows
+    def total(self, manifests: Sequence[Manifest]) -> int:
+        return manifests[0].rows
 
     def read(self, files: Sequence[Place]) -> tuple[pa.Array, list[Group]]:
         [file] = files
@@ -91,12 +92,13 @@ class DPOLearner:
     def watch(self, config: Config, num_steps: int) -> Watch:
         return Watch(num_steps, config.policy.max_kl_per_token)
 
-    def first_loss(self, task: PolicyTask) -> tuple[float, float] | None:
+    def first_figure(self, task: PolicyTask) -> FirstFigure | None:
         """Each pair's loss is ln 2 where policy equals reference."""
         section = task.config.dpo
         if section.loss not in SMOOTHED or task.moved or section.nll_weight:
             return None
-        return math.log(2), FIRST_LOSS_NOISE[task.config.llm.dtype] * max(section.beta, 0.1)
+        noise = FIRST_LOSS_NOISE[task.config.llm.dtype] * max(section.beta, 0.1)
+        return FirstFigure("loss", math.log(2), noise)
 
     def lines(self, counts: dict[str, int], heldout: dict[str, float]) -> list[str]:
         found = []

@@ -11,11 +11,13 @@ from dpo4rec_ray.core.policy_gradient import advantages
 from dpo4rec_ray.core.text_watch import TextWatch
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.objectives import BatchLayout, GRPOObjective
+from dpo4rec_ray.policy.trainer import FirstFigure
 from dpo4rec_ray.train.policy_task import Material, PolicyTask, TextSource
 from dpo4rec_ray.train.scored_texts import AllTexts, ScoredUser, material
 
-# How far the first loss may be from 0, where every ratio is 1 and advantages cancel: rounding of token log-probabilities.
-FIRST_LOSS_NOISE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+# How far the first step's divergence per token may be from 0: half the variance of what rounding does to a log-probability, in
+# batches of another shape.
+FIRST_KL_NOISE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 
 
 class GRPOLearner:
@@ -55,14 +57,9 @@ class GRPOLearner:
     def watch(self, config: Config, num_steps: int) -> TextWatch:
         return TextWatch(num_steps, config.policy.max_kl_per_token)
 
-    def first_loss(self, task: PolicyTask) -> tuple[float, float] | None:
-        """Every ratio is 1 and the divergence 0, so the loss of a group is minus the weighted sum of its advantages.
-
-        With one weight per text that is 0; with other weights long and short texts do not cancel, and nothing is expected.
-        """
-        if task.config.grpo.token_weights != "sequence" or task.moved:
-            return None
-        return 0.0, FIRST_LOSS_NOISE[task.config.llm.dtype]
+    def first_figure(self, task: PolicyTask) -> FirstFigure | None:
+        """Every ratio is 1, so nothing diverges. The loss says less: advantages add up to 0 whatever the ratios are."""
+        return None if task.moved else FirstFigure("kl_per_token", 0.0, FIRST_KL_NOISE[task.config.llm.dtype])
 
     def lines(self, counts: dict[str, int], heldout: dict[str, float]) -> list[str]:
         found = [f"{counts['train_same']} training users whose texts are all worth the same were left out"]

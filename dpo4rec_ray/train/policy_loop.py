@@ -62,7 +62,7 @@ def policy_loop(arguments: dict[str, Any]) -> None:
         task.folder,
         f"{task.config.run.name}-round{task.round_id}",
         observer,
-        expect_first_loss=learner.first_loss(task),
+        expect_first=learner.first_figure(task),
     )
     if rank == 0:
         if section.tuning == "lora" and merges_lora(task.config):

@@ -12,6 +12,7 @@ import pyarrow as pa
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.policy.groups import Group
 from dpo4rec_ray.policy.objectives import BatchLayout, Objective, TrainingRow
+from dpo4rec_ray.policy.trainer import FirstFigure
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 
@@ -72,8 +73,8 @@ class TextSource(Protocol):
     per_token: bool
     unit: str
 
-    def total(self, manifest: Manifest) -> int:
-        """Rows of the reference, by the manifest of the first artifact."""
+    def total(self, manifests: Sequence[Manifest]) -> int:
+        """Rows of the reference, for the line of progress. manifests: of each artifact."""
 
     def read(self, files: Sequence[Place]) -> tuple[pa.Array, list[Group]]:
         """Users [n] and groups [n] of one part; files: of each artifact."""
@@ -110,8 +111,8 @@ class Learner(Protocol):
     def watch(self, config: Config, num_steps: int) -> Watcher:
         """What looks for signs of trouble."""
 
-    def first_loss(self, task: PolicyTask) -> tuple[float, float] | None:
-        """Loss of the first step and tolerance, where they are known."""
+    def first_figure(self, task: PolicyTask) -> FirstFigure | None:
+        """What must hold in the first step, where something must."""
 
     def lines(self, counts: dict[str, int], heldout: dict[str, float]) -> list[str]:
         """For the terminal, after training."""

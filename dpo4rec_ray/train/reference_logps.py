@@ -57,7 +57,7 @@ def cached_reference(
         what=f"workers of {section.objective}",
     )
     shards = [(part, 0, 0) for part in sorted(set(files) - done)]
-    progress = Progress("reference", source.total(manifests[0]), source.unit)
+    progress = Progress("reference", source.total(manifests), source.unit)
     for _ in run_shards(shards, [pool], progress):
         pass
     return folder

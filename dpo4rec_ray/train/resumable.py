@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.policy.objectives import Metrics
-from dpo4rec_ray.policy.trainer import Trainer
+from dpo4rec_ray.policy.trainer import FirstFigure, Trainer
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.metrics_file import MetricsFile, read_metrics
 from dpo4rec_ray.train.state import read_state, update_state
@@ -33,7 +33,7 @@ def run_resumable(
     run_name: str,
     observer: Observer,
     *,
-    expect_first_loss: tuple[float, float] | None = None,
+    expect_first: FirstFigure | None = None,
 ) -> None:
     """Run the trainer to its end, from Ray Train's checkpoint if there is one. Every worker calls it.
 
@@ -77,7 +77,7 @@ def run_resumable(
                 train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(saved))
         return stop
 
-    trainer.run(after_step, expect_first_loss=expect_first_loss)
+    trainer.run(after_step, expect_first=expect_first)
     metrics_file.flush()
     for tracker in trackers:
         tracker.close()

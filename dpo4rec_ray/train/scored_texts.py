@@ -19,7 +19,7 @@ from dpo4rec_ray.store.artifacts import Manifest
 from dpo4rec_ray.train.policy_task import Material, PolicyTask, TextSource
 from dpo4rec_ray.train.reference_logps import read_reference
 
-ARTIFACTS = ("generations", "scores")
+ARTIFACTS = ("scores", "generations")
 _ORDER = [("user_id", "ascending"), ("sample_id", "ascending")]
 _TEXTS = pa.list_(pa.list_(pa.int32()))
 _SCORED = pa.schema(
@@ -40,12 +40,12 @@ MakeRow = Callable[[ScoredUser], dict[str, Any] | None]
 def groups_of(files: Sequence[Place]) -> pa.Table:
     """user_id, prompt_token_ids, completions [N], rewards [N] of the users of one part, by user.
 
-    files: the part of `generations` and that of `scores`. A user whose reward is unknown (no list with a positive) is left out.
+    files: the part of `scores` and that of `generations`. A user whose reward is unknown (no list with a positive) is left out.
 
     Raises:
         ValueError: the two parts hold different users.
     """
-    generations, scores = files
+    scores, generations = files
     columns = ["user_id", "sample_id", "prompt_token_ids", "token_ids"]
     texts = read_parquet(generations).select(columns).sort_by(_ORDER).combine_chunks()
     scored = read_parquet(scores).select(["user_id", "sample_id", "reward"]).sort_by(_ORDER).combine_chunks()
@@ -73,8 +73,8 @@ class AllTexts(TextSource):
 
     artifacts, schema, per_token, unit = ARTIFACTS, "token_logps", True, "users"
 
-    def total(self, manifest: Manifest) -> int:
-        return int(manifest.stats["users"])
+    def total(self, manifests: Sequence[Manifest]) -> int:
+        return int(manifests[1].stats["users"])
 
     def read(self, files: Sequence[Place]) -> tuple[pa.Array, list[Group]]:
         table = groups_of(files)

@@ -73,7 +73,8 @@ def evaluation_tasks(config: Config) -> Workers:
 def trainers(section: TrainerSection, label: str, least: int = 0) -> Workers:
     """The workers of a training, which start together. label: its stage. least: go on with so many; 0: with all."""
     needs = Needs.of(section, section.cpus_per_worker, section.gpus_per_worker)
-    keys = _keys(label.removeprefix("train_"), "num_workers", "cpus_per_worker", "gpus_per_worker")
+    name = "policy" if isinstance(section, PolicySection) else label.removeprefix("train_")
+    keys = _keys(name, "num_workers", "cpus_per_worker", "gpus_per_worker")
     return Workers(f"workers of {label}", section.num_workers, needs, keys, least or ALL)
 
 

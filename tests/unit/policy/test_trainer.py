@@ -18,7 +18,7 @@ from dpo4rec_ray.policy.batch import collate
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import add_lora
 from dpo4rec_ray.policy.objectives import BatchLayout, DPOObjective, SupervisedObjective
-from dpo4rec_ray.policy.trainer import Trainer, without_dropout
+from dpo4rec_ray.policy.trainer import FirstFigure, Trainer, without_dropout
 from dpo4rec_ray.train.dpo import FIRST_LOSS_NOISE
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -82,7 +82,10 @@ def fit_dpo(
     model = CompletionLogps(lora_model(), grouped=layout.grouped, chunk_tokens=7)
     own = section(**changes)
     trainer = Trainer(model, rows, DPOObjective(layout, DPO), own, **RUN)
-    trainer.run(lambda step, total, found: bool(metrics.append(found)), expect_first_loss=(math.log(2), 1e-3))
+    trainer.run(
+        lambda step, total, found: bool(metrics.append(found)),
+        expect_first=FirstFigure("loss", math.log(2), 1e-3),
+    )
     return trainer, metrics
 
 
@@ -191,7 +194,7 @@ def test_a_policy_that_differs_from_its_reference_is_refused() -> None:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
     trainer = Trainer(CompletionLogps(model), pairs(8), DPOObjective(PLAIN, DPO), section(), **RUN)
     with pytest.raises(UserError, match=r"not 0\.693"):
-        trainer.run(lambda *_: False, expect_first_loss=(math.log(2), 1e-3))
+        trainer.run(lambda *_: False, expect_first=FirstFigure("loss", math.log(2), 1e-3))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.config import Config, load_config
@@ -15,7 +14,7 @@ from dpo4rec_ray.core.policy_gradient import advantages
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.artifacts import RunDir, write_part
 from dpo4rec_ray.train.learners import LEARNERS
-from dpo4rec_ray.train.scored_texts import AllTexts
+from dpo4rec_ray.train.scored_texts import ARTIFACTS, AllTexts
 from tests.conftest import DEMO
 from tests.scored_run import NUM_SAMPLES, NUM_USERS, make_store
 
@@ -37,7 +36,11 @@ def rewards() -> np.ndarray:
 
 @pytest.fixture
 def store(tmp_path: Path, rewards: np.ndarray) -> RunDir:
-    return make_store(tmp_path, rewards, np.ones(NUM_USERS, np.float32), np.full(NUM_USERS, 3))
+    return make_store(tmp_path, rewards, np.ones(NUM_USERS, np.float32), np.full(NUM_USERS, 3), longer=True)
+
+
+def text(user: int, sample: int) -> list[int]:
+    return [user, sample, *[5] * sample]
 
 
 def material(config: Config, store: RunDir, reference: str | None = None) -> Any:
@@ -52,7 +55,8 @@ def test_every_user_with_rewards_is_in_its_split(store: RunDir) -> None:
     trained = [row["completions"][0][0] for row in found.training]
     assert trained == [user for user in range(NUM_USERS - 5) if user not in (UNKNOWN, SAME)]
     for row in found.training:
-        assert row["completions"] == [[row["prompt_token_ids"][0], sample] for sample in range(NUM_SAMPLES)]
+        user = row["prompt_token_ids"][0]
+        assert row["completions"] == [text(user, sample) for sample in range(NUM_SAMPLES)]
 
 
 def test_held_out_users_are_bounded(store: RunDir) -> None:
@@ -68,12 +72,12 @@ def test_grpo_reads_all_texts_of_users_whose_texts_differ(store: RunDir, rewards
     expected = advantages(rewards[0], "std")
     assert expected is not None
     np.testing.assert_allclose(row["advantages"], expected)
-    assert found.lengths.tolist() == [2 + 2 * NUM_SAMPLES] * 23 and found.trained == {"users": 23}
+    assert found.lengths.tolist() == [2 + 2 * NUM_SAMPLES + 6] * 23 and found.trained == {"users": 23}
 
 
 def test_grpo_takes_the_reference_of_its_user(store: RunDir, tmp_path: Path) -> None:
     (tmp_path / "reference").mkdir()
-    for part, files in enumerate(zip(store.files("generations", 1), store.files("scores", 1), strict=True)):
+    for part, files in enumerate(zip(*(store.files(name, 1) for name in ARTIFACTS), strict=True)):
         users, groups = AllTexts().read(files)
         logps = [[[-float(token) for token in one] for one in group.completions] for group in groups]
         write_part(str(tmp_path / "reference"), "token_logps", AllTexts().table(users, logps), part)
@@ -89,16 +93,36 @@ def test_best_of_n_reads_the_best_texts(store: RunDir, rewards: np.ndarray) -> N
         user = row["completions"][0][0]
         order = np.argsort(-rewards[user])
         best = [place for place in order[:2] if rewards[user][place] > rewards[user].mean()]
-        assert row["completions"] == [[user, place] for place in best]
+        assert row["completions"] == [text(user, place) for place in best]
         assert row["weights"] == [1 / len(best)] * len(best)
 
 
+def limited(config: Config, max_length: int) -> Config:
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"max_length": max_length})})
+
+
+def test_a_text_that_is_too_long_is_no_part_of_its_group(
+    store: RunDir, rewards: np.ndarray, tmp_path: Path
+) -> None:
+    """Prompts have two tokens, texts two to five: of four the last falls out, with its reward and its log-probabilities."""
+    (tmp_path / "reference").mkdir()
+    for part, files in enumerate(zip(*(store.files(name, 1) for name in ARTIFACTS), strict=True)):
+        users, groups = AllTexts().read(files)
+        logps = [[[-float(token) for token in one] for one in group.completions] for group in groups]
+        write_part(str(tmp_path / "reference"), "token_logps", AllTexts().table(users, logps), part)
+    found = material(limited(config_of("grpo"), 6), store, str(tmp_path / "reference"))
+    assert found.counts["train_too_long"] == 24
+    for row in found.training:
+        user = row["prompt_token_ids"][0]
+        assert row["completions"] == [text(user, sample) for sample in range(3)]
+        assert row["logps"] == [[-float(token) for token in one] for one in row["completions"]]
+        np.testing.assert_allclose(row["advantages"], advantages(rewards[user][:3], "std"))
+
+
 @pytest.mark.parametrize("objective", ["grpo", "best_of_n"])
-def test_texts_that_are_too_long_are_counted_and_left_out(store: RunDir, objective: str) -> None:
-    config = config_of(objective)
-    fits = config.model_copy(update={"policy": config.policy.model_copy(update={"max_length": 3})})
+def test_where_no_text_fits_the_run_stops(store: RunDir, objective: str) -> None:
     with pytest.raises(UserError, match="'train_too_long': 96"):
-        material(fits, store)
+        material(limited(config_of(objective), 3), store)
 
 
 @pytest.mark.parametrize("objective", ["grpo", "best_of_n"])
@@ -110,7 +134,6 @@ def test_rewards_that_are_all_the_same_are_refused(tmp_path: Path, objective: st
 
 
 def test_a_part_of_other_users_is_refused(store: RunDir) -> None:
-    generations, scores = (store.files(name, 1) for name in ("generations", "scores"))
+    scores, generations = (store.files(name, 1) for name in ARTIFACTS)
     with pytest.raises(ValueError, match="different users"):
-        AllTexts().read([generations[0], scores[1]])
-    assert pa.types.is_integer(AllTexts().read([generations[0], scores[0]])[0].type)
+        AllTexts().read([scores[1], generations[0]])

@@ -39,7 +39,7 @@ class Steps:
     def save(self, folder: Path) -> None:
         (folder / "step").write_text(str(self.step))
 
-    def run(self, on_step: Any, *, expect_first_loss: Any = None) -> None:
+    def run(self, on_step: Any, *, expect_first: Any = None) -> None:
         for step in range(self.step + 1, NUM_STEPS + 1):
             if step == self._die_in:
                 raise Killed

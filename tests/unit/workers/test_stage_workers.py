@@ -71,7 +71,9 @@ def test_a_pool_goes_on_with_fewer_only_on_a_cluster(monkeypatch: pytest.MonkeyP
     assert stage_workers.engines(config).least == ALL
     monkeypatch.setattr(placement, "joined_cluster", lambda: True)
     assert stage_workers.engines(config).least == 1
-    assert stage_workers.trainers(config.policy, "dpo").fewest == config.policy.num_workers
+    trainers = stage_workers.trainers(config.policy, "dpo")
+    assert trainers.fewest == config.policy.num_workers
+    assert trainers.keys.startswith("policy.num_workers"), "what a user can change"
     kept = load_config("demo", ["generate.num_engines=4"])
     assert stage_workers.engines(kept).least == ALL
 
