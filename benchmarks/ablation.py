@@ -35,6 +35,12 @@ CELLS: dict[str, tuple[str, ...]] = {
     "reader-llm": (*PLAIN, 'reward.reader=["llm"]', "reward.must_read=false"),
     "reader-both": (*PLAIN, 'reward.reader=["statistics", "llm"]', "reward.must_read=false"),
 }
+# The same samples and rewards by another learner.
+LEARNERS: dict[str, tuple[str, ...]] = {
+    "best-of-n": ("policy.objective=best_of_n",),
+    "grpo": ("policy.objective=grpo",),
+    "grpo-dr": ("policy.objective=grpo", "grpo.scale=none", "grpo.token_weights=constant"),
+}
 # Folders of RUN that a cell starts from; of its round 1 all but what every cell makes anew.
 SHARED = ("data", "references", "reward", "rounds")
 OWN = ("pairs", "policy", "heldout", "knowledge")
@@ -43,7 +49,7 @@ SHOWN = ("reward", "reading", "reading_ndcg", "others_reward", "others_ndcg", "n
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN")
-    parser.add_argument("--cells", default=",".join(CELLS), help=f"of {', '.join(CELLS)}")
+    parser.add_argument("--cells", default=",".join(CELLS), help=f"of {', '.join(CELLS | LEARNERS)}")
     parser.add_argument(
         "--cell", nargs="+", action="append", default=[], metavar="NAME KEY=VALUE", help="further cells"
     )
@@ -51,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, folder: Path) -> int:
     base = RunDir(options.run_folder)
-    cells = {base.root.name: ()} | {name: CELLS[name] for name in filter(None, options.cells.split(","))}
+    cells = {base.root.name: ()} | {
+        name: (CELLS | LEARNERS)[name] for name in filter(None, options.cells.split(","))
+    }
     cells |= {name: tuple(changes) for name, *changes in options.cell}
     config = read_config(base.root)
     stores = {name: made(base, config, name, changes) if changes else base for name, changes in cells.items()}
@@ -73,9 +81,10 @@ def run(options: argparse.Namespace, folder: Path) -> int:
         found.append(harness.note(row))
     harness.print_table(
         found,
-        "cell {cell} | pairs {pairs} | accuracy own {accuracy_own:.3f} | others {accuracy_other:.3f} | reward {reward} | "
+        "cell {cell} | rows {rows} | accuracy own {accuracy_own} | others {accuracy_other} | s {seconds} | reward {reward} | "
         "reading gain {reading} | in NDCG@5 {reading_ndcg} | style {others_reward} | in NDCG@5 {others_ndcg} | "
-        "NDCG@5 {ndcg} | values {values_level} | reading gain against the first {reading_against_first}",
+        "NDCG@5 {ndcg} | values {values_level} | distinct {distinct} | truth {truth} | "
+        "reading gain against the first {reading_against_first}",
     )
     harness.write_results(folder / f"ablation-{base.root.name}.json", found)
     return 0
@@ -110,11 +119,17 @@ def copied(source: Path, target: Path) -> None:
 
 
 def training(store: RunDir) -> Row:
-    """What DPO came to on the held-out pairs."""
-    stats = store.require("policy", 1).stats
-    counts = store.require("pairs", 1).stats
-    named = {name: stats[f"heldout_{name}"] for name in ("accuracy_own", "accuracy_other")}
-    return {"pairs": counts["pairs"], "by_kind": counts["pairs_by_kind"], **named}
+    """What the training came to, and the variety and truth (where it is known, above chance) of what is written after it."""
+    policy, heldout = store.require("policy", 1), store.require("heldout", 1).stats
+    accuracies = {name: policy.stats.get(f"heldout_{name}") for name in ("accuracy_own", "accuracy_other")}
+    truth = {side: heldout.get(f"text_accuracy_{side}") for side in ("before", "after")}
+    return {
+        "rows": (policy.stats.get("rows") or policy.stats["pairs"])["train"],
+        **{name: "" if one is None else f"{one:.3f}" for name, one in accuracies.items()},
+        "seconds": policy.seconds,
+        "distinct": f"{heldout['distinct_texts_after']:.2f}",
+        "truth": "" if truth["after"] is None else "{before:.3f}, {after:.3f}".format(**truth),
+    }
 
 
 def against(cell: Figures, first: Figures, users: np.ndarray) -> Interval:
