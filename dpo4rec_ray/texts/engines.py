@@ -25,6 +25,7 @@ from dpo4rec_ray.knowledge.watchdog import Watchdog
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.progress import Progress
 from dpo4rec_ray.workers.needs import Groups
+from dpo4rec_ray.workers.node_disk import full_disk_named
 from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.placement import check_room, engine_env, release_room, reserve_room, without_sklearn
 from dpo4rec_ray.workers.stage_workers import engines
@@ -38,14 +39,21 @@ _groups = Groups()  # of those whose GPUs are on several nodes
 
 
 def start_engine(spec: EngineSpec, reason_file: Place | None = None) -> VLLMGenerator:
-    """An engine in this process with a watchdog beside it, which writes into `reason_file` why it ends the process."""
+    """An engine in this process with a watchdog beside it, which writes into `reason_file` why it ends the process.
+
+    Raises:
+        UserError: it does not start, and this node's disk is full.
+    """
     watchdog = Watchdog(spec.generate.stall_timeout_s, reason_file)
     without_sklearn()
     phase("importing vLLM")
-    import vllm  # noqa: F401
+    with full_disk_named(
+        "start an engine"
+    ):  # vLLM writes what it learns of an architecture into a temporary file
+        import vllm  # noqa: F401
 
-    phase(f"loading {Path(spec.weights.model).name}")
-    return VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
+        phase(f"loading {Path(spec.weights.model).name}")
+        return VLLMGenerator(spec, alive=watchdog.alive, idle=watchdog.idle)
 
 
 class KeptEngine:
