@@ -32,6 +32,6 @@ def full_disk_named(what: str) -> Iterator[None]:
         if free >= LEAST_FREE_MIB:
             raise
         raise UserError(
-            f"node {socket.gethostname()} could not {what}: its disk is full ({free:.0f} MiB left in {folder}); free some or take "
-            "the node away, and run the same command again"
+            f"node {socket.gethostname()} could not {what}: its disk is full ({free:.0f} MiB left in {folder}); free some or "
+            "take the node away, and run the same command again"
         ) from error
