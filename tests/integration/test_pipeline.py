@@ -54,7 +54,7 @@ def test_summary_holds_what_it_promises(tiny_run: Finished) -> None:
     assert not any(stage["skipped"] for stage in summary["stages"])
     (one,) = summary["rounds"]
     assert {"round", "users", "samples", "pairs", "dropped", "heldout_reward_before"} <= one.keys()
-    assert {"heldout_reward_after", "heldout_reward_delta_ci95", "dpo", "diagnosis"} <= one.keys()
+    assert {"heldout_reward_after", "heldout_reward_delta_ci95", "training", "diagnosis"} <= one.keys()
     assert {"first_loss", "last_loss", "accuracy"} <= one["training"].keys()
     assert {"text_accuracy", "shuffle_drop", "gap_in_sample", "gap_held_out", "gap_held_out_ci95"} <= one[
         "diagnosis"
