@@ -65,5 +65,5 @@ def test_a_policy_of_an_older_release_names_its_lora_adapter(tmp_path: Path) -> 
     found = read_policy(tmp_path)
     assert found == PolicyWeights("someone/llm", str(tmp_path / "adapter"), str(tmp_path / "merged"))
     (tmp_path / "policy.json").write_text('{"base": "someone/llm"}')
-    with pytest.raises(UserError, match="run the dpo stage again"):
+    with pytest.raises(UserError, match="train it again"):
         read_policy(tmp_path)
