@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo4rec_ray.core.pairing import best_first
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -33,12 +35,13 @@ def best_of(
     """
     if not np.isfinite(rewards).all():
         return None
-    first: dict[Hashable, int] = {}
-    for place in np.argsort(-rewards, kind="stable").tolist():
-        first.setdefault(texts[place], place)
+    distinct = best_first(rewards, texts)
     margin = rewards - rewards.mean()
-    best = list(first.values())[: min(top, len(first) // 2)]
-    places = [place for place in best if margin[place] > 0 and margin[place] >= min_margin]
+    places = [
+        place
+        for place in distinct[: min(top, len(distinct) // 2)]
+        if margin[place] > 0 and margin[place] >= min_margin
+    ]
     if not places:
         return None
     if not temperature:

@@ -6,7 +6,7 @@ explains, or two equal texts teach DPO nothing, so such users are dropped and co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -89,10 +89,7 @@ def top_vs_bottom(rewards: Rewards, completions: Completions, limits: Limits) ->
     nothing = _no_choice(rewards, completions)
     if nothing:
         return Made([], nothing)
-    first: dict[tuple[int, ...], int] = {}
-    for place in np.argsort(-rewards, kind="stable").tolist():
-        first.setdefault(tuple(completions[place]), place)
-    distinct = list(first.values())  # best first
+    distinct = best_first(rewards, [tuple(one) for one in completions])
     most = min(limits.max_pairs, len(distinct) // 2)
     pairs: list[tuple[int, int]] = []
     for chosen, rejected in zip(distinct[:most], distinct[::-1], strict=False):
@@ -101,6 +98,14 @@ def top_vs_bottom(rewards: Rewards, completions: Completions, limits: Limits) ->
             return Made(pairs, too_close)
         pairs.append((chosen, rejected))
     return Made(pairs, None if len(pairs) == limits.max_pairs else Drop.USED)
+
+
+def best_first(rewards: Rewards, texts: Sequence[Hashable]) -> list[int]:
+    """Places of the distinct texts, best first; of equal ones that with the highest reward."""
+    first: dict[Hashable, int] = {}
+    for place in np.argsort(-rewards, kind="stable").tolist():
+        first.setdefault(texts[place], place)
+    return list(first.values())
 
 
 def worst_samples(

@@ -57,9 +57,7 @@ class Batch(OnDevice):
     tokens: TokenBatch | GroupBatch
     counts: list[int]  # completions per row
     reference: torch.Tensor | None = None  # log-probabilities [S], or [M] of tokens, where they are stored
-    weights: torch.Tensor | None = (
-        None  # [S] of the completions: their advantages, or their shares in the loss
-    )
+    weights: torch.Tensor | None = None  # [S] advantages of the completions, or their shares in the loss
 
 
 class SupervisedObjective:

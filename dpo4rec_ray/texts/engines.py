@@ -47,9 +47,8 @@ def start_engine(spec: EngineSpec, reason_file: Place | None = None) -> VLLMGene
     watchdog = Watchdog(spec.generate.stall_timeout_s, reason_file)
     without_sklearn()
     phase("importing vLLM")
-    with full_disk_named(
-        "start an engine"
-    ):  # vLLM writes what it learns of an architecture into a temporary file
+    # vLLM writes what it learns of an architecture into a temporary file.
+    with full_disk_named("start an engine"):
         import vllm  # noqa: F401
 
         phase(f"loading {Path(spec.weights.model).name}")
