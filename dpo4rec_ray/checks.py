@@ -58,6 +58,11 @@ def check_all(config: Config, only: str = "") -> None:
                 f"run.num_rounds = {config.run.num_rounds}, but llm.source = {config.llm.source!r} is not trained: a second "
                 "round would only repeat the first; set run.num_rounds to 0 or 1"
             )
+        if config.run.turns_per_round > 1:
+            raise UserError(
+                f"run.turns_per_round = {config.run.turns_per_round}, but llm.source = {config.llm.source!r} is not trained: set "
+                "it to 1"
+            )
     elif config.generate.max_new_tokens >= config.llm.max_model_len:
         raise UserError(
             f"generate.max_new_tokens = {config.generate.max_new_tokens} leaves no room for a prompt in "
@@ -134,7 +139,8 @@ def _check_names(config: Config) -> None:
     if len(set(config.evaluate.backbones)) < len(config.evaluate.backbones):
         raise UserError(f"evaluate.backbones = {list(config.evaluate.backbones)} names one twice")
     _known("pair.rule", config.pair.rule, PAIRINGS)
-    _known("policy.objective", config.policy.objective, LEARNERS)
+    for objective in config.policy.objectives:
+        _known("policy.objective", objective, LEARNERS)
     _known("grpo.token_weights", config.grpo.token_weights, TOKEN_WEIGHTS)
     _known("dpo.loss", config.dpo.loss, PREFERENCE_LOSSES)
     if config.dpo.label_smoothing and config.dpo.loss not in SMOOTHED:
@@ -197,10 +203,9 @@ def check_training(config: Config) -> None:
             checkpoints cannot go where they should.
     """
     section = config.policy
-    if section.objective == "grpo" and section.reference_policy == "base" and config.run.num_rounds > 1:
+    if config.grpo.sampler != "trainer" and not config.generate.token_logps:
         raise UserError(
-            'policy.reference_policy = "base" with policy.objective = "grpo": its reference is the policy that drew the texts; '
-            'set policy.reference_policy = "previous"'
+            f"grpo.sampler = {config.grpo.sampler!r} reads the engine's log-probabilities: set generate.token_logps=true too"
         )
     for name in section.trackers:
         check_tracker(name)

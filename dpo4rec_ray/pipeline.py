@@ -8,18 +8,22 @@
 Round r samples from policy r-1 (policy 0 is the base LLM) and trains policy r. Where llm.source is no policy there is
 nothing to train: the round ends with its pairs. Without rounds there is no reward either. A stage whose manifests carry
 the fingerprint of its present inputs and config sections is skipped.
+
+With several turns per round, the number r of a stage, an artifact and a policy counts turns: every turn samples, scores and
+trains, and encode and validate follow the last turn of a round alone (RunSection.ends_round).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpo4rec_ray import identity
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.report import page
 from dpo4rec_ray.stages import (
@@ -62,7 +66,7 @@ class Stage:
 
     name: str
     run: Callable[[Config, RunDir, int], Outcome]
-    reads: Callable[[int], list[Artifact]]
+    reads: Callable[[RunSection, int], list[Artifact]]
     writes: Callable[[int], list[Artifact]]
     sections: tuple[str, ...]
 
@@ -70,34 +74,35 @@ class Stage:
 PROMPT = ("prompt", "-prompt.describe_items")
 # What a text depends on. The section of an llm.source that has one of its own comes from identity.outside_identity.
 TEXTS = ("llm", *PROMPT, "generate", "-generate.user_frac")
+POLICY = ("policy", "-policy.objective")  # which the stage's own name says
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in [
         Stage(
             "prepare",
             prepare.run,
-            reads=lambda r: [],
+            reads=lambda run, r: [],
             writes=lambda r: [("users", 0), ("items", 0), ("truth", 0), ("lists", 0)],
             sections=("data", "table", "logged", "sample", "reward.num_folds"),
         ),
         Stage(
             "bootstrap",
             bootstrap.run,
-            reads=lambda r: [("users", 0), ("items", 0)],
+            reads=lambda run, r: [("users", 0), ("items", 0)],
             writes=lambda r: [("base_llm", 0)],
             sections=("bootstrap", *PROMPT, "data.max_history"),
         ),
         Stage(
             "encode",
             encode.run,
-            reads=lambda r: [("users", 0), ("items", 0), ("policy", r)],
+            reads=lambda run, r: [("users", 0), ("items", 0), ("policy", r)],
             writes=lambda r: [("knowledge", r)],
             sections=(*TEXTS, "prompt.describe_items", "encoder", "reward.reader_texts"),
         ),
         Stage(
             "references",
             references.run,
-            reads=lambda r: [("users", 0), ("items", 0), ("lists", 0)],
+            reads=lambda run, r: [("users", 0), ("items", 0), ("lists", 0)],
             writes=lambda r: [("references", 0)],
             sections=(
                 "encoder",
@@ -113,7 +118,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train_reward",
             train_reward.run,
-            reads=lambda r: [("lists", 0), ("knowledge", 0), ("references", 0)],
+            reads=lambda run, r: [("lists", 0), ("knowledge", 0), ("references", 0)],
             writes=lambda r: [("reward", 0)],
             sections=(
                 "reranker",
@@ -126,14 +131,22 @@ STAGES: dict[str, Stage] = {
         Stage(
             "generate",
             generate.run,
-            reads=lambda r: [("users", 0), ("items", 0), ("policy", r - 1)],
+            reads=lambda run, r: [("users", 0), ("items", 0), ("policy", r - 1)],
             writes=lambda r: [("generations", r)],
             sections=(*TEXTS, "generate.user_frac"),
         ),
         Stage(
             "score",
             score.run,
-            reads=lambda r: [("generations", r), ("lists", 0), ("knowledge", 0), ("reward", 0)],
+            reads=lambda run, r: [
+                *(("generations", i) for i in dict.fromkeys((r, run.first_turn(r)))),
+                *(
+                    (("scores", run.first_turn(r)),) if r > run.first_turn(r) else ()
+                ),  # what a turn is compared with
+                ("lists", 0),
+                ("knowledge", 0),
+                ("reward", 0),
+            ],
             writes=lambda r: [("metric_scores", r), ("scores", r)],
             sections=(
                 "reward.metric",
@@ -147,24 +160,24 @@ STAGES: dict[str, Stage] = {
         Stage(
             "pair",
             pair.run,
-            reads=lambda r: [("generations", r), ("scores", r), ("knowledge", 0)],
+            reads=lambda run, r: [("generations", r), ("scores", r), ("knowledge", 0)],
             writes=lambda r: [("pairs", r)],
             sections=("pair", "policy.max_heldout_users", "data.positive_rating"),
         ),
         Stage(
             "dpo",
             train_policy.run,
-            reads=lambda r: [("pairs", r), ("policy", r - 1)],
+            reads=lambda run, r: [("pairs", r), ("policy", r - 1)],
             writes=lambda r: [("policy", r)],
-            sections=("llm", "policy", "dpo"),
+            sections=("llm", *POLICY, "dpo"),
         ),
         *(
             Stage(
                 name,
                 train_policy.run,
-                reads=lambda r: [("generations", r), ("scores", r), ("policy", r - 1)],
+                reads=lambda run, r: [("generations", r), ("scores", r), ("policy", r - 1)],
                 writes=lambda r: [("policy", r)],
-                sections=("llm", "policy", name),
+                sections=("llm", *POLICY, name),
             )
             for name in LEARNERS
             if name != "dpo"
@@ -172,12 +185,12 @@ STAGES: dict[str, Stage] = {
         Stage(
             "validate",
             validate.run,
-            reads=lambda r: [
-                ("generations", r),
+            reads=lambda run, r: [
+                ("generations", run.first_turn(r)),
                 *(("knowledge", i) for i in (r, 0)),
                 ("lists", 0),
                 ("reward", 0),
-                *(("heldout", i) for i in range(1, r)),  # of which the best is the one to beat
+                *(("heldout", i) for i in run.round_ends(r - 1) if i),  # of which the best is the one to beat
             ],
             writes=lambda r: [("heldout", r)],
             sections=("reward.metric", "reward.num_redraws", "reward.hard_negatives", "encoder"),
@@ -185,15 +198,19 @@ STAGES: dict[str, Stage] = {
         Stage(
             "evaluate",
             evaluate.run,
-            reads=lambda r: [("lists", 0), ("references", 0), *(("knowledge", i) for i in range(r + 1))],
+            reads=lambda run, r: [
+                ("lists", 0),
+                ("references", 0),
+                *(("knowledge", i) for i in run.round_ends(r)),
+            ],
             writes=lambda r: [("per_list", 0)],
             sections=("reranker", "evaluate", "llm.source"),
         ),
     ]
 }
 BEFORE_ROUNDS = ("prepare", "bootstrap", "encode", "references", "train_reward")
-SAMPLED = ("generate", "score")  # of each round
-AFTER_TRAINING = ("encode", "validate")
+SAMPLED = ("generate", "score")  # of each turn
+AFTER_ROUND = ("encode", "validate")
 UNTRAINED_ROUND = (*SAMPLED, "pair")  # where llm.source is no policy
 AFTER_ROUNDS = ("evaluate", "report")
 
@@ -230,12 +247,16 @@ def before_rounds(config: Config) -> list[str]:
 
 
 def rounds(config: Config) -> dict[int, tuple[str, ...]]:
-    """The stages of each round that this recipe may come to."""
+    """The stages of each turn that this recipe may come to."""
     if config.has_policy:
-        objective = config.policy.objective
-        trained = (*SAMPLED, *(("pair",) if objective == "dpo" else ()), objective, *AFTER_TRAINING)
-        return dict.fromkeys(range(1, config.run.num_rounds + 1), trained)
+        return {turn: _stages_of(config, turn) for turn in range(1, config.run.num_turns + 1)}
     return {1: UNTRAINED_ROUND} if config.run.num_rounds else {}  # evaluate sees round 0 alone
+
+
+def _stages_of(config: Config, turn: int) -> tuple[str, ...]:
+    objective = config.policy.objective_of(turn)
+    after = AFTER_ROUND if config.run.ends_round(turn) else ()
+    return (*SAMPLED, *(("pair",) if objective == "dpo" else ()), objective, *after)
 
 
 def steps(config: Config) -> list[tuple[str, int]]:
@@ -255,19 +276,20 @@ def check_selection(config: Config, selection: Selection) -> None:
         raise selection.missing()
 
 
-def how_far(store: RunDir, objective: str = "") -> tuple[list[str], list[str]]:
-    """The stages that are complete in a run folder, in its first round where they belong to rounds, and the others.
+def how_far(store: RunDir, objectives: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """The stages that are complete in a run folder, in one round at least where they belong to rounds, and the others.
 
-    objective: which learner's stage counts; "": that of the run's first policy, "dpo" where there is none.
+    objectives: whose stages count; none: that of the run's first policy, "dpo" where there is none.
     """
     policy = store.manifest("policy", 1)
-    objective = objective or (policy.stats.get("objective", "dpo") if policy else "dpo")
-    others = {*LEARNERS, *(() if objective == "dpo" else ("pair",))} - {objective}
+    objectives = objectives or {policy.stats.get("objective", "dpo") if policy else "dpo"}
+    others = {*LEARNERS, *(() if "dpo" in objectives else ("pair",))} - set(objectives)
     names = [name for name in STAGES if name not in others]
+    numbers = [0, *sorted(int(folder.name) for folder in store.root.glob("rounds/[0-9]*"))]
     done = {
         name
         for name, stage in STAGES.items()
-        if any(all(store.manifest(*artifact) for artifact in stage.writes(round_id)) for round_id in (0, 1))
+        if any(all(store.manifest(*artifact) for artifact in stage.writes(number)) for number in numbers)
     }
     return [name for name in names if name in done], [name for name in names if name not in done]
 
@@ -308,7 +330,8 @@ def _all_stages(runner: Runner) -> int:
             break
         last_round = round_id
         if runner.peaked(round_id):
-            say(f"round {round_id}: no longer better than the best round so far; no further round")
+            number = config.run.round_of(round_id)
+            say(f"round {number}: no longer better than the best round so far; no further round")
             break
     runner.step("evaluate", last_round)
     return last_round
@@ -372,18 +395,19 @@ class Runner:
     def peaked(self, round_id: int) -> bool:
         """Whether rounds no longer improve, so that no further round follows."""
         run = self.config.run
-        return round_id < run.num_rounds and validate.rounds_have_peaked(self.store, round_id, run.patience)
+        ends = run.ends_round(round_id) and round_id < run.num_turns
+        return ends and validate.rounds_have_peaked(run, self.store, round_id)
 
     def depends(self, stage: Stage, round_id: int) -> Dependencies:
         """What the step's output depends on: its config, what comes from outside, and which production of each input."""
         inputs: dict[str, str] = {}
-        for name, input_round in stage.reads(round_id):
+        for name, input_round in stage.reads(self.config.run, round_id):
             if (name, input_round) == ("policy", 0):  # the base LLM is no artifact of a round
                 inputs["policy/0"] = SOURCES[self.config.llm.source].identity(self.config, self.store)
                 continue
             manifest = self.store.manifest(name, input_round)
             if manifest is None:
-                mine = STAGES.keys() - (LEARNERS.keys() - {self.config.policy.objective})
+                mine = STAGES.keys() - (LEARNERS.keys() - {self.config.policy.objective_of(input_round)})
                 writers = (
                     one.name
                     for one in STAGES.values()
@@ -439,7 +463,8 @@ class DryRun(Runner):
             self.tell(label, "not selected")
             return
         self.matched = True
-        before = [self._remade[artifact] for artifact in stage.reads(round_id) if artifact in self._remade]
+        reads = stage.reads(self.config.run, round_id)
+        before = [self._remade[artifact] for artifact in reads if artifact in self._remade]
         why = f"after {before[0]}" if before else self.why(stage, round_id, self.depends(stage, round_id))
         self.tell(label, f"would run: {why}" if why else "kept")
         if why:

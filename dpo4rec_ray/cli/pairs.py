@@ -106,12 +106,13 @@ def export_command(options: argparse.Namespace) -> int:
     store, target = RunDir(options.run), Path(options.out)
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--out {target}: cannot be written; name a file in a folder that is there")
-    if (store.root / "config.json").is_file() and (
-        name := read_config(options.run).policy.objective
-    ) != "dpo":
-        raise UserError(f"{options.run}: its policy.objective is {name!r}; only DPO makes pairs")
-    session.check_came_to("pairs", 1, options.run)
-    config = read_config(options.run)
+    config = read_config(options.run) if (store.root / "config.json").is_file() else None
+    if config and "dpo" not in config.policy.objectives:
+        raise UserError(
+            f"{options.run}: its policy.objective is {config.policy.objective!r}; only DPO makes pairs"
+        )
+    session.check_came_to("pairs", config.policy.objectives.index("dpo") + 1 if config else 1, options.run)
+    config = config or read_config(options.run)
     round_id = round_with_pairs(store, options.round)
     codec = ChatCodec(load_tokenizer(base_llm_path(config, store)))
     export_pairs(store, round_id, options.split, codec, options.format, target)
@@ -139,7 +140,7 @@ def import_command(options: argparse.Namespace) -> int:
     from dpo4rec_ray.store.artifacts import RunDir, write_json
     from dpo4rec_ray.store.progress import say
 
-    if config.policy.objective != "dpo":
+    if config.policy.objectives != ("dpo",):
         raise UserError(
             f"policy.objective = {config.policy.objective!r}: pairs are trained on by DPO alone; leave it out"
         )

@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     with ray_job(folder, options.verbose):
         check_stages(
-            config, [options.only] if options.only else how_far(RunDir(folder), config.policy.objective)[1]
+            config, [options.only] if options.only else how_far(RunDir(folder), config.policy.objectives)[1]
         )
         run_pipeline(config, RunDir(folder), selection)
     return 0

@@ -39,7 +39,12 @@ class RunSection(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn."""
     num_rounds: int = Field(default=1, ge=0)
-    """Most rounds. 0: no DPO; the base LLM's texts are evaluated."""
+    """Most rounds. 0: no training of the LLM; the base LLM's texts are evaluated."""
+    turns_per_round: int = Field(default=1, ge=1)
+    """Turns of a round. Each samples another part of the training users from the newest policy, scores the texts and learns from
+    them: on-policy training. Only the last turn's policy writes the round's texts. Folders and --round count turns."""
+    watched_users: float = Field(default=0.25, gt=0, le=1)
+    """With several turns: share of the validation users whose texts every turn samples and scores. The first samples all."""
     patience: int = Field(default=1, ge=1)
     """Rounds that are no better than the best one before the run stops. A round is better if its held-out reward is higher and
     its reading is not clearly lower."""
@@ -50,6 +55,27 @@ class RunSection(Section):
         if "/" in name or name in (".", ".."):
             raise ValueError("the name of a folder, without a path; the path is run.root")
         return name
+
+    @property
+    def num_turns(self) -> int:
+        """Most turns of the whole run."""
+        return self.num_rounds * self.turns_per_round
+
+    def round_of(self, turn: int) -> int:
+        """The round that a turn belongs to; 0 before the first."""
+        return -(-turn // self.turns_per_round)
+
+    def first_turn(self, turn: int) -> int:
+        """The first turn of a turn's round."""
+        return (self.round_of(turn) - 1) * self.turns_per_round + 1
+
+    def ends_round(self, turn: int) -> bool:
+        """Whether it is its round's last turn."""
+        return turn % self.turns_per_round == 0
+
+    def round_ends(self, last_turn: int) -> range:
+        """The last turns of all rounds up to `last_turn`, the base LLM's 0 before them."""
+        return range(0, last_turn + 1, self.turns_per_round)
 
 
 class Config(Section):
@@ -102,6 +128,15 @@ class Config(Section):
     def reads_own_texts(self) -> bool:
         """Whether the reward's rerankers are trained on the texts of `llm.source`."""
         return self.run.num_rounds > 0 and not {"llm", self.llm.source}.isdisjoint(self.reward.reader)
+
+    def generate_by(self, policy: int) -> GenerateSection:
+        """The section as it holds for texts of a policy, 0 the base LLM: with the one temperature of its round."""
+        temperature = self.generate.temperature
+        if not isinstance(temperature, tuple):
+            return self.generate
+        rounds_before = policy // self.run.turns_per_round
+        own = temperature[min(rounds_before, len(temperature) - 1)]
+        return self.generate.model_copy(update={"temperature": own})
 
     @property
     def max_training_tokens(self) -> int:

@@ -175,6 +175,9 @@ class GenerateSection(Placed):
     """Further arguments of the installed vLLM's EngineArgs."""
     stall_timeout_s: float = Field(default=300, gt=0)
     """Seconds without a new token after which an engine is replaced."""
+    token_logps: bool = False
+    """Keep the engine's log-probability of every token that it draws, for grpo.sampler. Takes whole distributions: no top_p,
+    top_k, min_p or penalties."""
     keep_engines: bool = False
     """Keep engines between stages and rounds. It saves their start, where training has other GPUs."""
     users_per_shard: int = Field(default=64, ge=1)
@@ -193,6 +196,17 @@ class GenerateSection(Placed):
             raise ValueError(f"min_engines = {self.min_engines} is above num_engines = {self.num_engines}")
         if self.min_engines and self.keep_engines:
             raise ValueError("keep_engines keeps num_engines engines; leave min_engines out")
+        whole = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
+        changed = [
+            f"{name} = {getattr(self, name):g}"
+            for name, value in whole.items()
+            if getattr(self, name) != value
+        ]
+        if self.token_logps and changed:
+            raise ValueError(
+                f"token_logps with {', '.join(changed)}: the engine's probabilities are then of another distribution than the "
+                f"one that is trained; set {', '.join(f'{name} = {value}' for name, value in whole.items())}"
+            )
         return self
 
     @property
@@ -204,13 +218,6 @@ class GenerateSection(Placed):
     def over_nodes(self) -> bool:
         """Whether the processes of an engine may run on several nodes."""
         return self.distributed_executor_backend == "ray" and self.processes_per_engine > 1
-
-    def of_policy(self, policy_round: int) -> GenerateSection:
-        """The section as it holds for texts of policy `policy_round`: with the one temperature of its round."""
-        if isinstance(self.temperature, tuple):
-            own = self.temperature[min(policy_round, len(self.temperature) - 1)]
-            return self.model_copy(update={"temperature": own})
-        return self
 
 
 class EncoderSection(Placed):

@@ -79,13 +79,15 @@ class PolicySection(TrainerSection):
     """Training of the LLM on what the recommender thinks of its texts (docs/method.md, section 5)."""
 
     placement = TrainerSection.placement | {"min_workers", "max_kl_per_token"}
-    objective: str = "dpo"
-    """What is learned from scored texts: dpo (preference pairs), best_of_n (each user's best texts) or grpo (all texts)."""
+    objective: str | tuple[str, ...] = "dpo"
+    """What is learned from scored texts: dpo (preference pairs), best_of_n (each user's best texts) or grpo (all texts). A list
+    is by turn, such as ["best_of_n", "dpo"]; its last one holds for the turns that follow."""
     reference: Literal["cached", "lora_off"] = "cached"
     """Where the reference's log-probabilities come from. "cached": computed once, stored beside the pairs. "lora_off": from the
     model in training with its LoRA off, at every step."""
-    reference_policy: Literal["previous", "base"] = "previous"
-    """Reference of round r: policy r-1, or the base model."""
+    reference_policy: Literal["previous", "turn", "base"] = "previous"
+    """The reference of DPO and GRPO. "previous": the policy that the round began with. "turn": the one that the turn began with.
+    "base": the base LLM."""
     tuning: Literal["lora", "full"] = "lora"
     """Train a LoRA, or all weights."""
     lora_rank: int = Field(default=16, ge=1)
@@ -123,8 +125,19 @@ class PolicySection(TrainerSection):
     min_workers: int = Field(default=0, ge=0)
     """Least number of workers to go on with when a node is lost. 0: num_workers."""
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """All that it learns by."""
+        return self.objective if isinstance(self.objective, tuple) else (self.objective,)
+
+    def objective_of(self, turn: int) -> str:
+        """By which the policy of a turn, counted from 1, is trained."""
+        return self.objectives[min(turn, len(self.objectives)) - 1]
+
     @model_validator(mode="after")
     def _consistent(self) -> PolicySection:
+        if not self.objectives:
+            raise ValueError("objective = []: name one at least")
         if self.lora_init not in ("default", "gaussian"):
             raise ValueError(
                 f"lora_init = {self.lora_init!r} changes the base weights, so that the saved LoRA alone would not be the "
@@ -181,6 +194,12 @@ class GRPOSection(Section):
     """A token's ratio is clipped at 1 + clip_high. Above clip_low: rare tokens may grow faster (DAPO)."""
     kl_weight: float = Field(default=0.04, ge=0)
     """Weight of the KL divergence to the reference per token (k3 estimate). 0: none."""
+    sampler: Literal["trainer", "corrected", "engine"] = "trainer"
+    """Whose log-probabilities the ratio is to. "trainer": the sampling policy's, computed once more. "corrected": the same, each
+    token weighted by trainer's over engine's probability (truncated importance sampling). "engine": the engine's own, which
+    saves a pass. The last two need generate.token_logps."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    """The most that sampler = "corrected" weighs a token with."""
     token_weights: str = "sequence"
     """"sequence": mean over each text's tokens, then over texts. "token": mean over all tokens of a user's texts. "constant": sum
     over tokens by generate.max_new_tokens (Dr. GRPO), which favours no length."""

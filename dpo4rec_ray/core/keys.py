@@ -81,10 +81,10 @@ def below(bits: Keys, bound: int) -> npt.NDArray[np.int64]:
     return ((bits >> np.uint64(11)).astype(np.float64) * (2.0**-53 * bound)).astype(np.int64)
 
 
-def random_share(ids: npt.NDArray[np.int64], seed: int, share: float) -> npt.NDArray[np.bool_]:
-    """Which ids belong to a random share of all, [n] -> [n]. The answer for an id depends on it and the seed alone."""
+def random_places(ids: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.float64]:
+    """A random number in [0, 1) per id, [n] -> [n], which depends on the id and the seed alone."""
     bits = stream(mix(ids.astype(np.uint64) + _GOLDEN), seed)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def partition_of(keys: Keys, num_partitions: int) -> npt.NDArray[np.int64]:

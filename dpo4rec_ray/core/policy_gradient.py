@@ -46,15 +46,26 @@ def clipped_surrogate(
     return -torch.minimum(plain, clipped), clipped < plain
 
 
-def divergence(log_ratio: Tensor) -> Tensor:
-    """An estimate of KL(pi || pi_old) per token, from tokens that pi_old drew; never negative.
+def divergence(log_ratio: Tensor, to_reference: Tensor) -> Tensor:
+    """An estimate of KL(pi || reference) per token, from tokens that pi_old drew; never negative.
 
-    Schulman's k3, 1 / r + log r - 1, times the ratio r = pi / pi_old: without r it would be right for tokens that pi draws, and
-    its gradient that of another divergence (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl).
+    Schulman's k3, exp(d) - d - 1 with d = log(reference / pi), times the ratio r = pi / pi_old: without r it would be right for
+    tokens that pi draws, and its gradient that of another divergence (DeepSeek-V3.2, arXiv 2512.02556; TRL's
+    use_bias_correction_kl).
 
-    log_ratio: [M] log pi(token) - log pi_old(token).
+    log_ratio: [M] log pi(token) - log pi_old(token); to_reference: [M] log reference(token) - log pi(token).
     """
-    return log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
+    # r (exp(d) - d - 1) without the product of a tiny and a huge number, and exact near 0.
+    return torch.expm1(log_ratio + to_reference) - torch.expm1(log_ratio) - log_ratio.exp() * to_reference
+
+
+def truncated_importance(log_weight: Tensor, cap: float) -> Tensor:
+    """[M] log of trainer's over engine's probability of a token under the same weights -> its weight, at most `cap`.
+
+    An engine computes with other kernels than the trainer, so its tokens come from a slightly other distribution. The weight
+    makes up for that, and the cap keeps its variance in bounds (truncated importance sampling, Yao et al., 2025).
+    """
+    return log_weight.exp().clamp(max=cap)
 
 
 @dataclass(frozen=True)

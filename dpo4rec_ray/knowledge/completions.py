@@ -9,11 +9,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample. `token_ids` are what the engine produced, EOS included; DPO trains on them. Empty without an engine."""
+    """One sample.
+
+    Attributes:
+        token_ids: what the engine produced, EOS included; the LLM is trained on them. Empty without an engine.
+        token_logps: the engine's log-probability of each; None where they are not kept.
+    """
 
     token_ids: list[int]
     text: str
     finish_reason: str
+    token_logps: list[float] | None = None
 
 
 @dataclass(frozen=True)

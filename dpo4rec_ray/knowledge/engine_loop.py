@@ -201,7 +201,7 @@ class EngineLoop:
     def _deliver(self, output: Any) -> None:
         call, index = self._open.pop(output.request_id)
         samples = [
-            Completion(list(sample.token_ids), sample.text, str(sample.finish_reason))
+            Completion(list(sample.token_ids), sample.text, str(sample.finish_reason), token_logps(sample))
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
         if any(sample.finish_reason == "error" for sample in samples):
@@ -229,3 +229,10 @@ class EngineLoop:
         self._running += span * running
         self._kv += span * value("kv_cache_usage_perc")
         self._prefix_hits = value("prefix_cache_hits") / max(value("prefix_cache_queries"), 1.0)
+
+
+def token_logps(sample: Any) -> list[float] | None:
+    """Of each token of a vLLM completion, where they were asked for."""
+    if sample.logprobs is None:
+        return None
+    return [entries[token].logprob for token, entries in zip(sample.token_ids, sample.logprobs, strict=True)]

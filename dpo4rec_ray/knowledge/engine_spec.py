@@ -23,6 +23,7 @@ OWN_ARGUMENTS = {
     "max_num_seqs": "generate.max_num_seqs",
     "gpu_memory_utilization": "generate.gpu_memory_utilization",
     "enable_lora": "llm.lora_mode",
+    "logprobs_mode": "generate.token_logps",
     "max_lora_rank": "policy.lora_rank",
     "disable_log_stats": "nothing: the run's figures need it",
     "trust_remote_code": "nothing: it is off",
@@ -43,7 +44,7 @@ class EngineSpec:
     """The sections of the recipe, and what exists at run time only.
 
     Attributes:
-        generate: with one temperature (`GenerateSection.of_policy`).
+        generate: with one temperature (`Config.generate_by`).
         weights: what the engine serves at first; it can change over to others of the same shape.
         max_lora_rank: highest rank of the LoRAs that the engine may be asked to serve. 0: it takes none, and is faster.
         schema: JSON schema that every sample has to follow. None: free text.
@@ -77,6 +78,8 @@ class EngineSpec:
             # Cut off the text, while its tokens stay: DPO trains on these and must see where a text ends.
             "stop": list(section.stop),
             "max_tokens": section.max_new_tokens,
+            # Of the drawn token alone.
+            "logprobs": 0 if section.token_logps else None,
         }
 
     def arguments(self) -> dict[str, Any]:
@@ -94,6 +97,8 @@ class EngineSpec:
             # engine because xgrammar does not look for it in a request's own parameters.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
+        if section.token_logps:
+            chosen["logprobs_mode"] = "processed_logprobs"  # of the distribution at the temperature
         if self.on_gpu:
             chosen["gpu_memory_utilization"] = section.gpu_memory_utilization
         else:

@@ -11,7 +11,7 @@ from dpo4rec_ray.errors import UserError, nearest
 from dpo4rec_ray.pipeline import STAGES, rounds, steps
 from dpo4rec_ray.planning.rates import Measured, Rate, measured, rate_of
 from dpo4rec_ray.planning.sizes import Sizes, sizes_of_run
-from dpo4rec_ray.planning.work import WORK, Machine, Work
+from dpo4rec_ray.planning.work import WORK, Machine, Work, sampled_users
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.train.learners import LEARNERS
 
@@ -164,8 +164,8 @@ def plan(
 def _texts(config: Config, sizes: Sizes) -> tuple[int, int, int]:
     """Texts, tokens of prompts and tokens of texts over all rounds; no tokens where no LLM writes."""
     texts, prompts = sizes.users, sizes.users  # round 0
-    sampled = (sizes.train + sizes.valid) * config.generate.user_frac
-    for names in rounds(config).values():
+    for turn, names in rounds(config).items():
+        sampled = sampled_users(config, sizes, turn)
         texts += sampled * config.generate.num_samples
         prompts += sampled
         if "encode" in names:

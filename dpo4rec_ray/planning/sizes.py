@@ -72,7 +72,8 @@ def sizes_of_run(config: Config, store: RunDir) -> Sizes:
             text_tokens=texts.stats["tokens"] / texts.stats["samples"],
         )
     if pairs := made["pairs"]:
-        found = replace(found, pairs=pairs.stats["pairs"], heldout_pairs=pairs.stats["heldout_pairs"])
+        of_round = config.run.turns_per_round * pairs.stats["pairs"]
+        found = replace(found, pairs=of_round, heldout_pairs=pairs.stats["heldout_pairs"])
     return replace(found, assumed=())
 
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.planning.sizes import Sizes
+from dpo4rec_ray.stages.train_policy import reference_of
+from dpo4rec_ray.store.user_rows import turn_users
+from dpo4rec_ray.train.learners import LEARNERS
 
 # A token of a prompt costs less than one that is written: all of a prompt are computed at once, and the N texts of a user share
 # them. The demo's engine: 40,000 and 16,000 tokens/s. It counts only where prompts and texts grow apart.
@@ -88,14 +91,20 @@ def references(config: Config, sizes: Sizes, machine: Machine, round_id: int) ->
     return Work(texts, "texts", workers, workers * config.encoder.gpus_per_worker)
 
 
+def sampled_users(config: Config, sizes: Sizes, turn: int) -> float:
+    """Users that a turn samples."""
+    users = turn_users(config, turn)
+    return sizes.train * users.train_share + sizes.valid * users.valid_share
+
+
 def generate(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
-    users = (sizes.train + sizes.valid) * config.generate.user_frac
+    users = sampled_users(config, sizes, round_id)
     return _texts(config, sizes, users, users * config.generate.num_samples)
 
 
 def score(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
     """Every sample is encoded, and scored on its user's lists with their redraws."""
-    texts = (sizes.train + sizes.valid) * config.generate.user_frac * config.generate.num_samples
+    texts = sampled_users(config, sizes, round_id) * config.generate.num_samples
     lists = sizes.lists_per_user * (1 + config.reward.num_redraws) * (1 + config.reward.personal)
     workers = config.encoder.num_workers
     gpus = (
@@ -105,37 +114,35 @@ def score(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work
 
 
 def pair(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
-    return Work(
-        (sizes.train + sizes.valid) * config.generate.user_frac * config.generate.num_samples, "samples"
-    )
+    return Work(sampled_users(config, sizes, round_id) * config.generate.num_samples, "samples")
 
 
 def best_of_n(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
     """The best texts of training users, and an evaluation on held-out users' per epoch."""
     section = config.policy
-    rows = section.epochs * (
-        sizes.train * config.generate.user_frac + _heldout_users(config, sizes) * FORWARD
-    )
+    trained = sizes.train * turn_users(config, round_id).train_share
+    rows = section.epochs * (trained + _heldout_users(config, sizes, round_id) * FORWARD)
     tokens = _group_tokens(config, sizes, config.best_of_n.top)
     return Work(rows * tokens, "tokens", section.num_workers, section.num_workers * section.gpus_per_worker)
 
 
 def grpo(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
-    """All texts of training users, an evaluation on held-out users' per epoch, and the reference's pass over everybody's."""
-    section, users = config.policy, sizes.train * config.generate.user_frac
-    evaluated = _heldout_users(config, sizes) * FORWARD
+    """All texts of training users, an evaluation on held-out users' per epoch, and the passes over everybody's before."""
+    section, users = config.policy, sizes.train * turn_users(config, round_id).train_share
+    evaluated = _heldout_users(config, sizes, round_id) * FORWARD
     rows = section.epochs * (users + evaluated)
+    moved = reference_of(config, round_id) != round_id - 1
+    passes = sum(LEARNERS["grpo"].stored(config, moved))
     if section.reference == "lora_off":
         rows += section.epochs * (users * FORWARD + evaluated)
-    else:
-        rows += (sizes.train + sizes.valid) * config.generate.user_frac * FORWARD
+    rows += passes * sampled_users(config, sizes, round_id) * FORWARD
     tokens = _group_tokens(config, sizes, config.generate.num_samples)
     return Work(rows * tokens, "tokens", section.num_workers, section.num_workers * section.gpus_per_worker)
 
 
-def _heldout_users(config: Config, sizes: Sizes) -> float:
+def _heldout_users(config: Config, sizes: Sizes, turn: int) -> float:
     """Validation users that the training is evaluated on."""
-    there = sizes.valid * config.generate.user_frac
+    there = sizes.valid * turn_users(config, turn).valid_share
     return min(there, config.policy.max_heldout_users or there)
 
 
@@ -148,11 +155,13 @@ def dpo(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
     """Training, the reference's pass over all pairs, and an evaluation on the held-out ones per epoch."""
     section = config.policy
     tokens = sizes.prompt_tokens * (1 if section.prefix_sharing else 2) + 2 * sizes.text_tokens
-    evaluations = section.epochs * sizes.heldout_pairs * FORWARD
-    reference = (sizes.pairs + sizes.heldout_pairs) * FORWARD
+    users = turn_users(config, round_id)
+    pairs = sizes.pairs / config.run.turns_per_round
+    heldout = sizes.heldout_pairs * users.valid_share / users.share
+    reference = (pairs + heldout) * FORWARD
     if section.reference == "lora_off":
         reference *= section.epochs
-    steps = sizes.pairs * section.epochs + evaluations + reference
+    steps = pairs * section.epochs + section.epochs * heldout * FORWARD + reference
     return Work(steps * tokens, "tokens", section.num_workers, section.num_workers * section.gpus_per_worker)
 
 
@@ -172,7 +181,9 @@ def train_reward(config: Config, sizes: Sizes, machine: Machine, round_id: int) 
 
 
 def evaluate(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
-    reading = round_id + 1 + len([one for one in config.evaluate.references if one != config.llm.source])
+    reading = len(config.run.round_ends(round_id)) + len(
+        [one for one in config.evaluate.references if one != config.llm.source]
+    )
     amount, tasks = 0.0, 0
     for backbone in config.evaluated_backbones:
         section = config.reranker.of(backbone)

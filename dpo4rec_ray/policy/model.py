@@ -195,7 +195,7 @@ def add_lora(model: PreTrainedModel, section: PolicySection) -> Any:
 
 
 def load_lora(model: PreTrainedModel, lora: str) -> Any:
-    """Continue training an existing LoRA (reference_policy "base", rounds after the first)."""
+    """Continue training an existing LoRA: of a policy whose base is the reference."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(local_copy(lora)), is_trainable=True)

@@ -18,6 +18,7 @@ from dpo4rec_ray.core.policy_gradient import (
     clipped_surrogate,
     divergence,
     sums_per_group,
+    truncated_importance,
 )
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, Ratios, chosen_nll
 from dpo4rec_ray.policy.batch import OnDevice, TokenBatch, collate
@@ -58,6 +59,10 @@ class Batch(OnDevice):
     counts: list[int]  # completions per row
     reference: torch.Tensor | None = None  # log-probabilities [S], or [M] of tokens, where they are stored
     weights: torch.Tensor | None = None  # [S] advantages of the completions, or their shares in the loss
+    sampler: torch.Tensor | None = (
+        None  # [M] log-probabilities of the policy that drew the tokens, where they are stored
+    )
+    engine: torch.Tensor | None = None  # [M] the engine's own, where they are kept
 
 
 class SupervisedObjective:
@@ -162,28 +167,48 @@ class DPOObjective:
 class GRPOObjective:
     """The clipped surrogate with a KL penalty, a row is a user's group of texts (core.policy_gradient).
 
-    Rows: prompt_token_ids, completions, advantages, and `logps`, the log-probabilities of the completions' tokens under the
-    policy that training starts from, where they are stored. It has drawn the texts, and it is the reference: of a round that
-    starts from the policy before. Where they are not stored, the model with its LoRA off is that policy.
+    Rows: prompt_token_ids, completions, advantages, and log-probabilities of the completions' tokens where they are stored:
+    `sampler_logps` of the policy that drew the texts, `reference_logps`, and `engine_logps` as the engine had them. What is not
+    stored of the first two is that of the model with its LoRA off.
     """
 
     per_token = True
 
-    def __init__(self, layout: BatchLayout, section: GRPOSection, max_text_tokens: int):
-        """max_text_tokens: most tokens of a text that is sampled, the divisor of token_weights "constant"."""
+    def __init__(
+        self, layout: BatchLayout, section: GRPOSection, max_text_tokens: int, *, same_reference: bool = True
+    ):
+        """
+        Args:
+            max_text_tokens: most tokens of a text that is sampled, the divisor of token_weights "constant".
+            same_reference: the policy that drew the texts is the reference too.
+        """
         self._layout, self._section, self._longest = layout, section, max_text_tokens
+        self._same_reference = same_reference
 
     def collate(self, rows: list[TrainingRow]) -> Batch:
         groups = [Group(row["prompt_token_ids"], row["completions"]) for row in rows]
-        stored = None
-        if "logps" in rows[0]:
-            stored = torch.tensor([logp for row in rows for one in row["logps"] for logp in one])
+
+        def stored(name: str) -> torch.Tensor | None:
+            if name not in rows[0]:
+                return None
+            return torch.tensor([logp for row in rows for one in row[name] for logp in one])
+
         return Batch(
             self._layout.collate(groups),
             [len(group.completions) for group in groups],
-            stored,
+            stored("reference_logps"),
             torch.tensor([one for row in rows for one in row["advantages"]], dtype=torch.float64),
+            stored("sampler_logps"),
+            stored("engine_logps"),
         )
+
+    def _fixed(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[M] log-probabilities of the sampling policy and of the reference; None where nothing is pulled to a reference."""
+        sampler = _lora_off(model, batch) if batch.sampler is None else batch.sampler
+        if self._same_reference:
+            return sampler, sampler
+        reads_off = batch.reference is None and self._section.kl_weight > 0
+        return sampler, _lora_off(model, batch) if reads_off else batch.reference
 
     def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         assert batch.weights is not None
@@ -194,13 +219,20 @@ class GRPOObjective:
         groups = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
         shape = Shape(texts, groups, batch.tokens.lengths)
         section = self._section
-        log_ratio = policy - _reference(model, batch)
-        gains, clipped = clipped_surrogate(
+        sampler, reference = self._fixed(model, batch)
+        log_ratio = policy - sampler
+        losses, clipped = clipped_surrogate(
             log_ratio, batch.weights[texts].to(log_ratio.dtype), section.clip_low, section.clip_high
         )
-        kl = divergence(log_ratio)
+        if section.sampler == "corrected":
+            assert batch.engine is not None
+            losses = losses * truncated_importance(sampler - batch.engine, section.importance_cap)
+        kl = None
+        if reference is not None:
+            kl = divergence(log_ratio, reference - policy)
+            losses = losses + section.kl_weight * kl
         weights = TOKEN_WEIGHTS[section.token_weights](shape, self._longest)
-        loss = sums_per_group(gains + section.kl_weight * kl, weights, shape).sum()
+        loss = sums_per_group(losses, weights, shape).sum()
         with torch.no_grad():
             mean = TOKEN_WEIGHTS["token"](shape, self._longest)
             # The advantage of the policy's texts by importance sampling, of whole texts, normalised within the group.
@@ -212,7 +244,14 @@ class GRPOObjective:
                 "gain": (shares * batch.weights).sum(),
                 "ratio": (log_ratio.exp().double() * mean).sum(),
                 "clip_share": (clipped.double() * mean).sum(),
-                "kl_per_token": (kl.double() * mean).sum(),
+                # How far the policy has moved from the one that drew the texts
+                "off_policy": (divergence(log_ratio, -log_ratio).double() * mean).sum(),
+                **({} if kl is None else {"kl_per_token": (kl.double() * mean).sum()}),
+                **(
+                    {}
+                    if batch.engine is None or section.sampler == "engine"
+                    else {"engine_gap": ((sampler - batch.engine).abs().double() * mean).sum()}
+                ),
                 # Minus the mean log-probability of the texts' tokens: the entropy while these are the policy's own
                 "surprise": (-policy.double() * mean).sum(),
                 "length": (batch.tokens.lengths.double() / counts[groups]).sum(),
@@ -234,8 +273,10 @@ def _softmax_per_group(values: torch.Tensor, groups: torch.Tensor, num_groups: i
 
 def _reference(model: Any, batch: Batch) -> torch.Tensor:
     """The stored log-probabilities of the reference, or those of the model with its LoRA off."""
-    if batch.reference is not None:
-        return batch.reference
+    return _lora_off(model, batch) if batch.reference is None else batch.reference
+
+
+def _lora_off(model: Any, batch: Batch) -> torch.Tensor:
     with torch.no_grad(), _peft(model).disable_adapter():
         return model(batch.tokens)
 

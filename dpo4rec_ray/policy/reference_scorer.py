@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.policy.groups import Group
 from dpo4rec_ray.policy.logps import CompletionLogps, check_grouped
-from dpo4rec_ray.policy.model import load_model, load_tokenizer
+from dpo4rec_ray.policy.model import load_lora, load_model, load_tokenizer
 from dpo4rec_ray.policy.objectives import BatchLayout
 
 # Tokens of one forward pass. Without gradients only the hidden states of one layer are in memory.
@@ -28,12 +29,16 @@ class ReferenceScorer:
         *,
         per_token: bool = False,
         temperature: float = 1.0,
+        lora: str | None = None,
     ):
-        """model: folder or hub name of the reference; dtype: of its weights; the others as in `CompletionLogps`."""
+        """model: folder or hub name of the reference; dtype: of its weights; lora: on it; the others as in `CompletionLogps`."""
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._layout = layout = batch_layout(model, section)
         self._per_token = per_token
-        inner = load_model(model, dtype, quantize=section.quantize).eval()
+        inner: Any = load_model(model, dtype, quantize=section.quantize)
+        if lora:
+            inner = load_lora(inner, lora)
+        inner = inner.eval()
         if section.quantize == "none":  # quantized weights are on the GPU already
             inner = inner.to(self._device)
         if layout.grouped:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.evaluation import terminal_table
 from dpo4rec_ray.evaluation.heldout_texts import LABELS
 from dpo4rec_ray.evaluation.ladder import ladder, printed
@@ -32,7 +35,7 @@ def run(
     config: Config, store: RunDir, last_round: int, log: list[dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
     """Write summary.json and report.html; print the table; return the summary."""
-    best, evaluated = best_round(store, last_round), read_evaluation(store)
+    run, best, evaluated = config.run, best_round(store, last_round), read_evaluation(store)
     # without a policy the only round ends with its pairs, because nothing is trained on them
     scored = last_round if config.has_policy else min(1, config.run.num_rounds)
     summary: dict[str, Any] = {
@@ -45,15 +48,16 @@ def run(
         "stage_seconds": round(sum(stage["seconds"] for stage in log), 1),
         "prepare": store.require("lists").stats,
         "reward": _stats(store, "reward"),
-        "rewards": {
-            str(round_id): stats
-            for round_id in range(1, scored + 1)
-            if (stats := _stats(store, "scores", round_id))
+        "rewards": {  # of each round's first turn, which scores all validation users
+            str(run.round_of(turn)): stats
+            for turn in range(1, scored + 1, run.turns_per_round)
+            if (stats := _stats(store, "scores", turn))
         },
         "rounds": [
-            _round(store, round_id, evaluated["comparisons"]) for round_id in range(1, last_round + 1)
+            _round(run, store, end, evaluated["comparisons"]) for end in run.round_ends(last_round) if end
         ],
-        "best_round": best,
+        "best_round": run.round_of(best),
+        "best_policy": best,
         **evaluated,
         "versions": versions(),
         "commit": commit(),
@@ -83,14 +87,20 @@ def _earlier_peaks(store: RunDir, last_round: int) -> list[float]:
     return [manifest.peak_rss_mb for manifest in manifests if manifest is not None]
 
 
-def _round(store: RunDir, round_id: int, comparisons: list[dict[str, Any]]) -> dict[str, Any]:
-    """One round's numbers: counts, held-out figures, DPO, the diagnosis, and the ladder that says what they mean."""
-    generated = store.require("generations", round_id)
+def _round(
+    run: RunSection, store: RunDir, round_id: int, comparisons: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One round's numbers: counts, held-out figures, training, the diagnosis, and the ladder that says what they mean.
+
+    round_id: the round's last turn. Counts are of all its turns; the diagnosis of rewards is of the first, which scores all
+    validation users, that of the training of the last.
+    """
+    first = run.first_turn(round_id)
+    turns = [_turn(store, turn) for turn in range(first, round_id + 1)]
+    generated = [store.require("generations", turn) for turn in range(first, round_id + 1)]
     reward = store.require("reward").stats
-    scores = store.require("scores", round_id).stats
+    scores = store.require("scores", first).stats
     policy = store.require("policy", round_id).stats
-    # Pairs of an earlier training may lie there still.
-    pairs = _stats(store, "pairs", round_id) if policy.get("objective", "dpo") == "dpo" else {}
     heldout = store.require("heldout", round_id).stats
     texts = {
         key: value for key, value in heldout.items() if key.startswith(("text_", "distinct_", "opening_"))
@@ -99,30 +109,58 @@ def _round(store: RunDir, round_id: int, comparisons: list[dict[str, Any]]) -> d
     if "text_accuracy_before" in heldout:  # absent where the truth is not known
         diagnosis["text_accuracy"] = heldout["text_accuracy_before"]
     return {
-        "round": round_id,
-        "users": generated.stats["users"],
-        "samples": generated.rows,
-        "failed": generated.stats["failed_by_reason"],
+        "round": run.round_of(round_id),
+        "policy": round_id,
+        "users": sum(one.stats["users"] for one in generated),
+        "samples": sum(one.rows for one in generated),
+        "failed": _added(one.stats["failed_by_reason"] for one in generated),
         "generation": {
-            **{
-                name: generated.stats.get(name, 0)
-                for name in ("tokens", "shortened", "clipped", "invalid_json")
-            },
-            **generated.stats["this_run"],
+            **_added(
+                {name: one.stats.get(name, 0) for name in ("tokens", "shortened", "clipped", "invalid_json")}
+                for one in generated
+            ),
+            **generated[-1].stats["this_run"],
         },
-        "pairs": pairs.get("pairs", 0),
-        "dropped": pairs.get("dropped", {}),
+        "pairs": sum(turn["pairs"] for turn in turns),
+        "dropped": _added(turn["dropped"] for turn in turns),
+        "turns": turns if len(turns) > 1 else [],
         **{key: value for key, value in heldout.items() if key.startswith("heldout_reward_")},
         "heldout_users": store.require("heldout", round_id).rows,
-        "choice": heldout["choice"],
+        "choice": {**heldout["choice"], "against": run.round_of(heldout["choice"]["against"])},
         "figures": heldout["figures"],
         "text_accuracy_by_facet": {
             side: heldout.get(f"accuracy_by_facet_{side}", {}) for side in ("before", "after")
         },
         "training": policy,
         "diagnosis": diagnosis,
-        "ladder": ladder(round_id, reward, scores, policy, heldout, comparisons),
+        "ladder": ladder(run.round_of(round_id), reward, scores, policy, heldout, comparisons),
     }
+
+
+def _turn(store: RunDir, turn: int) -> dict[str, Any]:
+    """What one turn sampled and learned, and how the watched users fared until it began."""
+    scores, policy = store.require("scores", turn).stats, store.require("policy", turn).stats
+    # Pairs of an earlier training may lie there still.
+    pairs = _stats(store, "pairs", turn) if policy.get("objective", "dpo") == "dpo" else {}
+    return {
+        "turn": turn,
+        "objective": policy.get("objective", "dpo"),
+        "users": store.require("generations", turn).stats["users"],
+        "pairs": pairs.get("pairs", 0),
+        "dropped": pairs.get("dropped", {}),
+        **{name: scores.get(name) for name in ("mean_reward", "spread")},
+        **{name: policy.get(name) for name in ("steps", "staleness", "kl_per_token", "engine_gap")},
+        "watched": scores.get("watched", {}),
+        "warnings": scores.get("warnings", []),
+    }
+
+
+def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The sums by name; names that came to nothing stay."""
+    found: Counter[str] = Counter()
+    for one in counts:
+        found.update(one)
+    return dict(found)
 
 
 def _print(summary: dict[str, Any]) -> None:
@@ -200,7 +238,7 @@ def _plot_rewards(store: RunDir, summary: dict[str, Any]) -> str:
     figure, axes = _figure(columns=max(1, len(summary["rounds"])))
     axes = [axes] if len(summary["rounds"]) == 1 else list(axes)
     for axis, row in zip(axes, summary["rounds"], strict=True):
-        table = store.read("heldout", row["round"])
+        table = store.read("heldout", row["policy"])
         before, after = table["reward_before"].to_numpy(), table["reward_after"].to_numpy()
         low, high = float(min(before.min(), after.min())), float(max(before.max(), after.max()))
         axis.plot([low, high], [low, high], color="grey", linewidth=0.8)
@@ -216,11 +254,11 @@ def _plot_rewards(store: RunDir, summary: dict[str, Any]) -> str:
 def _plot_training(store: RunDir, summary: dict[str, Any], names: tuple[str, ...]) -> str:
     figure, axes = _figure(columns=len(names))
     for row in summary["rounds"]:
-        steps = read_metrics(store.path("policy", row["round"]))
+        steps = read_metrics(store.path("policy", row["policy"]))
         for axis, name in zip(axes, names, strict=True):
             axis.plot(
                 [step["step"] for step in steps],
-                [step[name] for step in steps],
+                [step.get(name, math.nan) for step in steps],
                 label=f"round {row['round']}",
             )
             axis.set_title(name, fontsize=10)

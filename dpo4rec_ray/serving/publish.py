@@ -127,7 +127,8 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
 def _best_model(config: Config, store: RunDir) -> str:
     """Chosen by validation metrics. Test metrics choose nothing."""
     best, folder = "", store.path("per_list") / "rerankers"
-    round_id = json.loads((store.root / "summary.json").read_text(encoding="utf-8"))["best_round"]
+    summary = json.loads((store.root / "summary.json").read_text(encoding="utf-8"))
+    round_id = summary.get("best_policy", summary["best_round"])
     system, highest = system_name(config, round_id), float("-inf")
     for one in sorted(folder.iterdir()):
         info = read_card(one)["info"]
@@ -138,7 +139,7 @@ def _best_model(config: Config, store: RunDir) -> str:
 
 
 def _round_of(config: Config, system: str) -> int:
-    for round_id in range(config.run.num_rounds + 1):
+    for round_id in config.run.round_ends(config.run.num_turns):
         if system_name(config, round_id) == system:
             return round_id
     raise UserError(
@@ -215,7 +216,7 @@ def _write_writer(config: Config, store: RunDir, folder: Path, round_id: int) ->
     for name, path in ((WRITER_LLM, weights.model), (WRITER_LORA, weights.lora)):
         if path and below(path, store.root) is not None:
             copy_folder(place(path), folder / name)
-    config = config.model_copy(update={"generate": config.generate.of_policy(round_id)})
+    config = config.model_copy(update={"generate": config.generate_by(round_id)})
     content = config.model_dump(mode="json", include=WRITER_CONFIG)
     if config.llm.path not in ("bundled", "bootstrap"):
         content["llm"]["path"] = base_llm_path(config, store)

@@ -52,20 +52,20 @@ BASE_LLM, STATISTICS = "base-llm", "statistics"
 
 
 def system_name(config: Config, texts: int | str | None) -> str:
-    """Name of the system that uses the texts of round `texts`, or of a reference; None: no knowledge."""
+    """Name of the system that uses the texts of policy `texts`, the last of its round, or of a reference; None: no knowledge."""
     if texts is None:
         return BACKBONE
     if isinstance(texts, str):
         return f"{texts}-texts" if texts == "random" else texts  # "random" is the random order
     if texts == 0:
         return STATISTICS if config.llm.source == "statistics" else BASE_LLM
-    return f"dpo4rec-round{texts}"
+    return f"dpo4rec-round{config.run.round_of(texts)}"
 
 
 def all_texts(config: Config, last_round: int) -> list[int | str | None]:
     """What the systems rank with, in the order of their parts: nothing, the references, the rounds."""
     references = [name for name in config.evaluate.references if name != config.llm.source]
-    return [None, *references, *range(last_round + 1)]
+    return [None, *references, *config.run.round_ends(last_round)]
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:

@@ -1,4 +1,6 @@
-"""N samples per training and validation user from policy r-1, or from what llm.source names, through a pool of actors.
+"""N samples per user of a turn from policy r-1, or from what llm.source names, through a pool of actors.
+
+With one turn per round these are all training and validation users (core.turn_users).
 
 Every user has exactly N rows, or a row in `generations/failed` with the reason. Finished shards survive a kill: only
 missing ones are generated again. Test users are not sampled here: no reward is ever computed for them.
@@ -6,17 +8,14 @@ missing ones are generated again. Test users are not sampled here: no reward is 
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.keys import random_share
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
-from dpo4rec_ray.store.user_rows import users_per_shard
+from dpo4rec_ray.store.user_rows import turn_users, users_per_shard
 from dpo4rec_ray.texts.accounts import cost_of, failure_reasons, generation_counts
 from dpo4rec_ray.texts.sampling import ShardGenerator, text_pool
 from dpo4rec_ray.texts.throughput import stream_texts
@@ -28,12 +27,13 @@ SPLITS = ("train", "valid")
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `generations` of the round."""
     section = config.generate
-    takes_part = partial(random_share, seed=config.run.seed, share=section.user_frac)
+    takes_part = turn_users(config, round_id)
     wanted = users_per_shard(store, SPLITS, section.users_per_shard, takes_part)
     total = int(wanted.sum())
     if not total:
         raise UserError(
             f"generate: no training or validation user takes part; raise generate.user_frac = {section.user_frac:g}"
+            + (", or lower run.turns_per_round" if config.run.turns_per_round > 1 else "")
         )
     ranges = shard_ranges(store.require("users").rows, section.users_per_shard)
     folder = store.path("generations", round_id)

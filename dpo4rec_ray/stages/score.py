@@ -17,6 +17,7 @@ from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.rewards import personal
 from dpo4rec_ray.evaluation.reward_diagnosis import personal_diagnosis, reward_diagnosis
+from dpo4rec_ray.evaluation.turn_figures import lines, turn_figures, user_figures, warnings
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleRewards
 from dpo4rec_ray.storage.parquet import read_folder, read_parquet
 from dpo4rec_ray.store.artifacts import RunDir, part_file
@@ -28,6 +29,9 @@ from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.run_metrics import Metrics
 from dpo4rec_ray.workers.shards import Pool, Row, part_number, run_shards
 from dpo4rec_ray.workers.stage_workers import SCORER_KEYS
+
+# Other users that a watched user's texts are tried on, where reward.personal asks for none (evaluation.turn_figures).
+WATCHED_OTHERS = 12
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
@@ -46,6 +50,17 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     if config.reward.personal:
         stats["personal"] = personal_diagnosis(scores)
     _say(stats)
+    first = config.run.first_turn(round_id)
+    if round_id > first:
+        texts, before = (
+            store.read("generations", one, columns=["user_id", "sample_id", "text"])
+            for one in (round_id, first)
+        )
+        now = user_figures(scores, texts, valid)
+        stats["watched"] = turn_figures(user_figures(store.read("scores", first), before, now[0]), now)
+        stats["warnings"] = list(warnings(stats["watched"]))
+        for line in lines(stats["watched"]):
+            say(f"  turn {round_id}: {line}")
     return Outcome(rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": len(by_metric)})
 
 
@@ -127,6 +142,9 @@ class ShardScorer:
 
     def __init__(self, config: Config, store: RunDir, round_id: int):
         self._num_others, self._seed = config.reward.personal, seed_of(config.run.seed, "others")
+        self._watched = np.zeros(0, np.int64)
+        if config.run.turns_per_round > 1 and not self._num_others:
+            self._watched = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
         self._reward_name = reward_name(config)
         phase("loading the rerankers")
         self._scorer = sample_scorer(config, store, metric_names(config))
@@ -145,6 +163,11 @@ class ShardScorer:
             )
             others = worth.reward[:, 0]
             found = _with_personal(found, worth, self._reward_name)
+        elif (watched := np.isin(user_ids, self._watched)).any():
+            worth = self._scorer.rewards_of_others(
+                user_ids[watched], vectors[watched], WATCHED_OTHERS, self._seed, metrics=found.metrics[:1]
+            )
+            others[watched] = worth.reward[:, 0]
         ids = {
             "round": np.full(len(user_ids), self._round, np.int32),
             "user_id": user_ids,

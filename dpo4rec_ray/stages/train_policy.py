@@ -32,13 +32,14 @@ from dpo4rec_ray.workers.tasks import in_worker
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `policy` of the round."""
-    section = config.policy
-    learner = LEARNERS[section.objective]
+    section, objective = config.policy, config.policy.objective_of(round_id)
+    learner = LEARNERS[objective]
     temperature = learner.temperature(config, round_id)
     folder = begin(store, "policy", round_id)
     before = policy_weights(config, store, round_id - 1)
-    continues = section.reference_policy == "base" and round_id > 1
-    if continues and section.tuning == "lora":
+    # A policy that is not the reference is trained on from where it is: its LoRA is one on the reference.
+    moved = reference_of(config, round_id) != round_id - 1
+    if moved and section.tuning == "lora":
         base = before.base
     elif before.lora and not before.merged:
         if not is_complete(folder / "start"):  # merged in a worker: the driver may be a small machine
@@ -46,23 +47,32 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         base = str(folder / "start")
     else:
         base = before.whole
-    frozen = policy_weights(config, store, 0).base if section.reference_policy == "base" else base
-    reference = None
-    if section.reference == "cached" and learner.texts:
-        reference = str(cached_reference(config, store, round_id, frozen, learner.texts, temperature))
     state = read_state(folder)
     if state and state.result:
         remove_checkpoints(section, folder)
     else:
+        stores_reference, stores_sampler = learner.stored(config, moved)
+        reference = sampler = None
+        if learner.texts and stores_reference:
+            frozen = base
+            if moved and section.tuning == "full":
+                frozen = policy_weights(config, store, reference_of(config, round_id)).whole
+            reference = str(cached_reference(config, store, round_id, frozen, learner.texts, temperature))
+        if learner.texts and stores_sampler:
+            drew = (before.merged or before.base, None if before.merged else before.lora)
+            sampler = str(
+                cached_reference(config, store, round_id, drew[0], learner.texts, temperature, drew[1])
+            )
         task = PolicyTask(
             config=config,
             store=store,
             round_id=round_id,
-            seed=seed_of(config.run.seed, section.objective, round_id),
+            seed=seed_of(config.run.seed, objective, round_id),
             base=base,
-            lora=before.lora if continues else None,
+            lora=before.lora if moved and section.tuning == "lora" else None,
             reference=reference,
-            moved=continues,
+            sampler=sampler,
+            moved=moved,
             temperature=temperature,
             deepspeed=read_extra(section, config.llm.dtype),
         )
@@ -71,7 +81,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             {"task": task},
             folder=folder,
             section=section,
-            label=section.objective,
+            label=objective,
             unit="steps",
             min_workers=section.min_workers,
         )
@@ -86,10 +96,19 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     return Outcome(rows_in=rows["train"] + rows["train_too_long"], rows_out=stats["steps"], stats=stats)
 
 
+def reference_of(config: Config, round_id: int) -> int:
+    """The number of the policy that is the reference of round r's training; 0 is the base LLM."""
+    chosen = config.policy.reference_policy
+    if chosen == "turn":
+        return round_id - 1
+    return 0 if chosen == "base" else config.run.first_turn(round_id) - 1
+
+
 def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
     """What the workers wrote into the folder, as one table; prints the lines that a user should read."""
     folder, section = store.path("policy", round_id), config.policy
-    learner = LEARNERS[section.objective]
+    objective, reference = section.objective_of(round_id), reference_of(config, round_id)
+    learner = LEARNERS[objective]
     steps = read_metrics(folder)
     state = read_state(folder)
     assert state is not None and state.result is not None
@@ -108,9 +127,9 @@ def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
             f"{too_long} {what} are longer than {config.max_training_tokens} tokens and were left out"
         )
     for line in lines + warnings:
-        say(f"  {section.objective}: {line}")
+        say(f"  {objective}: {line}")
     return {
-        "objective": section.objective,
+        "objective": objective,
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "heldout": heldout,
@@ -120,11 +139,14 @@ def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
         **{f"heldout_accuracy_{kind}": heldout.get(f"accuracy_{kind}") for kind in KINDS},
         "train_accuracy": steps[-1].get("accuracy"),
         "kl_per_token": steps[-1].get("kl_per_token"),
+        # Steps since the texts were drawn, at the last one
+        "staleness": len(steps) - 1,
+        "engine_gap": steps[0].get("engine_gap"),
         f"{learner.unit}_per_s": steps[-1]["rows_per_s"],
         "peak_memory_mb": max(step["peak_memory_mb"] for step in steps),
         "steps": len(steps),
         "kept_step": kept_at,
-        "reference": "base LLM" if section.reference_policy == "base" else f"policy {round_id - 1}",
+        "reference": f"policy {reference}" if reference else "base LLM",
         "zero_stage": section.zero_stage,
         "warnings": warnings,
         "rows": rows,

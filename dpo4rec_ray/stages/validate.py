@@ -1,8 +1,9 @@
 """Did the round help, and is what it taught about the users? From fresh samples of the validation users, before and after.
 
-Before are texts of policy r-1, after of policy r. All figures are means over all N samples of a user, without any selection.
-Test users are not used. A round is kept if its reward is higher than that of the best one before it and its reading is not
-clearly lower (`core.reading_gain.judge`); rounds stop when none is kept any more, and the best round is the one that is served.
+Before are texts of the policy that the round began with, after of the one that it ends with. All figures are means over all
+N samples of a user, without any selection. Test users are not used. A round is kept if its reward is higher than that of the
+best one before it and its reading is not clearly lower (`core.reading_gain.judge`); rounds stop when none is kept any more, and
+the best round is the one that is served.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.reading_gain import Heldout, judge, peaked
 from dpo4rec_ray.core.text_counts import variety
@@ -41,11 +43,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `heldout` of the round."""
     store.start("heldout", round_id)
     table, stats = in_worker(_measure, config, store, round_id, needs=reward_tasks(config).needs)
-    stats |= _choice(store, round_id, table)
+    stats |= _choice(config.run, store, round_id, table)
     store.write("heldout", table, round_id)
     choice = stats["choice"]
     events.note("round_accepted" if choice["kept"] else "round_rejected", against=choice["against"])
-    for line in _lines(stats, len(table), round_id):
+    for line in _lines(config.run, stats, len(table), round_id):
         say(f"  {line}")
     return Outcome(rows_in=stats["samples"], rows_out=len(table), stats=stats)
 
@@ -54,7 +56,8 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
     """The rows of `heldout` and their figures; in a process of its own."""
     measure = open_measure(config, store)
     began = time.monotonic()
-    sides = {"before": texts_before(config, store, round_id), "after": texts_after(store, round_id)}
+    first = config.run.first_turn(round_id)
+    sides = {"before": texts_before(config, store, first), "after": texts_after(store, round_id)}
     users, figures = measure.figures(sides)
     if not len(users):
         raise UserError(
@@ -134,10 +137,10 @@ def texts_after(store: RunDir, round_id: int) -> UserTexts:
     return UserTexts(table["subject_id"].to_numpy(), table["text"].to_pylist(), vectors_of(table["vector"]))
 
 
-def _choice(store: RunDir, round_id: int, table: pa.Table) -> dict[str, Any]:
+def _choice(run: RunSection, store: RunDir, round_id: int, table: pa.Table) -> dict[str, Any]:
     """Whether the round is kept in place of the best one before it, why, and the best round so far."""
-    best = best_round(store, round_id - 1)
-    first = store.read("heldout", 1) if round_id > 1 else table
+    best = best_round(store, round_id - run.turns_per_round)
+    first = table if run.round_of(round_id) == 1 else store.read("heldout", run.turns_per_round)
     before = _heldout(store.read("heldout", best), "after") if best else _heldout(first, "before")
     verdict = judge(_heldout(table, "after"), before)
     choice: dict[str, Any] = {"kept": verdict.kept, "against": best}
@@ -156,7 +159,7 @@ def _heldout(table: pa.Table, side: str) -> Heldout:
     return Heldout(table["user_id"].to_numpy(), reward, np.nan_to_num(reward - others))
 
 
-def _lines(stats: dict[str, Any], num_users: int, round_id: int) -> Iterator[str]:
+def _lines(run: RunSection, stats: dict[str, Any], num_users: int, round_id: int) -> Iterator[str]:
     """What the terminal shows of a round."""
     found = stats["figures"]
 
@@ -188,20 +191,21 @@ def _lines(stats: dict[str, Any], num_users: int, round_id: int) -> Iterator[str
     )
     choice = stats["choice"]
     yield (
-        f"round {round_id} {'kept' if choice['kept'] else 'not kept'}: against round {choice['against']} reward "
+        f"round {run.round_of(round_id)} {'kept' if choice['kept'] else 'not kept'}: against round "
+        f"{run.round_of(choice['against'])} reward "
         f"{change('reward', choice)}, reading {change('reading', choice)}"
     )
 
 
-def rounds_have_peaked(store: RunDir, round_id: int, patience: int) -> bool:
-    """Whether none of the last `patience` rounds was better than the best one before them."""
-    if any(store.manifest("heldout", one) is None for one in range(1, round_id + 1)):
+def rounds_have_peaked(run: RunSection, store: RunDir, round_id: int) -> bool:
+    """Whether none of the last `run.patience` rounds, up to that of `round_id`, was better than the best one before them."""
+    if any(store.manifest("heldout", one) is None for one in run.round_ends(round_id) if one):
         return False
-    return peaked(round_id, best_round(store, round_id), patience)
+    return peaked(run.round_of(round_id), run.round_of(best_round(store, round_id)), run.patience)
 
 
 def best_round(store: RunDir, last_round: int) -> int:
-    """The best of the rounds up to this one, as `validate` chose it; 0 when no round improved on the base LLM.
+    """The best of the rounds up to this one, by its last turn, as `validate` chose it; 0 when none improved on the base LLM.
 
     Raises:
         UserError: an older version validated the round.

@@ -92,6 +92,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("token_ids", _TOKENS),
             ("text", pa.string()),
             ("finish_reason", pa.string()),
+            # the engine's, of each of token_ids; null where they are not kept
+            ("token_logps", _FLOATS),
         ]
     ),
     # Subjects without texts, beside the artifact that lacks them, in its folder failed/.
@@ -111,7 +113,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             *_LABEL,
             ("reward", pa.float32()),
             ("plain_reward", pa.float32()),
-            # what the text is worth to other users; NaN where that is not asked for, or there is nobody else
+            # what the text is worth to other users; NaN where that is not asked for (reward.personal, or validation users with
+            # several turns per round), or there is nobody else
             ("others_reward", pa.float32()),
             ("std_error", pa.float32()),
             ("num_lists", pa.int32()),

@@ -1,4 +1,4 @@
-"""Users by id range, a shard at a time, and what they like in lists.
+"""Users by id range, a shard at a time, which of them a turn samples, and what they like in lists.
 
 Imports no torch: the actors that write texts need none, and it costs each 1.3 s.
 """
@@ -11,10 +11,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.turn_users import TurnUsers
 from dpo4rec_ray.storage.parquet import parquet_file, parquet_metadata
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.schemas import SCHEMAS
+
+# User ids [n], and which of them are validation users, bool [n] -> which take part, bool [n].
+TakesPart = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def turn_users(config: Config, turn: int) -> TurnUsers:
+    """Which users a turn of the recipe samples."""
+    run = config.run
+    return TurnUsers(
+        run.seed,
+        config.generate.user_frac,
+        turn - run.first_turn(turn),
+        run.turns_per_round,
+        run.watched_users,
+    )
+
+
+def held_out(users: pa.Table) -> np.ndarray:
+    """Which rows of `users` are validation users, bool [n]."""
+    return pc.equal(users["split"], "valid").to_numpy()
 
 
 class UserRows:
@@ -60,18 +82,20 @@ def users_per_shard(
     store: RunDir,
     splits: tuple[str, ...],
     shard_size: int,
-    takes_part: Callable[[np.ndarray], np.ndarray] | None = None,
+    takes_part: TakesPart | None = None,
 ) -> np.ndarray:
     """How many users of the splits each shard of `shard_size` user ids has: int64 [shards]. Reads batch by batch.
 
-    takes_part: of user ids [n], which ones count, bool [n]; None: all.
+    takes_part: which ones count; None: all.
     """
     counts = np.zeros(-(-store.require("users").rows // shard_size), np.int64)
     for file in store.files("users"):
         with parquet_file(file) as parquet:
             for batch in parquet.iter_batches(columns=["user_id", "split"]):
-                ids = batch["user_id"].filter(pc.is_in(batch["split"], pa.array(splits))).to_numpy()
+                table = pa.Table.from_batches([batch])
+                table = table.filter(pc.is_in(table["split"], pa.array(splits)))
+                ids = table["user_id"].to_numpy()
                 if takes_part is not None:
-                    ids = ids[takes_part(ids)]
+                    ids = ids[takes_part(ids, held_out(table))]
                 counts += np.bincount(ids // shard_size, minlength=len(counts))
     return counts

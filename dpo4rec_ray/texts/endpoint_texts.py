@@ -78,7 +78,7 @@ class EndpointTexts(TextWriter):
     def __init__(self, config: Config, store: RunDir, *, key: ApiKey, examples: Sequence[ExampleUser] = ()):
         self._prompts = CataloguePrompts.of_recipe(config, catalogue(store), examples)
         schema = json_schema(config.prompt, config.generate)
-        self._endpoint = Endpoint(config.openai, config.generate.of_policy(0), key, schema)
+        self._endpoint = Endpoint(config.openai, config.generate_by(0), key, schema)
         self._asked_again = 0
 
     def users(self, rows: Sequence[Row], seeds: Sequence[int], counts: Sequence[int]) -> list[Answer]:

@@ -41,7 +41,7 @@ def engine_spec(config: Config, weights: ServedWeights, policy_round: int) -> En
     return EngineSpec(
         weights,
         config.llm,
-        config.generate.of_policy(policy_round),
+        config.generate_by(policy_round),
         max_lora_rank=config.policy.lora_rank if takes_lora else 0,
         schema=json_schema(config.prompt, config.generate),
     )

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Set
+from collections.abc import Set
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from dpo4rec_ray.config import Config
@@ -19,7 +18,7 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.knowledge.prompts import item_text
 from dpo4rec_ray.store.artifacts import RunDir, part_file, part_notes, write_part
 from dpo4rec_ray.store.schemas import SCHEMAS
-from dpo4rec_ray.store.user_rows import UserRows
+from dpo4rec_ray.store.user_rows import TakesPart, UserRows, held_out
 from dpo4rec_ray.texts.shard_writer import ShardTexts, ShardWriter, WritingJob
 from dpo4rec_ray.texts.sources import SOURCES
 from dpo4rec_ray.texts.text_source import Row
@@ -48,9 +47,9 @@ class UserSampler(Sampler):
         self,
         job: WritingJob,
         num_samples: dict[str, int],
-        takes_part: Callable[[np.ndarray], np.ndarray] | None = None,
+        takes_part: TakesPart | None = None,
     ):
-        """num_samples: per split; users of other splits are left out. takes_part: ids [n] -> bool [n]; None: all do."""
+        """num_samples: per split; users of other splits are left out. takes_part: None: all do."""
         self.job, self.writer = job, ShardWriter(job)
         self._num_samples, self._takes_part = num_samples, takes_part
         self._users = UserRows(job.store, tuple(num_samples))
@@ -59,7 +58,7 @@ class UserSampler(Sampler):
         """Texts about the users with low <= user_id < high."""
         table = self._users.read(low, high)
         if self._takes_part is not None:
-            table = table.filter(pa.array(self._takes_part(table["user_id"].to_numpy())))
+            table = table.filter(pa.array(self._takes_part(table["user_id"].to_numpy(), held_out(table))))
         rows = table.to_pylist()
         seeds = [seed_of(self.job.seed, row["user_id"]) for row in rows]
         return self.writer.write(shard, rows, seeds, [self._num_samples[row["split"]] for row in rows])
@@ -85,6 +84,7 @@ class ShardGenerator(UserSampler):
             columns["token_ids"] += [sample.token_ids for sample in one.samples]
             columns["text"] += [sample.text for sample in one.samples]
             columns["finish_reason"] += [sample.finish_reason for sample in one.samples]
+            columns["token_logps"] += [sample.token_logps for sample in one.samples]
         write_part(job.folder, "generations", pa.table(columns), shard, found.totals)
         return {"shard": shard, **found.totals, **writer.engine_row()}
 

@@ -40,8 +40,11 @@ class BestOfNLearner:
             )
         return found
 
-    def objective(self, layout: BatchLayout, config: Config) -> SupervisedObjective:
+    def objective(self, layout: BatchLayout, task: PolicyTask) -> SupervisedObjective:
         return SupervisedObjective(layout)
+
+    def stored(self, config: Config, moved: bool) -> tuple[bool, bool]:
+        return False, False
 
     def temperature(self, config: Config, round_id: int) -> float:
         return 1.0

@@ -83,8 +83,11 @@ class DPOLearner:
             counts,
         )
 
-    def objective(self, layout: BatchLayout, config: Config) -> DPOObjective:
-        return DPOObjective(layout, config.dpo)
+    def objective(self, layout: BatchLayout, task: PolicyTask) -> DPOObjective:
+        return DPOObjective(layout, task.config.dpo)
+
+    def stored(self, config: Config, moved: bool) -> tuple[bool, bool]:
+        return config.policy.reference == "cached", False
 
     def temperature(self, config: Config, round_id: int) -> float:
         return 1.0

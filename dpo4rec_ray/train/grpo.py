@@ -13,19 +13,24 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.objectives import BatchLayout, GRPOObjective
 from dpo4rec_ray.policy.trainer import FirstFigure
 from dpo4rec_ray.train.policy_task import Material, PolicyTask, TextSource
-from dpo4rec_ray.train.scored_texts import AllTexts, ScoredUser, material
+from dpo4rec_ray.train.scored_texts import LOGPS, AllTexts, ScoredUser, material
 
 # How far the first step's divergence per token may be from 0: half the variance of what rounding does to a log-probability, in
 # batches of another shape.
 FIRST_KL_NOISE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 
 
+def same_reference(config: Config, moved: bool) -> bool:
+    """Whether one set of log-probabilities is both that of the policy that drew the texts and that of the reference."""
+    return not moved and config.grpo.sampler != "engine"
+
+
 class GRPOLearner:
-    """The clipped surrogate against the policy that drew the texts, which is the reference too."""
+    """The clipped surrogate against the policy that drew the texts, pulled to the reference."""
 
     texts: TextSource | None = AllTexts()
     unit = "users"
-    shown = ("gain", "kl_per_token", "clip_share")
+    shown = ("gain", "off_policy", "clip_share")
 
     def material(self, task: PolicyTask) -> Material:
         scale = task.config.grpo.scale
@@ -34,7 +39,7 @@ class GRPOLearner:
             found = advantages(np.array(user["rewards"]), scale)
             if found is None:
                 return None
-            kept = {name: user[name] for name in ("completions", "logps") if name in user}
+            kept = {name: user[name] for name in ("completions", *LOGPS) if name in user}
             return {**kept, "advantages": found.tolist()}
 
         found = material(task, group, "same")
@@ -45,12 +50,19 @@ class GRPOLearner:
             )
         return found
 
-    def objective(self, layout: BatchLayout, config: Config) -> GRPOObjective:
-        return GRPOObjective(layout, config.grpo, config.generate.max_new_tokens)
+    def objective(self, layout: BatchLayout, task: PolicyTask) -> GRPOObjective:
+        config = task.config
+        same = same_reference(config, task.moved)
+        return GRPOObjective(layout, config.grpo, config.generate.max_new_tokens, same_reference=same)
+
+    def stored(self, config: Config, moved: bool) -> tuple[bool, bool]:
+        """A reference that nothing pulls to is not read; with grpo.sampler "engine" the samples carry the sampler's own."""
+        read = same_reference(config, moved) or config.grpo.kl_weight > 0
+        return config.policy.reference == "cached" and read, moved and config.grpo.sampler != "engine"
 
     def temperature(self, config: Config, round_id: int) -> float:
         """The one that the texts were drawn with. (What top_k, top_p and min_p cut off is not taken into account.)"""
-        temperature = config.generate.of_policy(round_id - 1).temperature
+        temperature = config.generate_by(round_id - 1).temperature
         assert isinstance(temperature, float | int)
         return float(temperature)
 
@@ -58,8 +70,13 @@ class GRPOLearner:
         return TextWatch(num_steps, config.policy.max_kl_per_token)
 
     def first_figure(self, task: PolicyTask) -> FirstFigure | None:
-        """Every ratio is 1, so nothing diverges. The loss says less: advantages add up to 0 whatever the ratios are."""
-        return None if task.moved else FirstFigure("kl_per_token", 0.0, FIRST_KL_NOISE[task.config.llm.dtype])
+        """Every ratio is 1, so nothing diverges. The loss says less: advantages add up to 0 whatever the ratios are.
+
+        None with the engine's log-probabilities, which are of other kernels.
+        """
+        if task.config.grpo.sampler == "engine":
+            return None
+        return FirstFigure("off_policy", 0.0, FIRST_KL_NOISE[task.config.llm.dtype])
 
     def lines(self, counts: dict[str, int], heldout: dict[str, float]) -> list[str]:
         found = [f"{counts['train_same']} training users whose texts are all worth the same were left out"]

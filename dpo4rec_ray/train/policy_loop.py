@@ -35,10 +35,10 @@ def policy_loop(arguments: dict[str, Any]) -> None:
     quiet_deepspeed()
     task: PolicyTask = arguments["task"]
     section, dtype = task.config.policy, task.config.llm.dtype
-    learner = LEARNERS[section.objective]
+    learner = LEARNERS[task.objective]
     material = learner.material(task)
     layout = batch_layout(task.base, section)
-    objective = learner.objective(layout, task.config)
+    objective = learner.objective(layout, task)
     phase(f"loading {Path(task.base).name}")
     trainer = Trainer(
         _policy(task, layout.grouped, objective.per_token),

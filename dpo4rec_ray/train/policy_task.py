@@ -24,8 +24,10 @@ class PolicyTask:
         seed: of the order of the rows and of the LoRA's first weights.
         base: the model that training starts from.
         lora: a LoRA on the base that is trained further; None: a new one.
-        reference: folder of the stored log-probabilities; None: the reference is the model with its LoRA off.
-        moved: the start is not the reference.
+        reference: folder of the reference's stored log-probabilities; None: they are those of the model with its LoRA off, or
+            the same as `sampler`'s.
+        sampler: folder of the stored log-probabilities of the policy that drew the texts, where that is not the reference.
+        moved: that policy, from which training starts, is not the reference.
         temperature: of the distribution whose log-probabilities are computed.
         deepspeed: content of the user's DeepSpeed file.
     """
@@ -37,6 +39,7 @@ class PolicyTask:
     base: str
     lora: str | None
     reference: str | None
+    sampler: str | None
     moved: bool
     temperature: float
     deepspeed: dict[str, Any]
@@ -44,6 +47,11 @@ class PolicyTask:
     @property
     def folder(self) -> Place:
         return self.store.path("policy", self.round_id)
+
+    @property
+    def objective(self) -> str:
+        """The name of the learner."""
+        return self.config.policy.objective_of(self.round_id)
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,14 @@ class Learner(Protocol):
     def material(self, task: PolicyTask) -> Material:
         """Rows without those that are longer than `Config.max_training_tokens`."""
 
-    def objective(self, layout: BatchLayout, config: Config) -> Objective:
+    def objective(self, layout: BatchLayout, task: PolicyTask) -> Objective:
         """What a step minimises."""
+
+    def stored(self, config: Config, moved: bool) -> tuple[bool, bool]:
+        """Whether log-probabilities of the reference, and of the policy that drew the texts, are computed before training.
+
+        moved: that policy is not the reference.
+        """
 
     def temperature(self, config: Config, round_id: int) -> float:
         """Of the distribution that is trained."""

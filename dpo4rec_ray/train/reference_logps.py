@@ -25,13 +25,20 @@ from dpo4rec_ray.workers.shards import Pool, Row, part_number, resume_parts, run
 
 
 def cached_reference(
-    config: Config, store: RunDir, round_id: int, model: str, source: TextSource, temperature: float
+    config: Config,
+    store: RunDir,
+    round_id: int,
+    model: str,
+    source: TextSource,
+    temperature: float,
+    lora: str | None = None,
 ) -> Place:
-    """Compute what is missing. Returns the folder, with one part per part of the source's artifacts."""
+    """Compute what is missing. Returns the folder, with one part per part of the source's artifacts. lora: on the model."""
     section = config.policy
     manifests = [store.require(name, round_id) for name in source.artifacts]
     made = [part for one in manifests for part in (one.fingerprint, one.produced)]
     more = [str(temperature)] if temperature != 1 else []
+    more += [model_identity(lora)] if lora else []
     fingerprint = fingerprint_of(model_identity(model), config.llm.dtype, section.quantize, *made, *more)
     folder = store.path(source.artifacts[0], round_id) / "reference" / fingerprint
     files: dict[int, list[Place]] = {}
@@ -49,12 +56,13 @@ def cached_reference(
             "section": section,
             "source": source,
             "temperature": temperature,
+            "lora": lora,
         },
         section.num_workers,
         section.cpus_per_worker,
         num_gpus=section.gpus_per_worker,
         where=section,
-        what=f"workers of {section.objective}",
+        what=f"workers of {section.objective_of(round_id)}",
     )
     shards = [(part, 0, 0) for part in sorted(set(files) - done)]
     progress = Progress("reference", source.total(manifests), source.unit)
@@ -80,12 +88,13 @@ class ShardReference:
         section: PolicySection,
         source: TextSource,
         temperature: float,
+        lora: str | None,
     ):
         self._files, self._folder, self._source = files, folder, source
         without_sklearn()
         phase(f"loading {Path(model).name}")
         self._scorer = ReferenceScorer(
-            model, dtype, section, per_token=source.per_token, temperature=temperature
+            model, dtype, section, per_token=source.per_token, temperature=temperature, lora=lora
         )
         phase(FIRST_WORK)
 

@@ -22,6 +22,9 @@ from dpo4rec_ray.train.reference_logps import read_reference
 ARTIFACTS = ("scores", "generations")
 _ORDER = [("user_id", "ascending"), ("sample_id", "ascending")]
 _TEXTS = pa.list_(pa.list_(pa.int32()))
+# Log-probabilities of the texts' tokens, where there are any: of the policy that drew them, the reference, and the engine.
+LOGPS = ("sampler_logps", "reference_logps", "engine_logps")
+_LOGPS = pa.list_(pa.list_(pa.float32()))
 _SCORED = pa.schema(
     [
         ("user_id", pa.int64()),
@@ -32,21 +35,24 @@ _SCORED = pa.schema(
 )
 # Users whose texts are Python lists at the same time.
 AT_ONCE = 256
-ScoredUser = dict[str, Any]  # a row of `groups_of`, and "logps" where there is a reference
+ScoredUser = dict[str, Any]  # a row of `groups_of`, with those of LOGPS that there are
 # A user with the texts that fit -> the row to train on, without its prompt; None: there is none.
 MakeRow = Callable[[ScoredUser], dict[str, Any] | None]
 
 
-def groups_of(files: Sequence[Place]) -> pa.Table:
+def groups_of(files: Sequence[Place], *, engine: bool = False) -> pa.Table:
     """user_id, prompt_token_ids, completions [N], rewards [N] of the users of one part, by user.
 
-    files: the part of `scores` and that of `generations`. A user whose reward is unknown (no list with a positive) is left out.
+    Args:
+        files: the part of `scores` and that of `generations`. A user whose reward is unknown (no list with a positive) is left
+            out.
+        engine: engine_logps too, the engine's log-probabilities.
 
     Raises:
         ValueError: the two parts hold different users.
     """
     scores, generations = files
-    columns = ["user_id", "sample_id", "prompt_token_ids", "token_ids"]
+    columns = ["user_id", "sample_id", "prompt_token_ids", "token_ids", *(["token_logps"] if engine else [])]
     texts = read_parquet(generations).select(columns).sort_by(_ORDER).combine_chunks()
     scored = read_parquet(scores).select(["user_id", "sample_id", "reward"]).sort_by(_ORDER).combine_chunks()
     if not texts["user_id"].equals(scored["user_id"]):
@@ -63,9 +69,14 @@ def groups_of(files: Sequence[Place]) -> pa.Table:
                     "prompt_token_ids": texts["prompt_token_ids"][start].as_py(),
                     "completions": texts["token_ids"].slice(start, count).to_pylist(),
                     "rewards": own.astype(np.float64).tolist(),
+                    **(
+                        {"engine_logps": texts["token_logps"].slice(start, count).to_pylist()}
+                        if engine
+                        else {}
+                    ),
                 }
             )
-    return pa.Table.from_pylist(rows, _SCORED)
+    return pa.Table.from_pylist(rows, _SCORED.append(pa.field("engine_logps", _LOGPS)) if engine else _SCORED)
 
 
 class AllTexts(TextSource):
@@ -82,7 +93,7 @@ class AllTexts(TextSource):
         return table["user_id"], [Group(*one) for one in groups]
 
     def table(self, users: pa.Array, logps: list[list[list[float]]]) -> pa.Table:
-        return pa.table({"user_id": users, "logps": pa.array(logps, pa.list_(pa.list_(pa.float32())))})
+        return pa.table({"user_id": users, "logps": pa.array(logps, _LOGPS)})
 
 
 def material(task: PolicyTask, make: MakeRow, without: str) -> Material:
@@ -123,20 +134,27 @@ def _fitting(user: ScoredUser, max_length: int) -> tuple[ScoredUser, int]:
     room = max_length - len(user["prompt_token_ids"])
     fits = [place for place, text in enumerate(user["completions"]) if len(text) <= room]
     dropped = len(user["completions"]) - len(fits)
-    per_text = [name for name in ("completions", "rewards", "logps") if name in user]
+    per_text = [name for name in ("completions", "rewards", *LOGPS) if name in user]
     return user | {name: [user[name][place] for place in fits] for name in per_text}, dropped
 
 
 def _by_split(task: PolicyTask) -> dict[str, pa.Table]:
-    """Users with rewards by split, with the reference's log-probabilities; of validation users those that are evaluated on."""
+    """Users with rewards by split, with the log-probabilities that are stored; of validation users those evaluated on."""
     store, config = task.store, task.config
     parts = zip(*(store.files(name, task.round_id) for name in ARTIFACTS), strict=True)
-    table = pa.concat_tables([groups_of(files) for files in parts])
-    if task.reference:
-        reference = read_reference(task.reference)
-        if not reference["user_id"].equals(table["user_id"]):
-            raise ValueError("the stored reference log-probabilities belong to other texts")
-        table = table.append_column("logps", reference["logps"])
+    reads_engine = task.objective == "grpo" and config.generate.token_logps
+    table = pa.concat_tables([groups_of(files, engine=reads_engine) for files in parts])
+    if reads_engine and config.grpo.sampler == "engine":
+        table = table.rename_columns({"engine_logps": "sampler_logps"})
+    # Without a sampler's of its own, the reference's stored ones are the sampler's too.
+    own = task.moved or config.grpo.sampler == "engine"
+    folders = {"sampler_logps": task.sampler, "reference_logps" if own else "sampler_logps": task.reference}
+    for name, folder in folders.items():
+        if folder:
+            stored = read_reference(folder)
+            if not stored["user_id"].equals(table["user_id"]):
+                raise ValueError(f"{folder}: the stored log-probabilities belong to other texts")
+            table = table.append_column(name, stored["logps"])
     users = store.read("users", split=("train", "valid"), columns=["user_id", "split"])
     held_out = users["user_id"].filter(pc.equal(users["split"], "valid")).to_numpy()
     own = table["user_id"].to_numpy()

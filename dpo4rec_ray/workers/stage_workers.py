@@ -104,6 +104,7 @@ def stage_workers(config: Config) -> dict[str, list[Workers]]:
         found["generate"] = [engines(config)]
         found["score"] = [encoders(config), scorers(config)]
         if config.has_policy:
-            found[policy.objective] = [trainers(policy, policy.objective, policy.min_workers)]
+            for objective in policy.objectives:
+                found[objective] = [trainers(policy, objective, policy.min_workers)]
     found["evaluate"] = [evaluation_tasks(config)]
     return found

@@ -33,25 +33,38 @@ GROUPS = [  # prompt, texts, their rewards
 
 def rows(temperature: float, scale: str) -> list[dict[str, Any]]:
     """As the trainer reads them; the old policy is not the one that is trained, so that ratios are not 1."""
-    old = CompletionLogps(tiny_llama(seed=1), per_token=True, temperature=temperature)
+    old, reference = (
+        CompletionLogps(tiny_llama(seed=seed), per_token=True, temperature=temperature) for seed in (1, 2)
+    )
     found = []
     for prompt, texts, rewards in GROUPS:
         prompt_ids = [BOS, *encode(prompt)]
         completions = [[*encode(text), EOS] for text in texts]
-        logps = []
-        for one in completions:
-            with torch.no_grad():
-                logps.append(old(collate([prompt_ids], [one], 0)).tolist())
+        with torch.no_grad():
+            logps = {
+                name: [model(collate([prompt_ids], [one], 0)).tolist() for one in completions]
+                for name, model in (("sampler_logps", old), ("reference_logps", reference))
+            }
+        # As if the engine's kernels were a little off, some of it beyond the cap.
+        engine = [
+            [logp + 0.4 * (-1) ** place * place for place, logp in enumerate(one)]
+            for one in logps["sampler_logps"]
+        ]
         own = advantages(np.array(rewards), scale)
         assert own is not None
-        row = {"prompt_token_ids": prompt_ids, "completions": completions, "logps": logps}
+        row = {"prompt_token_ids": prompt_ids, "completions": completions, **logps, "engine_logps": engine}
         found.append({**row, "advantages": own.tolist()})
     return found
 
 
-def ours(own: list[dict[str, Any]], temperature: float, **settings: Any) -> tuple[Outcome, dict[str, float]]:
+def ours(
+    own: list[dict[str, Any]], temperature: float, *, same_reference: bool = True, **settings: Any
+) -> tuple[Outcome, dict[str, float]]:
     objective = GRPOObjective(
-        BatchLayout(0, prefix_sharing=True, packing=True), GRPOSection(**settings), LONGEST
+        BatchLayout(0, prefix_sharing=True, packing=True),
+        GRPOSection(**settings),
+        LONGEST,
+        same_reference=same_reference,
     )
     model = tiny_llama(seed=0)
     logps = CompletionLogps(model, grouped=True, chunk_tokens=5, per_token=True, temperature=temperature)
@@ -74,7 +87,14 @@ def padded(sequences: list[list[Any]], *, left: bool, fill: float = 0) -> tuple[
 
 
 def theirs(
-    folder: Path, own: list[dict[str, Any]], temperature: float, kl: float, **settings: Any
+    folder: Path,
+    own: list[dict[str, Any]],
+    temperature: float,
+    kl: float,
+    *,
+    same_reference: bool = True,
+    cap: float = 0.0,
+    **settings: Any,
 ) -> Outcome:
     trainer = GRPOTrainer(
         model=tiny_llama(seed=0),
@@ -99,7 +119,12 @@ def theirs(
     texts = [(row["prompt_token_ids"], one) for row in own for one in row["completions"]]
     prompt_ids, prompt_mask = padded([prompt for prompt, _ in texts], left=True)
     completion_ids, completion_mask = padded([one for _, one in texts], left=False)
-    logps, _ = padded([one for row in own for one in row["logps"]], left=False, fill=0.0)
+    logps, reference, engine = (
+        padded([one for row in own for one in row[name]], left=False, fill=0.0)[0]
+        for name in ("sampler_logps", "reference_logps", "engine_logps")
+    )
+    if cap:  # as the trainer does with texts of its own vLLM
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     loss = trainer._compute_loss(
         trainer.model,
         {
@@ -109,7 +134,8 @@ def theirs(
             "completion_mask": completion_mask,
             "advantages": torch.tensor([one for row in own for one in row["advantages"]]),
             "old_per_token_logps": logps,
-            "ref_per_token_logps": logps,
+            "ref_per_token_logps": logps if same_reference else reference,
+            "importance_sampling_ratio": (logps - engine).exp().clamp(max=cap or 1.0),
             "num_items_in_batch": completion_mask.sum(),
         },
     )
@@ -134,6 +160,20 @@ def test_loss_and_gradients_are_trls(
     found.assert_equals(expected)
 
 
+def test_a_reference_that_did_not_draw_the_texts_is_trls(tmp_path: Path) -> None:
+    own = rows(0.7, "std")
+    found, _ = ours(own, 0.7, same_reference=False, kl_weight=0.1)
+    found.assert_equals(theirs(tmp_path, own, 0.7, 0.1, same_reference=False, loss_type="grpo"))
+
+
+def test_truncated_importance_sampling_is_trls(tmp_path: Path) -> None:
+    own = rows(1.0, "std")
+    found, metrics = ours(own, 1.0, kl_weight=0.1, sampler="corrected", importance_cap=1.3)
+    found.assert_equals(theirs(tmp_path, own, 1.0, 0.1, cap=1.3, loss_type="grpo"))
+    plain, _ = ours(own, 1.0, kl_weight=0.1)
+    assert abs(found.loss - plain.loss) > 1e-3 and metrics["engine_gap"] > 0.1
+
+
 def test_clipping_and_divergence_are_trls(tmp_path: Path) -> None:
     """What is logged too: shares of clipped tokens and the KL estimate, which TRL takes over the tokens of all groups."""
     own = rows(1.0, "none")[:1]
@@ -150,7 +190,7 @@ def test_a_new_policy_has_ratios_of_one_and_no_divergence() -> None:
     for row in own:
         with torch.no_grad():
             logps = CompletionLogps(tiny_llama(seed=0), per_token=True)
-            row["logps"] = [
+            row["sampler_logps"] = [
                 logps(collate([row["prompt_token_ids"]], [one], 0)).tolist() for one in row["completions"]
             ]
     found, metrics = ours(own, 1.0, kl_weight=0.1)

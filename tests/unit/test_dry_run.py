@@ -27,8 +27,8 @@ def finish(config: Config, store: RunDir) -> None:
     runner = Runner(config, store, Selection())
     steps = [(name, 0) for name in before_rounds(config)]
     steps += [(name, number) for number, names in rounds(config).items() for name in names]
-    for name, number in [*steps, ("evaluate", config.run.num_rounds)]:
-        stats = {"best_round": 1} if name == "validate" else {}
+    for name, number in [*steps, ("evaluate", config.run.num_turns)]:
+        stats = {"best_round": config.run.turns_per_round} if name == "validate" else {}
         for artifact, place in STAGES[name].writes(number):
             depends = runner.depends(STAGES[name], number)
             store.start(artifact, place)
@@ -241,3 +241,54 @@ def test_a_run_that_is_not_finished_says_how_far_it_came(store: RunDir) -> None:
     assert missing == ["prepare", "bootstrap", "pair", "dpo", "validate", "evaluate"]
     with pytest.raises(UserError, match="score done, prepare, bootstrap, pair, "):
         check_came_to("pairs", 1, store.root)
+
+
+TURNS = (
+    "run.turns_per_round=2",
+    "run.num_rounds=2",
+    "run.patience=2",
+    'policy.objective=["best_of_n", "dpo"]',
+)
+
+
+def test_turns_sample_and_train_and_rounds_are_encoded_and_validated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = said(RunDir(tmp_path / "run"), capsys, *TURNS)
+    one, two = (
+        [f"{name}({turn})" for name in names]
+        for turn, names in (
+            (1, ["generate", "score", "best_of_n"]),
+            (2, ["generate", "score", "pair", "dpo", "encode", "validate"]),
+        )
+    )
+    assert list(found)[4:13] == [*one, *two]
+    assert list(found)[13:-2] == [
+        f"{name}({turn})"
+        for turn in (3, 4)
+        for name in ("generate", "score", "pair", "dpo", *(("encode", "validate") if turn == 4 else ()))
+    ]
+    assert list(found)[-2:] == ["evaluate(4)", "report"]
+
+
+def test_a_later_objective_leaves_the_first_turns_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = RunDir(tmp_path / "run")
+    finish(load_config("demo", list(TURNS)), store)
+    again = [*TURNS[:-1], 'policy.objective=["best_of_n", "grpo"]']
+    found = said(store, capsys, *again)
+    assert [step for step, what in found.items() if what.startswith("kept")][-3:] == [
+        "best_of_n(1)",
+        "generate(2)",
+        "score(2)",
+    ]
+    assert found["grpo(2)"].startswith("would run: ")
+
+
+def test_how_far_a_run_with_turns_came(tmp_path: Path) -> None:
+    """encode and validate belong to the last turn of a round."""
+    config = load_config("demo", list(TURNS))
+    store = RunDir(tmp_path / "run")
+    finish(config, store)
+    assert how_far(store, config.policy.objectives)[1] == ["bootstrap"]

@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo4rec_ray.core.keys import below, keys_of, mix, partition_of, random_share, stream, string_keys
+from dpo4rec_ray.core.keys import below, keys_of, mix, partition_of, stream, string_keys
 
 
 def keys(texts: list[str]) -> np.ndarray:
@@ -67,13 +67,3 @@ def test_draws_are_uniform_and_independent_of_each_other() -> None:
     )  # 4.5 standard deviations
     pairs = np.bincount(drawn[:, 0] * 7 + drawn[:, 1], minlength=49)
     np.testing.assert_allclose(pairs / 50_000, 1 / 49, atol=0.003)
-
-
-def test_a_random_share_hangs_on_id_and_seed_alone() -> None:
-    ids = np.arange(20_000)
-    taken = random_share(ids, 3, 0.1)
-    assert abs(taken.mean() - 0.1) < 0.01
-    assert (random_share(ids[500:600], 3, 0.1) == taken[500:600]).all()
-    assert (random_share(ids, 3, 0.3) | ~taken).all(), "a larger share holds the smaller one"
-    assert (random_share(ids, 4, 0.1) != taken).any()
-    assert random_share(ids, 3, 1.0).all()

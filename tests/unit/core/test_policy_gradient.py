@@ -43,17 +43,20 @@ def test_no_gradient_comes_from_a_clipped_token():
 
 
 def test_the_divergence_is_zero_at_the_reference_and_never_negative():
-    found = pg.divergence(torch.tensor([0.0, math.log(2), -math.log(2), -200.0]).double())
+    log_ratio = torch.tensor([0.0, math.log(2), -math.log(2), -200.0]).double()
+    found = pg.divergence(log_ratio, -log_ratio)
     expected = [0.0, 2 * (0.5 - 1 + math.log(2)), 0.5 * (2 - 1 - math.log(2)), 1.0]
     torch.testing.assert_close(found, torch.tensor(expected).double())
 
 
-def test_the_divergence_and_its_gradient_are_right_on_average():
-    """Over what the old policy draws: KL(pi || old), and its derivative by the policy's logits."""
+@pytest.mark.parametrize("reference", [[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
+def test_the_divergence_and_its_gradient_are_right_on_average(reference):
+    """Over what the old policy draws: KL(pi || reference), and its derivative by the policy's logits."""
     logits = torch.tensor([0.3, -0.4, 0.9]).double().requires_grad_()
-    old = torch.tensor([0.5, 0.3, 0.2]).double()
-    found = (old * pg.divergence(logits.log_softmax(0) - old.log())).sum()
-    exact = (logits.softmax(0) * (logits.log_softmax(0) - old.log())).sum()
+    old, reference = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor(reference).double()
+    policy = logits.log_softmax(0)
+    found = (old * pg.divergence(policy - old.log(), reference.log() - policy)).sum()
+    exact = (logits.softmax(0) * (logits.log_softmax(0) - reference.log())).sum()
     torch.testing.assert_close(found, exact)
     [gradient], [right] = torch.autograd.grad(found, logits), torch.autograd.grad(exact, logits)
     torch.testing.assert_close(gradient, right)
@@ -75,3 +78,8 @@ def test_weights_of_tokens(name, expected):
     torch.testing.assert_close(
         sums, torch.stack([(weights * values)[:3].sum(), (weights * values)[3:].sum()])
     )
+
+
+def test_importance_weights_are_capped():
+    found = pg.truncated_importance(torch.tensor([0.0, math.log(0.5), math.log(1.5), 5.0]).double(), 2.0)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.5, 1.5, 2.0]).double())

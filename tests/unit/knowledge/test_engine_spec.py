@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from dpo4rec_ray.config import default_config
 from dpo4rec_ray.config.texts import GenerateSection, LLMSection
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 
@@ -103,9 +104,15 @@ def test_what_no_engine_could_sample_with_is_refused(wrong: dict[str, Any]) -> N
 
 
 def test_a_list_of_temperatures_has_one_per_policy_and_the_last_holds_on() -> None:
-    section = GenerateSection(temperature=[1.0, 0.8, 0.6])
-    assert [section.of_policy(number).temperature for number in range(5)] == [1.0, 0.8, 0.6, 0.6, 0.6]
-    assert GenerateSection(temperature=0.7).of_policy(3).temperature == 0.7
+    def temperatures(*changes: str) -> list[Any]:
+        config = default_config(list(changes))
+        return [config.generate_by(policy).temperature for policy in range(5)]
+
+    several = "generate.temperature=[1.0, 0.8, 0.6]"
+    assert temperatures(several) == [1.0, 0.8, 0.6, 0.6, 0.6]
+    assert temperatures("generate.temperature=0.7") == [0.7] * 5
+    # one per round, not per turn
+    assert temperatures(several, "run.turns_per_round=2") == [1.0, 1.0, 0.8, 0.8, 0.6]
 
 
 @pytest.mark.parametrize("backend", ["mp", "ray"])

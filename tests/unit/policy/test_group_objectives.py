@@ -82,9 +82,9 @@ def test_grpo_is_the_sum_over_groups(layout: BatchLayout, stored: bool) -> None:
         new = token_logps(model, one, TEMPERATURE)
         for before, after, advantage in zip(old, new, one["advantages"], strict=True):
             loss, _ = clipped_surrogate(after - before, torch.tensor(advantage), 0.2, 0.2)
-            both = loss + 0.1 * divergence(after - before)
+            both = loss + 0.1 * divergence(after - before, before - after)
             expected += float(both.mean()) / len(old)
-        rows.append({**one, "logps": [logps.tolist() for logps in old]} if stored else one)
+        rows.append({**one, "sampler_logps": [logps.tolist() for logps in old]} if stored else one)
     objective = GRPOObjective(layout, section, 10)
     logps = CompletionLogps(
         model, grouped=layout.grouped, chunk_tokens=3, per_token=True, temperature=TEMPERATURE

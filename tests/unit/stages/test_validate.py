@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages.validate import _choice, best_round, rounds_have_peaked
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
@@ -27,7 +28,7 @@ def add_round(store: RunDir, round_id: int, before: tuple[float, float], after: 
     table = pa.table({"round": np.full(20, round_id, np.int32), "user_id": users, **columns})
     store.start("heldout", round_id)
     store.write("heldout", table, round_id)
-    stats = _choice(store, round_id, table)
+    stats = _choice(RunSection(num_rounds=9), store, round_id, table)
     store.finish(Manifest("heldout", "", 20, stats=stats), round_id)
     return stats
 
@@ -42,11 +43,13 @@ def test_rounds_are_judged_against_the_best_one_before_them(tmp_path: Path) -> N
     two = add_round(store, 2, (0.2, 0.2), (0.5, 0.1))
     assert (two["best_round"], two["choice"]["kept"]) == (1, False)
     assert two["choice"]["reading_ci95"][1] < 0 < two["choice"]["reward_ci95"][0]
-    assert rounds_have_peaked(store, 2, patience=1) and not rounds_have_peaked(store, 2, patience=2)
+    assert rounds_have_peaked(RunSection(patience=1), store, 2) and not rounds_have_peaked(
+        RunSection(patience=2), store, 2
+    )
     three = add_round(store, 3, (0.5, 0.1), (0.3, 0.2))
     assert (three["best_round"], three["choice"]["against"]) == (3, 1)
     assert three["choice"]["reward"] == pytest.approx(0.1)  # against round 1's texts, not round 2's
-    assert best_round(store, 3) == 3 and not rounds_have_peaked(store, 3, patience=1)
+    assert best_round(store, 3) == 3 and not rounds_have_peaked(RunSection(patience=1), store, 3)
 
 
 def test_no_round_beats_the_base_llm(tmp_path: Path) -> None:
@@ -55,8 +58,8 @@ def test_no_round_beats_the_base_llm(tmp_path: Path) -> None:
     add_round(store, 1, (0.3, 0.1), (0.2, 0.1))
     two = add_round(store, 2, (0.2, 0.1), (0.25, 0.1))
     assert two["best_round"] == 0 and two["choice"]["reward"] == pytest.approx(-0.05)
-    assert rounds_have_peaked(store, 2, patience=2)
-    assert not rounds_have_peaked(store, 3, patience=1), "round 3 was not validated yet"
+    assert rounds_have_peaked(RunSection(patience=2), store, 2)
+    assert not rounds_have_peaked(RunSection(patience=1), store, 3), "round 3 was not validated yet"
 
 
 def test_a_round_of_an_older_version_says_what_to_run(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_users_per_shard(store: RunDir, size: int) -> None:
     counts = users_per_shard(store, ("train",), size)
     expected = [sum(i % 3 == 0 for i in range(low, min(low + size, 100))) for low in range(0, 100, size)]
     assert counts.tolist() == expected
-    odd = users_per_shard(store, ("train",), size, lambda ids: ids % 2 == 1)
+    odd = users_per_shard(store, ("train",), size, lambda ids, held_out: (ids % 2 == 1) & ~held_out)
     assert odd.sum() == sum(i % 3 == 0 and i % 2 == 1 for i in range(100))
 
 

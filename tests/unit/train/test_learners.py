@@ -13,6 +13,7 @@ from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.core.policy_gradient import advantages
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.artifacts import RunDir, write_part
+from dpo4rec_ray.train.grpo import same_reference
 from dpo4rec_ray.train.learners import LEARNERS
 from dpo4rec_ray.train.scored_texts import ARTIFACTS, AllTexts
 from tests.conftest import DEMO
@@ -43,9 +44,25 @@ def text(user: int, sample: int) -> list[int]:
     return [user, sample, *[5] * sample]
 
 
-def material(config: Config, store: RunDir, reference: str | None = None) -> Any:
-    task: Any = SimpleNamespace(config=config, store=store, round_id=1, reference=reference)
-    return LEARNERS[config.policy.objective].material(task)
+def material(
+    config: Config,
+    store: RunDir,
+    reference: str | None = None,
+    *,
+    sampler: str | None = None,
+    moved: bool = False,
+) -> Any:
+    objective = config.policy.objective_of(1)
+    task: Any = SimpleNamespace(
+        config=config,
+        store=store,
+        round_id=1,
+        reference=reference,
+        sampler=sampler,
+        moved=moved,
+        objective=objective,
+    )
+    return LEARNERS[objective].material(task)
 
 
 def test_every_user_with_rewards_is_in_its_split(store: RunDir) -> None:
@@ -83,7 +100,52 @@ def test_grpo_takes_the_reference_of_its_user(store: RunDir, tmp_path: Path) -> 
         write_part(str(tmp_path / "reference"), "token_logps", AllTexts().table(users, logps), part)
     found = material(config_of("grpo"), store, str(tmp_path / "reference"))
     for row in found.training:
-        assert row["logps"] == [[-float(token) for token in one] for one in row["completions"]]
+        assert row["sampler_logps"] == [[-float(token) for token in one] for one in row["completions"]]
+
+
+def test_grpo_may_take_the_engines_own_log_probabilities(store: RunDir) -> None:
+    """As the sampler's alone, or beside those that the trainer computes."""
+    kept = ("generate.token_logps=true", "generate.top_p=1")
+    for sampler, name in (("engine", "sampler_logps"), ("corrected", "engine_logps")):
+        for row in material(config_of("grpo", *kept, f"grpo.sampler={sampler}"), store).training:
+            assert set(row) - {"prompt_token_ids", "completions", "advantages"} == {name}
+            for one, logps in zip(row["completions"], row[name], strict=True):
+                np.testing.assert_allclose(logps, [-0.1 * token for token in one], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "moved", "same", "stored"),
+    [
+        ([], False, True, (True, False)),
+        ([], True, False, (True, True)),
+        (["grpo.kl_weight=0"], False, True, (True, False)),
+        (["grpo.kl_weight=0"], True, False, (False, True)),
+        (["policy.reference=lora_off"], False, True, (False, False)),
+        (["policy.reference=lora_off"], True, False, (False, True)),
+        (["grpo.sampler=engine"], False, False, (True, False)),
+        (["grpo.sampler=engine"], True, False, (True, False)),
+        (["grpo.sampler=engine", "grpo.kl_weight=0"], False, False, (False, False)),
+    ],
+)
+def test_what_grpo_computes_before_it_trains(
+    changes: list[str], moved: bool, same: bool, stored: tuple[bool, bool]
+) -> None:
+    config = config_of("grpo", "generate.token_logps=true", "generate.top_p=1", *changes)
+    assert same_reference(config, moved) == same
+    assert LEARNERS["grpo"].stored(config, moved) == stored
+
+
+def test_grpo_keeps_reference_and_sampler_apart(store: RunDir, tmp_path: Path) -> None:
+    for name, factor in (("reference", -1.0), ("sampler", -2.0)):
+        (tmp_path / name).mkdir()
+        for part, files in enumerate(zip(*(store.files(one, 1) for one in ARTIFACTS), strict=True)):
+            users, groups = AllTexts().read(files)
+            logps = [[[factor * token for token in one] for one in group.completions] for group in groups]
+            write_part(str(tmp_path / name), "token_logps", AllTexts().table(users, logps), part)
+    folders = (str(tmp_path / "reference"), str(tmp_path / "sampler"))
+    for row in material(config_of("grpo"), store, folders[0], sampler=folders[1], moved=True).training:
+        assert row["reference_logps"] == [[-1.0 * token for token in one] for one in row["completions"]]
+        assert row["sampler_logps"] == [[-2.0 * token for token in one] for one in row["completions"]]
 
 
 def test_best_of_n_reads_the_best_texts(store: RunDir, rewards: np.ndarray) -> None:
@@ -115,7 +177,7 @@ def test_a_text_that_is_too_long_is_no_part_of_its_group(
     for row in found.training:
         user = row["prompt_token_ids"][0]
         assert row["completions"] == [text(user, sample) for sample in range(3)]
-        assert row["logps"] == [[-float(token) for token in one] for one in row["completions"]]
+        assert row["sampler_logps"] == [[-float(token) for token in one] for one in row["completions"]]
         np.testing.assert_allclose(row["advantages"], advantages(rewards[user][:3], "std"))
 
 
