@@ -40,6 +40,14 @@ LEARNERS: dict[str, tuple[str, ...]] = {
     "best-of-n": ("policy.objective=best_of_n",),
     "grpo": ("policy.objective=grpo",),
     "grpo-dr": ("policy.objective=grpo", "grpo.scale=none", "grpo.token_weights=constant"),
+    # Several turns: as many texts, but each turn's by the newest policy.
+    "dpo-turns": ("run.turns_per_round=4",),
+    "grpo-turns": ("policy.objective=grpo", "run.turns_per_round=4"),
+    "best-of-n-dpo": (
+        'policy.objective=["best_of_n", "dpo"]',
+        "run.turns_per_round=2",
+        "policy.reference_policy=turn",
+    ),
 }
 # Folders of RUN that a cell starts from; of its round 1 all but what every cell makes anew.
 SHARED = ("data", "references", "reward", "rounds")
@@ -65,7 +73,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     stores = {name: made(base, config, name, changes) if changes else base for name, changes in cells.items()}
     measure = open_measure(config, base)
     sides = {"before": texts_before(config, base, 1)}
-    sides |= {name: texts_after(store, 1) for name, store in stores.items()}
+    sides |= {name: texts_after(store, turns_of(store)) for name, store in stores.items()}
     users, figures = measure.figures(sides)
     before = figures.pop("before")
     first = next(iter(figures))
@@ -81,8 +89,8 @@ def run(options: argparse.Namespace, folder: Path) -> int:
         found.append(harness.note(row))
     harness.print_table(
         found,
-        "cell {cell} | rows {rows} | accuracy own {accuracy_own} | others {accuracy_other} | s {seconds} | reward {reward} | "
-        "reading gain {reading} | in NDCG@5 {reading_ndcg} | style {others_reward} | in NDCG@5 {others_ndcg} | "
+        "cell {cell} | rows {rows} | accuracy own {accuracy_own} | others {accuracy_other} | training s {seconds} | "
+        "sampling s {sampling} | reward {reward} | reading gain {reading} | in NDCG@5 {reading_ndcg} | style {others_reward} | in NDCG@5 {others_ndcg} | "
         "NDCG@5 {ndcg} | values {values_level} | distinct {distinct} | truth {truth} | "
         "reading gain against the first {reading_against_first}",
     )
@@ -118,15 +126,25 @@ def copied(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
+def turns_of(store: RunDir) -> int:
+    """Turns of the one round: the number of its last policy."""
+    return read_config(store.root).run.turns_per_round
+
+
 def training(store: RunDir) -> Row:
     """What the training came to, and the variety and truth (where it is known, above chance) of what is written after it."""
-    policy, heldout = store.require("policy", 1), store.require("heldout", 1).stats
+    turns = range(1, turns_of(store) + 1)
+    policies = [store.require("policy", turn) for turn in turns]
+    policy, heldout = policies[-1], store.require("heldout", turns[-1]).stats
     accuracies = {name: policy.stats.get(f"heldout_{name}") for name in ("accuracy_own", "accuracy_other")}
     truth = {side: heldout.get(f"text_accuracy_{side}") for side in ("before", "after")}
     return {
-        "rows": (policy.stats.get("rows") or policy.stats["pairs"])["train"],
+        "rows": sum((one.stats.get("rows") or one.stats["pairs"])["train"] for one in policies),
         **{name: "" if one is None else f"{one:.3f}" for name, one in accuracies.items()},
-        "seconds": policy.seconds,
+        "seconds": round(sum(one.seconds for one in policies)),
+        "sampling": round(
+            sum(store.require(name, turn).seconds for turn in turns for name in ("generations", "scores"))
+        ),
         "distinct": f"{heldout['distinct_texts_after']:.2f}",
         "truth": "" if truth["after"] is None else "{before:.3f}, {after:.3f}".format(**truth),
     }

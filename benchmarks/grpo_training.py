@@ -51,7 +51,7 @@ def groups(folder: Path) -> list[dict[str, Any]]:
         )
     if (folder / REFERENCE).exists():
         for row, logps in zip(found, pq.read_table(folder / REFERENCE)["logps"].to_pylist(), strict=True):
-            row["logps"] = logps
+            row["sampler_logps"] = logps
     return found
 
 
@@ -234,7 +234,7 @@ def inputs_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     texts = [(row["prompt_token_ids"], one) for row in rows for one in row["completions"]]
     prompts, completions = [prompt for prompt, _ in texts], [one for _, one in texts]
-    logps = padded([one for row in rows for one in row["logps"]], torch.float32, "right")
+    logps = padded([one for row in rows for one in row["sampler_logps"]], torch.float32, "right")
     return {
         "prompt_ids": padded(prompts, torch.long, "left"),
         "prompt_mask": padded([[1] * len(one) for one in prompts], torch.long, "left"),

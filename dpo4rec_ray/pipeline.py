@@ -74,6 +74,7 @@ class Stage:
 PROMPT = ("prompt", "-prompt.describe_items")
 # What a text depends on. The section of an llm.source that has one of its own comes from identity.outside_identity.
 TEXTS = ("llm", *PROMPT, "generate", "-generate.user_frac")
+TURNS = ("run.turns_per_round", "run.watched_users")
 POLICY = ("policy", "-policy.objective")  # which the stage's own name says
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -133,7 +134,7 @@ STAGES: dict[str, Stage] = {
             generate.run,
             reads=lambda run, r: [("users", 0), ("items", 0), ("policy", r - 1)],
             writes=lambda r: [("generations", r)],
-            sections=(*TEXTS, "generate.user_frac"),
+            sections=(*TEXTS, "generate.user_frac", *TURNS),
         ),
         Stage(
             "score",
@@ -155,6 +156,7 @@ STAGES: dict[str, Stage] = {
                 "reward.hard_negatives",
                 "reward.personal",
                 "encoder",
+                "run.turns_per_round",
             ),
         ),
         Stage(
