@@ -90,7 +90,8 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     harness.print_table(
         found,
         "cell {cell} | rows {rows} | accuracy own {accuracy_own} | others {accuracy_other} | training s {seconds} | "
-        "sampling s {sampling} | reward {reward} | reading gain {reading} | in NDCG@5 {reading_ndcg} | style {others_reward} | in NDCG@5 {others_ndcg} | "
+        "sampling s {sampling} | reward {reward} | reading gain {reading} | in NDCG@5 {reading_ndcg} | style {others_reward} | "
+        "in NDCG@5 {others_ndcg} | "
         "NDCG@5 {ndcg} | values {values_level} | distinct {distinct} | truth {truth} | "
         "reading gain against the first {reading_against_first}",
     )

@@ -28,12 +28,12 @@ from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.evaluation.systems import METRIC_NAMES
 from dpo4rec_ray.knowledge.encoder import TextEncoder
-from dpo4rec_ray.pipeline import Selection, run_pipeline
 from dpo4rec_ray.rerankers import Reranker
 from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.rerankers.fit import ListData, load_reranker
 from dpo4rec_ray.rerankers.scorer import ListScorer
 from dpo4rec_ray.rerankers.text_rewards import SampleScorer
+from dpo4rec_ray.running import Selection, run_pipeline
 from dpo4rec_ray.stages.score import ShardEncoder, ShardScorer, metric_names
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import read_catalogue, read_list_data

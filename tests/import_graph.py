@@ -41,6 +41,7 @@ ROOMS = (
     "checks",
     "report",
     "pipeline",
+    "running",
     "run_status",
     "planning",
     "grid_search",

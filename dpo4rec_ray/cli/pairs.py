@@ -135,7 +135,7 @@ def import_command(options: argparse.Namespace) -> int:
     folder = session.open_run(config, options.verbose)
     from dpo4rec_ray import checks
     from dpo4rec_ray.exchange.importing import import_pairs
-    from dpo4rec_ray.pipeline import Runner, Selection
+    from dpo4rec_ray.running import Runner, Selection
     from dpo4rec_ray.store import memory
     from dpo4rec_ray.store.artifacts import RunDir, write_json
     from dpo4rec_ray.store.progress import say

@@ -86,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
     if joined_cluster() and not options.dry_run:
         join(place(config.run.root) if options.check else folder, options.verbose)
     from dpo4rec_ray import checks
-    from dpo4rec_ray.pipeline import Selection, check_selection, dry_run, how_far, run_pipeline
+    from dpo4rec_ray.pipeline import how_far
+    from dpo4rec_ray.running import Selection, check_selection, dry_run, run_pipeline
     from dpo4rec_ray.store.artifacts import RunDir
 
     for flag, stage in (("--only", options.only), ("--from", options.since)):

@@ -116,7 +116,8 @@ def run(options: argparse.Namespace) -> int:
 
 def prepare(config: Config, store: RunDir, knowledge: bool) -> None:
     """The stages that a search reads from, each unless it is complete."""
-    from dpo4rec_ray.pipeline import Runner, Selection, before_rounds
+    from dpo4rec_ray.pipeline import before_rounds
+    from dpo4rec_ray.running import Runner, Selection
 
     runner = Runner(config, store, Selection())
     for name in before_rounds(config) if knowledge else ["prepare"]:

@@ -10,7 +10,7 @@ import pytest
 from dpo4rec_ray import checks
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.pipeline import Selection, run_pipeline
+from dpo4rec_ray.running import Selection, run_pipeline
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.texts.sampling import UserSampler, text_pool
 from tests.conftest import DEMO, TINY

@@ -12,7 +12,8 @@ import pytest
 from dpo4rec_ray import checks, identity
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.pipeline import Selection, before_rounds, check_selection
+from dpo4rec_ray.pipeline import before_rounds
+from dpo4rec_ray.running import Selection, check_selection
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.texts.sources import SOURCES
 from tests.conftest import DEMO, ROOT

@@ -11,7 +11,8 @@ import ray
 from dpo4rec_ray.cli.session import check_came_to
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.pipeline import STAGES, Runner, Selection, before_rounds, dry_run, how_far, rounds
+from dpo4rec_ray.pipeline import STAGES, before_rounds, how_far, rounds
+from dpo4rec_ray.running import Runner, Selection, dry_run
 from dpo4rec_ray.store.artifacts import MANIFEST, RunDir, write_json
 from dpo4rec_ray.store.outcome import Outcome
 

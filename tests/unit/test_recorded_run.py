@@ -10,7 +10,8 @@ import pytest
 
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.pipeline import STAGES, Selection, run_pipeline
+from dpo4rec_ray.pipeline import STAGES
+from dpo4rec_ray.running import Selection, run_pipeline
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.events import note, read_events
 from dpo4rec_ray.store.heartbeat import read_heartbeat
