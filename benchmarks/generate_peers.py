@@ -190,12 +190,12 @@ def run_vllm(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     llm = LLM(**arguments)
     start_s = time.perf_counter() - began
-    section = config.generate
+    section = config.generate_by(0)
     params = [
         SamplingParams(
             n=section.num_samples,
             seed=None if options.no_seeds else seed,
-            temperature=section.of_policy(0).temperature,
+            temperature=section.temperature,
             top_p=section.top_p,
             max_tokens=section.max_new_tokens,
         )
@@ -260,7 +260,7 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         base_llm_path(config, store), dtype=getattr(torch, config.llm.dtype)
     ).eval()
-    section = config.generate
+    section = config.generate_by(0)
 
     def rate(prompts: list[list[int]]) -> tuple[int, float]:
         longest = max(map(len, prompts))
@@ -272,7 +272,7 @@ def run_transformers(options: argparse.Namespace) -> dict[str, Any]:
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=True,
-                temperature=section.of_policy(0).temperature,
+                temperature=section.temperature,
                 top_p=section.top_p,
                 top_k=0,
                 max_new_tokens=section.max_new_tokens,

@@ -98,7 +98,7 @@ def test_the_profiled_actors_of_score(harness: Any, tmp_path: Path, monkeypatch:
     columns = [
         pa.array([value], field.type)
         for value, field in zip(
-            (1, 7, 0, [1], [2], "likes books", "stop"), SCHEMAS["generations"], strict=True
+            (1, 7, 0, [1], [2], "likes books", "stop", None), SCHEMAS["generations"], strict=True
         )
     ]
     store.write("generations", pa.table(columns, schema=SCHEMAS["generations"]), 1)
