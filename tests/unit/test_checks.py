@@ -59,8 +59,11 @@ def test_rounds_that_train_nothing() -> None:
     check(STATISTICS, "run.num_rounds=1")
     with pytest.raises(UserError, match="a second round would only repeat"):
         check(STATISTICS, "run.num_rounds=3")
+    with pytest.raises(UserError, match=r"run\.turns_per_round = 2, but"):
+        check(STATISTICS, "run.turns_per_round=2")
     check("run.num_rounds=3")
     check("run.num_rounds=0")
+    check("run.turns_per_round=2")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,8 @@ def test_the_steps_before_the_rounds(overrides: list[str], steps: list[str]) -> 
         ),
         (["reranker.num_heads=3"], "reranker.hidden_dim = 64 is not a multiple of num_heads = 3"),
         (['evaluate.backbones=["dlcm", "dlcm"]'], "names one twice"),
+        (['policy.objective=["dpo", "ppo"]'], "policy.objective = 'ppo' is unknown; known: dpo, best_of_n"),
+        (["grpo.sampler=corrected"], "set generate.token_logps=true too"),
         (["llm.path=./nomodel"], r"^llm.path ./nomodel: no such folder$"),
         (["llm.path=models/my/llm"], r"^llm.path models/my/llm: no such folder$"),
     ],

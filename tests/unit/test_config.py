@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.config import Config, default_config, load_config, read_config
+from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.config.section import merged
 from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.stages.train_policy import reference_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
 
@@ -282,3 +284,44 @@ def test_where_work_runs_is_in_no_fingerprint() -> None:
     for section in ("generate", "encoder", "reward", "policy", "bootstrap", "evaluate"):
         placed = default_config([f"{section}.{change}" for change in changes])
         assert placed.section_hash(section) == default_config().section_hash(section)
+
+
+def test_turns_are_counted_through_the_rounds() -> None:
+    run = RunSection(num_rounds=2, turns_per_round=3)
+    assert run.num_turns == 6
+    assert [run.round_of(turn) for turn in range(7)] == [0, 1, 1, 1, 2, 2, 2]
+    assert [run.first_turn(turn) for turn in range(1, 7)] == [1, 1, 1, 4, 4, 4]
+    assert [turn for turn in range(1, 7) if run.ends_round(turn)] == [3, 6]
+    assert (list(run.round_ends(6)), list(run.round_ends(3)), list(run.round_ends(0))) == (
+        [0, 3, 6],
+        [0, 3],
+        [0],
+    )
+
+
+def test_learners_are_named_by_turn_and_the_last_one_holds_on() -> None:
+    several = default_config(['policy.objective=["best_of_n", "dpo"]']).policy
+    assert [several.objective_of(turn) for turn in (1, 2, 3)] == ["best_of_n", "dpo", "dpo"]
+    assert default_config(["policy.objective=grpo"]).policy.objective_of(5) == "grpo"
+    with pytest.raises(UserError, match="name one at least"):
+        default_config(["policy.objective=[]"])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [("previous", [0, 0, 2, 2]), ("turn", [0, 1, 2, 3]), ("base", [0, 0, 0, 0])]
+)
+def test_the_reference_of_each_turn(chosen: str, expected: list[int]) -> None:
+    config = default_config(
+        ["run.turns_per_round=2", "run.num_rounds=2", f"policy.reference_policy={chosen}"]
+    )
+    assert [reference_of(config, turn) for turn in range(1, 5)] == expected
+
+
+@pytest.mark.parametrize(
+    "key", ["top_p=0.9", "top_k=5", "min_p=0.1", "repetition_penalty=1.1", "presence_penalty=1"]
+)
+def test_probabilities_are_kept_of_whole_distributions_alone(key: str) -> None:
+    whole = ["generate.token_logps=true", "generate.top_p=1"]
+    assert default_config(whole).generate.token_logps
+    with pytest.raises(UserError, match=f"token_logps with {key.partition('=')[0]} = "):
+        default_config([*whole, f"generate.{key}"])

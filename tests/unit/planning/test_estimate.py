@@ -99,6 +99,28 @@ def test_a_stage_with_nothing_to_do_takes_no_time() -> None:
     assert found["references"].seconds == 0 and found["evaluate"].seconds is None
 
 
+def test_turns_share_the_training_users_and_watch_some_of_the_others() -> None:
+    turns = load_config("demo", ["run.turns_per_round=4", "run.watched_users=0.25"])
+    first, second = (WORK["pair"](turns, SIZES, MACHINE, turn).amount for turn in (1, 2))
+    samples = DEMO.generate.num_samples
+    assert first == pytest.approx((SIZES.train / 4 + SIZES.valid) * samples)
+    assert second == pytest.approx((SIZES.train / 4 + SIZES.valid / 4) * samples)
+    assert (
+        WORK["evaluate"](turns, SIZES, MACHINE, 4).amount == WORK["evaluate"](DEMO, SIZES, MACHINE, 1).amount
+    )
+    found = [(one.stage, one.round) for one in plan(turns, SIZES, {}, MACHINE).steps]
+    assert found == steps(turns) and ("validate", 4) in found and ("validate", 1) not in found
+
+
+def test_a_reference_that_did_not_draw_the_texts_is_one_more_pass() -> None:
+    turns = load_config("demo", ["run.turns_per_round=4", "policy.objective=grpo"])
+    tied = load_config(
+        "demo", ["run.turns_per_round=4", "policy.objective=grpo", "policy.reference_policy=turn"]
+    )
+    one, two = (WORK["grpo"](config, SIZES, MACHINE, 2).amount for config in (tied, turns))
+    assert two > 1.05 * one
+
+
 def test_tasks_share_the_places_there_are() -> None:
     """Three fits on two CPUs take two turns; the same on four take one."""
     assert WORK["evaluate"](DEMO, SIZES, Machine(2, 0), 1).workers == 1.5
