@@ -235,13 +235,12 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
 def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
     """The same with TRL; loss: sigmoid, ipo, hinge, robust."""
     import torch
+    import trl_peer
     from datasets import Dataset
-    from peft import LoraConfig, TaskType
     from torch.utils.data import SequentialSampler
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from dpo4rec_ray.policy.model import add_lora, load_model
     from dpo4rec_ray.policy.order import StepOrder
 
     tokenizer = AutoTokenizer.from_pretrained(spec["folder"])
@@ -267,9 +266,7 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
         }
         for i in order[: spec["steps"] * spec["batch_size"] * spec["gradient_accumulation_steps"]]
     ]
-    times: list[float] = []
     losses: list[float] = []
-    norms: list[float] = []
 
     class InOrder(DPOTrainer):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -280,69 +277,33 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
             losses.append(loss.item())  # transformers rounds what it logs
             return loss
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            times.append(time.monotonic())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.monotonic())
-
-        def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **__: Any) -> None:
-            if "grad_norm" in logs:
-                norms.append(logs["grad_norm"])
-
+    clock = trl_peer.Clock()
     trainer = InOrder(
         model=spec["folder"],
         args=DPOConfig(
-            output_dir=f"{spec['folder']}/trl",
             beta=spec["beta"],
             loss_type=[spec["loss"]],
             label_smoothing=spec.get("label_smoothing", 0.0),
             per_device_train_batch_size=spec["batch_size"],
-            gradient_accumulation_steps=spec["gradient_accumulation_steps"],
-            max_steps=spec["steps"],
-            learning_rate=spec["lr"],
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
             max_length=None,
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=spec["batch_size"],
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            logging_steps=1,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            model_init_kwargs={"dtype": dtype_of(spec)},
+            **trl_peer.arguments(spec, dtype_of(spec)),
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=LORA["lora_rank"],
-            lora_alpha=LORA["lora_alpha"],
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type=TaskType.CAUSAL_LM,
-        ),
-        callbacks=[Clock()],
+        peft_config=trl_peer.lora_config(),
+        callbacks=[clock],
     )
-    plain = load_model(spec["folder"], dtype_of(spec))
-    torch.manual_seed(0)
-    ours = add_lora(plain, PolicySection(**LORA)).state_dict()
-    same = {name: value for name, value in ours.items() if "lora_" in name}
-    missing = trainer.model.load_state_dict(same, strict=False).unexpected_keys
-    assert not missing, missing
+    trl_peer.start_as_ours(trainer.model, spec["folder"], dtype_of(spec))
     assert trainer.train_dataset["prompt_ids"][0] == pairs[order[0]]["prompt_token_ids"]
     assert trainer.train_dataset["rejected_ids"][0] == pairs[order[0]]["rejected_token_ids"][0]
     before = memory_mb()
     trainer.train()
-    micro = spec["gradient_accumulation_steps"]
     return {
-        **rates(spec, times),
-        "losses": [sum(losses[i : i + micro]) for i in range(0, len(losses), micro)],
-        "grad_norms": norms,
+        **rates(spec, clock.times),
+        "losses": trl_peer.sums_of(losses, spec["gradient_accumulation_steps"]),
+        "grad_norms": clock.norms,
         "peak_mb": round(memory_mb()),
         "before_mb": round(before),
     }

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +123,11 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
 def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
     """The same with TRL: a micro-step is batch_size prompts with their N texts."""
     import torch
+    import trl_peer
     from datasets import Dataset
-    from peft import LoraConfig, TaskType
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    from dpo4rec_ray.policy.model import add_lora, load_model
     from dpo4rec_ray.policy.order import StepOrder
 
     folder = Path(spec["folder"])
@@ -137,9 +135,7 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
     per_prompt, accumulated = len(rows[0]["completions"]), spec["gradient_accumulation_steps"]
     order = StepOrder(len(rows), spec["batch_size"] * accumulated, 1, seed=0)
     micro_batches = iter([share for step in order.steps(spec["batch_size"], 0, 1) for share in step.shares])
-    times: list[float] = []
     losses: list[float] = []
-    norms: list[float] = []
 
     class Given(GRPOTrainer):
         """Takes the groups in the order of our trainer in place of generating."""
@@ -152,22 +148,11 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
             losses.append(loss.item())
             return loss
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            times.append(time.monotonic())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.monotonic())
-
-        def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **__: Any) -> None:
-            if "grad_norm" in logs:
-                norms.append(logs["grad_norm"])
-
+    clock = trl_peer.Clock()
     trainer = Given(
         model=spec["folder"],
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
-            output_dir=f"{folder}/trl",
             num_generations=per_prompt,
             max_completion_length=spec["longest"],
             loss_type="grpo",
@@ -175,51 +160,24 @@ def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
             beta=0.0,
             temperature=1.0,
             per_device_train_batch_size=spec["batch_size"] * per_prompt,
-            gradient_accumulation_steps=accumulated,
-            max_steps=spec["steps"],
-            learning_rate=spec["lr"],
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            logging_steps=1,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            model_init_kwargs={"dtype": DTYPE},
+            **trl_peer.arguments(spec, DTYPE),
         ),
         train_dataset=Dataset.from_list([{"prompt": "w9"}] * len(rows) * per_prompt),
         processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=LoraConfig(
-            r=LORA["lora_rank"],
-            lora_alpha=LORA["lora_alpha"],
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type=TaskType.CAUSAL_LM,
-        ),
-        callbacks=[Clock()],
+        peft_config=trl_peer.lora_config(),
+        callbacks=[clock],
     )
     trainer.beta = spec["kl_weight"]  # set here: the constructor would load a reference that is given
-    torch.manual_seed(0)
-    ours = add_lora(load_model(spec["folder"], DTYPE), PolicySection(**LORA)).state_dict()
-    same = {name: value for name, value in ours.items() if "lora_" in name}
-    assert not trainer.model.load_state_dict(same, strict=False).unexpected_keys
+    trl_peer.start_as_ours(trainer.model, spec["folder"], DTYPE)
     before = memory_mb()
     trainer.train()
     return {
-        **rates(spec, times),
-        "losses": list(sums_of(losses, accumulated)),
-        "grad_norms": norms,
+        **rates(spec, clock.times),
+        "losses": trl_peer.sums_of(losses, accumulated),
+        "grad_norms": clock.norms,
         "peak_mb": round(memory_mb()),
         "before_mb": round(before),
     }
-
-
-def sums_of(values: list[float], count: int) -> Iterator[float]:
-    for start in range(0, len(values), count):
-        yield sum(values[start : start + count])
 
 
 def inputs_of(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -57,26 +57,26 @@ def groups_of(files: Sequence[Place], *, engine: bool = False) -> pa.Table:
     scored = read_parquet(scores).select(["user_id", "sample_id", "reward"]).sort_by(_ORDER).combine_chunks()
     if not texts["user_id"].equals(scored["user_id"]):
         raise ValueError(f"{scores} and {generations} hold different users")
-    users, starts, counts = np.unique(texts["user_id"].to_numpy(), return_index=True, return_counts=True)
-    rewards = scored["reward"].to_numpy()
-    rows = []
-    for user, start, count in zip(users.tolist(), starts.tolist(), counts.tolist(), strict=True):
-        own = rewards[start : start + count]
-        if not np.isnan(own).any():
-            rows.append(
-                {
-                    "user_id": user,
-                    "prompt_token_ids": texts["prompt_token_ids"][start].as_py(),
-                    "completions": texts["token_ids"].slice(start, count).to_pylist(),
-                    "rewards": own.astype(np.float64).tolist(),
-                    **(
-                        {"engine_logps": texts["token_logps"].slice(start, count).to_pylist()}
-                        if engine
-                        else {}
-                    ),
-                }
-            )
-    return pa.Table.from_pylist(rows, _SCORED.append(pa.field("engine_logps", _LOGPS)) if engine else _SCORED)
+    users, starts = np.unique(texts["user_id"].to_numpy(), return_index=True)
+    rewards = scored["reward"].to_numpy().astype(np.float64)
+    ends = pa.array([*starts, len(rewards)], pa.int32())
+
+    def per_user(values: pa.ChunkedArray | pa.Array) -> pa.Array:
+        one = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        return pa.ListArray.from_arrays(ends, one)
+
+    columns = {
+        "user_id": users,
+        "prompt_token_ids": texts["prompt_token_ids"].take(pa.array(starts)),
+        "completions": per_user(texts["token_ids"]),
+        "rewards": per_user(pa.array(rewards)),
+    }
+    schema = _SCORED
+    if engine:
+        columns["engine_logps"] = per_user(texts["token_logps"])
+        schema = schema.append(pa.field("engine_logps", _LOGPS))
+    known = np.array([not np.isnan(own).any() for own in np.split(rewards, starts[1:])], bool)
+    return pa.table(columns).cast(schema).filter(pa.array(known[: len(users)]))
 
 
 class AllTexts(TextSource):
