@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("run", metavar="RUN_FOLDER")
     out.add_argument("--format", required=True, choices=FORMATS)
     out.add_argument("--out", required=True, metavar="FILE.jsonl")
-    out.add_argument("--round", type=int, default=None, metavar="N", help="where the run has several")
+    out.add_argument(
+        "--round", type=int, default=None, metavar="N", help="where the run has several rounds (or turns)"
+    )
     out.add_argument("--split", choices=SPLITS, default="train")
     text = "run DPO on a preference set"
     into = commands.add_parser("import", help=text, description=text)

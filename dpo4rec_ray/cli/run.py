@@ -50,7 +50,11 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--from", dest="since", default="", metavar="STAGE", help="run from this stage on")
     found.add_argument(
-        "--round", type=int, default=None, metavar="R", help="with --only or --from: in this round"
+        "--round",
+        type=int,
+        default=None,
+        metavar="R",
+        help="with --only or --from: in this round (turn, if several)",
     )
     found.add_argument(
         "--dry-run", action="store_true", help="print what would run, and why; write nothing, start nothing"

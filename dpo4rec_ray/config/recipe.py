@@ -69,6 +69,10 @@ class RunSection(Section):
         """The first turn of a turn's round."""
         return (self.round_of(turn) - 1) * self.turns_per_round + 1
 
+    def called(self, turn: int) -> str:
+        """A turn's name for users: that of its round where the round has no other."""
+        return f"{'round' if self.turns_per_round == 1 else 'turn'} {turn}"
+
     def ends_round(self, turn: int) -> bool:
         """Whether it is its round's last turn."""
         return turn % self.turns_per_round == 0

@@ -177,7 +177,7 @@ class GenerateSection(Placed):
     """Seconds without a new token after which an engine is replaced."""
     token_logps: bool = False
     """Keep the engine's log-probability of every token that it draws, for grpo.sampler. Takes whole distributions: no top_p,
-    top_k, min_p or penalties."""
+    top_k, min_p, penalties or JSON."""
     keep_engines: bool = False
     """Keep engines between stages and rounds. It saves their start, where training has other GPUs."""
     users_per_shard: int = Field(default=64, ge=1)
@@ -196,11 +196,17 @@ class GenerateSection(Placed):
             raise ValueError(f"min_engines = {self.min_engines} is above num_engines = {self.num_engines}")
         if self.min_engines and self.keep_engines:
             raise ValueError("keep_engines keeps num_engines engines; leave min_engines out")
-        whole = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
+        # JSON's grammar leaves tokens out too.
+        whole = {
+            "top_p": 1,
+            "top_k": 0,
+            "min_p": 0,
+            "repetition_penalty": 1,
+            "presence_penalty": 0,
+            "format": "text",
+        }
         changed = [
-            f"{name} = {getattr(self, name):g}"
-            for name, value in whole.items()
-            if getattr(self, name) != value
+            f"{name} = {getattr(self, name)}" for name, value in whole.items() if getattr(self, name) != value
         ]
         if self.token_logps and changed:
             raise ValueError(

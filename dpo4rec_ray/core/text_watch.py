@@ -60,7 +60,7 @@ class TextWatch:
             return ""
         return (
             f"{fmean(share):.0%} of the tokens are clipped: the policy has moved further from the one that wrote the texts than "
-            "they can teach; lower the learning rate or the epochs, or raise run.num_rounds"
+            "they can teach; lower the learning rate or the epochs, or raise run.turns_per_round"
         )
 
     def _collapsed(self) -> str:

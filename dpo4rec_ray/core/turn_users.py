@@ -37,8 +37,12 @@ class TurnUsers:
         """Of all validation users, about."""
         return self.share * (self.watched if self.turn else 1.0)
 
+    def watches(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """[n] ids of validation users -> which of them every turn samples."""
+        return random_places(ids, self.seed) / self.share < self.watched
+
     def __call__(self, ids: npt.NDArray[np.int64], held_out: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """[n] user ids, and which of them are validation users -> which are sampled."""
         place = random_places(ids, self.seed) / self.share
         trained = np.floor(place * self.num_turns) == self.turn
-        return (place < 1.0) & np.where(held_out, (place < self.watched) | (self.turn == 0), trained)
+        return (place < 1.0) & np.where(held_out, self.watches(ids) | (self.turn == 0), trained)

@@ -93,12 +93,15 @@ def lines(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def warnings(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Signs that the policy pleases the reranker without saying more about its users, one sentence each."""
+    if "words" not in figures:  # nobody is watched
+        return
     if "style" in figures:
         style, reading = figures["style"], figures["reading"]
         if style["change_ci95"][0] > 0 and reading["change"] <= 0:
             yield (
                 f"what texts are worth to anybody rose by {style['change']:.4f} and what they say of their user did not "
-                f"({reading['change']:+.4f}): a manner is learned; set reward.personal, or stop here"
+                f"({reading['change']:+.4f}): a manner is learned; use the personal reward (reward.personal), or stop "
+                "here"
             )
     words, distinct = figures["words"], figures["distinct"]
     if words["after"] > LONGER * words["before"]:

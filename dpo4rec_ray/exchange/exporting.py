@@ -48,9 +48,14 @@ def export_pairs(store: RunDir, round_id: int, split: str, codec: ChatCodec, for
 
 def round_with_pairs(store: RunDir, wanted: int | None) -> int:
     """The round to export: the one that is asked for, or the only one."""
-    rounds = sorted(
+    made = sorted(
         int(file.parent.parent.name) for file in store.root.glob("rounds/[0-9]*/pairs/manifest.json")
     )
+    # Pairs of an earlier training may lie where another learner was trained since.
+    policies = {number: store.manifest("policy", number) for number in made}
+    rounds = [
+        number for number, one in policies.items() if not one or one.stats.get("objective", "dpo") == "dpo"
+    ]
     if wanted is None and len(rounds) > 1:
         raise UserError(
             f"{store.root} has pairs of the rounds {', '.join(map(str, rounds))}; choose one with --round"

@@ -1,7 +1,7 @@
 """Loading and saving the policy, and its LoRA. Weights travel as safetensors; `trust_remote_code` stays off.
 
-With LoRA the reference of DPO is the same model with its LoRA switched off, so round r's base is policy r-1's merged
-weights (reference "previous") or the base LLM itself (reference "base").
+With LoRA the reference is the same model with its LoRA switched off, so a policy's base is its reference, merged: the policy
+that its round began with, that its turn began with, or the base LLM itself (policy.reference_policy).
 """
 
 from __future__ import annotations

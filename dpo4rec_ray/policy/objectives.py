@@ -154,8 +154,8 @@ class DPOObjective:
             "accuracy": mean((ratios.margin > 0).float()),
             "chosen_logp": policy[starts],
             "rejected_logp": mean(policy_rejected),
-            # Schulman's k3 estimate of KL(ref || policy), never negative, on the stored samples, which the reference
-            # (policy r-1) drew; of each text's mean log-ratio per token
+            # Schulman's k3 estimate of KL(ref || policy), never negative, of each text's mean log-ratio per token; right on
+            # average for texts that the reference drew, as in a round's first turn
             "kl_per_token": k3.sum(dim=1) / tokens.masked_fill(~there, 0).sum(dim=1),
             "chosen_length": ratios.chosen_length.float(),
             "rejected_length": mean(ratios.rejected_length.float()),

@@ -38,9 +38,9 @@ class FirstFigure:
         """Raises UserError where it is not."""
         if not abs(metrics[self.name] - self.value) <= self.tolerance:
             raise UserError(
-                f"step 1: {self.name} is {metrics[self.name]:.6f}, not {self.value:.6f}: policy and reference differ before "
-                "training; a wrong base folder, stale reference log-probabilities or a LoRA that does not start at zero would do "
-                "that"
+                f"step 1: {self.name} is {metrics[self.name]:.6f}, not {self.value:.6f}: before training the policy is not "
+                "the one that it is compared with; a wrong base folder, stale log-probabilities or a LoRA that does not start at "
+                "zero would do that"
             )
 
 

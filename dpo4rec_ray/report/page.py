@@ -151,7 +151,7 @@ def _turn(store: RunDir, turn: int) -> dict[str, Any]:
         **{name: scores.get(name) for name in ("mean_reward", "spread")},
         **{name: policy.get(name) for name in ("steps", "staleness", "kl_per_token", "engine_gap")},
         "watched": scores.get("watched", {}),
-        "warnings": scores.get("warnings", []),
+        "warnings": [*scores.get("warnings", []), *policy.get("warnings", [])],
     }
 
 

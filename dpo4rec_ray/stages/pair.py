@@ -40,7 +40,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     store.start("pairs", round_id)
     users = store.read("users", split=SPLITS, columns=["user_id", "split"])
     split_of = dict(zip(users["user_id"].to_pylist(), users["split"].to_pylist(), strict=True))
-    held_out = np.array([user for user, split in split_of.items() if split == "valid"], np.int64)
+    sampled = set(store.read("scores", round_id, columns=["user_id"])["user_id"].to_pylist())
+    held_out = np.array([user for user in sampled if split_of[user] == "valid"], np.int64)
     unread = set(unread_users(config, held_out).tolist())
     judged = _Judged(config, store, round_id)
     # Held-out users always have a pair with another user's text: it measures whether DPO teaches reading.
@@ -82,7 +83,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     reasons = dict(dropped["train"])
     if not kept["train"]:
         raise UserError(
-            f"round {round_id}: no training user gave a pair ({reasons}); "
+            f"{config.run.called(round_id)}: no training user gave a pair ({reasons}); "
             'use reward.metric = "log_likelihood", more reward.num_redraws, or a lower pair.min_margin'
         )
     say(
@@ -237,8 +238,9 @@ class _Judged:
 
     def __init__(self, config: Config, store: RunDir, round_id: int):
         self._section = config.pair
-        self._shrunk = _shrunk_rewards(store, round_id) if config.pair.shrinkage else None
-        self._noise = _pooled_noise(store, round_id) if config.pair.min_std_errors else 0.0
+        called = config.run.called(round_id)
+        self._shrunk = _shrunk_rewards(store, round_id, called) if config.pair.shrinkage else None
+        self._noise = _pooled_noise(store, round_id, called) if config.pair.min_std_errors else 0.0
 
     def rewards(self, user: int, scores: pa.Table) -> np.ndarray:
         """[N] of one user's samples. scores: the user's rows."""
@@ -251,20 +253,20 @@ class _Judged:
         return Limits(section.pairs_per_user, section.min_margin, section.min_std_errors * error)
 
 
-def _pooled_noise(store: RunDir, round_id: int) -> float:
+def _pooled_noise(store: RunDir, round_id: int, called: str) -> float:
     """How far chance alone moves a sample's reward on one list, over all users."""
     table = store.read("scores", round_id, columns=["user_id", "std_error", "num_lists"])
     starts = np.unique(table["user_id"].to_numpy(), return_index=True)[1]
     noise = list_noise(table["std_error"].to_numpy()[starts], table["num_lists"].to_numpy()[starts])
     if np.isnan(noise):
         raise UserError(
-            f"round {round_id}: no user has a standard error of its rewards (that takes two lists with a positive): worth and "
+            f"{called}: no user has a standard error of its rewards (that takes two lists with a positive): worth and "
             "luck cannot be separated; set pair.min_std_errors = 0"
         )
     return noise
 
 
-def _shrunk_rewards(store: RunDir, round_id: int) -> dict[int, np.ndarray]:
+def _shrunk_rewards(store: RunDir, round_id: int, called: str) -> dict[int, np.ndarray]:
     """Each user's rewards in sample order, pulled towards the user's mean. How far they are pulled depends on all users."""
     table = store.read("scores", round_id).sort_by(_ORDER)
     users, starts = np.unique(table["user_id"].to_numpy(), return_index=True)
@@ -275,7 +277,7 @@ def _shrunk_rewards(store: RunDir, round_id: int) -> dict[int, np.ndarray]:
         shrunk, factors = shrink(rewards, noise / np.sqrt(num_lists))
     if not np.nansum(factors):
         raise UserError(
-            f"round {round_id}: the rewards differ no more than luck alone explains, so shrinkage leaves no pair; use "
+            f"{called}: the rewards differ no more than luck alone explains, so shrinkage leaves no pair; use "
             'reward.metric = "log_likelihood", more reward.num_redraws or more users, or set pair.shrinkage = false'
         )
     say(f"  shrinkage: rewards keep {np.nanmean(factors):.0%} of their distance from the user's mean")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.texts import EncoderSection
@@ -19,11 +20,12 @@ from dpo4rec_ray.core.rewards import personal
 from dpo4rec_ray.evaluation.reward_diagnosis import personal_diagnosis, reward_diagnosis
 from dpo4rec_ray.evaluation.turn_figures import lines, turn_figures, user_figures, warnings
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleRewards
-from dpo4rec_ray.storage.parquet import read_folder, read_parquet
+from dpo4rec_ray.storage.parquet import dataset, read_folder, read_parquet
 from dpo4rec_ray.store.artifacts import RunDir, part_file
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
+from dpo4rec_ray.store.user_rows import turn_users
 from dpo4rec_ray.texts.vectors import encoder_pool, open_encoder
 from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.run_metrics import Metrics
@@ -52,16 +54,28 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     _say(stats)
     first = config.run.first_turn(round_id)
     if round_id > first:
-        texts, before = (
-            store.read("generations", one, columns=["user_id", "sample_id", "text"])
-            for one in (round_id, first)
-        )
-        now = user_figures(scores, texts, valid)
-        stats["watched"] = turn_figures(user_figures(store.read("scores", first), before, now[0]), now)
+        watched = valid[turn_users(config, round_id).watches(valid)]
+        before, now = (_of_users(store, one, watched) for one in (first, round_id))
+        stats["watched"] = turn_figures(before, now)
         stats["warnings"] = list(warnings(stats["watched"]))
         for line in lines(stats["watched"]):
             say(f"  turn {round_id}: {line}")
     return Outcome(rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": len(by_metric)})
+
+
+def _of_users(store: RunDir, turn: int, users: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """`user_figures` of some users in a turn, whose scores may have no manifest yet."""
+    columns = {
+        "scores": ["user_id", "sample_id", "plain_reward", "others_reward"],
+        "generations": ["user_id", "sample_id", "text"],
+    }
+    tables = (
+        dataset(sorted(store.path(name, turn).glob("part-*.parquet"))).to_table(
+            own, filter=pc.field("user_id").isin(users)
+        )
+        for name, own in columns.items()
+    )
+    return user_figures(*tables, users)
 
 
 def scorer_pool(config: Config, store: RunDir, round_id: int) -> Pool:
@@ -144,7 +158,8 @@ class ShardScorer:
         self._num_others, self._seed = config.reward.personal, seed_of(config.run.seed, "others")
         self._watched = np.zeros(0, np.int64)
         if config.run.turns_per_round > 1 and not self._num_others:
-            self._watched = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
+            valid = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
+            self._watched = valid[turn_users(config, round_id).watches(valid)]
         self._reward_name = reward_name(config)
         phase("loading the rerankers")
         self._scorer = sample_scorer(config, store, metric_names(config))

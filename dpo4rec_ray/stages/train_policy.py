@@ -39,14 +39,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     before = policy_weights(config, store, round_id - 1)
     # A policy that is not the reference is trained on from where it is: its LoRA is one on the reference.
     moved = reference_of(config, round_id) != round_id - 1
-    if moved and section.tuning == "lora":
-        base = before.base
-    elif before.lora and not before.merged:
+    base = base_of(before, section.tuning, moved)
+    if not base:
+        base = str(folder / "start")
         if not is_complete(folder / "start"):  # merged in a worker: the driver may be a small machine
             in_worker(save_merged, before.base, before.lora, folder / "start", config.llm.dtype)
-        base = str(folder / "start")
-    else:
-        base = before.whole
     state = read_state(folder)
     if state and state.result:
         remove_checkpoints(section, folder)
@@ -59,9 +56,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
                 frozen = policy_weights(config, store, reference_of(config, round_id)).whole
             reference = str(cached_reference(config, store, round_id, frozen, learner.texts, temperature))
         if learner.texts and stores_sampler:
-            drew = (before.merged or before.base, None if before.merged else before.lora)
+            # As training starts from them: quantised, a merged folder would be other weights.
             sampler = str(
-                cached_reference(config, store, round_id, drew[0], learner.texts, temperature, drew[1])
+                cached_reference(
+                    config, store, round_id, before.base, learner.texts, temperature, before.lora
+                )
             )
         task = PolicyTask(
             config=config,
@@ -102,6 +101,16 @@ def reference_of(config: Config, round_id: int) -> int:
     if chosen == "turn":
         return round_id - 1
     return 0 if chosen == "base" else config.run.first_turn(round_id) - 1
+
+
+def base_of(before: PolicyWeights, tuning: str, moved: bool) -> str:
+    """The model that training starts from; "" where the LoRA of the policy before has to be merged first.
+
+    moved: the policy before is not the reference, so its LoRA is one on the reference and is trained on.
+    """
+    if moved and tuning == "lora":
+        return before.base
+    return "" if before.lora and not before.merged else before.whole
 
 
 def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:

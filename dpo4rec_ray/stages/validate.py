@@ -46,7 +46,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     stats |= _choice(config.run, store, round_id, table)
     store.write("heldout", table, round_id)
     choice = stats["choice"]
-    events.note("round_accepted" if choice["kept"] else "round_rejected", against=choice["against"])
+    against = config.run.round_of(choice["against"])
+    events.note("round_accepted" if choice["kept"] else "round_rejected", against=against)
     for line in _lines(config.run, stats, len(table), round_id):
         say(f"  {line}")
     return Outcome(rows_in=stats["samples"], rows_out=len(table), stats=stats)

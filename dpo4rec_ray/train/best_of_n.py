@@ -35,8 +35,8 @@ class BestOfNLearner:
         found = material(task, best, "without")
         if not found.counts["train"]:
             raise UserError(
-                f"round {task.round_id}: no training user has a best text ({found.counts}); lower best_of_n.min_margin, or use "
-                'reward.metric = "log_likelihood"'
+                f"{task.config.run.called(task.round_id)}: no training user has a best text ({found.counts}); lower "
+                'best_of_n.min_margin, or use reward.metric = "log_likelihood"'
             )
         return found
 

@@ -42,10 +42,17 @@ class GRPOLearner:
             kept = {name: user[name] for name in ("completions", *LOGPS) if name in user}
             return {**kept, "advantages": found.tolist()}
 
-        found = material(task, group, "same")
+        same = same_reference(task.config, task.moved)
+        stored = {"sampler_logps": task.sampler}
+        if task.reference:
+            stored["sampler_logps" if same else "reference_logps"] = task.reference
+        engine = None
+        if task.config.generate.token_logps:
+            engine = "sampler_logps" if task.config.grpo.sampler == "engine" else "engine_logps"
+        found = material(task, group, "same", stored, engine)
         if not found.counts["train"]:
             raise UserError(
-                f"round {task.round_id}: no training user's texts differ in reward ({found.counts}); use "
+                f"{task.config.run.called(task.round_id)}: no training user's texts differ in reward ({found.counts}); use "
                 'reward.metric = "log_likelihood" or more reward.num_redraws'
             )
         return found
@@ -72,9 +79,10 @@ class GRPOLearner:
     def first_figure(self, task: PolicyTask) -> FirstFigure | None:
         """Every ratio is 1, so nothing diverges. The loss says less: advantages add up to 0 whatever the ratios are.
 
-        None with the engine's log-probabilities, which are of other kernels.
+        None with the engine's log-probabilities, which are of other kernels; and where a LoRA that is trained on has dropout,
+        which moves it. (A new one is all zeros.)
         """
-        if task.config.grpo.sampler == "engine":
+        if task.config.grpo.sampler == "engine" or (task.moved and task.config.policy.lora_dropout):
             return None
         return FirstFigure("off_policy", 0.0, FIRST_KL_NOISE[task.config.llm.dtype])
 

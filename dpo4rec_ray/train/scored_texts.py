@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -96,14 +97,24 @@ class AllTexts(TextSource):
         return pa.table({"user_id": users, "logps": pa.array(logps, _LOGPS)})
 
 
-def material(task: PolicyTask, make: MakeRow, without: str) -> Material:
+def material(
+    task: PolicyTask,
+    make: MakeRow,
+    without: str,
+    stored: Mapping[str, str | None] = MappingProxyType({}),
+    engine: str | None = None,
+) -> Material:
     """What a learner trains on and is evaluated on: `make` of every training user, and of held-out ones.
 
-    A text that is too long to train on (`Config.max_training_tokens`) is none for `make`. Users without a row are counted by
-    the name `without`.
+    A text that is too long to train on (`Config.max_training_tokens`) is none for `make`.
+
+    Args:
+        without: the name by which users without a row are counted.
+        stored: one of LOGPS -> folder of stored log-probabilities, or None.
+        engine: as which of LOGPS the engine's log-probabilities are read; None: they are not.
     """
     tables, counts = {}, {}
-    for split, scored in _by_split(task).items():
+    for split, scored in _by_split(task, stored, engine).items():
         parts, told = [], {"too_long": 0, without: 0}
         for batch in scored.to_batches(max_chunksize=AT_ONCE):
             rows = []
@@ -138,33 +149,29 @@ def _fitting(user: ScoredUser, max_length: int) -> tuple[ScoredUser, int]:
     return user | {name: [user[name][place] for place in fits] for name in per_text}, dropped
 
 
-def _by_split(task: PolicyTask) -> dict[str, pa.Table]:
+def _by_split(task: PolicyTask, stored: Mapping[str, str | None], engine: str | None) -> dict[str, pa.Table]:
     """Users with rewards by split, with the log-probabilities that are stored; of validation users those evaluated on."""
     store, config = task.store, task.config
     parts = zip(*(store.files(name, task.round_id) for name in ARTIFACTS), strict=True)
-    reads_engine = task.objective == "grpo" and config.generate.token_logps
-    table = pa.concat_tables([groups_of(files, engine=reads_engine) for files in parts])
-    if reads_engine and config.grpo.sampler == "engine":
-        table = table.rename_columns({"engine_logps": "sampler_logps"})
-    # Without a sampler's of its own, the reference's stored ones are the sampler's too.
-    own = task.moved or config.grpo.sampler == "engine"
-    folders = {"sampler_logps": task.sampler, "reference_logps" if own else "sampler_logps": task.reference}
-    for name, folder in folders.items():
+    table = pa.concat_tables([groups_of(files, engine=engine is not None) for files in parts])
+    if engine:
+        table = table.rename_columns({"engine_logps": engine})
+    for name, folder in stored.items():
         if folder:
-            stored = read_reference(folder)
-            if not stored["user_id"].equals(table["user_id"]):
+            logps = read_reference(folder)
+            if not logps["user_id"].equals(table["user_id"]):
                 raise ValueError(f"{folder}: the stored log-probabilities belong to other texts")
-            table = table.append_column(name, stored["logps"])
+            table = table.append_column(name, logps["logps"])
     users = store.read("users", split=("train", "valid"), columns=["user_id", "split"])
     held_out = users["user_id"].filter(pc.equal(users["split"], "valid")).to_numpy()
     own = table["user_id"].to_numpy()
     is_valid = np.isin(own, held_out)
-    is_read = is_valid & ~np.isin(own, unread_users(config, held_out))
+    is_read = is_valid & ~np.isin(own, unread_users(config, own[is_valid]))
     return {"train": table.filter(pa.array(~is_valid)), "valid": table.filter(pa.array(is_read))}
 
 
 def unread_users(config: Config, held_out: np.ndarray) -> np.ndarray:
-    """Validation users beyond `policy.max_heldout_users`, drawn by the run's seed."""
+    """Those beyond `policy.max_heldout_users` of the validation users that a turn has sampled, drawn by the run's seed."""
     most = config.policy.max_heldout_users
     if not most or len(held_out) <= most:
         return held_out[:0]

@@ -318,7 +318,8 @@ def test_the_reference_of_each_turn(chosen: str, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["top_p=0.9", "top_k=5", "min_p=0.1", "repetition_penalty=1.1", "presence_penalty=1"]
+    "key",
+    ["top_p=0.9", "top_k=5", "min_p=0.1", "repetition_penalty=1.1", "presence_penalty=1", "format=json"],
 )
 def test_probabilities_are_kept_of_whole_distributions_alone(key: str) -> None:
     whole = ["generate.token_logps=true", "generate.top_p=1"]

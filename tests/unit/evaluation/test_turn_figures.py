@@ -74,4 +74,4 @@ def test_without_other_users_there_is_no_reading() -> None:
 
 def test_nobody_is_watched() -> None:
     none = user_figures(*turn(0.0, 0.0, VARIED), np.zeros(0, np.int64))
-    assert turn_figures(none, none) == {} and not list(lines({}))
+    assert turn_figures(none, none) == {} and not list(lines({})) and not list(warnings({}))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleRewards
 from dpo4rec_ray.stages import score
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.store.schemas import SCHEMAS
 from tests.conftest import DEMO
 
 METRICS = ("log_likelihood", "ndcg@5", YARDSTICK)
@@ -26,10 +28,14 @@ class Rewards:
         )
 
     def rewards_of_others(self, user_ids, vectors, num_others, seed, *, metrics) -> SampleRewards:
-        assert (num_others, metrics) == (6, ("log_likelihood",))
-        worth = np.array([[0.5], [3.0], [np.nan]])
+        assert (num_others, metrics) in (
+            (6, ("log_likelihood",)),
+            (score.WATCHED_OTHERS, ("log_likelihood",)),
+        )
+        worth = np.array([[0.5], [3.0], [np.nan]])[: len(user_ids)]
+        error = np.full((len(user_ids), 1), 0.4)
         return SampleRewards(
-            metrics, worth, worth - 0.5, worth + 0.5, np.full((3, 1), 0.4), np.array([6, 6, 0])
+            metrics, worth, worth - 0.5, worth + 0.5, error, np.array([6, 6, 0])[: len(user_ids)]
         )
 
 
@@ -75,3 +81,16 @@ def test_the_personal_reward_is_what_pairs_are_made_of(scored) -> None:
     first = by_metric[0]
     assert (first["reward"], first["half_a"], first["half_b"]) == (0.5, 0.0, 1.0)
     assert by_metric[1]["reward"] == 1.0, "the plain reward stays beside it"
+
+
+def test_with_several_turns_watched_users_texts_are_tried_on_others(scored, tmp_path: Path) -> None:
+    """User 4 is a validation user, 7 is trained on; the reward stays the plain one."""
+    users = {name: [None, None] for name in SCHEMAS["users"].names}
+    users |= {"user_id": [4, 7], "split": ["valid", "train"]}
+    store = RunDir(tmp_path)
+    store.start("users")
+    store.write("users", pa.table(users, schema=SCHEMAS["users"]))
+    store.finish(Manifest("users", "", 2))
+    rows, _ = scored("run.turns_per_round=2", "run.watched_users=1")
+    np.testing.assert_allclose([row["others_reward"] for row in rows], [0.5, 3.0, np.nan])
+    assert [row["reward"] for row in rows] == [row["plain_reward"] for row in rows] == [1.0, 4.0, 7.0]

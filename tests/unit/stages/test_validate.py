@@ -15,7 +15,9 @@ from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
 
 
-def add_round(store: RunDir, round_id: int, before: tuple[float, float], after: tuple[float, float]) -> dict:
+def add_round(
+    store: RunDir, round_id: int, before: tuple[float, float], after: tuple[float, float], turns: int = 1
+) -> dict:
     """A round whose 20 users all have these (reward, reading), as `validate` writes it."""
     users = np.arange(20)
     columns = {
@@ -28,7 +30,7 @@ def add_round(store: RunDir, round_id: int, before: tuple[float, float], after: 
     table = pa.table({"round": np.full(20, round_id, np.int32), "user_id": users, **columns})
     store.start("heldout", round_id)
     store.write("heldout", table, round_id)
-    stats = _choice(RunSection(num_rounds=9), store, round_id, table)
+    stats = _choice(RunSection(num_rounds=9, turns_per_round=turns), store, round_id, table)
     store.finish(Manifest("heldout", "", 20, stats=stats), round_id)
     return stats
 
@@ -50,6 +52,24 @@ def test_rounds_are_judged_against_the_best_one_before_them(tmp_path: Path) -> N
     assert (three["best_round"], three["choice"]["against"]) == (3, 1)
     assert three["choice"]["reward"] == pytest.approx(0.1)  # against round 1's texts, not round 2's
     assert best_round(store, 3) == 3 and not rounds_have_peaked(RunSection(patience=1), store, 3)
+
+
+def test_rounds_of_two_turns_are_judged_by_their_last_ones(tmp_path: Path) -> None:
+    store, run = RunDir(tmp_path), RunSection(num_rounds=9, turns_per_round=2)
+    one = add_round(store, 2, (0.0, 0.1), (0.2, 0.2), turns=2)
+    assert (one["best_round"], one["choice"]["against"]) == (2, 0)
+    assert not rounds_have_peaked(run, store, 2)
+    two = add_round(store, 4, (0.2, 0.2), (0.1, 0.2), turns=2)
+    assert (two["best_round"], two["choice"]["against"]) == (2, 2)
+    assert two["choice"]["reward"] == pytest.approx(-0.1)
+    assert rounds_have_peaked(run, store, 4)
+
+
+def test_where_no_round_was_kept_the_first_rounds_texts_before_are_the_ones_to_beat(tmp_path: Path) -> None:
+    store = RunDir(tmp_path)
+    add_round(store, 2, (0.3, 0.1), (0.2, 0.1), turns=2)
+    two = add_round(store, 4, (0.2, 0.1), (0.25, 0.1), turns=2)
+    assert two["best_round"] == 0 and two["choice"]["reward"] == pytest.approx(-0.05)
 
 
 def test_no_round_beats_the_base_llm(tmp_path: Path) -> None:
