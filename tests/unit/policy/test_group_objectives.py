@@ -92,3 +92,27 @@ def test_grpo_is_the_sum_over_groups(layout: BatchLayout, stored: bool) -> None:
     found, metrics = objective(logps, objective.collate(rows))
     assert found.item() == pytest.approx(expected, abs=1e-5)
     assert metrics["kl_per_token"] > 0 and abs(metrics["ratio"] / len(rows) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_grpo_is_pulled_to_the_model_without_its_lora(kl_weight: float) -> None:
+    """A later turn: the texts' sampler is stored, the reference is the LoRA's base. Without a pull it is not looked at."""
+    model, section = adapted(moved=True), GRPOSection(kl_weight=kl_weight)
+    rows, expected = [], 0.0
+    for one in ROWS:
+        with model.disable_adapter():
+            base = token_logps(model, one, TEMPERATURE)
+        new = token_logps(model, one, TEMPERATURE)
+        drew = [logps - 0.1 for logps in new]
+        for before, after, reference, advantage in zip(drew, new, base, one["advantages"], strict=True):
+            loss, _ = clipped_surrogate(after - before, torch.tensor(advantage), 0.2, 0.2)
+            both = loss + kl_weight * divergence(after - before, reference - after)
+            expected += float(both.mean()) / len(drew)
+        rows.append({**one, "sampler_logps": [logps.tolist() for logps in drew]})
+    objective = GRPOObjective(LAYOUTS[0], section, 10, same_reference=False)
+    logps = CompletionLogps(
+        model, grouped=LAYOUTS[0].grouped, chunk_tokens=3, per_token=True, temperature=TEMPERATURE
+    )
+    found, metrics = objective(logps, objective.collate(rows))
+    assert found.item() == pytest.approx(expected, abs=1e-5)
+    assert ("kl_per_token" in metrics) == (kl_weight > 0) and metrics["off_policy"] > 0
