@@ -36,6 +36,8 @@ COMMANDS = {
     "status": Command(
         "what of a run is finished, running, how fast, and what is left", "dpo4rec_ray.cli.status"
     ),
+    "runs": Command("list the runs below a folder with their headlines", "dpo4rec_ray.cli.runs"),
+    "compare": Command("set finished runs side by side", "dpo4rec_ray.cli.compare"),
     "search": Command("search training settings of the rerankers", "dpo4rec_ray.cli.search"),
     "prompts": Command("show what the LLM is asked about a user", "dpo4rec_ray.cli.show_prompt"),
     "pairs": Command("export and import preference pairs", "dpo4rec_ray.cli.pairs"),

@@ -7,6 +7,7 @@ are measured too (docs/method.md section 7). The tables are made in `dpo4rec_ray
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -102,9 +103,19 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     store.write("per_list", _simple_systems(config, store, test, popular), part=len(fits))
     per_list = read_folder(folder)
     _summarise(config, store, per_list.to_pandas(), _list_properties(store, test, popular), round_id)
-    return Outcome(
-        rows_in=store.require("lists").rows, rows_out=len(per_list), stats={"last_round": round_id}
-    )
+    stats = {"last_round": round_id, "test_lists": _digest(store, test)}
+    return Outcome(rows_in=store.require("lists").rows, rows_out=len(per_list), stats=stats)
+
+
+def _digest(store: RunDir, test: ListData) -> str:
+    """The same for runs whose test lists are the same, in the same order with the same numbers of users and items."""
+    found = hashlib.sha256()
+    for values in (test.user_ids, test.item_ids, test.labels):
+        found.update(np.ascontiguousarray(values.numpy()).tobytes())
+    users = store.read("users", split="test", columns=["user_id", "raw_id"]).sort_by("user_id")
+    for raw in (store.read("items", columns=["raw_id"])["raw_id"], users["raw_id"]):
+        found.update("\n".join(map(str, raw.to_pylist())).encode())
+    return found.hexdigest()[:16]
 
 
 def _jobs(

@@ -1,0 +1,85 @@
+"""dpo4rec runs ROOT: the runs below a folder, a line each with their headline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from dpo4rec_ray.cli import session
+from dpo4rec_ray.cli.arguments import Formatter, examples
+from dpo4rec_ray.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="dpo4rec runs",
+        description="The runs below a folder, a line each: what the best round's texts add to NDCG@5 of test users over the "
+        "backbone, and what the last round taught the LLM about its users. What is not finished says how far it came.",
+        epilog=examples(
+            ("dpo4rec runs runs", "those of this folder"), ("dpo4rec runs s3://bucket/runs", "on any storage")
+        ),
+        formatter_class=Formatter,
+    )
+    found.add_argument("root", metavar="ROOT", nargs="?", default="runs")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return session.guarded(lambda: show(options), verbose=False)
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print a line per run.
+
+    Raises:
+        UserError: no such folder, or no run in it.
+    """
+    from dpo4rec_ray.storage.places import place
+
+    root = place(options.root)
+    if not root.is_dir():
+        raise UserError(f"{options.root}: no such folder")
+    runs = sorted(
+        (one for one in root.iterdir() if (one / "config.json").is_file()), key=lambda one: one.name
+    )
+    if not runs:
+        raise UserError(f"{options.root}: holds no run folder")
+    width = max(len(one.name) for one in runs)
+    for one in runs:
+        file = one / "summary.json"
+        about = headline(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else unfinished(one)
+        print(f"{one.name:<{width}}  {about}")
+    return 0
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """NDCG@5 of the best round's texts, or of the texts of a run without rounds, against the backbone; and the reading gain."""
+    rounds, best = summary.get("rounds", []), summary.get("best_round", 0)
+    systems = [f"dpo4rec-round{best}"] if best else ["base-llm", "statistics"]
+    found = []
+    for row in summary["comparisons"]:
+        if row["metric"] == "ndcg@5" and row["against"] == "backbone" and row["system"] in systems:
+            ends = "[{:+.4f}, {:+.4f}]".format(*row["ci95"]) if None not in row["ci95"] else ""
+            found.append(f"{row['backbone']} {row['system']} {row['delta']:+.4f} {ends}")
+    if rounds:
+        reading = rounds[-1]["figures"].get("reading")
+        if reading:
+            found.append(
+                "reading gain {:+.4f} [{:+.4f}, {:+.4f}]".format(reading["change"], *reading["change_ci95"])
+            )
+        found.append(f"best round {best} of {len(rounds)}")
+    return "; ".join(found)
+
+
+def unfinished(folder: Any) -> str:
+    from dpo4rec_ray.config import read_config
+    from dpo4rec_ray.pipeline import STAGES, steps
+    from dpo4rec_ray.store.artifacts import RunDir
+
+    store = RunDir(folder)
+    for name, number in steps(read_config(folder)):
+        if not all(store.manifest(*artifact) for artifact in STAGES[name].writes(number)):
+            return f"not finished: {name}({number}) is next"
+    return "not finished: report is next"

@@ -1,0 +1,128 @@
+"""Runs side by side as Markdown, for the terminal and files, and as one HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+
+from dpo4rec_ray.evaluation.run_comparison import (
+    HELD_OUT,
+    ComparedRun,
+    differences,
+    held_out,
+    recipe_differences,
+)
+from dpo4rec_ray.evaluation.systems import TITLES, Row, label
+from dpo4rec_ray.evaluation.table_formats import interval
+
+_SHOWN = 60  # characters of a key's value
+Table = tuple[str, list[str], list[list[str]]]  # heading, columns, rows
+
+
+def tables(runs: Sequence[ComparedRun]) -> list[Table]:
+    """What is shown: the runs, their recipes' differences, test users, held-out users."""
+    names = [run.name for run in runs]
+    about = [
+        [run.name, str(run.summary.get("commit", ""))[:12], f"{run.summary['total_seconds']:.0f}", _best(run)]
+        for run in runs
+    ]
+    changed = [[f"`{key}`", *map(_value, values)] for key, values in recipe_differences(runs).items()]
+    test = [
+        [
+            label(row["backbone"]),
+            row["system"],
+            TITLES[row["metric"]],
+            row["run"],
+            f"{row['level']:.4f}",
+            _difference(row, ""),
+            _difference(row, "by user "),
+        ]
+        for row in _without_equals(differences(runs))
+    ]
+    rounds = [
+        [
+            row["run"],
+            str(row["round"]),
+            "yes" if row["kept"] else "no",
+            *(_change(row[name]) for name in HELD_OUT.values()),
+        ]
+        for row in held_out(runs)
+    ]
+    against = f"against {names[0]}, over lists"
+    found: list[Table] = [
+        ("Runs", ["run", "commit", "seconds of the last job", "best round"], about),
+        ("What their recipes differ in", ["key", *names], changed),
+        (
+            "Test users, on identical lists",
+            ["backbone", "system", "metric", "run", "mean", against, "over users"],
+            test,
+        ),
+        (
+            "Validation users' texts in each run's last round, by its own rerankers",
+            ["run", "round", "kept", *HELD_OUT.values()],
+            rounds,
+        ),
+    ]
+    return [table for table in found if table[2]]
+
+
+def to_markdown(runs: Sequence[ComparedRun]) -> str:
+    parts = []
+    for heading, columns, rows in tables(runs):
+        frame = pd.DataFrame(rows, columns=columns)
+        parts += [f"## {heading}", frame.to_markdown(index=False, disable_numparse=True)]
+    return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+NOTE = (
+    "Differences are paired on lists and seeds; 95 % intervals resample users, p-values are not corrected for the number of "
+    "comparisons. Figures of validation users are by each run's own rerankers, and compare as far as those are the same."
+)
+
+
+def to_html(runs: Sequence[ComparedRun]) -> str:
+    """A page of its own: no network, no script."""
+    environment = Environment(loader=PackageLoader("dpo4rec_ray", "report"), autoescape=True)
+    template = environment.get_template("comparison.html.jinja")
+    return template.render(names=[run.name for run in runs], tables=tables(runs), note=NOTE)
+
+
+def _without_equals(rows: Sequence[Row]) -> list[Row]:
+    """A system whose figures are the same to the last digit in all its runs is one row, of "all"."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["backbone"], row["system"]), []).append(row)
+    shown: list[Row] = []
+    for own in found.values():
+        levels: dict[str, set[float]] = {}
+        for row in own:
+            levels.setdefault(row["metric"], set()).add(row["level"])
+        several = len({row["run"] for row in own}) > 1
+        if several and all(len(values) == 1 for values in levels.values()):
+            shown += [{**row, "run": "all"} for row in own if row["run"] == own[0]["run"]]
+        else:
+            shown += own
+    return shown
+
+
+def _best(run: ComparedRun) -> str:
+    return str(run.summary["best_round"]) if run.summary.get("rounds") else "no rounds"
+
+
+def _value(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _difference(row: Row, prefix: str) -> str:
+    return interval(row, prefix) if f"{prefix}delta" in row else ""
+
+
+def _change(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(figure["change"], *figure["change_ci95"])
