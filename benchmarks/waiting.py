@@ -64,10 +64,10 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     reckoned = []
     for ratio in RATIOS:
         for way, waits in ways(mean, workers, ratio).items():
-            reckoned.append({"engines : trainers": f"{ratio}:1", "way": way, **waits._asdict()})
+            reckoned.append({"ratio": f"{ratio} to 1", "way": way, **waits._asdict()})
     harness.print_table(
         reckoned,
-        "engines : trainers {engines : trainers} | way {way} | turn s {seconds:.1f} | engines wait {engines:.0%} | "
+        "engines to trainers {ratio} | way {way} | turn s {seconds:.1f} | engines wait {engines:.0%} | "
         "trainers wait {trainers:.0%}",
     )
     harness.write_results(folder / f"waiting-{store.root.name}.json", [*found, *reckoned])
