@@ -33,7 +33,7 @@ from dpo4rec_ray.stages import (
     train_reward,
     validate,
 )
-from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.train.learners import LEARNERS
 
@@ -230,6 +230,12 @@ def steps(config: Config) -> list[tuple[str, int]]:
     return [*found, ("evaluate", max(rounds(config), default=0) if config.has_policy else 0)]
 
 
+def made(store: RunDir, name: str, number: int) -> Manifest | None:
+    """The manifest of a step whose artifacts are all complete; None if one is not."""
+    found = [store.manifest(*artifact) for artifact in STAGES[name].writes(number)]
+    return found[-1] if all(found) else None
+
+
 def how_far(store: RunDir, objectives: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """The stages that are complete in a run folder, in one round at least where they belong to rounds, and the others.
 
@@ -240,9 +246,5 @@ def how_far(store: RunDir, objectives: Collection[str] = ()) -> tuple[list[str],
     others = {*LEARNERS, *(() if "dpo" in objectives else ("pair",))} - set(objectives)
     names = [name for name in STAGES if name not in others]
     numbers = [0, *sorted(int(folder.name) for folder in store.root.glob("rounds/[0-9]*"))]
-    done = {
-        name
-        for name, stage in STAGES.items()
-        if any(all(store.manifest(*artifact) for artifact in stage.writes(number)) for number in numbers)
-    }
+    done = {name for name in STAGES if any(made(store, name, number) for number in numbers)}
     return [name for name in names if name in done], [name for name in names if name not in done]

@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.pipeline import STAGES, steps
-from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.pipeline import made, steps
+from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.heartbeat import LOST_AFTER_S, Heartbeat, read_heartbeat
 
 RUNNING, LOST, STOPPED = "running", "lost", "not running"
@@ -84,12 +84,12 @@ def _state(beat: Heartbeat | None, now: float) -> str:
 def _steps(config: Config, store: RunDir, beat: Heartbeat | None) -> Iterator[Step]:
     """beat: of the job that is at work; None if there is none."""
     order = steps(config)
-    made = {step: _made(store, *step) for step in order}
+    found = {step: made(store, *step) for step in order}
     at_work = next((step for step in order if beat and _same(step, beat)), None)
-    evaluated = made[order[-1]] is not None
+    evaluated = found[order[-1]] is not None
     reached = True
     for step in order:
-        manifest = made[step]
+        manifest = found[step]
         if beat and step == at_work:
             reached = False
             yield Step(*step, RUNNING, seconds=round(beat.time - beat.stage_began, 1), progress=beat.progress)
@@ -103,12 +103,6 @@ def _steps(config: Config, store: RunDir, beat: Heartbeat | None) -> Iterator[St
 def _same(step: tuple[str, int], beat: Heartbeat) -> bool:
     """`evaluate` belongs to whatever round was the last."""
     return step[0] == beat.stage and (step[0] == "evaluate" or step[1] == beat.round)
-
-
-def _made(store: RunDir, name: str, round_id: int) -> Manifest | None:
-    """The manifest of a step whose artifacts are all complete."""
-    made = [store.manifest(*artifact) for artifact in STAGES[name].writes(round_id)]
-    return made[-1] if all(made) else None
 
 
 def lines(found: Status) -> Iterator[str]:

@@ -75,11 +75,11 @@ def headline(summary: dict[str, Any]) -> str:
 
 def unfinished(folder: Any) -> str:
     from dpo4rec_ray.config import read_config
-    from dpo4rec_ray.pipeline import STAGES, steps
+    from dpo4rec_ray.pipeline import made, steps
     from dpo4rec_ray.store.artifacts import RunDir
 
     store = RunDir(folder)
     for name, number in steps(read_config(folder)):
-        if not all(store.manifest(*artifact) for artifact in STAGES[name].writes(number)):
+        if not made(store, name, number):
             return f"not finished: {name}({number}) is next"
     return "not finished: report is next"

@@ -14,6 +14,7 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.per_list import PerList, interval_stats
 from dpo4rec_ray.evaluation.systems import HEADLINE, NO_BACKBONE, Row, table_order
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.dependencies import by_key
 
 OF_PLACE = ("run.name", "run.root")  # keys that say where a run is
 NUM_RESAMPLES = 2000
@@ -48,15 +49,15 @@ class ComparedRun:
         # A run of before has no digest; the same preparation gives the same lists.
         lists = manifest.stats.get("test_lists") or store.require("lists").fingerprint
         summary = json.loads(file.read_text(encoding="utf-8"))
-        return cls(store.root.name, config, summary, store.read("per_list").to_pandas(), lists)
+        columns = ["list_id", "user_id", "system", "backbone", "seed", *HEADLINE]
+        return cls(
+            store.root.name, config, summary, store.read("per_list", columns=columns).to_pandas(), lists
+        )
 
 
 def recipe_differences(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     """Key -> its value in each run, of keys that are not the same in all."""
-    flat = []
-    for run in runs:
-        sections = run.config.model_dump(mode="json")
-        flat.append({f"{name}.{key}": value for name, own in sections.items() for key, value in own.items()})
+    flat = [by_key(run.config.model_dump(mode="json")) for run in runs]
     found = {key: [one.get(key) for one in flat] for key in flat[0] if key not in OF_PLACE}
     return {key: values for key, values in found.items() if any(one != values[0] for one in values)}
 

@@ -72,7 +72,7 @@ def turn_figures(
 
 
 def lines(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """For the terminal: the curve's new point, then what it warns of."""
+    """For the terminal: the curve's new point."""
 
     def moved(name: str) -> str:
         return f"{figures[name]['before']:.3g} -> {figures[name]['after']:.3g}"
@@ -88,7 +88,6 @@ def lines(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         + (f", reading {change('reading')}, style {change('style')}" if "reading" in figures else "")
         + f"; words per text {moved('words')}, distinct texts {moved('distinct')}"
     )
-    yield from warnings(figures)
 
 
 def warnings(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from dpo4rec_ray.evaluation.run_comparison import (
 )
 from dpo4rec_ray.evaluation.systems import TITLES, Row, label
 from dpo4rec_ray.evaluation.table_formats import interval
+from dpo4rec_ray.store.dependencies import short
 
-_SHOWN = 60  # characters of a key's value
 Table = tuple[str, list[str], list[list[str]]]  # heading, columns, rows
 
 
@@ -30,7 +29,7 @@ def tables(runs: Sequence[ComparedRun]) -> list[Table]:
         [run.name, str(run.summary.get("commit", ""))[:12], f"{run.summary['total_seconds']:.0f}", _best(run)]
         for run in runs
     ]
-    changed = [[f"`{key}`", *map(_value, values)] for key, values in recipe_differences(runs).items()]
+    changed = [[f"`{key}`", *map(short, values)] for key, values in recipe_differences(runs).items()]
     test = [
         [
             label(row["backbone"]),
@@ -111,11 +110,6 @@ def _without_equals(rows: Sequence[Row]) -> list[Row]:
 
 def _best(run: ComparedRun) -> str:
     return str(run.summary["best_round"]) if run.summary.get("rounds") else "no rounds"
-
-
-def _value(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _difference(row: Row, prefix: str) -> str:

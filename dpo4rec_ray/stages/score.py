@@ -58,7 +58,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         before, now = (_of_users(store, one, watched) for one in (first, round_id))
         stats["watched"] = turn_figures(before, now)
         stats["warnings"] = list(warnings(stats["watched"]))
-        for line in lines(stats["watched"]):
+        for line in (*lines(stats["watched"]), *stats["warnings"]):
             say(f"  turn {round_id}: {line}")
     return Outcome(rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": len(by_metric)})
 

@@ -36,7 +36,7 @@ class Dependencies:
             return ""
         found = [f"changed input {_CALLED.get(name, name)}" for name in _differing(made.inputs, self.inputs)]
         if made.settings:
-            before, now = _by_key(made.settings), _by_key(self.settings)
+            before, now = by_key(made.settings), by_key(self.settings)
             found += [
                 f"changed key {_CALLED.get(key, key)} ({_short(before, key)} -> {_short(now, key)})"
                 for key in _differing(before, now)
@@ -52,7 +52,7 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _by_key(settings: Mapping[str, Any]) -> dict[str, Any]:
+def by_key(settings: Mapping[str, Any]) -> dict[str, Any]:
     """{"data": {"file": ""}, "reward.metric": "ndcg@5"} -> {"data.file": "", "reward.metric": "ndcg@5"}."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
@@ -64,5 +64,10 @@ def _by_key(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _short(settings: Mapping[str, Any], key: str) -> str:
     if key not in settings:
         return "not there"
-    text = json.dumps(settings[key], ensure_ascii=False)
+    return short(settings[key])
+
+
+def short(value: Any) -> str:
+    """A value as JSON, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
