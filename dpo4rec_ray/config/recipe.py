@@ -142,6 +142,13 @@ class Config(Section):
         own = temperature[min(rounds_before, len(temperature) - 1)]
         return self.generate.model_copy(update={"temperature": own})
 
+    def reference_of(self, turn: int) -> int:
+        """The number of the policy that is the reference of a turn's training; 0 is the base LLM."""
+        chosen = self.policy.reference_policy
+        if chosen == "turn":
+            return turn - 1
+        return 0 if chosen == "base" else self.run.first_turn(turn) - 1
+
     @property
     def max_training_tokens(self) -> int:
         """Most tokens of a prompt and a text that are trained on."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.planning.sizes import Sizes
-from dpo4rec_ray.stages.train_policy import reference_of
 from dpo4rec_ray.store.user_rows import turn_users
 from dpo4rec_ray.train.learners import LEARNERS
 
@@ -131,7 +130,7 @@ def grpo(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
     section, users = config.policy, sizes.train * turn_users(config, round_id).train_share
     evaluated = _heldout_users(config, sizes, round_id) * FORWARD
     rows = section.epochs * (users + evaluated)
-    moved = reference_of(config, round_id) != round_id - 1
+    moved = config.reference_of(round_id) != round_id - 1
     passes = sum(LEARNERS["grpo"].stored(config, moved))
     if section.reference == "lora_off":
         rows += section.epochs * (users * FORWARD + evaluated)

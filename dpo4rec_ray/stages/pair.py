@@ -25,6 +25,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import read_vectors
 from dpo4rec_ray.store.schemas import SCHEMAS
+from dpo4rec_ray.store.user_rows import valid_users
 from dpo4rec_ray.train.scored_texts import unread_users
 
 SPLITS = ("train", "valid")
@@ -40,9 +41,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     store.start("pairs", round_id)
     users = store.read("users", split=SPLITS, columns=["user_id", "split"])
     split_of = dict(zip(users["user_id"].to_pylist(), users["split"].to_pylist(), strict=True))
-    sampled = set(store.read("scores", round_id, columns=["user_id"])["user_id"].to_pylist())
-    held_out = np.array([user for user in sampled if split_of[user] == "valid"], np.int64)
-    unread = set(unread_users(config, held_out).tolist())
+    sampled = store.read("scores", round_id, columns=["user_id"])["user_id"].to_numpy()
+    unread = set(unread_users(config, np.intersect1d(valid_users(store), sampled)).tolist())
     judged = _Judged(config, store, round_id)
     # Held-out users always have a pair with another user's text: it measures whether DPO teaches reading.
     others = {

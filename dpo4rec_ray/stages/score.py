@@ -25,7 +25,7 @@ from dpo4rec_ray.store.artifacts import RunDir, part_file
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
-from dpo4rec_ray.store.user_rows import turn_users
+from dpo4rec_ray.store.user_rows import turn_users, valid_users
 from dpo4rec_ray.texts.vectors import encoder_pool, open_encoder
 from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.run_metrics import Metrics
@@ -47,7 +47,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     progress = Progress("score", generated.stats["users"], "users")
     rows = sum(answer["rows"] for answer in run_shards(shards, pools, progress))
     scores, by_metric = (_parts(store, name, round_id) for name in ("scores", "metric_scores"))
-    valid = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
+    valid = valid_users(store)
     stats = reward_diagnosis(by_metric, reward_name(config), valid)
     if config.reward.personal:
         stats["personal"] = personal_diagnosis(scores)
@@ -158,7 +158,7 @@ class ShardScorer:
         self._num_others, self._seed = config.reward.personal, seed_of(config.run.seed, "others")
         self._watched = np.zeros(0, np.int64)
         if config.run.turns_per_round > 1 and not self._num_others:
-            valid = store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
+            valid = valid_users(store)
             self._watched = valid[turn_users(config, round_id).watches(valid)]
         self._reward_name = reward_name(config)
         phase("loading the rerankers")

@@ -38,7 +38,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     folder = begin(store, "policy", round_id)
     before = policy_weights(config, store, round_id - 1)
     # A policy that is not the reference is trained on from where it is: its LoRA is one on the reference.
-    moved = reference_of(config, round_id) != round_id - 1
+    moved = config.reference_of(round_id) != round_id - 1
     base = base_of(before, section.tuning, moved)
     if not base:
         base = str(folder / "start")
@@ -53,7 +53,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         if learner.texts and stores_reference:
             frozen = base
             if moved and section.tuning == "full":
-                frozen = policy_weights(config, store, reference_of(config, round_id)).whole
+                frozen = policy_weights(config, store, config.reference_of(round_id)).whole
             reference = str(cached_reference(config, store, round_id, frozen, learner.texts, temperature))
         if learner.texts and stores_sampler:
             # As training starts from them: quantised, a merged folder would be other weights.
@@ -95,14 +95,6 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     return Outcome(rows_in=rows["train"] + rows["train_too_long"], rows_out=stats["steps"], stats=stats)
 
 
-def reference_of(config: Config, round_id: int) -> int:
-    """The number of the policy that is the reference of round r's training; 0 is the base LLM."""
-    chosen = config.policy.reference_policy
-    if chosen == "turn":
-        return round_id - 1
-    return 0 if chosen == "base" else config.run.first_turn(round_id) - 1
-
-
 def base_of(before: PolicyWeights, tuning: str, moved: bool) -> str:
     """The model that training starts from; "" where the LoRA of the policy before has to be merged first.
 
@@ -116,7 +108,7 @@ def base_of(before: PolicyWeights, tuning: str, moved: bool) -> str:
 def _stats(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
     """What the workers wrote into the folder, as one table; prints the lines that a user should read."""
     folder, section = store.path("policy", round_id), config.policy
-    objective, reference = section.objective_of(round_id), reference_of(config, round_id)
+    objective, reference = section.objective_of(round_id), config.reference_of(round_id)
     learner = LEARNERS[objective]
     steps = read_metrics(folder)
     state = read_state(folder)

@@ -31,7 +31,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import sample_scorer, vectors_of
 from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
-from dpo4rec_ray.store.user_rows import liked_items
+from dpo4rec_ray.store.user_rows import liked_items, valid_users
 from dpo4rec_ray.texts.vectors import open_encoder
 from dpo4rec_ray.workers.stage_workers import reward_tasks
 from dpo4rec_ray.workers.tasks import in_worker
@@ -115,14 +115,10 @@ def open_measure(config: Config, store: RunDir) -> HeldoutMeasure:
     )
 
 
-def _valid_users(store: RunDir) -> pa.Array:
-    return store.read("users", split="valid", columns=["user_id"])["user_id"].combine_chunks()
-
-
 def texts_before(config: Config, store: RunDir, round_id: int) -> UserTexts:
     """The samples of `generations`. Their vectors are not kept, so they are encoded once more."""
     table = store.read("generations", round_id, columns=["user_id", "sample_id", "text"])
-    table = table.filter(pc.is_in(table["user_id"], _valid_users(store)))
+    table = table.filter(pc.is_in(table["user_id"], pa.array(valid_users(store))))
     table = table.sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
     texts = table["text"].to_pylist()
     return UserTexts(table["user_id"].to_numpy(), texts, open_encoder(config.encoder).encode(texts))
@@ -131,7 +127,7 @@ def texts_before(config: Config, store: RunDir, round_id: int) -> UserTexts:
 def texts_after(store: RunDir, round_id: int) -> UserTexts:
     """The samples of `knowledge`. Users without all their texts have none before (generate leaves them out), nor after."""
     failed = store.failed("knowledge", round_id)["subject_id"].to_numpy()  # after round 0 there are no items
-    valid = pa.array(np.setdiff1d(_valid_users(store).to_numpy(), failed))
+    valid = pa.array(np.setdiff1d(valid_users(store), failed))
     table = store.read("knowledge", round_id)
     table = table.filter(pc.and_(pc.equal(table["subject"], "user"), pc.is_in(table["subject_id"], valid)))
     table = table.sort_by([("subject_id", "ascending"), ("sample_id", "ascending")])

@@ -34,6 +34,11 @@ def turn_users(config: Config, turn: int) -> TurnUsers:
     )
 
 
+def valid_users(store: RunDir) -> np.ndarray:
+    """Ids of the validation users."""
+    return store.read("users", split="valid", columns=["user_id"])["user_id"].to_numpy()
+
+
 def held_out(users: pa.Table) -> np.ndarray:
     """Which rows of `users` are validation users, bool [n]."""
     return pc.equal(users["split"], "valid").to_numpy()

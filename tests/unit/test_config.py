@@ -11,7 +11,6 @@ from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.config.section import merged
 from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.stages.train_policy import reference_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.toml"))
 
@@ -314,7 +313,7 @@ def test_the_reference_of_each_turn(chosen: str, expected: list[int]) -> None:
     config = default_config(
         ["run.turns_per_round=2", "run.num_rounds=2", f"policy.reference_policy={chosen}"]
     )
-    assert [reference_of(config, turn) for turn in range(1, 5)] == expected
+    assert [config.reference_of(turn) for turn in range(1, 5)] == expected
 
 
 @pytest.mark.parametrize(
