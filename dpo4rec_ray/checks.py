@@ -53,7 +53,7 @@ def check_all(config: Config, only: str = "") -> None:
     """
     _check_names(config)
     if not config.has_policy:
-        if config.run.num_rounds > 1:
+        if config.run.max_rounds > 1:
             raise UserError(
                 f"run.num_rounds = {config.run.num_rounds}, but llm.source = {config.llm.source!r} is not trained: a second "
                 "round would only repeat the first; set run.num_rounds to 0 or 1"
@@ -63,6 +63,16 @@ def check_all(config: Config, only: str = "") -> None:
                 f"run.turns_per_round = {config.run.turns_per_round}, but llm.source = {config.llm.source!r} is not trained: set "
                 "it to 1"
             )
+    elif config.run.retrain_reward and "llm" not in config.reward.reader:
+        raise UserError(
+            f"run.retrain_reward, but the reward's rerankers are trained on {', '.join(config.reward.reader)} texts alone, which "
+            'no round changes; add "llm" to reward.reader'
+        )
+    elif config.run.keep_pairs and set(config.policy.objectives) != {"dpo"}:
+        raise UserError(
+            f"run.keep_pairs, but policy.objective = {config.policy.objective!r} makes no pairs in some turn; set run.keep_pairs "
+            "= false"
+        )
     elif config.generate.max_new_tokens >= config.llm.max_model_len:
         raise UserError(
             f"generate.max_new_tokens = {config.generate.max_new_tokens} leaves no room for a prompt in "
@@ -156,7 +166,7 @@ def _reranker_sections(config: Config) -> dict[str, RerankerSection]:
 
 
 def _check_trained(config: Config) -> None:
-    if config.run.num_rounds:
+    if config.run.max_rounds:
         check_training(config)
     if config.llm.path == "bootstrap":
         small_llama_config(MAX_VOCAB_SIZE, config.bootstrap)
@@ -176,7 +186,7 @@ def _check_trained(config: Config) -> None:
     # of a hub name too: the download is small, and a wrong name shows now
     for remark in style_remarks(config.prompt, load_tokenizer(path)):
         say(f"  llm.path {path}: {remark}")
-    if config.run.num_rounds:
+    if config.run.max_rounds:
         _check_architecture(path)
 
 

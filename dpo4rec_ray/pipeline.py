@@ -2,7 +2,8 @@
 
     histories -> prepare -> encode(0) -> train_reward
     round r:  generate -> score -> pair -> dpo -> encode(r) -> validate
-              (policy.objective: best_of_n or grpo in place of pair -> dpo)
+              (policy.objective: best_of_n or grpo in place of pair -> dpo;
+              run.retrain_reward: train_reward(r) before generate, from round 2 on)
     then:     evaluate -> report
 
 Round r samples from policy r-1 (policy 0 is the base LLM) and trains policy r. Where llm.source is no policy there is
@@ -103,8 +104,12 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train_reward",
             train_reward.run,
-            reads=lambda run, r: [("lists", 0), ("knowledge", 0), ("references", 0)],
-            writes=lambda r: [("reward", 0)],
+            reads=lambda run, r: [
+                ("lists", 0),
+                *(("knowledge", i) for i in dict.fromkeys((0, max(0, r - 1)))),
+                ("references", 0),
+            ],
+            writes=lambda r: [("reward", r)],
             sections=(
                 "reranker",
                 "reward.num_folds",
@@ -130,7 +135,7 @@ STAGES: dict[str, Stage] = {
                 ),  # what a turn is compared with
                 ("lists", 0),
                 ("knowledge", 0),
-                ("reward", 0),
+                ("reward", run.reward_of(r)),
             ],
             writes=lambda r: [("metric_scores", r), ("scores", r)],
             sections=(
@@ -146,9 +151,14 @@ STAGES: dict[str, Stage] = {
         Stage(
             "pair",
             pair.run,
-            reads=lambda run, r: [("generations", r), ("scores", r), ("knowledge", 0)],
+            reads=lambda run, r: [
+                ("generations", r),
+                ("scores", r),
+                ("knowledge", 0),
+                *((("pairs", r - 1),) if run.keep_pairs and r > 1 else ()),
+            ],
             writes=lambda r: [("pairs", r)],
-            sections=("pair", "policy.max_heldout_users", "data.positive_rating"),
+            sections=("pair", "policy.max_heldout_users", "data.positive_rating", "run.keep_pairs"),
         ),
         Stage(
             "dpo",
@@ -205,7 +215,7 @@ def before_rounds(config: Config) -> list[str]:
     """Those of `BEFORE_ROUNDS` that this recipe needs."""
     needed = {
         "bootstrap": config.has_policy and config.llm.path == "bootstrap",
-        "train_reward": config.run.num_rounds > 0,
+        "train_reward": config.run.max_rounds > 0,
     }
     return [name for name in BEFORE_ROUNDS if needed.get(name, True)]
 
@@ -214,13 +224,14 @@ def rounds(config: Config) -> dict[int, tuple[str, ...]]:
     """The stages of each turn that this recipe may come to."""
     if config.has_policy:
         return {turn: _stages_of(config, turn) for turn in range(1, config.run.num_turns + 1)}
-    return {1: UNTRAINED_ROUND} if config.run.num_rounds else {}  # evaluate sees round 0 alone
+    return {1: UNTRAINED_ROUND} if config.run.max_rounds else {}  # evaluate sees round 0 alone
 
 
 def _stages_of(config: Config, turn: int) -> tuple[str, ...]:
-    objective = config.policy.objective_of(turn)
-    after = AFTER_ROUND if config.run.ends_round(turn) else ()
-    return (*SAMPLED, *(("pair",) if objective == "dpo" else ()), objective, *after)
+    objective, run = config.policy.objective_of(turn), config.run
+    before = ("train_reward",) if turn == run.reward_of(turn) else ()
+    after = AFTER_ROUND if run.ends_round(turn) else ()
+    return (*before, *SAMPLED, *(("pair",) if objective == "dpo" else ()), objective, *after)
 
 
 def steps(config: Config) -> list[tuple[str, int]]:

@@ -18,6 +18,7 @@ from dpo4rec_ray.stages import train_reward, validate
 from dpo4rec_ray.store import events, progress
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.store.dependencies import Dependencies
+from dpo4rec_ray.store.final import promote
 from dpo4rec_ray.store.heartbeat import beating
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.engines import release_engines
@@ -99,6 +100,7 @@ def _all_stages(runner: Runner) -> int:
             number = config.run.round_of(round_id)
             say(f"round {number}: no longer better than the best round so far; no further round")
             break
+    runner.promote(last_round)
     runner.step("evaluate", last_round)
     return last_round
 
@@ -138,7 +140,7 @@ class Runner:
             say(f"{name}({round_id}): kept, {manifest.rows if manifest else 0} rows, {target}")
             return
         if name in UNTRAINED_ROUND:
-            train_reward.check_reads(self.config, self.store)
+            train_reward.check_reads(self.config, self.store, round_id)
         began = time.monotonic()
         say(f"{name}({round_id}): started" + (f", {why}" if why != NOT_THERE else ""))
         events.note("stage_started", why=why)
@@ -163,6 +165,14 @@ class Runner:
         run = self.config.run
         ends = run.ends_round(round_id) and round_id < run.num_turns
         return ends and validate.rounds_have_peaked(run, self.store, round_id)
+
+    def promote(self, last_round: int) -> None:
+        """Say which policy is the run's: the card in final/."""
+        if last_round and self.store.manifest("heldout", last_round):
+            best = validate.best_round(self.store, last_round)
+            found = promote(self.config.run, self.store, best, last_round)
+            events.note("policy_promoted", number=found.policy)
+            say(f"final policy: {found.folder or 'the base LLM'}, {found.why}")
 
     def depends(self, stage: Stage, round_id: int) -> Dependencies:
         """What the step's output depends on: its config, what comes from outside, and which production of each input."""
@@ -240,6 +250,9 @@ class DryRun(Runner):
 
     def peaked(self, round_id: int) -> bool:
         return ("heldout", round_id) not in self._remade and super().peaked(round_id)
+
+    def promote(self, last_round: int) -> None:
+        pass
 
     def tell(self, label: str, what: str) -> None:
         print(f"{label:<16}{what}")

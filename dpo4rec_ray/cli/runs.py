@@ -56,19 +56,18 @@ def show(options: argparse.Namespace) -> int:
 
 def headline(summary: dict[str, Any]) -> str:
     """NDCG@5 of the best round's texts, or of the texts of a run without rounds, against the backbone; and the reading gain."""
+    from dpo4rec_ray.core.intervals import signed
+
     rounds, best = summary.get("rounds", []), summary.get("best_round", 0)
     systems = [f"dpo4rec-round{best}"] if best else ["base-llm", "statistics"]
     found = []
     for row in summary["comparisons"]:
         if row["metric"] == "ndcg@5" and row["against"] == "backbone" and row["system"] in systems:
-            ends = "[{:+.4f}, {:+.4f}]".format(*row["ci95"]) if None not in row["ci95"] else ""
-            found.append(f"{row['backbone']} {row['system']} {row['delta']:+.4f} {ends}")
+            found.append(f"{row['backbone']} {row['system']} {signed(row['delta'], row['ci95'])}")
     if rounds:
         reading = rounds[-1]["figures"].get("reading")
         if reading:
-            found.append(
-                "reading gain {:+.4f} [{:+.4f}, {:+.4f}]".format(reading["change"], *reading["change_ci95"])
-            )
+            found.append(f"reading gain {signed(reading['change'], reading['change_ci95'])}")
         found.append(f"best round {best} of {len(rounds)}")
     return "; ".join(found)
 

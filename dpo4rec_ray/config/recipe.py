@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -28,6 +28,8 @@ from dpo4rec_ray.config.training import (
     PolicySection,
 )
 
+AUTO_ROUNDS = 10  # more than ever helped; a bound all the same, for `plan` and for folders
+
 
 class RunSection(Section):
     """Where the run lives and how long it goes on."""
@@ -38,8 +40,9 @@ class RunSection(Section):
     """Folder of the run folders: a path, or a URI such as s3://bucket/runs. On a cluster, storage that every node sees."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn."""
-    num_rounds: int = Field(default=1, ge=0)
-    """Most rounds. 0: no training of the LLM; the base LLM's texts are evaluated."""
+    num_rounds: Annotated[int, Field(ge=0)] | Literal["auto"] = 1
+    """Most rounds. 0: no training of the LLM; the base LLM's texts are evaluated. "auto": as many as help, by run.patience; 10 at
+    most."""
     turns_per_round: int = Field(default=1, ge=1)
     """Turns of a round. Each samples another part of the training users from the newest policy, scores the texts and learns from
     them: on-policy training. Only the last turn's policy writes the round's texts. Folders and --round count turns."""
@@ -48,6 +51,11 @@ class RunSection(Section):
     patience: int = Field(default=1, ge=1)
     """Rounds that are no better than the best one before the run stops. A round is better if its held-out reward is higher and
     its reading is not clearly lower."""
+    retrain_reward: bool = False
+    """Train the reward's rerankers anew before each further round, on the texts of the round before ("llm" in reward.reader): the
+    LLM and the recommender move in turns. Rounds are compared by the first rerankers all the same."""
+    keep_pairs: bool = False
+    """Train each round on the pairs of the rounds before it too (policy.objective = "dpo")."""
 
     @field_validator("name")
     @classmethod
@@ -57,9 +65,14 @@ class RunSection(Section):
         return name
 
     @property
+    def max_rounds(self) -> int:
+        """Most rounds, as a number."""
+        return AUTO_ROUNDS if self.num_rounds == "auto" else self.num_rounds
+
+    @property
     def num_turns(self) -> int:
         """Most turns of the whole run."""
-        return self.num_rounds * self.turns_per_round
+        return self.max_rounds * self.turns_per_round
 
     def round_of(self, turn: int) -> int:
         """The round that a turn belongs to; 0 before the first."""
@@ -68,6 +81,10 @@ class RunSection(Section):
     def first_turn(self, turn: int) -> int:
         """The first turn of a turn's round."""
         return (self.round_of(turn) - 1) * self.turns_per_round + 1
+
+    def reward_of(self, turn: int) -> int:
+        """The number of the reward whose rerankers score a turn's texts: 0 the first, else the turn they were trained for."""
+        return self.first_turn(turn) if self.retrain_reward and self.round_of(turn) > 1 else 0
 
     def called(self, turn: int) -> str:
         """A turn's name for users: that of its round where the round has no other."""
@@ -131,7 +148,7 @@ class Config(Section):
     @property
     def reads_own_texts(self) -> bool:
         """Whether the reward's rerankers are trained on the texts of `llm.source`."""
-        return self.run.num_rounds > 0 and not {"llm", self.llm.source}.isdisjoint(self.reward.reader)
+        return self.run.max_rounds > 0 and not {"llm", self.llm.source}.isdisjoint(self.reward.reader)
 
     def generate_by(self, policy: int) -> GenerateSection:
         """The section as it holds for texts of a policy, 0 the base LLM: with the one temperature of its round."""

@@ -143,7 +143,7 @@ def _section_of(field: FieldInfo) -> type[Section]:
 
 def _kind(field: FieldInfo) -> str:
     words = _in_words(field.annotation)
-    bounds = _bounds(field)
+    bounds = _bounds(field.metadata)
     return f"{words}, {bounds}" if bounds else words
 
 
@@ -152,7 +152,7 @@ def _in_words(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         *first, last = map(_toml, inner)
-        return f"{', '.join(first)} or {last}"
+        return f"{', '.join(first)} or {last}" if first else last
     if origin is tuple:
         return f"list of {_in_words(inner[0])}"
     if origin is dict:
@@ -160,14 +160,15 @@ def _in_words(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return ", or ".join(map(_in_words, inner))
     if origin is Annotated:
-        return _in_words(inner[0])
+        limits = [limit for one in inner[1:] if isinstance(one, FieldInfo) for limit in one.metadata]
+        return ", ".join(filter(None, (_in_words(inner[0]), _bounds(limits))))
     return KINDS[annotation]
 
 
-def _bounds(field: FieldInfo) -> str:
+def _bounds(limits: Sequence[Any]) -> str:
     """The limits of a number: "from 0 to 1", "above 0 and below 1"."""
     found: list[str] = []
-    for limit in field.metadata:
+    for limit in limits:
         if isinstance(limit, Ge):
             found.append(f"from {limit.ge}")
         elif isinstance(limit, Gt):

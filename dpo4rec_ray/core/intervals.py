@@ -6,6 +6,8 @@ independent, so users are drawn with all their lists.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,12 @@ class Interval(NamedTuple):
     low: float
     high: float
     p_value: float
+
+
+def signed(mean: float, ends: Sequence[float | None]) -> str:
+    """A difference and its interval for people: "+0.0102 [+0.0040, +0.0160]"; ends that are not known are left out."""
+    known = [end for end in ends[:2] if end is not None and not math.isnan(end)]
+    return f"{mean:+.4f} [{known[0]:+.4f}, {known[1]:+.4f}]" if len(known) == 2 else f"{mean:+.4f}"
 
 
 def paired_bootstrap(values: Array, groups: Array, num_resamples: int = 2000, seed: int = 0) -> Interval:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo4rec_ray.core.intervals import signed
 from dpo4rec_ray.core.reading_gain import changes
 
 _ORDER = [("user_id", "ascending"), ("sample_id", "ascending")]
@@ -79,7 +80,7 @@ def lines(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
     def change(name: str) -> str:
         one = figures[name]
-        return "{:+.4f} [{:+.4f}, {:+.4f}]".format(one["change"], *one["change_ci95"])
+        return signed(one["change"], one["change_ci95"])
 
     if "reward" not in figures:
         return

@@ -129,7 +129,7 @@ def plan(
     assumed = [
         *sizes.assumed,
         f"{machine.cpus:g} CPUs and {machine.gpus:g} GPUs, there and here; twice the workers take half of the time",
-        f"all {config.run.num_rounds} rounds and all epochs are run; patience may end them earlier",
+        f"all {config.run.max_rounds} rounds and all epochs are run; patience may end them earlier",
         "a stage takes the seconds of its start, and then its work at the measured rate",
     ]
     if config.llm.source == "openai":
@@ -189,4 +189,5 @@ def _bytes(name: str, number: int, work: Work, machine: Machine, runs: Sequence[
 
 
 def _key(name: str, number: int) -> tuple[str, int]:
-    return name, min(number, 1)
+    # The first texts are also written for items; training of the reward is the same every time.
+    return name, 0 if name == "train_reward" else min(number, 1)

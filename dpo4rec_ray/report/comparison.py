@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
+from dpo4rec_ray.core.intervals import signed
 from dpo4rec_ray.evaluation.run_comparison import (
     HELD_OUT,
     ComparedRun,
@@ -119,4 +120,4 @@ def _difference(row: Row, prefix: str) -> str:
 def _change(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return ""
-    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(figure["change"], *figure["change_ci95"])
+    return signed(figure["change"], figure["change_ci95"])

@@ -37,7 +37,7 @@ def run(
     """Write summary.json and report.html; print the table; return the summary."""
     run, best, evaluated = config.run, best_round(store, last_round), read_evaluation(store)
     # without a policy the only round ends with its pairs, because nothing is trained on them
-    scored = last_round if config.has_policy else min(1, config.run.num_rounds)
+    scored = last_round if config.has_policy else min(1, config.run.max_rounds)
     summary: dict[str, Any] = {
         "generator": config.llm.source,
         "simulated_texts": config.llm.source == "template",
@@ -98,7 +98,7 @@ def _round(
     first = run.first_turn(round_id)
     turns = [_turn(store, turn) for turn in range(first, round_id + 1)]
     generated = [store.require("generations", turn) for turn in range(first, round_id + 1)]
-    reward = store.require("reward").stats
+    reward = store.require("reward", run.reward_of(first)).stats
     scores = store.require("scores", first).stats
     policy = store.require("policy", round_id).stats
     heldout = store.require("heldout", round_id).stats

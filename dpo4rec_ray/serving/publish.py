@@ -45,6 +45,7 @@ from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.storage.parquet import dataset, parquet_file, read_parquet
 from dpo4rec_ray.storage.places import Place, below, copy_folder, is_complete, new_folder, place
 from dpo4rec_ray.store.artifacts import RunDir, write_json
+from dpo4rec_ray.store.final import final_policy
 from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.reading import list_data, read_vectors, vectors_of
 from dpo4rec_ray.texts.examples import draw_examples
@@ -127,9 +128,7 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
 def _best_model(config: Config, store: RunDir) -> str:
     """Chosen by validation metrics. Test metrics choose nothing."""
     best, folder = "", store.path("per_list") / "rerankers"
-    summary = json.loads((store.root / "summary.json").read_text(encoding="utf-8"))
-    round_id = summary.get("best_policy", summary["best_round"])
-    system, highest = system_name(config, round_id), float("-inf")
+    system, highest = system_name(config, _final(store)), float("-inf")
     for one in sorted(folder.iterdir()):
         info = read_card(one)["info"]
         value = info["metrics"][f"valid {info['fit']['metric']}"]
@@ -138,12 +137,21 @@ def _best_model(config: Config, store: RunDir) -> str:
     return best
 
 
+def _final(store: RunDir) -> int:
+    """The number of the policy that the run ended with; 0 is the base LLM."""
+    promoted = final_policy(store)
+    if promoted:
+        return promoted.policy
+    summary = json.loads((store.root / "summary.json").read_text(encoding="utf-8"))
+    return int(summary.get("best_policy", summary["best_round"]))  # no rounds, or a run of an older version
+
+
 def _round_of(config: Config, system: str) -> int:
     for round_id in config.run.round_ends(config.run.num_turns):
         if system_name(config, round_id) == system:
             return round_id
     raise UserError(
-        f"the model ranks with the texts of {system!r}, and only those of this run's rounds 0 to {config.run.num_rounds} can be "
+        f"the model ranks with the texts of {system!r}, and only those of this run's rounds 0 to {config.run.max_rounds} can be "
         "published; name another model"
     )
 

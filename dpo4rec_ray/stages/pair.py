@@ -91,10 +91,12 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         f"users without a pair: {reasons or 'none'}"
         + (f", with fewer than asked: {dict(fewer)}" if fewer else "")
     )
+    earlier = _earlier_pairs(store, round_id) if config.run.keep_pairs else 0
     failed = store.failed("generations", round_id)
     for user, reason in zip(failed["subject_id"].to_pylist(), failed["reason"].to_pylist(), strict=True):
         dropped[split_of[user]][reason] += 1
     stats = {
+        "earlier_pairs": earlier,
         "pairs": kept["train"].total(),
         "pairs_by_kind": dict(kept["train"]),
         "heldout_pairs": kept["valid"].total(),
@@ -103,7 +105,21 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         "dropped_heldout": dict(dropped["valid"]),
         "fewer_pairs": dict(fewer),
     }
-    return Outcome(rows_in=rows_in, rows_out=rows_out, stats=stats)
+    return Outcome(rows_in=rows_in, rows_out=rows_out + earlier, stats=stats)
+
+
+def _earlier_pairs(store: RunDir, round_id: int) -> int:
+    """Put the training pairs of the rounds before beside this one's, in parts of their own. Returns how many there are."""
+    if round_id == 1:
+        return 0
+    next_part = len(store.files("generations", round_id))
+    count = 0
+    for place, file in enumerate(store.files("pairs", round_id - 1)):
+        pairs = read_parquet(file, filters=[("split", "=", "train")])
+        store.write("pairs", pairs, round_id, next_part + place)
+        count += len(pairs)
+    say(f"  pairs: {count} training pairs of earlier rounds are kept beside them")
+    return count
 
 
 def _counted(kinds: Counter[str]) -> str:

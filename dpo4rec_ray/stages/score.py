@@ -162,7 +162,7 @@ class ShardScorer:
             self._watched = valid[turn_users(config, round_id).watches(valid)]
         self._reward_name = reward_name(config)
         phase("loading the rerankers")
-        self._scorer = sample_scorer(config, store, metric_names(config))
+        self._scorer = sample_scorer(config, store, metric_names(config), config.run.reward_of(round_id))
         phase(READY)
         self._store, self._round = store, round_id
         self._metrics = Metrics(config.run.name, "score", round_id)

@@ -51,13 +51,16 @@ PLAIN = "without-knowledge"
 
 
 def run(config: Config, store: RunDir, round_id: int) -> Outcome:
-    """Write the reward rerankers, one folder per fold."""
-    folder = store.start("reward")
+    """Write the reward rerankers, one folder per fold.
+
+    round_id: 0, or the turn for which they are trained anew, on the texts of the policy that it begins with.
+    """
+    folder = store.start("reward", round_id)
     names = fold_names(config)
     if config.reward.num_workers > 1:
         launch(
             train_loop,
-            {"config": config, "store": store, "names": names},
+            {"config": config, "store": store, "names": names, "round_id": round_id},
             folder=folder,
             section=reward_trainer(config),
             label="train_reward",
@@ -66,14 +69,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     else:
         run_tasks(
             _train_task,
-            (config, store),
+            (config, store, round_id),
             [(name, len(names)) for name in names],
             workers=reward_tasks(config),
             label="train_reward",
             folder=folder,
             total=len(names) * _epochs(config),
         )
-    stats = _diagnosis(config, store)
+    stats = _diagnosis(config, store, round_id)
     for line in _lines(config, stats):
         say(f"  {line}")
     return Outcome(rows_in=store.require("lists").rows, rows_out=len(names), stats=stats)
@@ -84,13 +87,13 @@ def _epochs(config: Config) -> int:
     return config.reranker.of(config.reranker.backbone).total_epochs(1, 1)
 
 
-def _train_task(shared: tuple[Config, RunDir], name: str, num_models: int) -> None:
+def _train_task(shared: tuple[Config, RunDir, int], name: str, num_models: int) -> None:
     """A Ray task: trains one reranker by itself."""
-    config, store = shared
+    config, store, round_id = shared
     torch.set_num_threads(1)
     device = "cuda" if config.reward.gpus_per_worker else "cpu"
-    metrics = MetricsFile(store.path("reward"), 0)
-    _train_one(config, store, name, metrics, num_models, lambda m: m.to(device))
+    metrics = MetricsFile(store.path("reward", round_id), 0)
+    _train_one(config, store, round_id, name, metrics, num_models, lambda m: m.to(device))
     metrics.flush()
 
 
@@ -99,17 +102,19 @@ def train_loop(arguments: dict[str, Any]) -> None:
     from ray import train
 
     config, store, names = arguments["config"], arguments["store"], arguments["names"]
+    round_id = arguments["round_id"]
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    metrics = MetricsFile(store.path("reward"), rank)
+    metrics = MetricsFile(store.path("reward", round_id), rank)
     for name in names:
-        _train_one(config, store, name, metrics, len(names), train.torch.prepare_model, rank, world)
+        _train_one(config, store, round_id, name, metrics, len(names), train.torch.prepare_model, rank, world)
     metrics.flush()
 
 
 def _train_one(
     config: Config,
     store: RunDir,
+    round_id: int,
     name: str,
     metrics: MetricsFile,
     num_models: int,
@@ -149,12 +154,12 @@ def _train_one(
         )
 
     plain = fitted(None, None)
-    reading = fitted(reader_vectors(config, store), plain.model)
+    reading = fitted(reader_vectors(config, store, policy_read(round_id)), plain.model)
     if rank != 0:
         return
     channel = {}
     if section.knowledge == "regression":  # in closed form: another kind of texts costs a second
-        for kind, vectors in _kinds(config, store).items():
+        for kind, vectors in _kinds(config, store, policy_read(round_id)).items():
             gain = fitted(vectors, plain.model).gain
             assert gain is not None
             channel[kind] = [gain.with_texts - gain.without, gain.std_error]
@@ -170,13 +175,18 @@ def _train_one(
             "fit": {**section.fit.model_dump(), "seed": seed},
             **training_facts(config, store),
         }
-        save_reranker(store.path("reward") / name / folder, found.model, info)
+        save_reranker(store.path("reward", round_id) / name / folder, found.model, info)
 
 
-def _kinds(config: Config, store: RunDir) -> dict[str, np.ndarray]:
+def policy_read(round_id: int) -> int:
+    """The policy whose texts rerankers are trained on for a turn: the last one before it."""
+    return max(0, round_id - 1)
+
+
+def _kinds(config: Config, store: RunDir, policy: int) -> dict[str, np.ndarray]:
     """Vectors [U, D] of each kind of text whose worth to the reward's rerankers is measured, by its name in the figures."""
     kinds: dict[str, int | str] = {
-        config.llm.source: 0,
+        config.llm.source: policy,
         **{name: name for name in config.evaluate.references},
     }
     found = {name: knowledge_vectors(config, store, texts) for name, texts in kinds.items()}
@@ -208,7 +218,7 @@ def another_user(users: np.ndarray, num_users: int, seed: int) -> np.ndarray:
     return other
 
 
-def _diagnosis(config: Config, store: RunDir) -> dict[str, Any]:
+def _diagnosis(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
     """NDCG@5 on validation lists without texts, with the reader's texts, and what is lost with another user's; the same loss for
     the LLM's own texts; and the channel.
 
@@ -218,19 +228,20 @@ def _diagnosis(config: Config, store: RunDir) -> dict[str, Any]:
     catalogue, valid = read_catalogue(store), read_list_data(store, "valid")
     users = np.unique(valid.user_ids.numpy())
     labels, mask = valid.labels.numpy(), valid.mask.numpy()
-    cards = [read_card(store.path("reward") / name)["info"]["metrics"] for name in fold_names(config)]
+    folder = store.path("reward", round_id)
+    cards = [read_card(folder / name)["info"]["metrics"] for name in fold_names(config)]
     scorers = {
-        folder: [
-            ListScorer([load_reranker(store.path("reward") / name / folder, catalogue)], catalogue)
+        kind: [
+            ListScorer([load_reranker(folder / name / kind, catalogue)], catalogue)
             for name in fold_names(config)
         ]
-        for folder in (PLAIN, "")
+        for kind in (PLAIN, "")
     }
 
-    def measured(folder: str, vectors: np.ndarray | None) -> np.ndarray:
+    def measured(kind: str, vectors: np.ndarray | None) -> np.ndarray:
         """[n] mean over the rerankers."""
         found = []
-        for scorer in scorers[folder]:
+        for scorer in scorers[kind]:
             scores = scorer.score(valid.item_ids, mask, vectors, valid.user_rows, valid.histories)
             found.append(list_metrics(scores, labels, ["ndcg@5"], mask)["ndcg@5"])
         return np.mean(found, axis=0)
@@ -240,7 +251,7 @@ def _diagnosis(config: Config, store: RunDir) -> dict[str, Any]:
         other = another_user(users, len(vectors), seed_of(config.run.seed, "shuffle"))
         return own, paired_bootstrap(own - measured("", vectors[other]), valid.user_ids.numpy())
 
-    own, drop = shuffle_drop(reader_vectors(config, store)[:, 0])
+    own, drop = shuffle_drop(reader_vectors(config, store, policy_read(round_id))[:, 0])
     stats: dict[str, Any] = {
         "reader": list(config.reward.reader),
         "valid_ndcg@5": float(own.mean()),
@@ -249,7 +260,7 @@ def _diagnosis(config: Config, store: RunDir) -> dict[str, Any]:
         "shuffle_drop_ci95": [drop.low, drop.high],
     }
     if config.reward.reader[0] != "llm":
-        _, drop = shuffle_drop(knowledge_vectors(config, store, 0))
+        _, drop = shuffle_drop(knowledge_vectors(config, store, policy_read(round_id)))
         stats |= {"shuffle_drop_llm": drop.mean, "shuffle_drop_llm_ci95": [drop.low, drop.high]}
     kinds = cards[0].get("channel", {})
     stats["channel"] = {
@@ -259,7 +270,7 @@ def _diagnosis(config: Config, store: RunDir) -> dict[str, Any]:
         }
         for kind in kinds
     }
-    write_json(store.path("reward") / "diagnosis.json", stats)
+    write_json(folder / "diagnosis.json", stats)
     return stats
 
 
@@ -280,9 +291,9 @@ def _lines(config: Config, stats: dict[str, Any]) -> Iterator[str]:
         yield f"channel, gain of NDCG@5 on validation where the rerankers are trained on such texts: {', '.join(gains)}"
 
 
-def check_reads(config: Config, store: RunDir) -> None:
-    """Raises UserError if the reward's rerankers do not read, so that an LLM would be trained on noise."""
-    reward = store.manifest("reward")
+def check_reads(config: Config, store: RunDir, round_id: int) -> None:
+    """Raises UserError if the rerankers that score a turn do not read, so that an LLM would be trained on noise."""
+    reward = store.manifest("reward", config.run.reward_of(round_id))
     if reward is None or not (config.has_policy and config.reward.must_read):
         return  # a single stage that needs no rewards, or no LLM to train
     low, high = reward.stats["shuffle_drop_ci95"]

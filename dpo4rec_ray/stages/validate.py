@@ -18,11 +18,13 @@ import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.recipe import RunSection
+from dpo4rec_ray.core.intervals import signed
 from dpo4rec_ray.core.keys import seed_of
-from dpo4rec_ray.core.reading_gain import Heldout, judge, peaked
+from dpo4rec_ray.core.reading_gain import Heldout, Verdict, judge, peaked
 from dpo4rec_ray.core.text_counts import variety
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.heldout_texts import HeldoutMeasure, UserTexts, accuracy_stats, change_of
+from dpo4rec_ray.evaluation.round_reasons import reasons
 from dpo4rec_ray.knowledge.teacher import EVERY_FACET
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
 from dpo4rec_ray.store import events
@@ -43,7 +45,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `heldout` of the round."""
     store.start("heldout", round_id)
     table, stats = in_worker(_measure, config, store, round_id, needs=reward_tasks(config).needs)
-    stats |= _choice(config.run, store, round_id, table)
+    verdict, choice = _choice(config.run, store, round_id, table)
+    if not verdict.kept:
+        policy, scores = (
+            store.require(name, one).stats
+            for name, one in (("policy", round_id), ("scores", config.run.first_turn(round_id)))
+        )
+        choice["choice"]["why"] = reasons(verdict, stats, policy, scores, config.policy.max_kl_per_token)
+    stats |= choice
     store.write("heldout", table, round_id)
     choice = stats["choice"]
     against = config.run.round_of(choice["against"])
@@ -134,8 +143,8 @@ def texts_after(store: RunDir, round_id: int) -> UserTexts:
     return UserTexts(table["subject_id"].to_numpy(), table["text"].to_pylist(), vectors_of(table["vector"]))
 
 
-def _choice(run: RunSection, store: RunDir, round_id: int, table: pa.Table) -> dict[str, Any]:
-    """Whether the round is kept in place of the best one before it, why, and the best round so far."""
+def _choice(run: RunSection, store: RunDir, round_id: int, table: pa.Table) -> tuple[Verdict, dict[str, Any]]:
+    """Whether the round is kept in place of the best one before it, and for the manifest that and the best round so far."""
     best = best_round(store, round_id - run.turns_per_round)
     first = table if run.round_of(round_id) == 1 else store.read("heldout", run.turns_per_round)
     before = _heldout(store.read("heldout", best), "after") if best else _heldout(first, "before")
@@ -144,7 +153,7 @@ def _choice(run: RunSection, store: RunDir, round_id: int, table: pa.Table) -> d
     for name in ("reward", "reading"):
         change = getattr(verdict, name)
         choice |= {name: change.mean, f"{name}_ci95": [change.low, change.high]}
-    return {"choice": choice, "best_round": round_id if verdict.kept else best}
+    return verdict, {"choice": choice, "best_round": round_id if verdict.kept else best}
 
 
 def _heldout(table: pa.Table, side: str) -> Heldout:
@@ -165,7 +174,7 @@ def _lines(run: RunSection, stats: dict[str, Any], num_users: int, round_id: int
 
     def change(name: str, of: dict[str, Any] | None = None) -> str:
         one = found[name] if of is None else {"change": of[name], "change_ci95": of[f"{name}_ci95"]}
-        return "{:+.4f} [{:+.4f}, {:+.4f}]".format(one["change"], *one["change_ci95"])
+        return signed(one["change"], one["change_ci95"])
 
     yield (
         f"held-out reward: {stats['heldout_reward_before']:.4f} -> {stats['heldout_reward_after']:.4f}, "
@@ -192,6 +201,7 @@ def _lines(run: RunSection, stats: dict[str, Any], num_users: int, round_id: int
         f"{run.round_of(choice['against'])} reward "
         f"{change('reward', choice)}, reading {change('reading', choice)}"
     )
+    yield from (f"  why: {sentence}" for sentence in choice.get("why", []))
 
 
 def rounds_have_peaked(run: RunSection, store: RunDir, round_id: int) -> bool:

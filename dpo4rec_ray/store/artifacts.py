@@ -53,6 +53,8 @@ PATHS = {
     "heldout": "rounds/{round:02d}/heldout",
     "per_list": "eval",
 }
+# Where it lies elsewhere when it was made again for a later round.
+LATER_PATHS = {"reward": "rounds/{round:02d}/reward"}
 
 
 @dataclass
@@ -95,7 +97,8 @@ class RunDir:
         self.fingerprint = ""  # of the stage that is running: what its half-written parts belong to
 
     def path(self, name: str, round_id: int = 0) -> Place:
-        return self.root / PATHS[name].format(round=round_id)
+        paths = PATHS | LATER_PATHS if round_id else PATHS
+        return self.root / paths[name].format(round=round_id)
 
     def manifest(self, name: str, round_id: int = 0) -> Manifest | None:
         """The artifact's manifest, or None when the artifact is not complete."""

@@ -31,17 +31,17 @@ def read_vectors(store: RunDir, round_id: int, subject: str) -> tuple[np.ndarray
     return table["subject_id"].to_numpy(), vectors_of(table["vector"])
 
 
-def read_all_vectors(store: RunDir, subject: str) -> np.ndarray:
-    """The vectors [U, K, D] of all first-round texts of a subject ("user", "statistics", "oracle"), row u is user id u.
+def read_all_vectors(store: RunDir, subject: str, round_id: int = 0) -> np.ndarray:
+    """The vectors [U, K, D] of all texts of a subject ("user", of a policy; "statistics", "oracle"), row u is user id u.
 
     K is the most that a user has; one who has fewer has them again, one without any has zeros.
     """
     where, artifact = [("subject", "=", subject)], "knowledge" if subject == "user" else "references"
-    table = store.read(artifact, where=where, columns=["subject_id", "sample_id", "vector"])
+    table = store.read(artifact, round_id, where=where, columns=["subject_id", "sample_id", "vector"])
     table = table.sort_by([("subject_id", "ascending"), ("sample_id", "ascending")]).combine_chunks()
     if not len(table):
         raise UserError(
-            f"{store.path(artifact)} has no texts of '{subject}'; run the recipe with --from {WRITERS[artifact]}"
+            f"{store.path(artifact, round_id)} has no texts of '{subject}'; run the recipe with --from {WRITERS[artifact]}"
         )
     users, vectors = table["subject_id"].to_numpy(), vectors_of(table["vector"])
     known, starts, counts = np.unique(users, return_index=True, return_counts=True)
@@ -64,10 +64,10 @@ def knowledge_vectors(config: Config, store: RunDir, texts: int | str) -> np.nda
     return mixed
 
 
-def reader_vectors(config: Config, store: RunDir) -> np.ndarray:
-    """The vectors [U, K, D] that the reward's rerankers are trained on (reward.reader)."""
+def reader_vectors(config: Config, store: RunDir, policy: int) -> np.ndarray:
+    """The vectors [U, K, D] that the reward's rerankers are trained on (reward.reader); policy: the one that wrote the LLM's."""
     return np.concatenate(
-        [read_all_vectors(store, _subject(config, name)) for name in config.reward.reader], axis=1
+        [read_all_vectors(store, _subject(config, name), policy) for name in config.reward.reader], axis=1
     )
 
 
@@ -126,9 +126,10 @@ def fold_names(config: Config) -> list[str]:
     return [f"fold-{fold}" for fold in range(config.reward.num_folds)]
 
 
-def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> SampleScorer:
+def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str], reward: int = 0) -> SampleScorer:
     """The reward rerankers with the lists of the training and validation users.
 
+    reward: its number (`RunSection.reward_of`).
     A user's texts are scored on the lists of the user's own split alone: where lists are split by time, the later lists of
     a training user must not decide which pairs are trained on.
     """
@@ -136,7 +137,7 @@ def sample_scorer(config: Config, store: RunDir, metrics: Sequence[str]) -> Samp
     users = store.read("users", columns=["user_id", "split", "fold"])  # in user id order
     own_split = users["split"].take(table["user_id"])
     catalogue = read_catalogue(store)
-    folder = store.path("reward")
+    folder = store.path("reward", reward)
     scorers = [
         ListScorer([load_reranker(folder / name, catalogue)], catalogue) for name in fold_names(config)
     ]

@@ -80,7 +80,7 @@ class TableTexts(TextWriter):
                 'texts.users is not set; with llm.source = "table" it names the file of the users\' texts'
             )
         check_text_file("texts.users", section.users, section.user, section.text)
-        if section.users.endswith(KLG) and config.run.num_rounds:
+        if section.users.endswith(KLG) and config.run.max_rounds:
             raise UserError(
                 f"texts.users {section.users} holds one text per user, and a round compares generate.num_samples of them; "
                 "set run.num_rounds = 0, or give a .parquet or .jsonl with several rows per user"

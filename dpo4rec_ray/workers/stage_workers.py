@@ -96,7 +96,7 @@ def stage_workers(config: Config) -> dict[str, list[Workers]]:
     if config.has_policy and config.llm.path == "bootstrap":
         found["bootstrap"] = [trainers(bootstrap, "bootstrap")]
     found["encode"] = [engines(config), encoders(config)]
-    if config.run.num_rounds:
+    if config.run.max_rounds:
         several = config.reward.num_workers > 1
         found["train_reward"] = [
             trainers(reward_trainer(config), "train_reward") if several else reward_tasks(config)

@@ -131,6 +131,8 @@ def test_the_steps_before_the_rounds(overrides: list[str], steps: list[str]) -> 
         (["reranker.num_heads=3"], "reranker.hidden_dim = 64 is not a multiple of num_heads = 3"),
         (['evaluate.backbones=["dlcm", "dlcm"]'], "names one twice"),
         (['policy.objective=["dpo", "ppo"]'], "policy.objective = 'ppo' is unknown; known: dpo, best_of_n"),
+        (["run.retrain_reward=true"], 'statistics texts alone, .* add "llm" to reward.reader'),
+        (['policy.objective=["best_of_n", "dpo"]', "run.keep_pairs=true"], "makes no pairs in some turn"),
         (["grpo.sampler=corrected"], "set generate.token_logps=true too"),
         (["llm.path=./nomodel"], r"^llm.path ./nomodel: no such folder$"),
         (["llm.path=models/my/llm"], r"^llm.path models/my/llm: no such folder$"),

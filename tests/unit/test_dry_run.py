@@ -108,6 +108,35 @@ def edit(store: RunDir, artifact: str, number: int, **changes: object) -> None:
     write_json(file, json.loads(file.read_text()) | changes)
 
 
+def test_rounds_end_where_the_second_was_not_better(
+    store: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`finish` calls round 1 the best in every round."""
+    config = load_config("demo", ["run.num_rounds=auto"])
+    finish(config, store)
+    found = said(store, capsys, "run.num_rounds=auto")
+    assert [step for step in found if step.startswith("validate")] == ["validate(1)", "validate(2)"]
+    assert {text for step, text in found.items() if step not in ("report", "evaluate(2)")} == {
+        "kept",
+        "round 2: no longer better than the best round so far; no further round",
+    }
+
+
+def test_a_reward_that_is_trained_again_is_that_of_the_next_round(
+    store: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["run.num_rounds=2", "run.retrain_reward=true", 'reward.reader=["llm"]']
+    finish(load_config("demo", changes), store)
+    found = said(store, capsys, *changes)
+    second = list(found)[list(found).index("validate(1)") + 1 :]
+    assert second[:3] == ["train_reward(2)", "generate(2)", "score(2)"]
+    edit(store, "reward", 2, produced="anew")
+    found = said(store, capsys, *changes)
+    assert found["score(1)"] == "kept" and found["score(2)"] == "would run: changed input reward/2"
+    edit(store, "knowledge", 1, produced="anew")
+    assert said(store, capsys, *changes)["train_reward(2)"] == "would run: changed input knowledge/1"
+
+
 def test_an_input_that_was_made_again_is_named(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     edit(store, "reward", 0, produced="anew")
     found = said(store, capsys)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -166,3 +167,25 @@ def test_nobody_to_compare_with_is_a_reason(
     rows, stats = pairs_of(make_store(tmp_path, rewards, *measured[1:]), "pair.others_share=1")
     assert stats["dropped"] == {"nobody_to_compare_with": 1}
     assert 0 not in {row["rejected_user_id"] for row in rows}
+
+
+def test_pairs_of_earlier_rounds_are_kept_beside_the_rounds_own(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """Those of training users, with their round; held-out users have the last round's alone."""
+    store = make_store(tmp_path, *measured)
+    keep = "run.keep_pairs=true"
+    first, stats = pairs_of(store, keep)
+    assert stats["earlier_pairs"] == 0
+    for name in ("generations", "scores"):
+        store.path(name, 2).parent.mkdir(exist_ok=True)
+        shutil.copytree(store.path(name, 1), store.path(name, 2))
+    outcome = pair.run(load_config(DEMO, [keep]), store, 2)
+    store.finish(Manifest("pairs", "", outcome.rows_out), 2)
+    rows = store.read("pairs", 2).to_pylist()
+    trained = [row for row in first if row["split"] == "train"]
+    assert len(rows) == outcome.rows_out == len(first) + len(trained)
+    assert outcome.stats["earlier_pairs"] == len(trained) > 0
+    assert [row for row in rows if row["round"] == 1] == trained
+    outcome = pair.run(load_config(DEMO, []), store, 2)
+    assert outcome.rows_out == len(first)

@@ -43,7 +43,7 @@ def measured(folder: Path, ci95: list[float]) -> RunDir:
 
 
 def test_rerankers_that_read_let_the_run_go_on(tmp_path: Path) -> None:
-    check_reads(default_config([]), measured(tmp_path, [0.001, 0.02]))
+    check_reads(default_config([]), measured(tmp_path, [0.001, 0.02]), 1)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,6 @@ def test_rerankers_that_do_not_read_stop_the_run_before_an_llm_is_trained(
 ) -> None:
     store = measured(tmp_path, ci95)
     with pytest.raises(UserError, match=rf"do not read: .*{words}.*reward\.must_read = false"):
-        check_reads(default_config([]), store)
-    check_reads(default_config(["reward.must_read=false"]), store)
-    check_reads(default_config(["llm.source=statistics"]), store)  # nothing is trained on the rewards
+        check_reads(default_config([]), store, 1)
+    check_reads(default_config(["reward.must_read=false"]), store, 1)
+    check_reads(default_config(["llm.source=statistics"]), store, 1)  # nothing is trained on the rewards

@@ -8,10 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dpo4rec_ray.config import default_config
 from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.pipeline import rounds
+from dpo4rec_ray.running import Runner, Selection
 from dpo4rec_ray.stages.validate import _choice, best_round, rounds_have_peaked
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.store.final import final_policy
 from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
 
 
@@ -30,7 +34,7 @@ def add_round(
     table = pa.table({"round": np.full(20, round_id, np.int32), "user_id": users, **columns})
     store.start("heldout", round_id)
     store.write("heldout", table, round_id)
-    stats = _choice(RunSection(num_rounds=9, turns_per_round=turns), store, round_id, table)
+    _, stats = _choice(RunSection(num_rounds=9, turns_per_round=turns), store, round_id, table)
     store.finish(Manifest("heldout", "", 20, stats=stats), round_id)
     return stats
 
@@ -80,6 +84,48 @@ def test_no_round_beats_the_base_llm(tmp_path: Path) -> None:
     assert two["best_round"] == 0 and two["choice"]["reward"] == pytest.approx(-0.05)
     assert rounds_have_peaked(RunSection(patience=2), store, 2)
     assert not rounds_have_peaked(RunSection(patience=1), store, 3), "round 3 was not validated yet"
+
+
+def add_policy(store: RunDir, number: int) -> None:
+    store.start("policy", number)
+    store.finish(Manifest("policy", "", 1, stats={"reference": "base LLM"}), number)
+
+
+def test_with_auto_a_worse_round_ends_the_run_and_the_one_before_is_promoted(tmp_path: Path) -> None:
+    store, config = RunDir(tmp_path), default_config(["run.num_rounds=auto"])
+    runner = Runner(config, store, Selection())
+    runner.promote(0)
+    assert final_policy(store) is None, "no round was validated"
+    add_round(store, 1, (0.0, 0.1), (0.2, 0.2))
+    add_policy(store, 1)
+    assert not runner.peaked(1)
+    add_round(store, 2, (0.2, 0.2), (0.1, 0.1))
+    add_policy(store, 2)
+    assert runner.peaked(2)
+    runner.promote(2)
+    found = final_policy(store)
+    assert found and (found.round, found.policy, found.folder) == (1, 1, "rounds/01/policy")
+    assert found.reference == "base LLM" and "best of 2 rounds" in found.why
+
+
+def test_rounds_go_on_for_as_long_as_they_help_to_a_bound(tmp_path: Path) -> None:
+    store, config = RunDir(tmp_path), default_config(["run.num_rounds=auto"])
+    runner = Runner(config, store, Selection())
+    for number in range(1, 11):
+        rise = 0.1 * number
+        add_round(store, number, (rise, rise), (rise + 0.1, rise + 0.1))
+        assert not runner.peaked(number)
+    assert list(rounds(config)) == list(range(1, 11))
+
+
+def test_where_no_round_helps_the_base_llm_is_promoted(tmp_path: Path) -> None:
+    store = RunDir(tmp_path)
+    add_round(store, 1, (0.3, 0.1), (0.2, 0.1))
+    add_policy(store, 1)
+    Runner(default_config([]), store, Selection()).promote(1)
+    found = final_policy(store)
+    assert found and (found.round, found.policy, found.folder, found.reference) == (0, 0, "", "")
+    assert "none of 1 round improved" in found.why
 
 
 def test_a_round_of_an_older_version_says_what_to_run(tmp_path: Path) -> None:

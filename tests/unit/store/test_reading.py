@@ -92,13 +92,13 @@ def test_vectors_of_the_first_texts(tmp_path: Path) -> None:
 Texts = list[tuple[str, int, int, list[float]]]  # subject, user, sample, vector
 
 
-def write_vectors(store: RunDir, artifact: str, texts: Texts) -> None:
+def write_vectors(store: RunDir, artifact: str, texts: Texts, round_id: int = 0) -> None:
     """The rows in an arbitrary order, in two parts."""
-    store.start(artifact)
+    store.start(artifact, round_id)
     shuffled = [texts[place] for place in np.random.default_rng(0).permutation(len(texts))]
     for part, some in enumerate((shuffled[::2], shuffled[1::2])):
         columns = {
-            "round": [0] * len(some),
+            "round": [round_id] * len(some),
             "subject": [subject for subject, *_ in some],
             "subject_id": [user for _, user, *_ in some],
             "sample_id": [sample for _, _, sample, _ in some],
@@ -106,9 +106,9 @@ def write_vectors(store: RunDir, artifact: str, texts: Texts) -> None:
             "vector": [vector for *_, vector in some],
         }
         write_part(
-            store.path(artifact), "knowledge", pa.table(columns), part
+            store.path(artifact, round_id), "knowledge", pa.table(columns), part
         )  # as the stages do: one schema for both
-    store.finish(Manifest(artifact, "", len(texts)))
+    store.finish(Manifest(artifact, "", len(texts)), round_id)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_texts_that_are_not_there_say_what_to_run(counted: RunDir) -> None:
 
 def test_a_reader_sees_the_texts_that_the_recipe_names(counted: RunDir) -> None:
     def read(reader: str, source: str = "vllm") -> np.ndarray:
-        return reader_vectors(default_config([f"reward.reader={reader}", f"llm.source={source}"]), counted)
+        return reader_vectors(default_config([f"reward.reader={reader}", f"llm.source={source}"]), counted, 0)
 
     assert read('["llm"]').tolist() == read_all_vectors(counted, "user").tolist()
     assert read('["statistics"]').tolist() == read_all_vectors(counted, "statistics").tolist()
@@ -158,6 +158,15 @@ def test_a_reader_sees_the_texts_that_the_recipe_names(counted: RunDir) -> None:
     assert both.shape == (4, 5, 2) and both[0].tolist() == [[0, 0], [0, 1], [0, 2], [10, 0], [10, 1]]
     assert read('["llm", "statistics"]')[0, 0].tolist() == [10, 0], "the first one is ranked with"
     assert read('["statistics"]', "statistics").tolist() == read('["llm"]').tolist(), "they are the run's own"
+
+
+def test_a_later_reader_sees_the_texts_of_the_policy_before_it(counted: RunDir) -> None:
+    """Counted texts stay the same; those of policy 2 are read in the place of the base LLM's."""
+    write_vectors(counted, "knowledge", [("user", user, 0, [20 + user, 0]) for user in range(4)], round_id=2)
+    config = default_config(['reward.reader=["llm", "statistics"]'])
+    found = reader_vectors(config, counted, 2)
+    assert found[:, 0, 0].tolist() == [20, 21, 22, 23]
+    assert found[:, 1:].tolist() == reader_vectors(config, counted, 0)[:, -found.shape[1] + 1 :].tolist()
 
 
 def test_vectors_that_a_system_ranks_with(counted: RunDir) -> None:
