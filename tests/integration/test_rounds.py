@@ -20,7 +20,7 @@ ROUNDS = [
     "run.retrain_reward=true",
     "run.keep_pairs=true",
     'reward.reader=["llm"]',
-    "reranker.knowledge=residual",  # trained with the backbone, so that other texts make other weights
+    "reranker.knowledge=input",  # trained together, so that other texts make other weights
 ]
 
 

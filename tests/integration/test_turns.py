@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -105,21 +107,32 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([found[name].flatten() for name in sorted(found)])
 
 
+SAMPLING, TRAINING = "rounds/02/generations/part-00001.parquet", "rounds/02/policy/metrics.jsonl"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "file",
-    ["rounds/02/generations/part-00001.parquet", "rounds/02/policy/metrics.jsonl"],
-    ids=["sampling", "training"],
+    ("file", "victim"),
+    [(SAMPLING, ""), (TRAINING, ""), (SAMPLING, "KeptEngine"), (TRAINING, "RayTrainWorker")],
+    ids=["sampling", "training", "an engine", "a training worker"],
 )
-def test_a_driver_killed_in_a_turn_goes_on(turns: Finished, tmp_path: Path, file: str) -> None:
-    """SIGKILL in the middle of the second turn; the same command ends with the same samples and weights."""
+def test_what_is_killed_in_a_turn_goes_on(turns: Finished, tmp_path: Path, file: str, victim: str) -> None:
+    """SIGKILL in the middle of the second turn, of the driver ("") or one of its processes: the run, or the same command again,
+    ends with the same samples and weights."""
     place = [f"run.root={tmp_path}", "run.name=run"]
     line = command(DEMO, *TINY, *TURNS, "policy.checkpoint_every=1", *place)
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(lambda: (tmp_path / "run" / file).exists(), 400)
-    kill_driver(process)
-    done = run_job(tmp_path, DEMO, *TINY, *TURNS, "policy.checkpoint_every=1")
-    assert done.code == 0, done.stderr[-3000:]
+    if victim:
+        chosen = called(process, victim)[0]
+        chosen.kill()
+        assert process.wait(timeout=400) == 0, "the run heals by itself"
+        assert not chosen.is_running()
+        done = Finished(tmp_path / "run", 0, "", "")
+    else:
+        kill_driver(process)
+        done = run_job(tmp_path, DEMO, *TINY, *TURNS, "policy.checkpoint_every=1")
+        assert done.code == 0, done.stderr[-3000:]
     columns = ["user_id", "sample_id", "token_ids"]
     order = [("user_id", "ascending"), ("sample_id", "ascending")]
     before, after = (
@@ -128,3 +141,15 @@ def test_a_driver_killed_in_a_turn_goes_on(turns: Finished, tmp_path: Path, file
     )
     assert before.equals(after), "nothing lost, nothing doubled"
     torch.testing.assert_close(weights(done.folder), weights(turns.folder), atol=5e-5, rtol=0)
+    if victim == "RayTrainWorker":
+        assert len(RunDir(done.folder).require("policy", 2).stats["continued_after"]) == 1
+
+
+def called(process: subprocess.Popen[bytes], name: str) -> list[psutil.Process]:
+    """The processes of a job whose command line has the name."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if name in " ".join(child.cmdline()):
+                found.append(child)
+    return found
