@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class ReferenceScorer:
         inner: Any = load_model(model, dtype, quantize=section.quantize)
         if lora:
             inner = load_lora(inner, lora)
+        self._lora_off = inner.disable_adapter if lora else contextlib.nullcontext
         inner = inner.eval()
         if section.quantize == "none":  # quantized weights are on the GPU already
             inner = inner.to(self._device)
@@ -51,9 +53,14 @@ class ReferenceScorer:
             temperature=temperature,
         )
 
-    @torch.no_grad()
-    def __call__(self, groups: Sequence[Group]) -> list[list[float]] | list[list[list[float]]]:
-        """Of each group: one number per completion, or per completion one number per token."""
+    def __call__(
+        self, groups: Sequence[Group], *, lora: bool = True
+    ) -> list[list[float]] | list[list[list[float]]]:
+        """Of each group: one number per completion, or per completion one number per token. lora: whether the LoRA counts."""
+        with torch.no_grad(), contextlib.nullcontext() if lora else self._lora_off():
+            return self._scored(groups)
+
+    def _scored(self, groups: Sequence[Group]) -> list[list[float]] | list[list[list[float]]]:
         found: list[list[float]] = [[] for _ in groups]
         total = np.array([group.num_tokens for group in groups])
         order = np.argsort(-total, kind="stable")

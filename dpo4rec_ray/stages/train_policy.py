@@ -25,7 +25,7 @@ from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.learners import LEARNERS
 from dpo4rec_ray.train.policy_loop import FULL, LORA, MERGED, WARNINGS, policy_loop
 from dpo4rec_ray.train.policy_task import PolicyTask
-from dpo4rec_ray.train.reference_logps import cached_reference
+from dpo4rec_ray.train.reference_logps import StoredPolicy, cached_reference
 from dpo4rec_ray.train.state import begin, read_state, remove_checkpoints
 from dpo4rec_ray.workers.tasks import in_worker
 
@@ -49,19 +49,21 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         remove_checkpoints(section, folder)
     else:
         stores_reference, stores_sampler = learner.stored(config, moved)
-        reference = sampler = None
+        stored: dict[str, StoredPolicy] = {}
         if learner.texts and stores_reference:
             frozen = base
             if moved and section.tuning == "full":
                 frozen = policy_weights(config, store, config.reference_of(round_id)).whole
-            reference = str(cached_reference(config, store, round_id, frozen, learner.texts, temperature))
+            stored["reference"] = StoredPolicy(frozen)
         if learner.texts and stores_sampler:
             # As training starts from them: quantised, a merged folder would be other weights.
-            sampler = str(
-                cached_reference(
-                    config, store, round_id, before.base, learner.texts, temperature, before.lora
-                )
+            stored["sampler"] = StoredPolicy(before.base, before.lora or None)
+        folders: dict[str, str] = {}
+        if learner.texts and stored:
+            made = cached_reference(
+                config, store, round_id, list(stored.values()), learner.texts, temperature
             )
+            folders = dict(zip(stored, map(str, made), strict=True))
         task = PolicyTask(
             config=config,
             store=store,
@@ -69,8 +71,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
             seed=seed_of(config.run.seed, objective, round_id),
             base=base,
             lora=before.lora if moved and section.tuning == "lora" else None,
-            reference=reference,
-            sampler=sampler,
+            reference=folders.get("reference"),
+            sampler=folders.get("sampler"),
             moved=moved,
             temperature=temperature,
             deepspeed=read_extra(section, config.llm.dtype),

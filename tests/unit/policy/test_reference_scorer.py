@@ -60,6 +60,10 @@ def test_a_policy_that_was_not_merged_has_the_log_probabilities_of_the_merged_on
             assert one == pytest.approx(other, abs=1e-4)
     without = ReferenceScorer(BASE, "float32", section, per_token=True, temperature=temperature)(GROUPS)
     assert abs(without[0][0][0] - expected[0][0][0]) > 1e-2, "which is not the base"
+    for found, right in zip(scorer(GROUPS, lora=False), without, strict=True):
+        for one, other in zip(found, right, strict=True):
+            assert one == pytest.approx(other, abs=1e-5), "the same workers give the base's too"
+    assert scorer(GROUPS)[0][0] == pytest.approx(expected[0][0], abs=1e-4), "and the LoRA counts again"
 
 
 def test_one_number_per_text_is_the_sum_over_its_tokens(lora: str) -> None:
