@@ -24,7 +24,8 @@ def dependencies(
     outside = outside_identity(config, stage, sections)
     own, parts = config.section_hash(*sections), (f"{name}={made}" for name, made in inputs.items())
     fingerprint = fingerprint_of(stage, str(round_id), own, " ".join(outside.values()), *parts)
-    return Dependencies(fingerprint, inputs, config.section_values(*sections), outside)
+    defaults = Config().section_values(*sections)
+    return Dependencies(fingerprint, inputs, config.section_values(*sections), outside, defaults)
 
 
 def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> dict[str, str]:

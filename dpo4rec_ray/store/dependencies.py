@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dpo4rec_ray.store.schemas import SCHEMA_VERSION
+
 if TYPE_CHECKING:
     from dpo4rec_ray.store.artifacts import Manifest
 
@@ -19,31 +21,38 @@ class Dependencies:
     """Of one artifact. Its manifest keeps them.
 
     Attributes:
-        fingerprint: hash of all of it; decides whether the artifact can be kept.
+        fingerprint: hash of all of it; where it is the same, the artifact can be kept.
         inputs: "name/round" -> which production of that artifact was read.
         settings: values of the recipe by section, or by "section.key".
         outside: in words what lies outside run and recipe -> its identity.
+        defaults: the settings' default values, as `settings`. A key that a later version added counts as its default in what an
+            older version made: a new key's default has to keep things as they were.
     """
 
     fingerprint: str
     inputs: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def changes_since(self, made: Manifest) -> str:
         """What changed since an artifact was made, in words; "" where nothing did."""
         if made.fingerprint == self.fingerprint:
             return ""
         found = [f"changed input {_CALLED.get(name, name)}" for name in _differing(made.inputs, self.inputs)]
-        if made.settings:
-            before, now = by_key(made.settings), by_key(self.settings)
-            found += [
-                f"changed key {_CALLED.get(key, key)} ({_short(before, key)} -> {_short(now, key)})"
-                for key in _differing(before, now)
-            ]
-            found += [f"{name} changed" for name in _differing(made.outside, self.outside)]
-        unknown = "format of the artifacts changed" if made.settings else "recipe or input changed"
-        return ", ".join(found) or unknown
+        if not made.settings:
+            return ", ".join(found) or "recipe or input changed"
+        now = by_key(self.settings)
+        added = {key: value for key, value in by_key(self.defaults).items() if key in now}
+        before = added | by_key(made.settings)
+        found += [
+            f"changed key {_CALLED.get(key, key)} ({_short(before, key)} -> {_short(now, key)})"
+            for key in _differing(before, now)
+        ]
+        found += [f"{name} changed" for name in _differing(made.outside, self.outside)]
+        if made.schema_version != SCHEMA_VERSION:
+            found.append("format of the artifacts changed")
+        return ", ".join(found)
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

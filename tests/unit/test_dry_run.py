@@ -15,6 +15,7 @@ from dpo4rec_ray.pipeline import STAGES, before_rounds, how_far, rounds
 from dpo4rec_ray.running import Runner, Selection, dry_run
 from dpo4rec_ray.store.artifacts import MANIFEST, RunDir, write_json
 from dpo4rec_ray.store.outcome import Outcome
+from dpo4rec_ray.store.schemas import SCHEMA_VERSION
 
 ALL = Selection()
 STEPS = [
@@ -181,8 +182,25 @@ def test_an_old_manifest_says_that_it_does_not_know(
 
 
 def test_an_older_format_is_named(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    edit(store, "pairs", 1, fingerprint="of another format")
+    edit(store, "pairs", 1, fingerprint="of another format", schema_version=SCHEMA_VERSION - 1)
     assert said(store, capsys)["pair(1)"] == "would run: format of the artifacts changed"
+
+
+def test_what_a_version_made_that_did_not_know_a_key_is_kept(
+    store: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The key counts as its default there, so another value than that is a change, and a key that is gone is one."""
+    made = store.require("generations", 1)
+    older = {**made.settings, "generate": {**made.settings["generate"]}}
+    del older["generate"]["min_p"], older["run.watched_users"]
+    edit(store, "generations", 1, fingerprint="of an older version", settings=older)
+    assert said(store, capsys)["generate(1)"] == "kept"
+    found = said(store, capsys, "generate.min_p=0.1", "run.watched_users=0.5")["generate(1)"]
+    assert found == (
+        "would run: changed key generate.min_p (0.0 -> 0.1), changed key run.watched_users (0.25 -> 0.5)"
+    )
+    edit(store, "generations", 1, settings=older | {"generate.retired": 3})
+    assert said(store, capsys)["generate(1)"] == "would run: changed key generate.retired (3 -> not there)"
 
 
 def test_a_removed_artifact_is_not_there(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
