@@ -9,7 +9,6 @@ import numpy as np
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.best_texts import best_of
 from dpo4rec_ray.core.text_watch import TextWatch
-from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.objectives import BatchLayout, SupervisedObjective
 from dpo4rec_ray.train.policy_task import Material, PolicyTask, TextSource
 from dpo4rec_ray.train.scored_texts import ScoredUser, material
@@ -32,13 +31,8 @@ class BestOfNLearner:
                 return None
             return {"completions": [texts[place] for place in found.places], "weights": found.weights}
 
-        found = material(task, best, "without")
-        if not found.counts["train"]:
-            raise UserError(
-                f"{task.config.run.called(task.round_id)}: no training user has a best text ({found.counts}); lower "
-                'best_of_n.min_margin, or use reward.metric = "log_likelihood"'
-            )
-        return found
+        nobody = 'no training user has a best text; lower best_of_n.min_margin, or use reward.metric = "log_likelihood"'
+        return material(task, best, "without", nobody)
 
     def objective(self, layout: BatchLayout, task: PolicyTask) -> SupervisedObjective:
         return SupervisedObjective(layout)

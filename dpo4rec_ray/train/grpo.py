@@ -9,7 +9,6 @@ import numpy as np
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.policy_gradient import advantages
 from dpo4rec_ray.core.text_watch import TextWatch
-from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.objectives import BatchLayout, GRPOObjective
 from dpo4rec_ray.policy.trainer import FirstFigure
 from dpo4rec_ray.train.policy_task import Material, PolicyTask, TextSource
@@ -49,13 +48,11 @@ class GRPOLearner:
         engine = None
         if task.config.generate.token_logps:
             engine = "sampler_logps" if task.config.grpo.sampler == "engine" else "engine_logps"
-        found = material(task, group, "same", stored, engine)
-        if not found.counts["train"]:
-            raise UserError(
-                f"{task.config.run.called(task.round_id)}: no training user's texts differ in reward ({found.counts}); use "
-                'reward.metric = "log_likelihood" or more reward.num_redraws'
-            )
-        return found
+        nobody = (
+            'no training user\'s texts differ in reward; use reward.metric = "log_likelihood" or more '
+            "reward.num_redraws"
+        )
+        return material(task, group, "same", nobody, stored, engine)
 
     def objective(self, layout: BatchLayout, task: PolicyTask) -> GRPOObjective:
         config = task.config

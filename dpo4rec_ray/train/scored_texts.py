@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.policy.groups import Group
 from dpo4rec_ray.policy.rows import ArrowRows, group_lengths
 from dpo4rec_ray.storage.parquet import read_parquet
@@ -101,6 +102,7 @@ def material(
     task: PolicyTask,
     make: MakeRow,
     without: str,
+    nobody: str,
     stored: Mapping[str, str | None] = MappingProxyType({}),
     engine: str | None = None,
 ) -> Material:
@@ -110,8 +112,12 @@ def material(
 
     Args:
         without: the name by which users without a row are counted.
+        nobody: what is said where no training user has a row.
         stored: one of LOGPS -> folder of stored log-probabilities, or None.
         engine: as which of LOGPS the engine's log-probabilities are read; None: they are not.
+
+    Raises:
+        UserError: no training user has a row.
     """
     tables, counts = {}, {}
     for split, scored in _by_split(task, stored, engine).items():
@@ -131,9 +137,11 @@ def material(
         num_rows = len(tables[split]) if parts else 0
         counts |= {split: num_rows, **{f"{split}_{name}": count for name, count in told.items()}}
     train, valid = tables["train"], tables["valid"]
+    if train is None:
+        raise UserError(f"{task.config.run.called(task.round_id)}: {nobody} ({counts})")
     return Material(
-        [] if train is None else ArrowRows(train),
-        np.zeros(0, np.int64) if train is None else group_lengths(train),
+        ArrowRows(train),
+        group_lengths(train),
         {"users": [] if valid is None else ArrowRows(valid)},
         {"users": counts["train"]},
         counts,
