@@ -180,11 +180,11 @@ def _claim(rows: Sequence[Row], subject: str, verbs: tuple[str, str, str]) -> tu
 
 
 def _figure(row: Mapping[str, Any]) -> str:
-    return f"{row['delta']:+.4f} {TITLES[NDCG]}{_range(row['ci95'])}"
+    return f"{row['delta']:+z.4f} {TITLES[NDCG]}{_range(row['ci95'])}"
 
 
 def _range(ends: Sequence[float | None] | None) -> str:
-    return "" if ends is None or None in ends else " [{:+.4f}, {:+.4f}]".format(*ends)
+    return "" if ends is None or None in ends else " [{:+z.4f}, {:+z.4f}]".format(*ends)
 
 
 def _learner(row: Mapping[str, Any]) -> str:
@@ -299,7 +299,7 @@ def _more(
 
 
 def _change(figure: Mapping[str, Any]) -> str:
-    return f"{figure['change']:+.4f}{_range(figure['change_ci95'])}"
+    return f"{figure['change']:+z.4f}{_range(figure['change_ci95'])}"
 
 
 def printed(found: Verdict) -> str:
