@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NDCG, NOT_SHOWN, Rung, first_broken
+from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NDCG, NOT_SHOWN, Rung
 from dpo4rec_ray.evaluation.systems import BACKBONE, TITLES, Row, label
 
 HELPS, HARMS, NOTHING, MIXED, UNKNOWN = "helps", "harms", "nothing shown", "mixed", "unknown"
@@ -218,12 +218,12 @@ def _weak(summary: Mapping[str, Any], judged: Mapping[str, Any] | None, served: 
             UNREAD,
             f"in none of {fits} fits do the rerankers use the texts: validation shows no gain of them",
         )
-    broken = first_broken(rungs)
+    broken = next(filter(_broken, rungs), None)
     return (broken["name"], f"{broken['name']} ({broken['verdict']})") if broken else ("", "")
 
 
 def _broken(rung: Rung) -> bool:
-    """Whether it fails, or has an interval that includes its bound. Older runs have rungs without interval."""
+    """Whether it fails, or has an interval that includes its bound. A rung without an interval (a single user) says nothing."""
     return rung["verdict"] == FAILS or (rung["verdict"] == NOT_SHOWN and rung["ci95"] is not None)
 
 

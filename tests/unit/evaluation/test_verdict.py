@@ -143,6 +143,27 @@ def test_the_headline_says_both_with_intervals_and_names_the_weak_rung() -> None
     assert verdict(constructed()).headline.endswith("DPO helps PRM by +0.0300 NDCG@5 [+0.0200, +0.0400].")
 
 
+def test_any_rung_that_fails_has_its_advice() -> None:
+    run = constructed()
+    facets = {"all": {"accuracy": 0.2, "chance": 0.2, "corrected": 0.0, "corrected_ci95": [-0.1, 0.1]}}
+    heldout = {"figures": run["rounds"][0]["figures"] | {"fit_above": figure(0.0, 0.0)}}
+    heldout |= {"accuracy_by_facet_before": facets, "accuracy_by_facet_after": facets}
+    policy = {"accuracy": 0.5, "heldout_accuracy_own": 0.5, "rows": {"valid": 9, "valid_own": 9}}
+    reward = {"channel": {"statistics": {"gain": 0.0, "std_error": 0.1}}}
+    rungs = ladder(1, reward, {}, policy, heldout, run["comparisons"])
+    assert len(rungs) == 12
+    for rung in rungs:
+        run["rounds"][0]["ladder"] = [rung | {"verdict": "fails"}]
+        found = verdict(run)
+        assert found.weak == rung["name"] and found.next_step
+
+
+def test_a_rung_without_an_interval_decides_nothing() -> None:
+    run = constructed()
+    run["rounds"][0]["ladder"][0] |= {"verdict": "not shown", "ci95": None}
+    assert verdict(run).weak == ""
+
+
 def test_an_early_cause_is_named_before_what_follows_from_it() -> None:
     found = verdict(constructed(shuffle=0.0, gap=0.0, distinct=0.1, used=0, reward=0.0))
     assert found.weak == rule.UNREAD
