@@ -189,9 +189,8 @@ def _range(ends: Sequence[float | None] | None) -> str:
 
 def _learner(row: Mapping[str, Any]) -> str:
     """What trained a round; of several turns that differ, all of them."""
-    own = [turn["objective"] for turn in row.get("turns", [])] or [
-        row.get("training", {}).get("objective", "dpo")
-    ]
+    one: str = row.get("training", {}).get("objective", "dpo")
+    own: list[str] = [turn["objective"] for turn in row.get("turns", [])] or [one]
     return " and ".join(OBJECTIVES.get(name, name) for name in dict.fromkeys(own))
 
 

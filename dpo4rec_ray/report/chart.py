@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -48,11 +48,17 @@ def data(rows: Sequence[Row]) -> alt.Data:
     return alt.Data(values=list(rows))
 
 
-def zoom(*axes: str) -> alt.Parameter:
+def zoom(*axes: Literal["x", "y"]) -> alt.Parameter:
     """Drag to move; zoom with the wheel while shift is held, so that the page can be scrolled."""
     return alt.selection_interval(
         name="zoom", bind="scales", encodings=list(axes), zoom="wheel![event.shiftKey]"
     )
+
+
+def colour(field: str, rows: Sequence[Row]) -> alt.Color:
+    """Colours of a column of names; a legend where there are several."""
+    several = len({row[field] for row in rows}) > 1
+    return alt.Color(f"{field}:N", title=None, legend=alt.Legend(symbolOpacity=1) if several else None)
 
 
 def tips(*fields: tuple[str, str, str]) -> list[alt.Tooltip]:

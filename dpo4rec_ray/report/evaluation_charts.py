@@ -7,8 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, NO_BACKBONE, TITLES, UPPER_BOUND, Row, label
-from dpo4rec_ray.report.chart import PER_ROW, Chart, data, made, tips, zero_line, zoom
+from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, NO_BACKBONE, TITLES, Row, label
+from dpo4rec_ray.report.chart import PER_ROW, Chart, colour, data, made, tips, zero_line, zoom
 
 NDCG = HEADLINE[1]
 
@@ -53,7 +53,7 @@ def _gains(summary: Mapping[str, Any]) -> Iterator[Chart]:
                 ("high:Q", "to", "+.4f"),
             ),
         )
-        x = alt.X("low:Q", title=f"{TITLES[metric]} minus that of the backbone without texts")
+        x = alt.X("low:Q", title=f"{TITLES[metric]} minus the backbone", axis=alt.Axis(tickCount=5))
         chart = alt.layer(
             zero_line("x"),
             base.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q"),
@@ -73,10 +73,10 @@ def _gains(summary: Mapping[str, Any]) -> Iterator[Chart]:
 def _means(summary: Mapping[str, Any]) -> Iterator[Chart]:
     rows = []
     for row in summary["systems"]:
-        backbone = label(row["backbone"]) if row["backbone"] != NO_BACKBONE else ""
-        name = f"{backbone} · {row['system']}" if backbone else row["system"]
-        mean, sd = row[NDCG], row[f"{NDCG} sd"] or 0.0
-        if row["system"] != UPPER_BOUND:  # far from all others, so that nothing else could be told apart
+        # Without those that are not fitted: far from all others, they would leave these no room to be told apart.
+        if row["backbone"] != NO_BACKBONE:
+            mean, sd, backbone = row[NDCG], row[f"{NDCG} sd"] or 0.0, label(row["backbone"])
+            name = f"{backbone} · {row['system']}"
             rows.append(
                 {"name": name, "backbone": backbone, "value": mean, "low": mean - sd, "high": mean + sd}
             )
@@ -90,9 +90,7 @@ def _means(summary: Mapping[str, Any]) -> Iterator[Chart]:
             ("high:Q", "plus sd", ".4f"),
         ),
     )
-    x = alt.X(
-        "low:Q", title="NDCG@5, mean over test lists ± deviation over seeds", scale=alt.Scale(zero=False)
-    )
+    x = alt.X("low:Q", title="NDCG@5 ± deviation over seeds", scale=alt.Scale(zero=False))
     chart = alt.layer(
         base.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q"),
         base.mark_point(filled=True, size=70, opacity=1).encode(
@@ -102,8 +100,8 @@ def _means(summary: Mapping[str, Any]) -> Iterator[Chart]:
     yield made(
         "means",
         "Levels: NDCG@5",
-        "The axis does not begin at 0. Bars are deviations over seeds, which say nothing about other users: for differences look "
-        "at what texts add.",
+        "Means over the test lists; the axis does not begin at 0. Bars are deviations over seeds, which say "
+        "nothing about other users: for differences look at what texts add.",
         "NDCG@5: " + "; ".join(f"{row['name']} {row['value']:.4f}" for row in rows),
         chart,
         PER_ROW * len(rows) + 50,
@@ -123,7 +121,7 @@ def _across_rounds(summary: Mapping[str, Any]) -> Iterator[Chart]:
         return
     base = alt.Chart(data(rows)).encode(
         x=alt.X("round:O", title="round (0: before training)", axis=alt.Axis(labelAngle=0)),
-        color=alt.Color("backbone:N", title=None),
+        color=colour("backbone", rows),
         xOffset="backbone:N",
         tooltip=tips(
             ("backbone:N", "backbone", ""),
@@ -177,7 +175,7 @@ def _breakdowns(summary: Mapping[str, Any]) -> Iterator[Chart]:
         base = alt.Chart(data(rows)).encode(
             x=alt.X("bucket:N", title=kind, sort=None, axis=alt.Axis(labelAngle=0)),
             xOffset="series:N",
-            color=alt.Color("series:N", title=None),
+            color=colour("series", rows),
             tooltip=tips(
                 ("series:N", "system", ""),
                 ("bucket:N", kind, ""),

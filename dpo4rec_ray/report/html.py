@@ -16,7 +16,7 @@ from markupsafe import Markup
 from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NOT_SHOWN, Rung
 from dpo4rec_ray.evaluation.systems import Row
 from dpo4rec_ray.evaluation.verdict import HARMS, HELPS, verdict
-from dpo4rec_ray.report import tables
+from dpo4rec_ray.report import page_tables as tables
 from dpo4rec_ray.report.evaluation_charts import evaluation_charts
 from dpo4rec_ray.report.round_charts import round_charts, time_charts
 
@@ -54,7 +54,7 @@ def render(
     )
     environment.filters |= {"number": tables.number, "interval": tables.interval, "shown": tables.shown}
     charts = {
-        "test": evaluation_charts(summary),
+        "evaluation": evaluation_charts(summary),
         "rounds": round_charts(summary, heldout, steps, spreads),
         "time": list(time_charts(stages)),
     }
@@ -77,7 +77,7 @@ def render(
         recipe=recipe,
         recipe_link=f"data:text/plain;charset=utf-8,{quote(recipe)}",
         links=links,
-        vega=Markup(vl_convert.javascript_bundle()),
+        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
         style=_own("report.css"),
         script=_own("report.js"),
     )

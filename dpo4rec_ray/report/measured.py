@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -108,11 +107,3 @@ def _spreads(store: RunDir, turn: int) -> np.ndarray:
         frame = read_parquet(file, columns=["user_id", "reward"]).to_pandas()
         found.append(frame.groupby("user_id")["reward"].std(ddof=0).dropna().to_numpy())
     return np.concatenate(found)
-
-
-def plain(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows with numpy's numbers as Python's."""
-    return [
-        {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
-        for row in rows
-    ]

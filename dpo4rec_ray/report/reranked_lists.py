@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.metrics import list_metrics
@@ -64,7 +65,7 @@ def reranked(config: Config, store: RunDir, last_round: int, folds: Mapping[int,
         for fold, folder in enumerate(folders):
             mine = np.flatnonzero(own_fold == fold)
             if len(mine):
-                scores[mine] = _scores(folder, catalogue, data.select(mine), vectors, mine)
+                scores[mine] = _scores(folder, catalogue, data.select(torch.from_numpy(mine)), vectors, mine)
         columns.append((name, scores, list_metrics(scores, labels, (NDCG,), mask)[NDCG]))
     found: dict[int, Json] = {}
     for row, user in enumerate(owners):

@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from dpo4rec_ray.evaluation.systems import Row
-from dpo4rec_ray.report.chart import Chart, data, made, tips, zero_line, zoom
+from dpo4rec_ray.report.chart import Chart, colour, data, made, tips, zero_line, zoom
 from dpo4rec_ray.report.measured import STEP_FIGURES
 
 
@@ -52,7 +52,7 @@ def _training(rows: Sequence[Row]) -> Iterator[Chart]:
         own = [row for row in rows if row["figure"] == figure]
         if not own:
             continue
-        color = alt.Color("training:N", title=None)
+        color = colour("training", own)
         shown = tips(
             ("training:N", "training", ""),
             ("step:Q", "step", ","),
@@ -118,7 +118,7 @@ def _watched(summary: Mapping[str, Any]) -> Iterator[Chart]:
 def _spreads(rows: Sequence[Row]) -> Iterator[Chart]:
     if not rows:
         return
-    own = [{**row, "series": f"round {row['round']}"} for row in rows]
+    own: list[Row] = [{**row, "series": f"round {row['round']}"} for row in rows]
     chart = (
         alt.Chart(data(own))
         .mark_bar(opacity=0.6)
@@ -126,7 +126,7 @@ def _spreads(rows: Sequence[Row]) -> Iterator[Chart]:
             x=alt.X("low:Q", title="standard deviation of a user's rewards", bin="binned"),
             x2="high:Q",
             y=alt.Y("users:Q", title="users", stack=None),
-            color=alt.Color("series:N", title=None),
+            color=colour("series", own),
             tooltip=tips(
                 ("series:N", "round", ""),
                 ("low:Q", "from", ".4f"),
