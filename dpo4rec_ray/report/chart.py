@@ -15,6 +15,7 @@ from dpo4rec_ray.evaluation.systems import Row
 
 HEIGHT = 240  # pixels
 PER_ROW = 26  # of a chart with a row per system
+ROWS = alt.NamedData("rows")  # of any chart
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,18 @@ class Chart:
     spec: dict[str, Any]
 
 
-def made(key: str, title: str, says: str, alt_text: str, chart: Any, height: int = HEIGHT) -> Chart:
-    """The chart with its size. height: pixels."""
-    sized = chart.properties(
-        width="container", height=height, autosize=alt.AutoSizeParams(type="fit", contains="padding")
-    )
-    return Chart(key, title, says, alt_text, sized.properties(description=alt_text).to_dict())
+def made(
+    key: str, title: str, says: str, alt_text: str, chart: Any, rows: Sequence[Row], height: int = HEIGHT
+) -> Chart:
+    """The chart over ROWS with its data and size. height: pixels.
 
-
-def data(rows: Sequence[Row]) -> alt.Data:
-    """Rows inside the specification."""
-    return alt.Data(values=list(rows))
+    The rows come in after Altair has checked the specification: it would check every one of them too, which takes seconds.
+    """
+    fit = alt.AutoSizeParams(type="fit", contains="padding")
+    sized = chart.properties(width="container", height=height, autosize=fit, description=alt_text)
+    spec = sized.to_dict()
+    spec["datasets"] = {**spec.get("datasets", {}), ROWS.name: list(rows)}
+    return Chart(key, title, says, alt_text, spec)
 
 
 def zoom(*axes: Literal["x", "y"]) -> alt.Parameter:
@@ -71,5 +73,5 @@ def tips(*fields: tuple[str, str, str]) -> list[alt.Tooltip]:
 
 def zero_line(axis: str) -> alt.Chart:
     """The dashed line of no difference. axis: "x" or "y"."""
-    rule = alt.Chart(data([{}])).mark_rule(strokeDash=[4, 3], opacity=0.7)
+    rule = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[4, 3], opacity=0.7)
     return rule.encode(x=alt.XDatum(0)) if axis == "x" else rule.encode(y=alt.YDatum(0))

@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, NO_BACKBONE, TITLES, Row, label
-from dpo4rec_ray.report.chart import PER_ROW, Chart, colour, data, made, tips, zero_line, zoom
+from dpo4rec_ray.report.chart import PER_ROW, ROWS, Chart, colour, made, tips, zero_line, zoom
 
 NDCG = HEADLINE[1]
 
@@ -43,7 +43,7 @@ def _gains(summary: Mapping[str, Any]) -> Iterator[Chart]:
         rows = [row for row in found if row]
         if not rows:
             continue
-        base = alt.Chart(data(rows)).encode(
+        base = alt.Chart(ROWS).encode(
             y=alt.Y("name:N", title=None, sort=None),
             color=alt.Color("backbone:N", legend=None),
             tooltip=tips(
@@ -66,6 +66,7 @@ def _gains(summary: Mapping[str, Any]) -> Iterator[Chart]:
             "line is a gain.",
             f"{TITLES[metric]} minus the backbone's: {_listed(rows, 'name')}",
             chart,
+            rows,
             PER_ROW * len(rows) + 50,
         )
 
@@ -80,7 +81,7 @@ def _means(summary: Mapping[str, Any]) -> Iterator[Chart]:
             rows.append(
                 {"name": name, "backbone": backbone, "value": mean, "low": mean - sd, "high": mean + sd}
             )
-    base = alt.Chart(data(rows)).encode(
+    base = alt.Chart(ROWS).encode(
         y=alt.Y("name:N", title=None, sort=None),
         color=alt.Color("backbone:N", legend=None),
         tooltip=tips(
@@ -104,6 +105,7 @@ def _means(summary: Mapping[str, Any]) -> Iterator[Chart]:
         "nothing about other users: for differences look at what texts add.",
         "NDCG@5: " + "; ".join(f"{row['name']} {row['value']:.4f}" for row in rows),
         chart,
+        rows,
         PER_ROW * len(rows) + 50,
     )
 
@@ -119,7 +121,7 @@ def _across_rounds(summary: Mapping[str, Any]) -> Iterator[Chart]:
     rows = [row for row in found if row]
     if not summary["rounds"] or not rows:
         return
-    base = alt.Chart(data(rows)).encode(
+    base = alt.Chart(ROWS).encode(
         x=alt.X("round:O", title="round (0: before training)", axis=alt.Axis(labelAngle=0)),
         color=colour("backbone", rows),
         xOffset="backbone:N",
@@ -146,6 +148,7 @@ def _across_rounds(summary: Mapping[str, Any]) -> Iterator[Chart]:
         "NDCG@5 minus the backbone: "
         + "; ".join(f"{row['backbone']} round {row['round']} {row['value']:+.4f}" for row in rows),
         chart,
+        rows,
     )
 
 
@@ -172,7 +175,7 @@ def _breakdowns(summary: Mapping[str, Any]) -> Iterator[Chart]:
             for row in all_rows
             if row["by"] == kind
         ]
-        base = alt.Chart(data(rows)).encode(
+        base = alt.Chart(ROWS).encode(
             x=alt.X("bucket:N", title=kind, sort=None, axis=alt.Axis(labelAngle=0)),
             xOffset="series:N",
             color=colour("series", rows),
@@ -199,4 +202,5 @@ def _breakdowns(summary: Mapping[str, Any]) -> Iterator[Chart]:
             f"NDCG@5 minus the backbone by {kind}: "
             + "; ".join(f"{row['series']} {row['bucket']} {row['value']:+.4f}" for row in rows),
             chart,
+            rows,
         )

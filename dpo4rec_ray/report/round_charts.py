@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from dpo4rec_ray.evaluation.systems import Row
-from dpo4rec_ray.report.chart import Chart, colour, data, made, tips, zero_line, zoom
+from dpo4rec_ray.report.chart import ROWS, Chart, colour, made, tips, zero_line, zoom
 from dpo4rec_ray.report.measured import STEP_FIGURES
 
 
@@ -25,9 +25,9 @@ def _rewards(rows: Sequence[Row]) -> Iterator[Chart]:
         values = [row[side] for row in own for side in ("before", "after")]
         low, high = min(values), max(values)
         rises = sum(row["after"] > row["before"] for row in own)
-        line = alt.Chart(data([{"one": low, "two": low}, {"one": high, "two": high}]))
+        line = alt.Chart(alt.InlineData([{"one": low, "two": low}, {"one": high, "two": high}]))
         scale = alt.Scale(zero=False, nice=True)
-        dots = alt.Chart(data(own)).mark_circle(opacity=0.5, size=40)
+        dots = alt.Chart(ROWS).mark_circle(opacity=0.5, size=40)
         chart = alt.layer(
             line.mark_line(strokeDash=[4, 3], opacity=0.7).encode(
                 x=alt.X("one:Q", scale=scale), y=alt.Y("two:Q", scale=scale)
@@ -44,6 +44,7 @@ def _rewards(rows: Sequence[Row]) -> Iterator[Chart]:
             "A dot per validation user: the mean reward of the user's texts before and after. Above the dashed line it rose.",
             f"The reward rises for {rises} of {len(own)} validation users.",
             chart,
+            own,
         )
 
 
@@ -60,7 +61,7 @@ def _training(rows: Sequence[Row]) -> Iterator[Chart]:
             ("kind:N", "of", ""),
         )
         x = alt.X("step:Q", title="step")
-        base = alt.Chart(data(own)).encode(color=color, tooltip=shown)
+        base = alt.Chart(ROWS).encode(color=color, tooltip=shown)
         line = base.transform_filter("datum.kind == 'training'")
         y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
         chart = alt.layer(
@@ -78,6 +79,7 @@ def _training(rows: Sequence[Row]) -> Iterator[Chart]:
             "Faint: each step; strong: the mean around it" + ("; diamonds: held-out users." if held else "."),
             f"{title} at the end: " + "; ".join(f"{name} {value:.4g}" for name, value in last.items()),
             chart,
+            own,
         )
 
 
@@ -92,7 +94,7 @@ def _watched(summary: Mapping[str, Any]) -> Iterator[Chart]:
                 rows.append({"turn": turn["turn"], "value": one["change"], "low": low, "high": high})
         if not rows:
             continue
-        base = alt.Chart(data(rows)).encode(
+        base = alt.Chart(ROWS).encode(
             x=alt.X("turn:O", title="turn", axis=alt.Axis(labelAngle=0)),
             tooltip=tips(
                 ("turn:O", "turn", ""),
@@ -112,6 +114,7 @@ def _watched(summary: Mapping[str, Any]) -> Iterator[Chart]:
             "Change since the round began, of texts sampled at the start of each turn, with 95 % intervals over users.",
             f"Change of {figure}: " + "; ".join(f"turn {row['turn']} {row['value']:+.4f}" for row in rows),
             chart,
+            rows,
         )
 
 
@@ -120,7 +123,7 @@ def _spreads(rows: Sequence[Row]) -> Iterator[Chart]:
         return
     own: list[Row] = [{**row, "series": f"round {row['round']}"} for row in rows]
     chart = (
-        alt.Chart(data(own))
+        alt.Chart(ROWS)
         .mark_bar(opacity=0.6)
         .encode(
             x=alt.X("low:Q", title="standard deviation of a user's rewards", bin="binned"),
@@ -144,6 +147,7 @@ def _spreads(rows: Sequence[Row]) -> Iterator[Chart]:
         "How far the rewards of one user's texts are apart. Users at 0 teach nothing: all their texts are worth the same.",
         f"{flat} of {total} users have rewards in the lowest thirtieth of the range.",
         chart,
+        own,
     )
 
 
@@ -153,7 +157,7 @@ def time_charts(stages: Sequence[Row]) -> Iterator[Chart]:
     if not rows:
         return
     chart = (
-        alt.Chart(data(rows))
+        alt.Chart(ROWS)
         .mark_bar()
         .encode(
             y=alt.Y("name:N", title=None, sort=None),
@@ -168,5 +172,6 @@ def time_charts(stages: Sequence[Row]) -> Iterator[Chart]:
         "Seconds of each stage when it ran; the number in brackets is its turn.",
         f"The longest stage is {longest['name']} with {longest['seconds']:.0f} s.",
         chart,
+        rows,
         18 * len(rows) + 50,
     )

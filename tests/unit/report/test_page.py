@@ -160,7 +160,8 @@ def test_a_chart_compiles_and_names_only_columns_that_its_rows_have(chart: Any) 
     assert chart.spec["width"] == "container" and chart.alt and chart.spec["description"] == chart.alt
     assert vega["marks"]
     for layer in chart.spec.get("layer", [chart.spec]):
-        rows = layer.get("data", chart.spec.get("data"))["values"]
+        data = layer.get("data", chart.spec.get("data"))
+        rows = data["values"] if "values" in data else chart.spec["datasets"][data["name"]]
         for name, channel in layer["encoding"].items():
             for one in channel if isinstance(channel, list) else [channel]:
                 if "field" in one:
