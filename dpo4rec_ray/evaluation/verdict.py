@@ -199,7 +199,7 @@ def _weak(summary: Mapping[str, Any], judged: Mapping[str, Any] | None, served: 
 
     The causes with names of their own come first, in the order of the chain: what follows from them are broken rungs too.
     """
-    rungs: list[Rung] = judged["ladder"] if judged else []
+    rungs: list[Rung] = judged.get("ladder", []) if judged else []
     by_name = {rung["name"]: rung for rung in rungs}
     for name, cause, why in (
         ("shuffle drop", UNREAD, "the reward's rerankers do not read their texts, so rewards are noise"),
@@ -218,7 +218,10 @@ def _weak(summary: Mapping[str, Any], judged: Mapping[str, Any] | None, served: 
             f"in none of {fits} fits do the rerankers use the texts: validation shows no gain of them",
         )
     broken = next(filter(_broken, rungs), None)
-    return (broken["name"], f"{broken['name']} ({broken['verdict']})") if broken else ("", "")
+    if broken is None:
+        return "", ""
+    said = "fails" if broken["verdict"] == FAILS else f"is not shown to be above {broken['bound']:g}"
+    return broken["name"], f"{broken['name']}, {broken['value']:+z.4f}{_range(broken['ci95'])}, {said}"
 
 
 def _broken(rung: Rung) -> bool:
@@ -280,7 +283,7 @@ def _more(
         )
     if judged is None:
         return found
-    figures, rung = judged.get("figures", {}), {one["name"]: one for one in judged["ladder"]}
+    figures, rung = judged.get("figures", {}), {one["name"]: one for one in judged.get("ladder", [])}
     if reward := figures.get("reward"):
         said = f"On users held out from training the reward changes by {_change(reward)}"
         if reading := figures.get("reading"):
