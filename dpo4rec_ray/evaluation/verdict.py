@@ -17,6 +17,7 @@ HELPS, HARMS, NOTHING, MIXED, UNKNOWN = "helps", "harms", "nothing shown", "mixe
 # Weak rungs that have a name of their own, as what follows from them is more than that one rung.
 UNREAD, NOISE, COLLAPSE = "texts are not read", "the reward is noise", "the texts collapsed"
 TEST = "test users"  # the last rungs
+COUNTED = "counted texts"  # what those against them come to
 CONFIRM = "confirm"  # nothing is weak
 COLLAPSED = 0.5  # share of the distinct texts from before the round, below which the policy writes the same again and again
 
@@ -74,6 +75,11 @@ ADVICE = {
         "training taught a manner more than the user: reward what a text is worth to its own user (reward.personal), and pair "
         "against other users' texts (pair.others_share)",
         "docs/rewards-and-pairs.md",
+    ),
+    COUNTED: (
+        "the LLM is not shown to beat texts that are counted from the history and cost nothing: try a stronger one (llm.path) or "
+        "other prompts (prompt.template), or serve the counted texts (llm.source)",
+        "docs/texts-and-llms.md",
     ),
     TEST: ("measure on more test users (data.test_frac, data.max_users)", "docs/evaluation.md"),
     HARMS: (
@@ -248,6 +254,8 @@ def _advised(weak: str, texts: str, training: str) -> str:
         return HARMS
     if not weak:
         return CONFIRM if texts == HELPS else TEST
+    if weak.startswith(TEST) and weak.endswith(f"against {STATISTICS}"):
+        return COUNTED
     return next(name for name in ADVICE if weak.startswith(name))
 
 

@@ -55,9 +55,9 @@ def _gains(summary: Mapping[str, Any]) -> Iterator[Chart]:
         )
         x = alt.X("low:Q", title=f"{TITLES[metric]} minus the backbone", axis=alt.Axis(tickCount=5))
         chart = alt.layer(
-            zero_line("x"),
             base.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q"),
             base.mark_point(filled=True, size=70, opacity=1).encode(x="value:Q"),
+            zero_line("x"),
         ).add_params(zoom("x"))
         yield made(
             f"gains-{metric.partition('@')[0]}",
@@ -134,12 +134,12 @@ def _across_rounds(summary: Mapping[str, Any]) -> Iterator[Chart]:
         ),
     )
     chart = alt.layer(
-        zero_line("y"),
         base.mark_line(opacity=0.5).encode(y="value:Q"),
         base.mark_rule(strokeWidth=2).encode(
             y=alt.Y("low:Q", title="NDCG@5 minus the backbone"), y2="high:Q"
         ),
         base.mark_point(filled=True, size=70, opacity=1).encode(y="value:Q"),
+        zero_line("y"),
     ).add_params(zoom("y"))
     yield made(
         "across-rounds",
@@ -189,11 +189,11 @@ def _breakdowns(summary: Mapping[str, Any]) -> Iterator[Chart]:
             ),
         )
         chart = alt.layer(
-            zero_line("y"),
             base.mark_rule(strokeWidth=2).encode(
                 y=alt.Y("low:Q", title="NDCG@5 minus the backbone"), y2="high:Q"
             ),
             base.mark_point(filled=True, size=60, opacity=1).encode(y="value:Q"),
+            zero_line("y"),
         ).add_params(zoom("y"))
         yield made(
             f"by-{kind.replace(' ', '-')}",

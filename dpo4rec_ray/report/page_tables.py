@@ -96,7 +96,7 @@ def _systems(rows: Sequence[Row]) -> Table:
     return Table(
         "systems",
         "Every system on the test lists",
-        ["system", "backbone", *(TITLES.get(name, name) for name in metrics), "seeds", "lists"],
+        ["system", "backbone", *(_title(name) for name in metrics), "seeds", "lists"],
         [
             [
                 row["system"],
@@ -111,6 +111,11 @@ def _systems(rows: Sequence[Row]) -> Table:
         "Means over lists, ± standard deviation over seeds. MAP@5 divides by the positives found in the top 5, as the paper "
         "does; map@5 by all that could be there.",
     )
+
+
+def _title(metric: str) -> str:
+    name, _, how = metric.partition(" ")
+    return f"{TITLES.get(name, name)} {how}".rstrip()
 
 
 def _differences(rows: Sequence[Row]) -> Table:

@@ -115,7 +115,7 @@ function show(user) {
   if (user.first) place.append(made("h4", "The text that rerankers read before any training"), made("p", user.first));
   for (const round of user.rounds) {
     place.append(tableOf(`Round ${round.round}: ${round.texts.length} sampled texts, best reward first`, ["rank", "reward", "pair", "text"],
-      round.texts.map((one) => [one.rank ?? "–", shown(one.reward), [one.mark, one.mark], one.text])));
+      round.texts.map((one) => [one.rank ?? "–", shown(one.reward), [one.mark, one.mark], [one.text, "text"]])));
     if (round.others.length) {
       place.append(made("h4", "Paired against other users' texts, as rejected"), listOf(round.others));
     }

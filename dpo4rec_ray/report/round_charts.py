@@ -104,9 +104,9 @@ def _watched(summary: Mapping[str, Any]) -> Iterator[Chart]:
             ),
         )
         chart = alt.layer(
-            zero_line("y"),
             base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title=f"change of {figure}"), y2="high:Q"),
             base.mark_line(point=True).encode(y="value:Q"),
+            zero_line("y"),
         ).add_params(zoom("y"))
         yield made(
             f"watched-{figure}",

@@ -143,6 +143,18 @@ def test_the_headline_says_both_with_intervals_and_names_the_weak_rung() -> None
     assert verdict(constructed()).headline.endswith("DPO helps PRM by +0.0300 NDCG@5 [+0.0200, +0.0400].")
 
 
+def test_texts_that_do_not_beat_counted_ones_are_said_to() -> None:
+    run = constructed()
+    counted = next(row for row in run["comparisons"] if row["against"] == "statistics")
+    counted |= {"delta": 0.0, "ci95": [-0.01, 0.01]}
+    run["rounds"][0]["ladder"] = ladder(1, {}, {}, {}, {}, run["comparisons"])
+    found = verdict(run)
+    assert found.weak == "test users, PRM against statistics" and found.next_step.startswith(
+        "The LLM is not shown"
+    )
+    assert any("not measurably different: +0.0000" in one for one in found.sentences)
+
+
 def test_any_rung_that_fails_has_its_advice() -> None:
     run = constructed()
     facets = {"all": {"accuracy": 0.2, "chance": 0.2, "corrected": 0.0, "corrected_ci95": [-0.1, 0.1]}}
