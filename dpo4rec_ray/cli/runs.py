@@ -1,4 +1,4 @@
-"""dpo4rec runs ROOT: the runs below a folder, a line each with their headline."""
+"""dpo4rec runs ROOT: the runs below a folder, a line each with their verdict."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dpo4rec_ray.errors import UserError
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="dpo4rec runs",
-        description="The runs below a folder, a line each: what the best round's texts add to NDCG@5 of test users over the "
-        "backbone, and what the last round taught the LLM about its users. What is not finished says how far it came.",
+        description="The runs below a folder, a line each with its verdict: what the best round's texts add to NDCG@5 of test "
+        "users, what training added to them, and the weak rung. What is not finished says how far it came.",
         epilog=examples(
             ("dpo4rec runs runs", "those of this folder"), ("dpo4rec runs s3://bucket/runs", "on any storage")
         ),
@@ -36,6 +36,7 @@ def show(options: argparse.Namespace) -> int:
     Raises:
         UserError: no such folder, or no run in it.
     """
+    from dpo4rec_ray.evaluation.verdict import verdict
     from dpo4rec_ray.storage.places import place
 
     root = place(options.root)
@@ -49,27 +50,10 @@ def show(options: argparse.Namespace) -> int:
     width = max(len(one.name) for one in runs)
     for one in runs:
         file = one / "summary.json"
-        about = headline(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else unfinished(one)
+        done = file.is_file()
+        about = verdict(json.loads(file.read_text(encoding="utf-8"))).headline if done else unfinished(one)
         print(f"{one.name:<{width}}  {about}")
     return 0
-
-
-def headline(summary: dict[str, Any]) -> str:
-    """NDCG@5 of the best round's texts, or of the texts of a run without rounds, against the backbone; and the reading gain."""
-    from dpo4rec_ray.core.intervals import signed
-
-    rounds, best = summary.get("rounds", []), summary.get("best_round", 0)
-    systems = [f"dpo4rec-round{best}"] if best else ["base-llm", "statistics"]
-    found = []
-    for row in summary["comparisons"]:
-        if row["metric"] == "ndcg@5" and row["against"] == "backbone" and row["system"] in systems:
-            found.append(f"{row['backbone']} {row['system']} {signed(row['delta'], row['ci95'])}")
-    if rounds:
-        reading = rounds[-1]["figures"].get("reading")
-        if reading:
-            found.append(f"reading gain {signed(reading['change'], reading['change_ci95'])}")
-        found.append(f"best round {best} of {len(rounds)}")
-    return "; ".join(found)
 
 
 def unfinished(folder: Any) -> str:

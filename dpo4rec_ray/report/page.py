@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+import tomli_w
 
-from dpo4rec_ray.config import Config
+from dpo4rec_ray.config import Config, default_config
 from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.evaluation import terminal_table
-from dpo4rec_ray.evaluation.heldout_texts import LABELS
 from dpo4rec_ray.evaluation.ladder import ladder, printed
-from dpo4rec_ray.evaluation.systems import HEADLINE, PRINTED, label
+from dpo4rec_ray.evaluation.verdict import printed as printed_verdict
+from dpo4rec_ray.evaluation.verdict import verdict
+from dpo4rec_ray.report import html
+from dpo4rec_ray.report.measured import heldout_rewards, reward_spreads, training_steps
+from dpo4rec_ray.report.spent import spent
+from dpo4rec_ray.report.text_browser import browsed
 from dpo4rec_ray.stages.evaluate import read_evaluation
 from dpo4rec_ray.stages.validate import best_round
 from dpo4rec_ray.storage.places import write_text
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.memory import peak_rss_mb
-from dpo4rec_ray.store.metrics_file import read_metrics
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.versions import commit, machine, versions
-from dpo4rec_ray.train.learners import LEARNERS
 
-_DETAIL = ("by user", "on lists with a positive")
-SHOWN = (*PRINTED, *(f"{name} {how}" for how in _DETAIL for name in HEADLINE))
+# Files of a run that the page links to, where it has them.
+LINKED = (
+    "summary.json",
+    "config.json",
+    "driver.log",
+    "data/report.json",
+    *(
+        f"eval/{name}"
+        for name in ("table.csv", "comparisons.csv", "breakdown.csv", "table.md", "table.tex", "metrics.json")
+    ),
+    "reward/diagnosis.json",
+)
 
 
 def run(
@@ -68,7 +77,7 @@ def run(
     if config.has_policy and config.llm.path == "bootstrap":
         summary["bootstrap"] = store.require("base_llm").stats
     write_json(store.root / "summary.json", summary)
-    write_text(store.root / "report.html", _html(store, summary))
+    write_text(store.root / "report.html", _html(config, store, last_round, summary))
     _print(summary)
     say(f"report: {store.root / 'summary.json'}, {store.root / 'report.html'}")
     return summary
@@ -176,106 +185,30 @@ def _print(summary: dict[str, Any]) -> None:
         )
         print("rung by rung, each needs those before it:")
         print(printed(row["ladder"]))
+    print(f"verdict: {printed_verdict(verdict(summary))}")
     print(f"{summary['total_seconds']:.0f} s, peak memory of the process tree {summary['peak_rss_mb']} MB")
 
 
-def _html(store: RunDir, summary: dict[str, Any]) -> str:
-    environment = Environment(loader=PackageLoader("dpo4rec_ray", "report"), autoescape=True)
-    environment.filters |= {"number": _number, "percent": _percent, "range": _range}
-    template = environment.get_template("report.html.jinja")
-    plots = [
-        ("NDCG@5 per system (mean and standard deviation over seeds)", _plot_systems(summary["systems"]))
-    ]
-    if summary["rounds"]:
-        objective = summary["rounds"][0]["training"].get("objective", "dpo")
-        plots += [
-            ("Held-out reward before and after each round", _plot_rewards(store, summary)),
-            (f"Training ({objective}) per step", _plot_training(store, summary, LEARNERS[objective].shown)),
-        ]
-    differences = [row for row in summary["comparisons"] if row["metric"] in HEADLINE]
-    return template.render(
-        summary=summary,
-        metrics=SHOWN,
-        differences=differences,
-        label=label,
-        plots=plots,
-        figure_labels=LABELS,
+def _html(config: Config, store: RunDir, last_round: int, summary: dict[str, Any]) -> str:
+    run, rounds = config.run, summary["rounds"]
+    scored = {int(name): run.first_turn(int(name) * run.turns_per_round) for name in summary["rewards"]}
+    return html.render(
+        summary,
+        stages=spent(config, store, summary["stages"]),
+        heldout=heldout_rewards(store, rounds),
+        steps=training_steps(store, run, rounds),
+        spreads=reward_spreads(store, scored),
+        users=browsed(config, store, last_round),
+        recipe=_recipe(config),
+        links=[name for name in LINKED if (store.root / name).is_file()],
     )
 
 
-def _number(value: float | None, form: str = "%.4f") -> str:
-    """A number, or a dash where there is none, such as the share that carries over of a reward that always ties."""
-    return "–" if value is None or math.isnan(value) else form % value
-
-
-def _percent(value: float | None) -> str:
-    return _number(None if value is None else 100 * value, "%.1f %%")
-
-
-def _range(ends: list[float | None]) -> str:
-    return "" if None in ends or any(map(math.isnan, ends)) else "[{:+.4f}, {:+.4f}]".format(*ends)
-
-
-def _figure(width: float = 7.0, height: float = 3.0, columns: int = 1) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
-
-
-def _embed(figure: Any) -> str:
-    from matplotlib import pyplot
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _plot_rewards(store: RunDir, summary: dict[str, Any]) -> str:
-    figure, axes = _figure(columns=max(1, len(summary["rounds"])))
-    axes = [axes] if len(summary["rounds"]) == 1 else list(axes)
-    for axis, row in zip(axes, summary["rounds"], strict=True):
-        table = store.read("heldout", row["policy"])
-        before, after = table["reward_before"].to_numpy(), table["reward_after"].to_numpy()
-        low, high = float(min(before.min(), after.min())), float(max(before.max(), after.max()))
-        axis.plot([low, high], [low, high], color="grey", linewidth=0.8)
-        axis.scatter(before, after, s=9, alpha=0.6)
-        axis.set_xlabel("reward before, one dot per user")
-        axis.set_ylabel("after")
-        axis.set_title(
-            f"round {row['round']}: mean difference {row['heldout_reward_delta']:+.4f}", fontsize=10
-        )
-    return _embed(figure)
-
-
-def _plot_training(store: RunDir, summary: dict[str, Any], names: tuple[str, ...]) -> str:
-    figure, axes = _figure(columns=len(names))
-    for row in summary["rounds"]:
-        steps = read_metrics(store.path("policy", row["policy"]))
-        for axis, name in zip(axes, names, strict=True):
-            axis.plot(
-                [step["step"] for step in steps],
-                [step.get(name, math.nan) for step in steps],
-                label=f"round {row['round']}",
-            )
-            axis.set_title(name, fontsize=10)
-            axis.set_xlabel("step")
-    axes[0].legend(fontsize=8)
-    return _embed(figure)
-
-
-def _plot_systems(table: list[dict[str, Any]]) -> str:
-    figure, axis = _figure(height=0.4 * len(table) + 1)
-    name = "ndcg@5"
-    axis.barh(
-        [f"{label(row['backbone'])} {row['system']}" for row in table],
-        [row[name] for row in table],
-        xerr=[row[f"{name} sd"] or 0.0 for row in table],
-        height=0.6,
-    )
-    axis.invert_yaxis()
-    axis.set_xlabel(name)
-    return _embed(figure)
+def _recipe(config: Config) -> str:
+    """The keys that are not at their defaults, as TOML."""
+    defaults = default_config().model_dump(mode="json")
+    changed = {
+        section: {key: value for key, value in values.items() if value != defaults[section][key]}
+        for section, values in config.model_dump(mode="json").items()
+    }
+    return tomli_w.dumps({section: values for section, values in changed.items() if values})

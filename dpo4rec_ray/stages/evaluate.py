@@ -162,7 +162,7 @@ def _fit_and_measure(
         )
 
     plain: Reranker | None = None
-    without = _fit_name(config, backbone, None, seed)
+    without = fit_name(config, backbone, None, seed)
     if None not in wanted and section.knowledge != "input":
         if (rerankers / without / WEIGHTS_FILE).is_file():  # by an interrupted run
             plain = load_reranker(rerankers / without, catalogue).to(device)
@@ -170,7 +170,7 @@ def _fit_and_measure(
             plain = fitted(without, None, None).model
     # The backbone first: the others stand on it.
     for one in sorted(wanted, key=lambda texts: texts is not None):
-        name = _fit_name(config, backbone, one, seed)
+        name = fit_name(config, backbone, one, seed)
         vectors = None if one is None else knowledge_vectors(config, store, one)
         found = fitted(name, vectors, plain)
         if one is None:
@@ -201,7 +201,7 @@ def _fit_and_measure(
     metrics.flush()
 
 
-def _fit_name(config: Config, backbone: str, texts: int | str | None, seed: int) -> str:
+def fit_name(config: Config, backbone: str, texts: int | str | None, seed: int) -> str:
     """The folder of a fitted reranker."""
     return f"{backbone}-{system_name(config, texts)}-seed{seed}"
 
@@ -263,7 +263,7 @@ def _use_of_texts(config: Config, folder: Place, texts: Sequence[int | str | Non
     found = []
     for backbone in config.evaluated_backbones:
         for one in texts:
-            names = [_fit_name(config, backbone, one, seed) for seed in range(config.evaluate.num_seeds)]
+            names = [fit_name(config, backbone, one, seed) for seed in range(config.evaluate.num_seeds)]
             cards = [read_card(folder / "rerankers" / name)["info"]["metrics"] for name in names]
             if all(USED in card for card in cards):
                 row = {"fits": len(cards), "used": sum(card[USED] for card in cards)}

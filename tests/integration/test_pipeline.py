@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -202,12 +203,31 @@ def test_the_saved_lora_and_the_merged_folder_are_the_same_policy(tiny_run: Fini
     assert (adapted - before).abs().max() > 1e-4
 
 
-def test_report_is_one_file_with_plots(tiny_run: Finished) -> None:
+def test_report_is_one_small_file_with_charts_users_and_the_recipe(tiny_run: Finished) -> None:
+    """What a browser makes of it: tests/integration/test_report.py."""
     page = (tiny_run.folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert "http://" not in page and "https://" not in page
+    assert len(page.encode()) < 3_000_000
+    charts = set(re.findall(r'data-chart="(.*?)"', page))
+    assert charts >= {
+        "gains-ndcg",
+        "across-rounds",
+        "rewards-1",
+        "spread",
+        "step-accuracy",
+        "step-kl_per_token",
+        "seconds",
+    }
     for system in ("popularity", "upper-bound", "dpo4rec-round1"):
         assert system in page
+    (users,) = re.findall(r'id="users-data">(.*?)</script>', page)
+    store = RunDir(tiny_run.folder)
+    held_out = set(store.read("users", split="valid")["raw_id"].to_pylist())
+    shown = json.loads(users)
+    assert shown and {user["id"] for user in shown} <= held_out, "test users are read by the evaluation alone"
+    assert any(text["mark"] == "chosen" for user in shown for text in user["rounds"][0]["texts"])
+    assert all(user["prompt"] and user["rounds"][0]["after"] for user in shown)
+    assert all(len(user["list"]["rankings"]) == 3 for user in shown if "list" in user)
+    assert "verdict: Texts " in tiny_run.stdout
 
 
 def test_the_terminal_is_quiet_and_shows_every_stage(tiny_run: Finished) -> None:

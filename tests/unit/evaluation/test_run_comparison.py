@@ -140,7 +140,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert runs_command.main([str(tmp_path / "runs")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["a", "b", "c"]
-    assert lines[0].startswith("a  dlcm dpo4rec-round1 +0.")
+    assert lines[0].startswith("a  Texts ") and " to DLCM (+0." in lines[0]
     assert lines[2] == "c  not finished: prepare(0) is next"
 
 

@@ -1,0 +1,317 @@
+"""The verdict on a finished run in words: do texts help, does training add to it, which rung is weak, and what to do next.
+
+A rule on the summary alone (report/page.py): nothing is measured here and no file is read. Whether something helps is said of
+NDCG@5 of the test users, paired on identical lists, with the 95 % interval over users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NDCG, NOT_SHOWN, Rung
+from dpo4rec_ray.evaluation.systems import BACKBONE, TITLES, Row, label
+
+HELPS, HARMS, NOTHING, MIXED, UNKNOWN = "helps", "harms", "nothing shown", "mixed", "unknown"
+# Weak rungs that have a name of their own, as what follows from them is more than that one rung.
+UNREAD, NOISE, COLLAPSE = "texts are not read", "the reward is noise", "the texts collapsed"
+TEST = "test users"  # the last rungs
+COUNTED = "counted texts"  # what those against them come to
+CONFIRM = "confirm"  # nothing is weak
+COLLAPSED = 0.5  # share of the distinct texts from before the round, below which the policy writes the same again and again
+
+BASE_LLM, STATISTICS = "base-llm", "statistics"
+OBJECTIVES = {"dpo": "DPO", "best_of_n": "best-of-N", "grpo": "GRPO"}
+
+# Weak rung, or the start of its name -> what to do about it, and the page that says more.
+ADVICE = {
+    UNREAD: (
+        "let the rerankers learn to read from texts that say what they know in one form (reward.reader), from more texts of a "
+        "user (reward.reader_texts) and more users (data.max_users); reward.oracle measures the most that any text can reach",
+        "docs/rewards-and-pairs.md",
+    ),
+    NOISE: (
+        "measure rewards on more lists (reward.num_redraws, or users with more lists), by a finer metric (reward.metric), and "
+        "leave out pairs that chance explains (pair.min_std_errors)",
+        "docs/rewards-and-pairs.md",
+    ),
+    COLLAPSE: (
+        "train more gently: lower policy.lr or policy.epochs, pull harder to the reference (dpo.beta, dpo.nll_weight, "
+        "grpo.kl_weight)",
+        "docs/dpo.md",
+    ),
+    "text accuracy": (
+        "read the prompts (dpo4rec prompts) and the texts below: show examples (prompt.examples), or take a stronger LLM "
+        "(llm.path)",
+        "docs/texts-and-llms.md",
+    ),
+    "fit to later likes": (
+        "read the prompts (dpo4rec prompts) and the texts below: show examples (prompt.examples), or take a stronger LLM "
+        "(llm.path)",
+        "docs/texts-and-llms.md",
+    ),
+    "channel": (
+        "even texts that need no LLM add nothing here: try another text encoder (encoder.path) and other backbones "
+        "(evaluate.backbones) before another LLM",
+        "docs/evaluation.md",
+    ),
+    "DPO accuracy": (
+        "give it more to learn from: more users (data.max_users), more pairs of each (pair.pairs_per_user), or more steps "
+        "(policy.epochs, policy.lr)",
+        "docs/dpo.md",
+    ),
+    "held-out reward": (
+        "what was learned does not reach other users: more users (data.max_users), fewer epochs (policy.epochs), clearer pairs "
+        "(pair.min_std_errors)",
+        "docs/dpo.md",
+    ),
+    "reading gain": (
+        "training taught a manner, not the user: reward what a text is worth to its own user (reward.personal), and pair against "
+        "other users' texts (pair.others_share)",
+        "docs/rewards-and-pairs.md",
+    ),
+    "style gain": (
+        "training taught a manner more than the user: reward what a text is worth to its own user (reward.personal), and pair "
+        "against other users' texts (pair.others_share)",
+        "docs/rewards-and-pairs.md",
+    ),
+    COUNTED: (
+        "the LLM is not shown to beat texts that are counted from the history and cost nothing: try a stronger one (llm.path) or "
+        "other prompts (prompt.template), or serve the counted texts (llm.source)",
+        "docs/texts-and-llms.md",
+    ),
+    TEST: ("measure on more test users (data.test_frac, data.max_users)", "docs/evaluation.md"),
+    HARMS: (
+        "do not serve these texts: test users lose what validation users seemed to gain, so look at another seed (run.seed) and "
+        "at how the splits differ (data.protocol)",
+        "docs/evaluation.md",
+    ),
+    CONFIRM: (
+        "confirm it with another seed (run.seed) and other backbones (evaluate.backbones), then publish the run (dpo4rec serve)",
+        "docs/serving.md",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run says.
+
+    Attributes:
+        texts: HELPS, HARMS, NOTHING, MIXED (some backbones gain, others lose) or UNKNOWN (not measured).
+        training: the same of the best round, or of the last where none was kept, against the texts before it; UNKNOWN where
+            nothing was trained.
+        weak: UNREAD, NOISE, COLLAPSE, or the name of the first rung that does not hold; empty where all hold.
+        claims: the verdict in sentences with intervals: what texts do, what training adds, the weak rung.
+        sentences: what else bears on it.
+        next_step: what to do, as a sentence.
+        see: the page of the documentation that says more.
+    """
+
+    texts: str
+    training: str
+    weak: str
+    claims: tuple[str, ...]
+    sentences: tuple[str, ...]
+    next_step: str
+    see: str
+
+    @property
+    def headline(self) -> str:
+        """The claims in one line."""
+        return " ".join(self.claims)
+
+
+def verdict(summary: Mapping[str, Any]) -> Verdict:
+    """The verdict on a run. summary: of summary.json, also of an older version; what it lacks is left out."""
+    comparisons, rounds = summary["comparisons"], summary.get("rounds", [])
+    best = summary.get("best_round", 0)
+    base = STATISTICS if summary.get("generator") == STATISTICS else BASE_LLM
+    served = f"dpo4rec-round{best}" if best else base
+    judged = next((row for row in rounds if row["round"] == best), rounds[-1] if rounds else None)
+
+    rows = _rows(comparisons, served, BACKBONE)
+    texts, said = _claim(rows, "Texts", ("help", "harm", "add"))
+    claims = [said or "What texts add was not measured."]
+    training = UNKNOWN
+    if judged is not None and (gained := _rows(comparisons, f"dpo4rec-round{judged['round']}", base)):
+        rows = gained
+        training, said = _claim(rows, _learner(judged), ("helps", "harms", "adds"))
+        claims.append(said)
+    weak, why = _weak(summary, judged, served)
+    if weak:
+        claims.append(f"The weak rung: {why}.")
+    advice, see = ADVICE[_advised(weak, texts, training)]
+    if advice == ADVICE[TEST][0]:
+        advice += _users_needed(summary, rows)
+    more = tuple(_more(summary, judged, served, training))
+    return Verdict(texts, training, weak, tuple(claims), more, f"{advice[:1].upper()}{advice[1:]}.", see)
+
+
+def _rows(comparisons: Sequence[Row], system: str, against: str) -> list[Row]:
+    """Differences of two systems in NDCG@5, one per backbone."""
+    return [
+        row
+        for row in comparisons
+        if (row["system"], row["against"], row["metric"]) == (system, against, NDCG)
+    ]
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    low, high = row["ci95"]
+    if low is None or high is None:  # a single test user
+        return NOTHING
+    return HELPS if low > 0 else HARMS if high < 0 else NOTHING
+
+
+def _claim(rows: Sequence[Row], subject: str, verbs: tuple[str, str, str]) -> tuple[str, str]:
+    """The outcome over all backbones, and a sentence that names each. verbs: of the subject, to help, to harm and to add."""
+    found = {kind: [row for row in rows if _outcome(row) == kind] for kind in (HELPS, HARMS, NOTHING)}
+    helps, harms, adds = verbs
+    clauses = []
+    for kind, verb in (
+        (HELPS, f"{helps} "),
+        (HARMS, f"{harms} "),
+        (NOTHING, f"{adds} nothing measurable to "),
+    ):
+        if found[kind]:
+            form = "{} ({})" if kind == NOTHING else "{} by {}"
+            clauses.append(
+                verb + ", ".join(form.format(label(row["backbone"]), _figure(row)) for row in found[kind])
+            )
+    kinds = [kind for kind in (HELPS, HARMS) if found[kind]]
+    outcome = MIXED if len(kinds) == 2 else kinds[0] if kinds else NOTHING if rows else UNKNOWN
+    return outcome, f"{subject} {', and '.join(clauses)}." if rows else ""
+
+
+def _figure(row: Mapping[str, Any]) -> str:
+    return f"{row['delta']:+z.4f} {TITLES[NDCG]}{_range(row['ci95'])}"
+
+
+def _range(ends: Sequence[float | None] | None) -> str:
+    return "" if ends is None or None in ends else " [{:+z.4f}, {:+z.4f}]".format(*ends)
+
+
+def _learner(row: Mapping[str, Any]) -> str:
+    """What trained a round; of several turns that differ, all of them."""
+    one: str = row.get("training", {}).get("objective", "dpo")
+    own: list[str] = [turn["objective"] for turn in row.get("turns", [])] or [one]
+    return " and ".join(OBJECTIVES.get(name, name) for name in dict.fromkeys(own))
+
+
+def _weak(summary: Mapping[str, Any], judged: Mapping[str, Any] | None, served: str) -> tuple[str, str]:
+    """The weak rung and how a sentence names it; both empty where there is none.
+
+    The causes with names of their own come first, in the order of the chain: what follows from them are broken rungs too.
+    """
+    rungs: list[Rung] = judged.get("ladder", []) if judged else []
+    by_name = {rung["name"]: rung for rung in rungs}
+    for name, cause, why in (
+        ("shuffle drop", UNREAD, "the reward's rerankers do not read their texts, so rewards are noise"),
+        ("spread", NOISE, "a user's texts get the same rewards, so luck chooses the pairs"),
+        ("carry-over", NOISE, "the reward does not carry over to other lists of the same user"),
+    ):
+        if name in by_name and _broken(by_name[name]):
+            return cause, why
+    if judged is not None and (why := _collapse(judged)):
+        return COLLAPSE, why
+    used = [row for row in summary.get("use_of_texts", []) if row["system"] == served]
+    if used and not any(row["used"] for row in used):
+        fits = sum(row["fits"] for row in used)
+        return (
+            UNREAD,
+            f"in none of {fits} fits do the rerankers use the texts: validation shows no gain of them",
+        )
+    broken = next(filter(_broken, rungs), None)
+    if broken is None:
+        return "", ""
+    said = "fails" if broken["verdict"] == FAILS else f"is not shown to be above {broken['bound']:g}"
+    return broken["name"], f"{broken['name']}, {broken['value']:+z.4f}{_range(broken['ci95'])}, {said}"
+
+
+def _broken(rung: Rung) -> bool:
+    """Whether it fails, or has an interval that includes its bound. A rung without an interval (a single user) says nothing."""
+    return rung["verdict"] == FAILS or (rung["verdict"] == NOT_SHOWN and rung["ci95"] is not None)
+
+
+def _collapse(row: Mapping[str, Any]) -> str:
+    """Why the texts of a round count as collapsed: a user's own became the same, or those of all users; empty if they do not."""
+    own = row.get("figures", {}).get("distinct_texts")
+    if own and own["after"] <= COLLAPSED * own["before"] and own["change_ci95"][1] < 0:
+        return f"a user's texts became the same: {own['before']:.0%} of them are distinct before, {own['after']:.0%} after"
+    before, after = (row.get("diagnosis", {}).get(f"distinct_overall_{side}") for side in ("before", "after"))
+    if before and after is not None and after <= COLLAPSED * before:
+        return (
+            f"all users' texts became the same: {before:.0%} of them are distinct before, {after:.0%} after"
+        )
+    return ""
+
+
+def _advised(weak: str, texts: str, training: str) -> str:
+    """Which of ADVICE holds."""
+    if (not weak or weak.startswith(TEST)) and HARMS in (texts, training):
+        return HARMS
+    if not weak:
+        return CONFIRM if texts == HELPS else TEST
+    if weak.startswith(TEST) and weak.endswith(f"against {STATISTICS}"):
+        return COUNTED
+    return next(name for name in ADVICE if weak.startswith(name))
+
+
+def _users_needed(summary: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """How many test users would show the difference that was seen, if it is real: intervals shrink with the root of users."""
+    users = summary.get("prepare", {}).get("splits", {}).get("users/test")
+    seen = [row for row in rows if None not in row["ci95"] and row["delta"] > 0]
+    if not users or not seen:
+        return ""
+    row = max(seen, key=lambda one: one["delta"])
+    half = (row["ci95"][1] - row["ci95"][0]) / 2
+    needed = users * (half / row["delta"]) ** 2
+    if needed <= users:
+        return ""
+    return (
+        f": with {users} the interval is {half:.4f} wide to each side, and a difference of {row['delta']:.4f} would show with "
+        f"about {float(f'{needed:.2g}'):,.0f}"
+    )
+
+
+def _more(
+    summary: Mapping[str, Any], judged: Mapping[str, Any] | None, served: str, training: str
+) -> list[str]:
+    """Sentences that bear on the verdict: simulated texts, counted texts, held-out users, luck, which round is served."""
+    found = []
+    if summary.get("simulated_texts"):
+        found.append("The texts are simulated: no number here says anything about an LLM.")
+    for row in _rows(summary["comparisons"], served, STATISTICS):
+        than = {HELPS: "better", HARMS: "worse", NOTHING: "not measurably different"}[_outcome(row)]
+        found.append(
+            f"Beside texts counted from the history, which need no LLM, {label(row['backbone'])} with these is {than}: "
+            f"{_figure(row)}."
+        )
+    if judged is None:
+        return found
+    figures, rung = judged.get("figures", {}), {one["name"]: one for one in judged.get("ladder", [])}
+    if reward := figures.get("reward"):
+        said = f"On users held out from training the reward changes by {_change(reward)}"
+        if reading := figures.get("reading"):
+            said += f", the part that is about the user (reading gain) by {_change(reading)}"
+        found.append(f"{said}.")
+    if training == HELPS and "held-out reward" in rung and rung["held-out reward"]["verdict"] != HOLDS:
+        found.append("The held-out reward did not rise, so the gain on the test users may be luck.")
+    best, count = summary.get("best_round", 0), len(summary["rounds"])
+    found.append(
+        f"Round {best} of {count} is the best on validation users."
+        if best
+        else f"None of {count} round{'s' * (count > 1)} is better on validation users than the LLM before training."
+    )
+    return found
+
+
+def _change(figure: Mapping[str, Any]) -> str:
+    return f"{figure['change']:+z.4f}{_range(figure['change_ci95'])}"
+
+
+def printed(found: Verdict) -> str:
+    """The verdict for a terminal."""
+    return "\n".join([found.headline, *found.sentences, f"Next: {found.next_step} ({found.see})"])
