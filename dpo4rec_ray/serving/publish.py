@@ -73,7 +73,7 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
     if is_complete(target):
         raise UserError(f"{target} exists; versions never change: publish under another name")
     source = store.require("per_list").fingerprint
-    fit = store.path("per_list") / "rerankers" / (model or _best_model(config, store))
+    fit = store.path("per_list") / "rerankers" / (model or best_model(config, store, best_policy(store)))
     if not (fit / WEIGHTS_FILE).is_file():
         known = ", ".join(sorted(one.name for one in fit.parent.iterdir()))
         raise UserError(f"{fit}: no fitted reranker; there are: {known}")
@@ -124,11 +124,15 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
     return published
 
 
-def _best_model(config: Config, store: RunDir) -> str:
-    """Chosen by validation metrics. Test metrics choose nothing."""
-    best, folder = "", store.path("per_list") / "rerankers"
+def best_policy(store: RunDir) -> int:
+    """The number of a finished run's best policy; 0 is the base LLM, where no round improved on it."""
     summary = json.loads((store.root / "summary.json").read_text(encoding="utf-8"))
-    round_id = summary.get("best_policy", summary["best_round"])
+    return summary.get("best_policy", summary["best_round"])
+
+
+def best_model(config: Config, store: RunDir, round_id: int) -> str:
+    """Of the rerankers that read the texts of policy `round_id`, the best by validation metrics. Test metrics choose nothing."""
+    best, folder = "", store.path("per_list") / "rerankers"
     system, highest = system_name(config, round_id), float("-inf")
     for one in sorted(folder.iterdir()):
         info = read_card(one)["info"]
