@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -48,6 +48,9 @@ class RunSection(Section):
     patience: int = Field(default=1, ge=1)
     """Rounds that are no better than the best one before the run stops. A round is better if its held-out reward is higher and
     its reading is not clearly lower."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Experiment trackers: one run of theirs has the figures of all rounds and of the evaluation, and a further one per training
+    the metrics of its steps."""
 
     @field_validator("name")
     @classmethod
