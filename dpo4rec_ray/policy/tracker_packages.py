@@ -9,8 +9,8 @@ from typing import Any
 
 from dpo4rec_ray.errors import UserError
 
-# Switches off what the packages report to their makers.
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
+# Switches off what the packages report to their makers, and W&B's question for a key, which a run would wait for.
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
 MODULES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 
 

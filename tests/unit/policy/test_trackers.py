@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -198,6 +199,22 @@ def test_wandb_without_a_key_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert re.match(r".*UserError: tracker wandb: .*; check WANDB_API_KEY and the network$", last), last
+
+
+def test_wandb_asks_nobody_for_a_key(tmp_path: Path) -> None:
+    """At a terminal W&B would wait for an answer, and the run with it."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    away = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "NETRC": str(tmp_path / "none")}
+    terminal, ours = pty.openpty()
+    command = [sys.executable, "-c", WORKER, "wandb", str(tmp_path), "1", "1"]
+    env = {**os.environ, **away, "TERM": "xterm"}
+    with subprocess.Popen(command, env=env, stdin=ours, stdout=ours, stderr=ours) as process:
+        os.close(ours)
+        try:
+            assert process.wait(120) == 1
+        finally:
+            process.kill()
+            os.close(terminal)
 
 
 @pytest.mark.parametrize(("name", "module"), MODULES.items())
