@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 
 from dpo4rec_ray.config import Config, load_config, read_config
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.pipeline import STAGES
 from dpo4rec_ray.report.tracking import RunTracking, tracked
+from dpo4rec_ray.running import Selection, run_pipeline
 from dpo4rec_ray.stages.evaluate import EVALUATION
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
+from dpo4rec_ray.store.outcome import Outcome
 from tests.tracker_records import shown, wandb_records, wandb_rows
 
 CHANGE = {"before": 0.25, "after": 0.5, "change": 0.25, "change_ci95": [0.125, 0.375]}
@@ -183,6 +187,25 @@ def test_a_tracker_that_fails_does_not_end_the_run(
         tell(tracking, store)
     assert capsys.readouterr().out.count("tracker mlflow: ") == 1
     assert shown(store.root).keys() - {"settings/text_summary"} == EXPECTED.keys()
+
+
+def test_the_runner_tells_of_every_complete_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stage is asked for; those that were complete before are told too, at their round, and a second call adds nothing."""
+    config, store = recipe(tmp_path, "tensorboard")
+    for step in MADE:
+        make(store, step)
+    monkeypatch.setitem(STAGES, "prepare", replace(STAGES["prepare"], run=prepare))
+    for _ in range(2):
+        run_pipeline(config, store, Selection(only="prepare"))
+    found = shown(store.root)
+    found.pop("settings/text_summary")
+    assert found == {name: [(1, value)] for name, value in EXPECTED.items()}
+
+
+def prepare(config: Config, store: RunDir, round_id: int) -> Outcome:
+    for name in ("users", "items", "truth", "lists"):
+        store.start(name)
+    return Outcome(rows_in=1, rows_out=1)
 
 
 def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
