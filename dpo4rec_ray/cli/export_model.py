@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write the folder. Raises UserError as exchange.model_export does."""
+    if options.what == "reranker" and options.form == "lora":
+        raise UserError("--form lora is of a policy; a reranker has none")
     session.set_defaults(session.QUIET_ENV)
     from dpo4rec_ray.config import read_config
     from dpo4rec_ray.exchange.model_export import chosen_policy, export_policy, export_reranker

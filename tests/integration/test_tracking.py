@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,10 @@ from dpo4rec_ray.cli import export_model
 from dpo4rec_ray.config import read_config
 from dpo4rec_ray.exchange.example_prompt import example_prompt
 from dpo4rec_ray.policy.model import load_model, load_tokenizer, read_policy
+from dpo4rec_ray.rerankers.catalogue import Catalogue
+from dpo4rec_ray.rerankers.fit import load_reranker
+from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.reading import read_vectors
 from tests.conftest import DEMO, TINY, Finished, run_job
 from tests.tracker_records import shown
 
@@ -71,8 +74,10 @@ def test_the_exported_policy_is_the_runs(tiny_run: Finished, tmp_path: Path) -> 
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(**ids).logits
     assert torch.allclose(own, lora, atol=1e-5) and torch.allclose(own, merged, atol=1e-4)
     assert (own - before).abs().max() > 1e-3
-    users = json.dumps(sorted(one.name for one in tmp_path.rglob("*")))
-    assert "parquet" not in users
+    store = RunDir(tiny_run.folder)
+    attributes = store.read("items").sort_by("item_id")["attributes"].to_pylist()
+    catalogue = Catalogue.from_items(attributes, read_vectors(store, 0, "item")[1])
+    assert load_reranker(tmp_path / "reranker", catalogue).knowledge
     for name in ("merged", "lora", "reranker"):
         card = ModelCard.load(tmp_path / name / "README.md")
         assert card.data.library_name and card.data.eval_results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from dpo4rec_ray.cli import export_model
 from dpo4rec_ray.config import Config, load_config
@@ -27,6 +28,7 @@ from dpo4rec_ray.policy.model import (
     add_lora,
     load_model,
     load_tokenizer,
+    read_policy,
     save_complete,
     save_model,
     write_policy,
@@ -107,12 +109,16 @@ def no_path_in(folder: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_the_merged_form_is_the_policy(tmp_path: Path, full: bool) -> None:
+def test_the_merged_form_is_the_policy(tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded by the code of its own card."""
     config, store = make_run(tmp_path, full=full)
     out = tmp_path / "out"
     export_policy(config, store, 1, "merged", out)
     text = example_prompt(config, load_tokenizer(str(out)))
-    found = logits(AutoModelForCausalLM.from_pretrained(out), out, text)
+    monkeypatch.chdir(out)
+    loaded: dict[str, Any] = {}
+    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], loaded)
+    found = logits(loaded["model"], out, text)
     assert torch.allclose(found, logits(own_policy(config, store, full=full), out, text), atol=1e-4)
     base = logits(load_model(base_llm_path(config, store), "float32"), out, text)
     assert (found - base).abs().max() > 0.1
@@ -146,6 +152,24 @@ def test_a_base_on_the_hub_is_named(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.base_model == "some/llm" and "revision `c0ffee`" in card.text
     assert 'base = "some/llm"\n' in card.text and card.data.library_name == "peft"
+
+
+def test_a_lora_on_an_earlier_policy_says_so(tmp_path: Path) -> None:
+    """Round 2 began with round 1's merged policy, so the hub's LLM is not what its LoRA belongs on."""
+    config, store = make_run(tmp_path)
+    config = config.model_copy(update={"llm": config.llm.model_copy(update={"path": "some/llm"})})
+    first, second = store.path("policy", 1), store.path("policy", 2)
+    shutil.copytree(first, second)
+    weights = PolicyWeights(base=str(first / "merged"), lora=str(second / "lora"))
+    write_policy(first, read_policy(first), {"base_hash": "some/llm@c0ffee"})
+    write_policy(second, weights, {"base_hash": "0123456789abcdef"})
+    export_policy(config, store, 2, "lora", tmp_path / "out")
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    text = (tmp_path / "out/README.md").read_text()
+    assert "A LoRA on a policy that the same run had trained before" in text and 'base = "BASE"' in text
+    with pytest.raises(UserError, match="the model that the LoRA was trained on is gone"):
+        export_policy(config, store, 2, "merged", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_published_gguf_file_keeps_its_terms(tmp_path: Path) -> None:
