@@ -29,7 +29,7 @@ from dpo4rec_ray.models.gguf_folder import is_gguf, model_folder
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import check_bitsandbytes, load_tokenizer
 from dpo4rec_ray.policy.small_llm import MAX_VOCAB_SIZE, small_llama_config
-from dpo4rec_ray.policy.trackers import check_tracker
+from dpo4rec_ray.policy.tracker_packages import check_tracker
 from dpo4rec_ray.prepare.inspection import inspect_source
 from dpo4rec_ray.rerankers import RERANKERS
 from dpo4rec_ray.rerankers.adapter import ADAPTERS
@@ -52,6 +52,8 @@ def check_all(config: Config, only: str = "") -> None:
         UserError: the first thing that is wrong.
     """
     _check_names(config)
+    for name in config.run.trackers:
+        check_tracker(name)
     if not config.has_policy:
         if config.run.max_rounds > 1:
             raise UserError(
@@ -209,7 +211,7 @@ def check_training(config: Config) -> None:
     """What [policy] asks of installed packages and of the user's DeepSpeed file.
 
     Raises:
-        UserError: a tracker or bitsandbytes is not installed, the file is unreadable or contradicts the recipe, or
+        UserError: bitsandbytes is not installed, the file is unreadable or contradicts the recipe, or
             checkpoints cannot go where they should.
     """
     section = config.policy
@@ -217,8 +219,6 @@ def check_training(config: Config) -> None:
         raise UserError(
             f"grpo.sampler = {config.grpo.sampler!r} reads the engine's log-probabilities: set generate.token_logps=true too"
         )
-    for name in section.trackers:
-        check_tracker(name)
     if section.quantize == "4bit":
         check_bitsandbytes()
     for where, one in (("policy", section), ("bootstrap", config.bootstrap)):

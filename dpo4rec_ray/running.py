@@ -14,6 +14,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import AFTER_ROUNDS, STAGES, UNTRAINED_ROUND, Artifact, Stage, before_rounds, rounds
 from dpo4rec_ray.report import page
+from dpo4rec_ray.report.tracking import RunTracking, tracked
 from dpo4rec_ray.stages import train_reward, validate
 from dpo4rec_ray.store import events, progress
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
@@ -71,14 +72,16 @@ def run_pipeline(config: Config, store: RunDir, selection: Selection = Selection
     store.root.mkdir(parents=True, exist_ok=True)
     if not selection.narrow:
         write_json(store.root / "config.json", config.model_dump(mode="json"))
-    runner = Runner(config, store, selection)
-    with events.recorded(store) as log, beating(store, log):
+    with events.recorded(store) as log, beating(store, log), tracked(config, store) as tracking:
+        runner = Runner(config, store, selection, tracking)
         try:
             last_round = _all_stages(runner)
         finally:
             release_engines()
         if runner.selected("report", last_round):
-            return page.run(config, store, last_round, runner.log, time.monotonic() - began)
+            summary = page.run(config, store, last_round, runner.log, time.monotonic() - began)
+            tracking.links(last_round)
+            return summary
         if not runner.matched:
             raise selection.missing()
         return {}
@@ -106,13 +109,16 @@ def _all_stages(runner: Runner) -> int:
 
 
 class Runner:
-    """Decides per step: not selected, kept, or run; keeps the log that summary.json shows."""
+    """Decides per step: not selected, kept, or run; keeps the log that summary.json shows, and tells the trackers."""
 
-    def __init__(self, config: Config, store: RunDir, selection: Selection):
+    def __init__(
+        self, config: Config, store: RunDir, selection: Selection, tracking: RunTracking | None = None
+    ):
         self.config, self.store, self.selection = config, store, selection
         self.log: list[dict[str, Any]] = []
         self.matched = False
         self._since_reached = not selection.since
+        self._tracking = tracking
 
     def selected(self, name: str, round_id: int) -> bool:
         """Whether --only, --from and --round let this step run."""
@@ -223,6 +229,8 @@ class Runner:
                     "skipped": skipped,
                 }
             )
+            if self._tracking:
+                self._tracking.stage(stage.name, round_id, manifest)
         return manifest
 
 

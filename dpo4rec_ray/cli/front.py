@@ -41,6 +41,10 @@ COMMANDS = {
     "search": Command("search training settings of the rerankers", "dpo4rec_ray.cli.search"),
     "prompts": Command("show what the LLM is asked about a user", "dpo4rec_ray.cli.show_prompt"),
     "pairs": Command("export and import preference pairs", "dpo4rec_ray.cli.pairs"),
+    "export-model": Command(
+        "write a run's policy or reranker as a folder for the Hugging Face Hub",
+        "dpo4rec_ray.cli.export_model",
+    ),
     "download": Command("download a public dataset", "dpo4rec_ray.cli.download_dataset"),
     "sample": Command(
         "write the sample world as files, to see what files look like", "dpo4rec_ray.cli.sample"

@@ -26,6 +26,8 @@ RENAMED_KEYS = {
     ("dpo", "accumulation"): ("policy", "gradient_accumulation_steps"),
     ("bootstrap", "accumulation"): ("bootstrap", "gradient_accumulation_steps"),
     ("pair", "max_heldout_users"): ("policy", "max_heldout_users"),
+    # The last one that an old run has holds: trackers of the policy's training.
+    **{(section, "trackers"): ("run", "trackers") for section in ("bootstrap", "dpo", "policy")},
 }
 RENAMED_VALUES = {("llm", "lora_mode", "adapter"): "lora"}
 

@@ -56,6 +56,9 @@ class RunSection(Section):
     LLM and the recommender move in turns. Rounds are compared by the first rerankers all the same."""
     keep_pairs: bool = False
     """Train each round on the pairs of the rounds before it too (policy.objective = "dpo")."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Experiment trackers: one run of theirs has the figures of all rounds and of the evaluation, and a further one per training
+    the metrics of its steps."""
 
     @field_validator("name")
     @classmethod

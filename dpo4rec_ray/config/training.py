@@ -14,7 +14,7 @@ class TrainerSection(Placed):
     """What both trainings share."""
 
     placement = Placed.placement | {"cpus_per_worker", "gpus_per_worker", "checkpoint_every", "max_failures",
-                                    "storage_path", "trackers"}  # fmt: skip
+                                    "storage_path"}  # fmt: skip
     lr: float = Field(default=5e-5, gt=0)
     """Learning rate (AdamW)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -53,8 +53,6 @@ class TrainerSection(Placed):
     """Restarts of the workers, each from the last checkpoint."""
     storage_path: str = ""
     """Folder or URI (s3://...) of the checkpoints, on storage that all nodes see. "": in the run folder."""
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
-    """Experiment trackers that get every step's metrics."""
 
     @property
     def global_batch_size(self) -> int:

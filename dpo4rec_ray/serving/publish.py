@@ -74,7 +74,7 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
     if is_complete(target):
         raise UserError(f"{target} exists; versions never change: publish under another name")
     source = store.require("per_list").fingerprint
-    fit = store.path("per_list") / "rerankers" / (model or _best_model(config, store))
+    fit = store.path("per_list") / "rerankers" / (model or best_model(config, store, best_policy(store)))
     if not (fit / WEIGHTS_FILE).is_file():
         known = ", ".join(sorted(one.name for one in fit.parent.iterdir()))
         raise UserError(f"{fit}: no fitted reranker; there are: {known}")
@@ -125,25 +125,25 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
     return published
 
 
-def _best_model(config: Config, store: RunDir) -> str:
-    """Chosen by validation metrics. Test metrics choose nothing."""
+def best_policy(store: RunDir) -> int:
+    """The number of the policy that a finished run ended with; 0 is the base LLM, where no round improved on it."""
+    promoted = final_policy(store)
+    if promoted:
+        return promoted.policy
+    summary = json.loads((store.root / "summary.json").read_text(encoding="utf-8"))
+    return int(summary.get("best_policy", summary["best_round"]))  # no rounds, or a run of an older version
+
+
+def best_model(config: Config, store: RunDir, round_id: int) -> str:
+    """Of the rerankers that read the texts of policy `round_id`, the best by validation metrics. Test metrics choose nothing."""
     best, folder = "", store.path("per_list") / "rerankers"
-    system, highest = system_name(config, _final(store)), float("-inf")
+    system, highest = system_name(config, round_id), float("-inf")
     for one in sorted(folder.iterdir()):
         info = read_card(one)["info"]
         value = info["metrics"][f"valid {info['fit']['metric']}"]
         if info["system"] == system and value > highest:
             best, highest = one.name, value
     return best
-
-
-def _final(store: RunDir) -> int:
-    """The number of the policy that the run ended with; 0 is the base LLM."""
-    promoted = final_policy(store)
-    if promoted:
-        return promoted.policy
-    summary = json.loads((store.root / "summary.json").read_text(encoding="utf-8"))
-    return int(summary.get("best_policy", summary["best_round"]))  # no rounds, or a run of an older version
 
 
 def _round_of(config: Config, system: str) -> int:

@@ -62,6 +62,7 @@ def policy_loop(arguments: dict[str, Any]) -> None:
         task.folder,
         f"{task.config.run.name}-round{task.round_id}",
         observer,
+        trackers=task.config.run.trackers,
         expect_first=learner.first_figure(task),
     )
     if rank == 0:

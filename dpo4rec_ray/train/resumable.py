@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ def run_resumable(
     run_name: str,
     observer: Observer,
     *,
+    trackers: Sequence[str] = (),
     expect_first: FirstFigure | None = None,
 ) -> None:
     """Run the trainer to its end, from Ray Train's checkpoint if there is one. Every worker calls it.
 
-    Rank 0 writes metrics.jsonl and the state in `folder`, and sends the metrics to the section's trackers as `run_name`.
+    Rank 0 writes metrics.jsonl and the state in `folder`, and sends the metrics to these trackers as `run_name`.
     Steps beyond the checkpoint are done again, and so are their lines and what they hold.
     """
     from ray import train
@@ -51,7 +53,7 @@ def run_resumable(
             trainer.load(Path(saved))
     metrics_file = MetricsFile(folder, rank)
     metrics_file.go_on_after(trainer.step)
-    trackers = []
+    opened = []
     if rank == 0:
         state = read_state(folder)
         continued = [] if state is None else state.continued_after
@@ -59,7 +61,7 @@ def run_resumable(
             continued = [*continued, trainer.step]
         update_state(folder, continued_after=continued, result=None)
         settings = section.model_dump(mode="json")
-        trackers = [TRACKERS[name](folder, run_name, settings) for name in section.trackers]
+        opened = [TRACKERS[name](folder, run_name, settings) for name in trackers]
     for line in read_metrics(folder):
         if line["step"] <= trainer.step:
             observer.restore(line)
@@ -68,7 +70,7 @@ def run_resumable(
         own = {**metrics, "peak_memory_mb": peak_memory_mb()}
         more, stop = observer.after_step(step, num_steps, own)
         metrics_file.write({"step": step, "num_steps": num_steps, **own, **more})
-        for tracker in trackers:
+        for tracker in opened:
             tracker.log(step, own)
         if step % section.checkpoint_every == 0 and step < num_steps and not stop:
             metrics_file.flush()
@@ -79,7 +81,7 @@ def run_resumable(
 
     trainer.run(after_step, expect_first=expect_first)
     metrics_file.flush()
-    for tracker in trackers:
+    for tracker in opened:
         tracker.close()
 
 

@@ -59,7 +59,8 @@ def supervised_loop(arguments: dict[str, Any]) -> None:
         seed=task.seed,
         extra=task.deepspeed,
     )
-    run_resumable(trainer, section, task.folder, f"{task.config.run.name}-bootstrap", Observer())
+    run = task.config.run
+    run_resumable(trainer, section, task.folder, f"{run.name}-bootstrap", Observer(), trackers=run.trackers)
     state = gathered_state(model, rank, trained_only=False)
     if rank == 0:
         save_complete(model, str(task.folder / TOKENIZER), task.folder / MODEL, state)

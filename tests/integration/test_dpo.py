@@ -184,7 +184,7 @@ def test_options_that_change_no_weight(tiny_run: Finished, undisturbed: Finished
         "policy.packing=false",
         f'policy.deepspeed="{extra}"',
         f'policy.storage_path="file://{checkpoints}"',
-        'policy.trackers=["tensorboard", "mlflow"]',
+        'run.trackers=["tensorboard", "mlflow"]',
     )
     assert done.code == 0, done.stderr
     found, expected = (read_metrics(policy_folder(run)) for run in (done, undisturbed))

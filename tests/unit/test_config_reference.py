@@ -58,7 +58,7 @@ def test_quantities_have_units(unit: str, ends: tuple[str, ...], words: str) -> 
         ("table.profile", "list of text", "[]", ""),
         ("table.attributes", "table of text", "{}", ""),
         ("policy.zero_stage", "0, 1, 2 or 3", "2", ""),
-        ("policy.trackers", 'list of "tensorboard", "mlflow" or "wandb"', "[]", ""),
+        ("run.trackers", 'list of "tensorboard", "mlflow" or "wandb"', "[]", ""),
         ("prompt.ratings", "true or false", "true", ""),
         ("reward.compare", "list of text", '["ndcg@5", "map@5", "mrr@10", "log_likelihood"]', ""),
         ("serving.max_body", "whole number, from 1024", "1048576", "bytes"),
@@ -77,7 +77,7 @@ def test_keys_that_only_say_where_the_work_runs() -> None:
         "data.partition_mib",
         "policy.checkpoint_every",
         "policy.min_workers",
-        "bootstrap.trackers",
+        "bootstrap.storage_path",
     } < placement
     assert not {"data.user_core", "policy.lr", "bootstrap.min_workers"} & placement
 

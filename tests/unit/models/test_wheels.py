@@ -44,6 +44,7 @@ TOY = PublishedModel(
     NOTICES,
     "Toy: no terms",
     "https://example.org/terms",
+    "other",
 )
 CONTENT = {NOTICES.file: NOTICES_BYTES, **{wheel.file: content for wheel, content in PARTS}}
 

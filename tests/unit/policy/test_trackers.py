@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.policy.trackers import MODULES, TRACKERS
+from dpo4rec_ray.policy.tracker_packages import MODULES
+from dpo4rec_ray.policy.trackers import TRACKERS
+from tests.tracker_records import shown, wandb_rows
 
 SETTINGS = {"loss": "sigmoid", "beta": 0.01, "deepspeed": "own.json"}
 # Prints, logs steps argv[3] to argv[4] and then neither closes nor ends.
@@ -56,37 +59,6 @@ def write(name: str, folder: Path, first: int, last: int) -> None:
     for step in range(first, last + 1):
         tracker.log(step, {"loss": 100 + step / 8, "lr": 1e-5})
     tracker.close()
-
-
-def records(file: Path) -> list[bytes]:
-    """The payloads of a TFRecord file: length (8 bytes), its checksum (4), payload, checksum (4).
-
-    Less a last one that is half written.
-    """
-    data, found, at = file.read_bytes(), [], 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 8], "little")
-        found.append(data[at + 12 : at + 12 + size])
-        at += 16 + size
-    return found if at == len(data) else found[:-1]
-
-
-def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of the folder: files by name; a session's start drops its step and those after it."""
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-    series: dict[str, list[tuple[int, float]]] = {}
-    for file in sorted((folder / "tensorboard").iterdir()):
-        for record in records(file):
-            event = Event.FromString(record)
-            if event.session_log.status == SessionLog.START:
-                series = {
-                    tag: [point for point in points if point[0] < event.step]
-                    for tag, points in series.items()
-                }
-            for value in event.summary.value:
-                series.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return series
 
 
 def test_tensorboard_after_a_kill_shows_every_step_once(tmp_path: Path) -> None:
@@ -189,35 +161,10 @@ def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
             TRACKERS["mlflow"](tmp_path, "run-01", SETTINGS)
 
 
-def wandb_records(file: Path) -> list[bytes]:
-    """The records of a .wandb file: LevelDB's log format in blocks of 32 KiB behind a header of 7 bytes.
-
-    A record lies in pieces of checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last) and data.
-    """
-    data, found, at = file.read_bytes(), [], 7
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768  # a piece's head does not fit the rest of the block
-            continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        if kind in (1, 2):
-            found.append(b"")
-        found[-1] += data[at + 7 : at + 7 + size]
-        at += 7 + size
-    return found
-
-
 def wandb_losses(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) of all offline runs below the folder, in order."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    found: list[tuple[int, float]] = []
-    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in map(Record.FromString, wandb_records(file)):
-            row = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            if "loss" in row:
-                found.append((int(row["_step"]), float(row["loss"])))
-    return found
+    rows = [row for row in wandb_rows(folder) if "loss" in row]
+    return [(int(row["_step"]), float(row["loss"])) for row in rows]
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path: Path) -> None:
@@ -252,6 +199,22 @@ def test_wandb_without_a_key_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert re.match(r".*UserError: tracker wandb: .*; check WANDB_API_KEY and the network$", last), last
+
+
+def test_wandb_asks_nobody_for_a_key(tmp_path: Path) -> None:
+    """At a terminal W&B would wait for an answer, and the run with it."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    away = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "NETRC": str(tmp_path / "none")}
+    terminal, ours = pty.openpty()
+    command = [sys.executable, "-c", WORKER, "wandb", str(tmp_path), "1", "1"]
+    env = {**os.environ, **away, "TERM": "xterm"}
+    with subprocess.Popen(command, env=env, stdin=ours, stdout=ours, stderr=ours) as process:
+        os.close(ours)
+        try:
+            assert process.wait(120) == 1
+        finally:
+            process.kill()
+            os.close(terminal)
 
 
 @pytest.mark.parametrize(("name", "module"), MODULES.items())
