@@ -26,6 +26,7 @@ from dpo4rec_ray.studies.study_parts import (
     RECIPE,
     Changes,
     Measured,
+    Part,
     Row,
     SeedRuns,
     Study,
@@ -72,22 +73,29 @@ def rows(seeds: Sequence[SeedRuns]) -> list[Row]:
         Point(RECIPE),
         *(Point(name, run=name) for name in seeds[0].variants),
     ]
-    return [*standard_rows(seeds, points), _chosen(seeds)]
+    found = standard_rows(seeds, points)
+    return [*found, _chosen(seeds, measured(by_name(found)[RECIPE], GAIN))]
 
 
-def _chosen(seeds: Sequence[SeedRuns]) -> Row:
+def _chosen(seeds: Sequence[SeedRuns], recipe: Measured) -> Row:
     """Best-of-N at inference: each validation user's best of the base LLM's N texts, chosen on one half of the user's lists and
     measured on the other, against their mean. It needs N texts and the reward, which a user without likes does not have.
+
+    recipe: its gain per validation user, with which the choice is compared on the users that have both.
     """
-    parts = []
-    for seed in seeds:
+    chosen: list[Part] = []
+    against: list[Part] = []
+    for seed, (trained, those) in zip(seeds, recipe.parts, strict=True):
         users, matrices = read_matrices(seed.recipe.read("metric_scores", 1))
         own = matrices[seed.config.reward.metric]
         held = np.isin(users, valid_users(seed.recipe))
-        chosen = best_of_n(own["half_a"][held], own["half_b"][held])
-        parts.append((chosen.gain, users[held][chosen.kept]))
-    row: Row = {NAME: CHOSEN, GAIN: Measured(tuple(parts))}
-    return row | dict.fromkeys((AGAINST, READING, STYLE, TEST, TEST_AGAINST))
+        best = best_of_n(own["half_a"][held], own["half_b"][held])
+        users = users[held][best.kept]
+        chosen.append((best.gain, users))
+        both, mine, theirs = np.intersect1d(users, those, return_indices=True)
+        against.append((best.gain[mine] - trained[theirs], both))
+    row: Row = {NAME: CHOSEN, GAIN: Measured(tuple(chosen)), AGAINST: Measured(tuple(against))}
+    return row | dict.fromkeys((READING, STYLE, TEST, TEST_AGAINST))
 
 
 def sentence(rows: Sequence[Row]) -> str:
@@ -96,11 +104,15 @@ def sentence(rows: Sequence[Row]) -> str:
     recipe, random, swapped = (gains[name].interval for name in (RECIPE, RANDOM, SWAPPED))
     shown = recipe.low > 0 and not random.low > 0 and swapped.high < 0
     verdict = f"{'' if shown else 'this does not show that '}the gain is the preference signal's"
-    share = recipe.mean / gains[CHOSEN].interval.mean
+    kept = (
+        f"{recipe.mean / best.mean:.0%} of it"
+        if (best := gains[CHOSEN].interval).low > 0
+        else "no share that can be told"
+    )
     return (
         f"Held-out reward since the base LLM: the recipe {said(gains[RECIPE])}, random pairs {said(gains[RANDOM])}, swapped "
         f"pairs {said(gains[SWAPPED])}: {verdict}. Choosing the best of N texts by the reward gains {said(gains[CHOSEN])} on "
-        f"the lists that did not choose; DPO keeps {share:.0%} of it in every single text."
+        f"the lists that did not choose; DPO keeps {kept} in every single text."
     )
 
 

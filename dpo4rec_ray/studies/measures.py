@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.evaluation.heldout_texts import UserTexts, with_derived
 from dpo4rec_ray.evaluation.per_list import PerList
 from dpo4rec_ray.evaluation.run_comparison import ComparedRun, check_same_lists
-from dpo4rec_ray.evaluation.systems import HEADLINE
+from dpo4rec_ray.evaluation.systems import HEADLINE, NO_BACKBONE
 from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.stages.validate import open_measure, texts_after, texts_before
 from dpo4rec_ray.store.artifacts import RunDir
@@ -41,7 +42,8 @@ class Point:
 
 def standard_rows(seeds: Sequence[SeedRuns], points: Sequence[Point]) -> list[Row]:
     """Held-out reward, reading and style since the base LLM, and the test users' NDCG@5, beside the recipe's own."""
-    held, test = held_out(seeds, [Point(RECIPE), *points]), tested(seeds, [Point(RECIPE), *points])
+    every = [*points, *([] if any(point.name == RECIPE for point in points) else [Point(RECIPE)])]
+    held, test = held_out(seeds, every), tested(seeds, every)
     found: list[Row] = []
     for point in points:
         row: Row = {NAME: point.name}
@@ -124,7 +126,8 @@ def _tested(seed: SeedRuns, points: Sequence[Point], metric: str, backbone: str)
 
 def lists_of(run: ComparedRun) -> PerList:
     """The metrics of HEADLINE of the fitted systems, list by list."""
-    return PerList.of(run.per_list.query("backbone != @NO_BACKBONE"), HEADLINE)
+    fitted = run.per_list["backbone"] != NO_BACKBONE
+    return PerList.of(pd.DataFrame(run.per_list[fitted]), HEADLINE)
 
 
 def level(lists: PerList, backbone: str, system: str, metric: str = NDCG) -> Part:

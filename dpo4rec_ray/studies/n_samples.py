@@ -13,7 +13,7 @@ from dpo4rec_ray.studies.measures import GAIN, TEST_AGAINST, Point, standard_row
 from dpo4rec_ray.studies.study_parts import NAME, RECIPE, Changes, Row, SeedRuns, Study, measured, said
 from dpo4rec_ray.studies.variants import last_turn
 
-COST = "seconds of {} for texts, rewards and training"
+COST = "{} of texts, rewards and training"
 
 
 def variants(config: Config) -> dict[str, Changes]:
@@ -49,13 +49,13 @@ def rows(seeds: Sequence[SeedRuns]) -> list[Row]:
             0.0 if name == BASE_LLM else device_seconds(seed.config, seed.run(name), names[name])
             for seed in seeds
         ]
-        row[COST.format(device(seeds[0].config))] = sum(paid) / len(paid)
+        row[cost_column(seeds[0].config)] = sum(paid) / len(paid)
         row[NAME] = f"N = {names[name]}"
     return found
 
 
-def device(config: Config) -> str:
-    return "GPUs" if config.generate.gpus_per_engine else "CPU work"
+def cost_column(config: Config) -> str:
+    return COST.format("GPU seconds" if config.generate.gpus_per_engine else "seconds")
 
 
 def device_seconds(config: Config, store: RunDir, count: int) -> float:
@@ -76,11 +76,11 @@ def device_seconds(config: Config, store: RunDir, count: int) -> float:
 def sentence(rows: Sequence[Row]) -> str:
     last, others = rows[-1], rows[1:-1]
     gain = measured(last, GAIN).interval.mean
-    shares = ", ".join(f"{measured(row, GAIN).interval.mean / gain:.0%} at {row[NAME]}" for row in others)
-    return (
-        f"{last[NAME]} gains {said(last[GAIN])} held-out reward in all; fewer texts of the same generation keep {shares} of it "
-        f"(at {others[0][NAME]}: {said(others[0][GAIN])})."
+    shares = "; ".join(
+        f"{row[NAME]} {said(row[GAIN])}, {measured(row, GAIN).interval.mean / gain:.0%} of it"
+        for row in others
     )
+    return f"{last[NAME]} gains {said(last[GAIN])} held-out reward; fewer texts of the same generation: {shares}."
 
 
 STUDY = Study(variants, rows, sentence, (GAIN, TEST_AGAINST))

@@ -86,6 +86,8 @@ def said(cell: Cell) -> str:
     """A cell as a reader sees it: "+0.113 [+0.085, +0.143]"."""
     if isinstance(cell, Measured):
         found = cell.interval
+        if not any(values.any() for values, _ in cell.parts):
+            return "0"  # what all else is measured against
         return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
     if cell is None:
         return ""

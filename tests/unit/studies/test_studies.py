@@ -115,7 +115,8 @@ def test_sentences_of_other_studies() -> None:
     rows: list[Row] = [
         {NAME: f"N = {count}", GAIN: about(gain)} for count, gain in ((1, 0.0), (2, 0.05), (10, 0.1))
     ]
-    assert "50% at N = 2" in n_samples.sentence(rows)
+    assert "; fewer texts of the same generation: N = 2 +0.0500 [" in n_samples.sentence(rows)
+    assert "], 50% of it." in n_samples.sentence(rows)
     grid: list[Row] = [
         {NAME: name, GAIN: about(gain), AGAINST: about(0)} for name, gain in (("a", 0.1), ("b", 0.3))
     ]
