@@ -6,17 +6,9 @@ from collections.abc import Sequence
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.studies.ablation import BASE_LLM
-from dpo4rec_ray.studies.measures import (
-    GAIN,
-    READING,
-    STYLE,
-    TEST_AGAINST,
-    Point,
-    held_out,
-    last_turn,
-    standard_rows,
-)
-from dpo4rec_ray.studies.study_parts import NAME, Changes, Measured, Row, SeedRuns, Study, said
+from dpo4rec_ray.studies.measures import GAIN, READING, STYLE, TEST_AGAINST, Point, standard_rows
+from dpo4rec_ray.studies.study_parts import NAME, Changes, Measured, Row, SeedRuns, Study, measured, said
+from dpo4rec_ray.studies.variants import last_turn
 
 LONG, LEAST = "all rounds", 3
 STEP = "reward gain against the round before"
@@ -34,9 +26,9 @@ def rows(seeds: Sequence[SeedRuns]) -> list[Row]:
         Point(BASE_LLM if not turn else f"round {section.round_of(turn)}", LONG, turn)
         for turn in section.round_ends(last)
     ]
-    found, gains = standard_rows(seeds, points), held_out(seeds, points)
+    found = standard_rows(seeds, points)
     for row, before in zip(found[1:], found, strict=False):
-        row[STEP] = gains[str(row[NAME])][GAIN].minus(gains[str(before[NAME])][GAIN])
+        row[STEP] = measured(row, GAIN).minus(measured(before, GAIN))
     return found
 
 
