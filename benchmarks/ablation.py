@@ -1,14 +1,14 @@
 """What teaches an LLM to read: one run's texts and rewards, DPO with other settings, all judged by the same rerankers.
 
-python benchmarks/bench.py ablation RUN, where RUN is the folder of a complete run of one round. Each cell is a copy of RUN
-beside it, in which the stages that its keys touch run again (`dpo4rec run`); a cell that is complete is kept. Then the reward
-rerankers of RUN, and no cell's own, score every cell's texts of the held-out users.
+python benchmarks/bench.py ablation RUN, where RUN is the folder of a complete run of one round. Each cell is a run
+beside RUN that begins with its artifacts, and in which the stages that its keys touch run again (`dpo4rec run`); a cell that is
+complete is kept. Then the reward rerankers of RUN, and no cell's own, score every cell's texts of the held-out users.
+`dpo4rec study ablation` asks which part of the method a gain is due to; this compares settings of single parts.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +23,7 @@ from dpo4rec_ray.core.intervals import Interval, paired_bootstrap
 from dpo4rec_ray.evaluation.heldout_texts import Figures, change_of, with_derived
 from dpo4rec_ray.stages.validate import open_measure, texts_after, texts_before
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.studies.variants import lend
 
 # Reader x reward x pairs, one factor at a time. Keys replace those of RUN.
 PLAIN = ("pair.rule=best_vs_worst", "pair.pairs_per_user=1", "pair.others_share=0")
@@ -49,9 +50,6 @@ LEARNERS: dict[str, tuple[str, ...]] = {
         "policy.reference_policy=turn",
     ),
 }
-# Folders of RUN that a cell starts from; of its round 1 all but what every cell makes anew.
-SHARED = ("data", "references", "reward", "rounds")
-OWN = ("pairs", "policy", "heldout", "knowledge")
 SHOWN = ("reward", "reading", "reading_ndcg", "others_reward", "others_ndcg", "ndcg", "fit_above")
 
 
@@ -102,29 +100,14 @@ def run(options: argparse.Namespace, folder: Path) -> int:
 def made(base: RunDir, config: Config, name: str, changes: tuple[str, ...]) -> RunDir:
     """The run of one cell, beside RUN."""
     folder = base.root.with_name(f"{base.root.name}-{name}")
-    if not folder.exists():
-        copied(base.root, folder)
+    folder.mkdir(exist_ok=True)
+    lend(base, RunDir(folder))
     recipe = folder.with_suffix(".toml")
     own = {"run": {**config.run.model_dump(mode="json"), "name": folder.name, "root": str(folder.parent)}}
     recipe.write_bytes(tomli_w.dumps(config.model_dump(mode="json") | own).encode())
     program = [sys.executable, "-m", "dpo4rec_ray", "run", str(recipe), *changes]
     subprocess.run(program, check=True, env=harness.environment())
     return RunDir(folder)
-
-
-def copied(source: Path, target: Path) -> None:
-    """Copy what the cells share. A half-made copy has another name."""
-
-    def ignored(folder: str, names: list[str]) -> list[str]:
-        inside = Path(folder).relative_to(source).parts
-        if not inside:
-            return [one for one in names if one not in SHARED]
-        return list(OWN) if inside == ("rounds", "01") else []
-
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=ignored)
-    partial.rename(target)
 
 
 def turns_of(store: RunDir) -> int:

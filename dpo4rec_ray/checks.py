@@ -14,7 +14,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.ranking import RerankerSection
 from dpo4rec_ray.config.texts import PromptSection
 from dpo4rec_ray.core.metrics import parse_metric
-from dpo4rec_ray.core.pairing import PAIRINGS
+from dpo4rec_ray.core.pairing import CONTROLS, PAIRINGS
 from dpo4rec_ray.core.policy_gradient import TOKEN_WEIGHTS
 from dpo4rec_ray.core.preference import PREFERENCE_LOSSES, SMOOTHED
 from dpo4rec_ray.core.rewards import check_reward
@@ -151,6 +151,7 @@ def _check_names(config: Config) -> None:
     if len(set(config.evaluate.backbones)) < len(config.evaluate.backbones):
         raise UserError(f"evaluate.backbones = {list(config.evaluate.backbones)} names one twice")
     _known("pair.rule", config.pair.rule, PAIRINGS)
+    _check_pairs(config)
     for objective in config.policy.objectives:
         _known("policy.objective", objective, LEARNERS)
     _known("grpo.token_weights", config.grpo.token_weights, TOKEN_WEIGHTS)
@@ -245,6 +246,20 @@ def _check_storage(key: str, path: str) -> None:
         FileSystem.from_uri(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{key} = {path!r} is no place for checkpoints: {first_line(error)}") from None
+
+
+def _check_pairs(config: Config) -> None:
+    section, num_samples = config.pair, config.generate.num_samples
+    if section.rule in CONTROLS and section.num_rejected > 1:
+        raise UserError(
+            f"pair.num_rejected = {section.num_rejected} takes a user's worst texts, which pair.rule = {section.rule!r} is a "
+            "control for; set it to 1"
+        )
+    if section.first_samples and not 2 <= section.first_samples <= num_samples:
+        raise UserError(
+            f"pair.first_samples = {section.first_samples}: a user has generate.num_samples = {num_samples} texts, and a "
+            "pair takes two; set it between them, or to 0 for all"
+        )
 
 
 def _check_no_redraws(config: Config) -> None:

@@ -6,6 +6,7 @@ A stage whose manifests carry the fingerprint of its present inputs and config s
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -235,11 +236,14 @@ class Runner:
 
 
 class DryRun(Runner):
-    """Says what each step would do and why, and does nothing."""
+    """Says what each step would do and why, and does nothing. remade: artifact -> the step that would write it."""
 
-    def __init__(self, config: Config, store: RunDir, selection: Selection):
+    def __init__(
+        self, config: Config, store: RunDir, selection: Selection, tell: Callable[[str], None] = print
+    ):
         super().__init__(config, store, selection)
-        self._remade: dict[Artifact, str] = {}  # -> the step that would write it
+        self.remade: dict[Artifact, str] = {}
+        self._tell = tell
 
     def step(self, name: str, round_id: int) -> None:
         stage, label = STAGES[name], f"{name}({round_id})"
@@ -248,22 +252,33 @@ class DryRun(Runner):
             return
         self.matched = True
         reads = stage.reads(self.config.run, round_id)
-        before = [self._remade[artifact] for artifact in reads if artifact in self._remade]
+        before = [self.remade[artifact] for artifact in reads if artifact in self.remade]
         why = f"after {before[0]}" if before else self.why(stage, round_id, self.depends(stage, round_id))
         self.tell(label, f"would run: {why}" if why else "kept")
         if why:
-            self._remade |= dict.fromkeys(stage.writes(round_id), label)
+            self.remade |= dict.fromkeys(stage.writes(round_id), label)
             if name == "bootstrap":
-                self._remade["policy", 0] = label  # the LLM that it trains
+                self.remade["policy", 0] = label  # the LLM that it trains
 
     def peaked(self, round_id: int) -> bool:
-        return ("heldout", round_id) not in self._remade and super().peaked(round_id)
+        return ("heldout", round_id) not in self.remade and super().peaked(round_id)
 
     def promote(self, last_round: int) -> None:
         pass
 
     def tell(self, label: str, what: str) -> None:
-        print(f"{label:<16}{what}")
+        self._tell(f"{label:<16}{what}")
+
+
+def is_finished(config: Config, store: RunDir) -> bool:
+    """Whether a run of this recipe would keep every stage and has its summary. Starts no Ray.
+
+    Raises:
+        UserError: as `dry_run`.
+    """
+    runner = DryRun(config, store, Selection(), tell=lambda _: None)
+    _all_stages(runner)
+    return not runner.remade and (store.root / "summary.json").is_file()
 
 
 def dry_run(config: Config, store: RunDir, selection: Selection) -> None:

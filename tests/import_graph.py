@@ -45,6 +45,7 @@ ROOMS = (
     "run_status",
     "planning",
     "grid_search",
+    "studies",
     "cli",
     "__main__",
 )

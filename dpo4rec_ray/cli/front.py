@@ -38,6 +38,7 @@ COMMANDS = {
     ),
     "runs": Command("list the runs below a folder with their headlines", "dpo4rec_ray.cli.runs"),
     "compare": Command("set finished runs side by side", "dpo4rec_ray.cli.compare"),
+    "study": Command("run a recipe's variants and say what they show", "dpo4rec_ray.cli.study"),
     "search": Command("search training settings of the rerankers", "dpo4rec_ray.cli.search"),
     "prompts": Command("show what the LLM is asked about a user", "dpo4rec_ray.cli.show_prompt"),
     "pairs": Command("export and import preference pairs", "dpo4rec_ray.cli.pairs"),

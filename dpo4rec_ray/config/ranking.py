@@ -166,9 +166,12 @@ class PairSection(Section):
 
     rule: str = "best_vs_worst"
     """Pairing rule. "best_vs_worst": one pair per user, the paper's way. "top_vs_bottom": the i-th best text against the i-th
-    worst."""
+    worst. Two controls with as many pairs: "random", a user's texts in random order, and "worst_vs_best", the wrong way round."""
     pairs_per_user: int = Field(default=1, ge=1)
-    """Most pairs per user (top_vs_bottom). N texts make N / 2 pairs at most."""
+    """Most pairs per user (all rules but best_vs_worst). N texts make N / 2 pairs at most."""
+    first_samples: int = Field(default=0, ge=0)
+    """Pairs of each user's first so many texts alone, so that one generation shows what fewer texts would teach. 0: of all. For
+    DPO; the other learners read all texts."""
     min_margin: float = Field(default=0.0, ge=0)
     """Least difference between the rewards of chosen and rejected; what lies below it gives no pair."""
     min_std_errors: float = Field(default=0.0, ge=0)

@@ -52,6 +52,35 @@ def paired_bootstrap(values: Array, groups: Array, num_resamples: int = 2000, se
     return found._replace(mean=float(values.mean()))  # not from the sums, which differ in the last digits
 
 
+def seeds_bootstrap(
+    parts: Sequence[tuple[Array, Array]], num_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean over independent parts (runs of several seeds) of each part's mean, with a 95 % percentile interval.
+
+    parts: each as `paired_bootstrap` takes it: values [n], groups [n]. Every resample draws the groups of each part anew, within
+    the part; parts weigh the same. With one part it is `paired_bootstrap`. The interval holds for these seeds: it says how far
+    other users would move the mean, not other seeds.
+
+    Raises:
+        ValueError: no part, or as `paired_bootstrap`.
+    """
+    if not parts:
+        raise ValueError("no part to take a mean of")
+    means, resampled = np.empty(len(parts)), np.zeros((num_resamples, 1))
+    rng = np.random.default_rng(seed)
+    for place, (values, groups) in enumerate(parts):
+        values, group_index = _check_groups("values", values, groups)
+        sizes = np.bincount(group_index).astype(np.float64)
+        means[place] = values.mean()
+        if len(sizes) == 1:
+            resampled[:] = np.nan
+        sums = np.bincount(group_index, weights=values)
+        resampled += _resampled(sums[:, None], sizes, num_resamples, rng) / len(parts)
+    if np.isnan(resampled).any():
+        return Interval(float(means.mean()), *[float("nan")] * 3)
+    return _intervals(means.mean(keepdims=True), resampled)[0]
+
+
 def ratio_bootstrap(
     numerators: Array, denominators: Array, groups: Array, num_resamples: int = 2000, seed: int = 0
 ) -> Interval:
@@ -105,7 +134,15 @@ def bootstrap_columns(
     ratios = numerators.sum(axis=0) / total if total else np.full(numerators.shape[1], nan)
     if num_groups == 1 or not total:
         return [Interval(float(ratio), nan, nan, nan) for ratio in ratios]
-    rng = np.random.default_rng(seed)
+    resampled = _resampled(numerators, denominators, num_resamples, np.random.default_rng(seed))
+    return _intervals(ratios, resampled[~np.isnan(resampled[:, 0])])
+
+
+def _resampled(
+    numerators: Array, denominators: Array, num_resamples: int, rng: np.random.Generator
+) -> FloatArray:
+    """Ratios of sums over resampled groups, [R, C]; NaN where a resample's denominators sum to 0."""
+    num_groups = len(denominators)
     shares = np.full(num_groups, 1.0 / num_groups)
     resampled = np.empty((num_resamples, numerators.shape[1]))
     below = np.empty((num_resamples, 1))
@@ -114,8 +151,11 @@ def bootstrap_columns(
         part = slice(start, min(start + chunk, num_resamples))
         counts = rng.multinomial(num_groups, shares, size=part.stop - start).astype(np.float64)  # [R, G]
         resampled[part], below[part, 0] = counts @ numerators, counts @ denominators
-    known = below[:, 0] > 0
-    resampled = resampled[known] / below[known]
+    return np.divide(resampled, below, out=np.full_like(resampled, np.nan), where=below > 0)
+
+
+def _intervals(ratios: Array, resampled: FloatArray) -> list[Interval]:
+    """ratios [C] with the ends of their intervals and p-values, from their resamples [R, C]."""
     lows, highs = np.percentile(resampled, [2.5, 97.5], axis=0)
     rarer_side = np.minimum((resampled <= 0).sum(axis=0), (resampled >= 0).sum(axis=0))
     p_values = np.minimum(1.0, 2 * (1 + rarer_side) / (len(resampled) + 1))

@@ -45,6 +45,7 @@ class Limits:
     max_pairs: int = 1
     min_margin: float = 0.0
     min_reliable: float = 0.0  # for this user: what luck alone makes less often
+    seed: int = 0  # of this user's draws; for rules that draw
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,27 @@ def top_vs_bottom(rewards: Rewards, completions: Completions, limits: Limits) ->
     return Made(pairs, None if len(pairs) == limits.max_pairs else Drop.USED)
 
 
+def worst_vs_best(rewards: Rewards, completions: Completions, limits: Limits) -> Made:
+    """The pairs of `top_vs_bottom` the wrong way round: a control, which has to teach the opposite.
+
+    Arguments, reasons and errors as `top_vs_bottom`.
+    """
+    made = top_vs_bottom(rewards, completions, limits)
+    return Made([(rejected, chosen) for chosen, rejected in made.pairs], made.short)
+
+
+def random_pairs(rewards: Rewards, completions: Completions, limits: Limits) -> Made:
+    """A user's distinct texts in random order, two by two: a control, from which no reward can be learned.
+
+    Users, numbers of pairs, reasons and errors as `top_vs_bottom`, so that both rules train on as much; the draw depends on
+    `limits.seed` alone.
+    """
+    made = top_vs_bottom(rewards, completions, limits)
+    distinct = best_first(rewards, [tuple(one) for one in completions]) if made.pairs else []
+    drawn = np.random.default_rng(limits.seed).permutation(distinct).tolist()
+    return Made(list(zip(drawn[::2], drawn[1::2], strict=False))[: len(made.pairs)], made.short)
+
+
 def best_first(rewards: Rewards, texts: Sequence[Hashable]) -> list[int]:
     """Places of the distinct texts, best first; of equal ones that with the highest reward."""
     first: dict[Hashable, int] = {}
@@ -152,4 +174,10 @@ def _too_close(rewards: Rewards, chosen: int, rejected: int, limits: Limits) -> 
 
 
 Pairing = Callable[[Rewards, Completions, Limits], Made]
-PAIRINGS: dict[str, Pairing] = {"best_vs_worst": best_vs_worst, "top_vs_bottom": top_vs_bottom}
+PAIRINGS: dict[str, Pairing] = {
+    "best_vs_worst": best_vs_worst,
+    "top_vs_bottom": top_vs_bottom,
+    "random": random_pairs,
+    "worst_vs_best": worst_vs_best,
+}
+CONTROLS = ("random", "worst_vs_best")  # whose pairs do not follow the reward

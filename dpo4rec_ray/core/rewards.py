@@ -256,6 +256,31 @@ def carry_over(
     )
 
 
+class ChosenTexts(NamedTuple):
+    """What choosing the best of a user's N samples by reward gains over their mean; U' users without NaN."""
+
+    gain: FloatArray  # [U'] measured on the lists that did not choose
+    kept: npt.NDArray[np.int64]  # [U'] rows of the input
+
+
+def best_of_n(half_a: Array, half_b: Array) -> ChosenTexts:
+    """Choose the best sample on one half of a user's lists; its reward on the other half minus the mean of the user's samples.
+
+    Averaged over both directions. half_a, half_b: [U, N] as `carry_over` takes them; of equals the first is chosen.
+
+    Raises:
+        ValueError: as `carry_over`.
+    """
+    kept = carry_over(half_a, half_b).kept
+    first, second = (half[kept].astype(np.float64) for half in (half_a, half_b))
+
+    def gained(choose_on: FloatArray, measure_on: FloatArray) -> FloatArray:
+        best = np.take_along_axis(measure_on, choose_on.argmax(axis=1)[:, None], axis=1)[:, 0]
+        return best - measure_on.mean(axis=1)
+
+    return ChosenTexts((gained(first, second) + gained(second, first)) / 2, kept)
+
+
 def carried_share(found: CarryOver) -> Interval:
     """The part of the best-worst gap that carries over: mean held-out gap over mean in-sample gap, with its interval.
 

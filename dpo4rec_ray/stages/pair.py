@@ -55,7 +55,10 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     rows_in = rows_out = 0
     files = zip(store.files("generations", round_id), store.files("scores", round_id), strict=True)
     for part, (generation_file, score_file) in enumerate(files):
-        samples, scores = (read_parquet(file).sort_by(_ORDER) for file in (generation_file, score_file))
+        samples, scores = (
+            read_parquet(file, filters=_read_samples(config) or None).sort_by(_ORDER)
+            for file in (generation_file, score_file)
+        )
         if not samples["user_id"].equals(scores["user_id"]):
             raise ValueError(f"{score_file} and {generation_file} hold different users")
         rows_in += len(samples)
@@ -122,6 +125,12 @@ def _earlier_pairs(store: RunDir, round_id: int) -> int:
     return count
 
 
+def _read_samples(config: Config) -> list[tuple[str, str, int]]:
+    """The condition on samples that pairs are made of (pair.first_samples)."""
+    first = config.pair.first_samples
+    return [("sample_id", "<", first)] if first else []
+
+
 def _counted(kinds: Counter[str]) -> str:
     """All pairs, and how many of them reject another user's text."""
     other = kinds[Kind.OTHER]
@@ -136,7 +145,7 @@ class _Samples:
         self._rewards = judged.rewards(user, scores)
         self._completions = samples["token_ids"].to_pylist()
         self._compared = compared(samples)
-        self._limits = judged.limits(int(scores["num_lists"][0].as_py()))
+        self._limits = judged.limits(user, int(scores["num_lists"][0].as_py()))
         self.made: Made = PAIRINGS[config.pair.rule](self._rewards, self._compared, self._limits)
         if self.made.short is Drop.NO_LISTS and not np.isnan(scores["plain_reward"].to_numpy()).any():
             self.made = Made([], Drop.NO_OTHERS)
@@ -189,7 +198,8 @@ class OtherTexts:
     def __init__(self, config: Config, store: RunDir, round_id: int, users: list[int]):
         rng = np.random.default_rng([seed_of(config.run.seed, "candidates"), round_id])
         drawn = pa.array(np.sort(rng.permutation(users)[:MAX_CANDIDATES]), pa.int64())
-        scores = store.read("scores", round_id, columns=["user_id", "sample_id", "reward"]).sort_by(_ORDER)
+        columns = ["user_id", "sample_id", "reward"]
+        scores = store.read("scores", round_id, where=_read_samples(config), columns=columns).sort_by(_ORDER)
         best = _best_samples(scores.filter(pc.is_in(scores["user_id"], drawn)))
         texts = store.read(
             "generations",
@@ -253,20 +263,25 @@ class _Judged:
     """Rewards as pairs are made from them, and what luck alone makes of a difference: both depend on all users."""
 
     def __init__(self, config: Config, store: RunDir, round_id: int):
-        self._section = config.pair
+        self._section, self._seed = config.pair, seed_of(config.run.seed, "pair", round_id)
         called = config.run.called(round_id)
-        self._shrunk = _shrunk_rewards(store, round_id, called) if config.pair.shrinkage else None
+        self._shrunk = _shrunk_rewards(config, store, round_id, called) if config.pair.shrinkage else None
         self._noise = _pooled_noise(store, round_id, called) if config.pair.min_std_errors else 0.0
 
     def rewards(self, user: int, scores: pa.Table) -> np.ndarray:
         """[N] of one user's samples. scores: the user's rows."""
         return scores["reward"].to_numpy() if self._shrunk is None else self._shrunk[user]
 
-    def limits(self, num_lists: int) -> Limits:
-        """For a user with so many lists. The difference of two samples has the standard error sqrt(2) times one sample's."""
+    def limits(self, user: int, num_lists: int) -> Limits:
+        """For a user, who has so many lists. The difference of two samples has the standard error sqrt(2) times one sample's."""
         section = self._section
         error = self._noise * np.sqrt(2 / max(1, num_lists))
-        return Limits(section.pairs_per_user, section.min_margin, section.min_std_errors * error)
+        return Limits(
+            section.pairs_per_user,
+            section.min_margin,
+            section.min_std_errors * error,
+            seed_of(self._seed, user),
+        )
 
 
 def _pooled_noise(store: RunDir, round_id: int, called: str) -> float:
@@ -282,9 +297,9 @@ def _pooled_noise(store: RunDir, round_id: int, called: str) -> float:
     return noise
 
 
-def _shrunk_rewards(store: RunDir, round_id: int, called: str) -> dict[int, np.ndarray]:
+def _shrunk_rewards(config: Config, store: RunDir, round_id: int, called: str) -> dict[int, np.ndarray]:
     """Each user's rewards in sample order, pulled towards the user's mean. How far they are pulled depends on all users."""
-    table = store.read("scores", round_id).sort_by(_ORDER)
+    table = store.read("scores", round_id, where=_read_samples(config)).sort_by(_ORDER)
     users, starts = np.unique(table["user_id"].to_numpy(), return_index=True)
     rewards = table["reward"].to_numpy().reshape(len(users), -1)  # every user has N samples
     num_lists = table["num_lists"].to_numpy()[starts]

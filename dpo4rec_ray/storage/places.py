@@ -121,6 +121,26 @@ def copy_folder(source: Place, target: Place) -> None:
     (target / _COMPLETE).write_bytes(b"")
 
 
+def link_folder(source: Place, target: Place) -> None:
+    """Copy a folder of files that are never changed in place; what was at `target` goes.
+
+    On one local file system the files are linked instead, which costs no space: the two folders are independent as long as files
+    are replaced or removed as wholes, as `new_file` does.
+    """
+    if is_remote(source) or is_remote(target):
+        copy_folder(source, target)
+        return
+    with new_folder(target) as temporary:
+        shutil.copytree(source, temporary, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
 def download(source: Place, target: Path) -> None:
     """Copy a remote file or folder to a local path that is not there yet.
 

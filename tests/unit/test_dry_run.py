@@ -12,7 +12,7 @@ from dpo4rec_ray.cli.session import check_came_to
 from dpo4rec_ray.config import Config, load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.pipeline import STAGES, before_rounds, how_far, rounds
-from dpo4rec_ray.running import Runner, Selection, dry_run
+from dpo4rec_ray.running import Runner, Selection, dry_run, is_finished
 from dpo4rec_ray.store.artifacts import MANIFEST, RunDir, write_json
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.schemas import SCHEMA_VERSION
@@ -340,3 +340,16 @@ def test_how_far_a_run_with_turns_came(tmp_path: Path) -> None:
     store = RunDir(tmp_path / "run")
     finish(config, store)
     assert how_far(store, config.policy.objectives)[1] == ["bootstrap"]
+
+
+def test_a_run_is_finished_when_nothing_is_left_to_do(
+    store: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo, changed = load_config("demo"), load_config("demo", ["dpo.beta=0.3"])
+    assert not is_finished(demo, store), "without its summary"
+    write_json(store.root / "summary.json", {})
+    assert is_finished(demo, store) and not is_finished(changed, store)
+    (store.path("per_list") / MANIFEST).unlink()
+    assert not is_finished(demo, store)
+    assert not is_finished(demo, RunDir(store.root / "nothing"))
+    assert capsys.readouterr().out == ""

@@ -10,6 +10,7 @@ from dpo4rec_ray.core.intervals import (
     paired_bootstrap,
     proportion_interval,
     ratio_bootstrap,
+    seeds_bootstrap,
 )
 
 
@@ -176,3 +177,26 @@ def test_clustered_standard_error_refuses_what_has_none() -> None:
         clustered_std_error(np.array([0.1, np.nan]), np.array([0, 1]))
     with pytest.raises(ValueError, match="n >= 1"):
         clustered_std_error(np.array([]), np.array([]))
+
+
+def test_one_seed_is_the_paired_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    values, users = rng.normal(size=50), rng.integers(0, 12, 50)
+    assert seeds_bootstrap([(values, users)]) == pytest.approx(paired_bootstrap(values, users))
+
+
+def test_seeds_weigh_the_same_and_are_resampled_within() -> None:
+    """100 users with mean 1 and 400 with mean 3: mean 2. Its standard error is sqrt(s1^2 / 100 + s2^2 / 400) / 2; the seeds'
+    distance is no part of it. Normal values with s1 = 1 and s2 = 2: sqrt(.01 + .01) / 2 = .0707, so the interval is +- .139."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for count, mean, spread in ((100, 1.0, 1.0), (400, 3.0, 2.0)):
+        values = rng.normal(size=count)
+        parts.append((mean + spread * (values - values.mean()) / values.std(), np.arange(count)))
+    found = seeds_bootstrap(parts, num_resamples=4000)
+    assert found.mean == pytest.approx(2.0)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * 0.0707, rel=0.06)
+    one_user = seeds_bootstrap([parts[0], (np.array([1.0]), np.array([5]))])
+    assert one_user.mean == pytest.approx(1.0) and math.isnan(one_user.low)
+    with pytest.raises(ValueError, match="no part"):
+        seeds_bootstrap([])

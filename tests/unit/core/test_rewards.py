@@ -8,6 +8,7 @@ import pytest
 from dpo4rec_ray.core.metrics import METRICS, list_metrics
 from dpo4rec_ray.core.rewards import (
     REWARDS,
+    best_of_n,
     carried_share,
     carry_over,
     check_reward,
@@ -338,3 +339,13 @@ def test_what_helps_everybody_earns_nothing() -> None:
     assert np.isnan(personal(np.array([NAN, 1.0]), np.array([1.0, NAN]))).all()
     with pytest.raises(ValueError, match="same samples"):
         personal(np.zeros(2), np.zeros(3))
+
+
+def test_the_best_of_n_is_measured_where_it_was_not_chosen() -> None:
+    """User 0: half a chooses sample 1, worth 0 on half b, whose mean is .3; half b chooses sample 0, worth .1 on half a, whose
+    mean is .4: -.3 both ways. User 1: both choose sample 2: .9 - .3 and .6 - .2. User 2 has one half."""
+    half_a = np.array([[0.1, 0.9, 0.2], [0.0, 0.0, 0.6], [0.5, 0.1, 0.2]])
+    half_b = np.array([[0.9, 0.0, 0.0], [0.0, 0.0, 0.9], [NAN, NAN, NAN]])
+    found = best_of_n(half_a, half_b)
+    assert found.kept.tolist() == [0, 1]
+    np.testing.assert_allclose(found.gain, [(-0.3 - 0.3) / 2, (0.6 + 0.4) / 2])

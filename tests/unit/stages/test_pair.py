@@ -189,3 +189,41 @@ def test_pairs_of_earlier_rounds_are_kept_beside_the_rounds_own(
     assert [row for row in rows if row["round"] == 1] == trained
     outcome = pair.run(load_config(DEMO, []), store, 2)
     assert outcome.rows_out == len(first)
+
+
+def test_pairs_of_the_first_texts_alone(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """As if a user had no more than two texts: best and worst, the best that others reject, and how far rewards are pulled."""
+    store = make_store(tmp_path, *measured)
+    rewards, errors, num_lists = measured
+    rows, _ = pairs_of(store, "pair.first_samples=2", "pair.others_share=1")
+    check_others(rows, rewards[:, :2])
+    own, stats = pairs_of(store, "pair.first_samples=2")
+    assert stats["pairs_by_kind"] == {"own": 25}
+    for row in own:
+        if row["kind"] == "own":
+            user = row["user_id"]
+            assert row["chosen_token_ids"] == [user, int(rewards[user, :2].argmax())]
+            assert row["rejected_token_ids"] == [[user, int(rewards[user, :2].argmin())]]
+    shrunk, _ = shrink(rewards[:, :2], list_noise(errors, num_lists) / np.sqrt(num_lists))
+    rows, _ = pairs_of(store, "pair.first_samples=2", "pair.shrinkage=true", "pair.min_margin=0.5")
+    kept = {row["user_id"] for row in rows if row["kind"] == "own"}
+    assert kept == set(np.flatnonzero(np.ptp(shrunk, axis=1) >= 0.5).tolist()) and 0 < len(kept) < 30
+
+
+def test_random_pairs_are_drawn_by_user_and_seed(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """The same again, others by another seed, and each user's by a draw of its own."""
+    store = make_store(tmp_path, *measured)
+    first, again, other = (
+        [
+            (row["chosen_token_ids"][1], row["rejected_token_ids"][0][1])
+            for row in rows
+            if row["kind"] == "own"
+        ]
+        for rows in (pairs_of(store, "pair.rule=random", f"run.seed={seed}")[0] for seed in (0, 0, 1))
+    )
+    assert first == again and first != other and len(first) == 30
+    assert len(set(first)) > 6, "of 12 ordered pairs of four texts"
