@@ -46,7 +46,7 @@ def heldout_rewards(store: RunDir, rounds: Sequence[Row]) -> list[Row]:
 def training_steps(store: RunDir, run: RunSection, rounds: Sequence[Row]) -> list[Row]:
     """A row per step and figure of all trainings: training, step, figure, value, smooth; kind "training" or "held out".
 
-    smooth: mean over a twentieth of the steps around; null for held-out figures.
+    smooth: mean over a tenth of the steps around, three at least; null for held-out figures.
     """
     found: list[Row] = []
     for row in rounds:
@@ -78,7 +78,7 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float, flo
     frame = pd.DataFrame(points, columns=["step", "value"]).astype(float)
     if len(frame) > MAX_STEPS:
         frame = frame.groupby(np.arange(len(frame)) * MAX_STEPS // len(frame)).mean()
-    window = max(1, len(frame) // 20)
+    window = max(3, len(frame) // 10)
     smooth = frame["value"].rolling(window, center=True, min_periods=1).mean()
     return [
         (round(step), value, mean)

@@ -21,8 +21,9 @@ from dpo4rec_ray.report.text_browser import browsed
 from dpo4rec_ray.stages.evaluate import read_evaluation
 from dpo4rec_ray.stages.validate import best_round
 from dpo4rec_ray.storage.places import write_text
-from dpo4rec_ray.store.artifacts import RunDir, write_json
+from dpo4rec_ray.store.artifacts import PATHS, RunDir, write_json
 from dpo4rec_ray.store.memory import peak_rss_mb
+from dpo4rec_ray.store.metrics_file import METRICS
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.versions import commit, machine, versions
 
@@ -192,6 +193,7 @@ def _print(summary: dict[str, Any]) -> None:
 def _html(config: Config, store: RunDir, last_round: int, summary: dict[str, Any]) -> str:
     run, rounds = config.run, summary["rounds"]
     scored = {int(name): run.first_turn(int(name) * run.turns_per_round) for name in summary["rewards"]}
+    trainings = [f"{PATHS['policy'].format(round=turn)}/{METRICS}" for turn in range(1, last_round + 1)]
     return html.render(
         summary,
         stages=spent(config, store, summary["stages"]),
@@ -200,7 +202,7 @@ def _html(config: Config, store: RunDir, last_round: int, summary: dict[str, Any
         spreads=reward_spreads(store, scored),
         users=browsed(config, store, last_round),
         recipe=_recipe(config),
-        links=[name for name in LINKED if (store.root / name).is_file()],
+        links=[name for name in (*LINKED, *trainings) if (store.root / name).is_file()],
     )
 
 

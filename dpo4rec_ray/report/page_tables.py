@@ -328,9 +328,9 @@ def of_stages(rows: Sequence[Row]) -> Table:
     cells = [
         [
             row["stage"],
+            "kept" if row["skipped"] else "run",
             shown(row["round"]),
             number(row["seconds"], ",.1f"),
-            "kept" if row["skipped"] else "run",
             shown(row["rows_in"]),
             shown(row["rows_out"]),
             shown(row["tokens"]),
@@ -343,9 +343,9 @@ def of_stages(rows: Sequence[Row]) -> Table:
     ]
     heads = [
         "stage",
+        "this job",
         "turn",
         "seconds",
-        "this job",
         "rows in",
         "rows out",
         "tokens written",
@@ -360,4 +360,4 @@ def of_stages(rows: Sequence[Row]) -> Table:
         + (f", and {sums['cost']:,.4f} for an endpoint's tokens" if sums["cost"] else "")
         + ". Kept stages show what they took when they ran."
     )
-    return Table("stages", "Stages", heads, cells, 1, note)
+    return Table("stages", "Stages", heads, cells, 2, note)

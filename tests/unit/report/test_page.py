@@ -125,7 +125,7 @@ def test_a_round_shows_its_ladder_its_figures_and_why_it_was_kept() -> None:
     assert "Round 1: not kept" in text
     assert "reward +0.2000 [+0.1000, +0.3000], reading" in text
     ladder = text[text.index('<ol class="ladder">') :].partition("</ol>")[0]
-    assert "shuffle drop" in ladder and "+0.5000" in ladder and "threshold: above 0" in ladder
+    assert "shuffle drop" in ladder and "+0.5000" in ladder and "Threshold: above 0" in ladder
     assert text.count("reading gain)") == 1 and "style gain)" not in text, "only figures that there are"
     assert "Warning of the training: far" in text and "Turn 2: late" in text
     assert "watched users since the round began" in text
