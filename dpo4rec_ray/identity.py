@@ -21,9 +21,11 @@ def dependencies(
     config: Config, stage: str, round_id: int, sections: tuple[str, ...], inputs: dict[str, str]
 ) -> Dependencies:
     """Of what a stage writes in a round. sections: as `Config.section_values` takes them; inputs: as in Dependencies."""
+    if "llm" in sections and (own := SOURCES[config.llm.source].section):
+        sections = (*sections, own)
     outside = outside_identity(config, stage, sections)
-    own, parts = config.section_hash(*sections), (f"{name}={made}" for name, made in inputs.items())
-    fingerprint = fingerprint_of(stage, str(round_id), own, " ".join(outside.values()), *parts)
+    values, parts = config.section_hash(*sections), (f"{name}={made}" for name, made in inputs.items())
+    fingerprint = fingerprint_of(stage, str(round_id), values, " ".join(outside.values()), *parts)
     defaults = Config().section_values(*sections)
     return Dependencies(fingerprint, inputs, config.section_values(*sections), outside, defaults)
 
@@ -35,8 +37,6 @@ def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> d
         parts["raw files"] = _source_identity(config)
     if "encoder" in sections:
         parts["text encoder"] = model_identity(resolve_encoder(config.encoder.path))
-    if "llm" in sections and (own := SOURCES[config.llm.source].section):
-        parts[f"text source [{own}]"] = config.section_hash(own)
     if any(name.startswith("prompt") for name in sections):
         parts["wording of the prompts"] = f"prompt {PROMPT_VERSION}"
     trained: dict[str, TrainerSection] = {"policy": config.policy, "bootstrap": config.bootstrap}

@@ -57,7 +57,7 @@ class Stage:
 
 
 PROMPT = ("prompt", "-prompt.describe_items")
-# What a text depends on. The section of an llm.source that has one of its own comes from identity.outside_identity.
+# What a text depends on. identity.dependencies adds the section of an llm.source that has one of its own.
 TEXTS = ("llm", *PROMPT, "generate", "-generate.user_frac")
 TURNS = ("run.turns_per_round", "run.watched_users")
 POLICY = ("policy", "-policy.objective")  # which the stage's own name says
@@ -69,7 +69,8 @@ STAGES: dict[str, Stage] = {
             prepare.run,
             reads=lambda run, r: [],
             writes=lambda r: [("users", 0), ("items", 0), ("truth", 0), ("lists", 0)],
-            sections=("data", "table", "logged", "sample", "reward.num_folds"),
+            # The raw files stand for the folder that they are in (identity.outside_identity).
+            sections=("data", "-data.raw_dir", "table", "logged", "sample", "reward.num_folds"),
         ),
         Stage(
             "bootstrap",
@@ -158,7 +159,7 @@ STAGES: dict[str, Stage] = {
                 *((("pairs", r - 1),) if run.keep_pairs and r > 1 else ()),
             ],
             writes=lambda r: [("pairs", r)],
-            sections=("pair", "policy.max_heldout_users", "data.positive_rating", "run.keep_pairs"),
+            sections=("pair", "policy.max_heldout_users", "data.positive_rating"),
         ),
         Stage(
             "dpo",

@@ -20,7 +20,7 @@ from dpo4rec_ray.stages import train_reward, validate
 from dpo4rec_ray.store import events, progress
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.store.dependencies import Dependencies
-from dpo4rec_ray.store.final import promote
+from dpo4rec_ray.store.final import promote, withdraw
 from dpo4rec_ray.store.heartbeat import beating
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.engines import release_engines
@@ -174,8 +174,12 @@ class Runner:
         return ends and validate.rounds_have_peaked(run, self.store, round_id)
 
     def promote(self, last_round: int) -> None:
-        """Say which policy is the run's: the card in final/."""
-        if last_round and self.store.manifest("heldout", last_round):
+        """Say which policy is the run's: the card in final/. Where nothing is trained there is none."""
+        if not any(self.selected(name, last_round) for name in ("validate", "evaluate")):
+            return
+        if not last_round:
+            withdraw(self.store)
+        elif self.store.manifest("heldout", last_round):
             best = validate.best_round(self.store, last_round)
             found = promote(self.config.run, self.store, best, last_round)
             events.note("policy_promoted", number=found.policy)

@@ -29,11 +29,24 @@ class Section(BaseModel):
 
 def first_mistake(error: ValidationError) -> str:
     """Key, value and reason of the first of pydantic's complaints, on one line."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    found = error.errors()
+    first, place = found[0], found[0]["loc"]
+    reason = first["msg"].removeprefix("Value error, ")
+    if place and _is_kind(
+        place[-1]
+    ):  # the key takes values of several kinds, and there is a complaint for each
+        place = place[:-1]
+        said = [one["msg"] for one in found if one["loc"][:-1] == place and _is_kind(one["loc"][-1])]
+        reason = ", or ".join([said[0], *(one.removeprefix("Input should be ") for one in said[1:])])
+    key = ".".join(str(part) for part in place) or "recipe"
     value = first.get("input")
     shown = f" = {value!r}" if not isinstance(value, dict) else ""
-    return f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{key}{shown}: {reason}"
+
+
+def _is_kind(part: int | str) -> bool:
+    """Whether a part of pydantic's place names no key but a kind of values: "constrained-int", "literal['auto']"."""
+    return isinstance(part, str) and (part in ("int", "float", "str", "bool") or not part.isidentifier())
 
 
 def merged(base: dict[str, Any], over: dict[str, Any], *, unset: Any = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Everything comes from the stats of the round's manifests; nothing is measured he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,10 +48,13 @@ def _decided(verdict: Verdict) -> Iterator[str]:
 
 def _training(policy: Stats, max_kl: float) -> Iterator[str]:
     kl = policy.get("kl_per_token")
+    pull = {"dpo": "raise dpo.beta, or ", "grpo": "raise grpo.kl_weight, or "}.get(
+        policy.get("objective", "dpo"), ""
+    )
     if kl is not None and kl > max_kl:
         yield (
             f"the policy is {kl:.3g} nats per token from its reference, above the bound of {max_kl:g} "
-            "(policy.max_kl_per_token): raise dpo.beta, or lower policy.lr or policy.epochs"
+            f"(policy.max_kl_per_token): {pull}lower policy.lr or policy.epochs"
         )
     accuracy, pairs = policy.get("accuracy"), policy.get("rows", {}).get("valid")
     if accuracy is not None and pairs and proportion_interval(accuracy, pairs)[0] <= 0.5:
@@ -88,7 +92,9 @@ def _manner(heldout: Stats) -> Iterator[str]:
 def _reward(scores: Stats) -> Iterator[str]:
     ends = scores.get("gap_held_out_ci95") or [None]
     if ends[0] is not None and not ends[0] > 0:
+        carried = scores["carried"]
+        left = "" if carried is None or math.isnan(carried) else f" ({carried:.0%} of the gap is left)"
         yield (
-            f"the reward's choices do not carry over to a user's other lists ({scores['carried']:.0%} of the gap is left): the "
-            "pairs were noise; use more reward.num_redraws or more lists per user"
+            f"the reward's choices do not carry over to a user's other lists{left}: it learned from noise; use more "
+            "reward.num_redraws or more lists per user"
         )

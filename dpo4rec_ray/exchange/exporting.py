@@ -79,7 +79,9 @@ def _exported(
         with parquet_file(file) as parquet:
             batches = parquet.iter_batches(batch_size=256)
             for pair in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
-                if pair["split"] != split:
+                if (
+                    pair["split"] != split or pair["round"] != round_id
+                ):  # run.keep_pairs: each round's own alone
                     continue
                 if not pair["prompt_token_ids"]:
                     raise UserError(

@@ -179,7 +179,7 @@ def _texts(config: Config, sizes: Sizes) -> tuple[int, int, int]:
 def _bytes(name: str, number: int, work: Work, machine: Machine, runs: Sequence[FinishedRun]) -> float | None:
     """Of the largest run's artifacts, grown as the work has; weights of models do not grow."""
     for run in sorted(runs, key=lambda one: -one.sizes.users):
-        place = min(number, max(rounds(run.config), default=0))
+        place = 0 if name == "train_reward" else min(number, max(rounds(run.config), default=0))
         made = [run.store.manifest(*artifact) for artifact in STAGES[name].writes(place)]
         found = [one for one in made if one is not None]
         if found and (size := sum(one.bytes for one in found)):

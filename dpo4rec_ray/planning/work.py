@@ -156,6 +156,8 @@ def dpo(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
     tokens = sizes.prompt_tokens * (1 if section.prefix_sharing else 2) + 2 * sizes.text_tokens
     users = turn_users(config, round_id)
     pairs = sizes.pairs / config.run.turns_per_round
+    if config.run.keep_pairs:
+        pairs *= round_id
     heldout = sizes.heldout_pairs * users.valid_share / users.share
     reference = (pairs + heldout) * FORWARD
     if section.reference == "lora_off":

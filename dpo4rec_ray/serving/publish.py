@@ -143,6 +143,10 @@ def best_model(config: Config, store: RunDir, round_id: int) -> str:
         value = info["metrics"][f"valid {info['fit']['metric']}"]
         if info["system"] == system and value > highest:
             best, highest = one.name, value
+    if not best:
+        raise UserError(
+            f"{folder}: no reranker that reads the texts of {system!r}, with which the run ended; run the recipe again"
+        )
     return best
 
 

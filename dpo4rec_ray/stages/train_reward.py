@@ -293,14 +293,20 @@ def _lines(config: Config, stats: dict[str, Any]) -> Iterator[str]:
 
 def check_reads(config: Config, store: RunDir, round_id: int) -> None:
     """Raises UserError if the rerankers that score a turn do not read, so that an LLM would be trained on noise."""
-    reward = store.manifest("reward", config.run.reward_of(round_id))
+    trained_for = config.run.reward_of(round_id)
+    reward = store.manifest("reward", trained_for)
     if reward is None or not (config.has_policy and config.reward.must_read):
         return  # a single stage that needs no rewards, or no LLM to train
     low, high = reward.stats["shuffle_drop_ci95"]
     if low is None or not low > 0:  # null: one validation user has no interval
         interval = "unknown" if low is None else f"[{low:.4f}, {high:.4f}]"
+        again = (
+            f"; run.retrain_reward trained them for round {config.run.round_of(round_id)}"
+            if trained_for
+            else ""
+        )
         raise UserError(
-            f"the reward's rerankers do not read: with another user's text they rank as well (NDCG@5 lost: 95 % interval "
+            f"the reward's rerankers do not read{again}: with another user's text they rank as well (NDCG@5 lost: 95 % interval "
             f'{interval}), so the rewards would be noise; use more users, reward.reader = ["statistics"], more item attributes, '
             "or set reward.must_read = false to go on all the same"
         )

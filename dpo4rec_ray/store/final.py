@@ -45,11 +45,16 @@ def promote(run: RunSection, store: RunDir, best: int, last: int) -> FinalPolicy
     else:
         why = f"the base LLM: by the validation users' reward and reading, none of {trained} improved on it"
     folder = store.path("policy", best).relative_to(store.root).as_posix() if best else ""
-    reference = str(store.require("policy", best).stats["reference"]) if best else ""
+    reference = str(store.require("policy", best).stats.get("reference", "")) if best else ""
     found = FinalPolicy(best_round, best, folder, reference, why)
     (store.root / FOLDER).mkdir(parents=True, exist_ok=True)
     write_json(store.root / FOLDER / CARD, asdict(found))
     return found
+
+
+def withdraw(store: RunDir) -> None:
+    """Remove the card of an earlier recipe that trained an LLM in this folder."""
+    (store.root / FOLDER / CARD).unlink(missing_ok=True)
 
 
 def final_policy(store: RunDir) -> FinalPolicy | None:

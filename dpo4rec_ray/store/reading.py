@@ -65,10 +65,15 @@ def knowledge_vectors(config: Config, store: RunDir, texts: int | str) -> np.nda
 
 
 def reader_vectors(config: Config, store: RunDir, policy: int) -> np.ndarray:
-    """The vectors [U, K, D] that the reward's rerankers are trained on (reward.reader); policy: the one that wrote the LLM's."""
-    return np.concatenate(
-        [read_all_vectors(store, _subject(config, name), policy) for name in config.reward.reader], axis=1
-    )
+    """The vectors [U, K, D] that the reward's rerankers are trained on, reward.reader_texts of each of reward.reader.
+
+    policy: the one that wrote the LLM's. After a round it wrote one text per training user, which is there several times then.
+    """
+    most = config.reward.reader_texts
+    found = [
+        read_all_vectors(store, _subject(config, name), policy)[:, :most] for name in config.reward.reader
+    ]
+    return np.concatenate(found, axis=1)
 
 
 def _subject(config: Config, reader: str) -> str:

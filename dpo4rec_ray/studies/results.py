@@ -6,7 +6,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dpo4rec_ray.core.intervals import Interval
@@ -119,27 +118,26 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def plot(study: Study, rows: Sequence[Row]) -> bytes:
     """One panel per column in `study.shown`: a dot with its interval for each row. SVG."""
-    import matplotlib
+    import altair as alt
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    width, height = 3.2 * len(study.shown) + 2.5, 0.4 * len(rows) + 1.2
-    figure, axes = pyplot.subplots(
-        1, len(study.shown), figsize=(width, height), layout="constrained", sharey=True, squeeze=False
+    found = [
+        {"row": str(row[NAME]), "figure": column, "mean": cell.interval.mean}
+        | {"low": cell.interval.low, "high": cell.interval.high}
+        for row in rows
+        for column in study.shown
+        if isinstance(cell := row.get(column), Measured)
+    ]
+    base = alt.Chart(pd.DataFrame(found)).encode(
+        y=alt.Y("row:N", sort=[str(row[NAME]) for row in rows], title=None, axis=alt.Axis(labelLimit=300))
     )
-    names = [str(row[NAME]) for row in rows]
-    for axis, column in zip(axes[0], study.shown, strict=True):
-        for place, row in enumerate(rows):
-            if isinstance(cell := row.get(column), Measured):
-                found = cell.interval
-                ends = np.nan_to_num([[found.mean - found.low], [found.high - found.mean]])
-                axis.errorbar([found.mean], [place], xerr=ends, fmt="o", color="tab:blue", capsize=3)
-        axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set_title(column, fontsize=10)
-        axis.set_yticks(range(len(names)), names)
-    axes[0][0].invert_yaxis()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    pyplot.close(figure)
-    return buffer.getvalue()
+    zero = base.mark_rule(color="grey", strokeDash=[3, 3]).encode(x=alt.datum(0), y=alt.Y())
+    ends = base.mark_rule().encode(x=alt.X("low:Q", title=None), x2="high:Q")
+    dots = base.mark_point(filled=True, size=50).encode(x="mean:Q")
+    panels = (
+        (zero + ends + dots)
+        .properties(width=220)
+        .facet(column=alt.Column("figure:N", sort=list(study.shown), title=None))
+    )
+    buffer = io.StringIO()
+    panels.resolve_scale(x="independent").save(buffer, format="svg")
+    return buffer.getvalue().encode()

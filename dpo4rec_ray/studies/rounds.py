@@ -15,7 +15,7 @@ STEP = "reward gain against the round before"
 
 
 def variants(config: Config) -> dict[str, Changes]:
-    most = max(LEAST, config.run.num_rounds)
+    most = max(LEAST, config.run.max_rounds)
     return {LONG: (f"run.num_rounds={most}", f"run.patience={most}")}
 
 

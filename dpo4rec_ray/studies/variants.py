@@ -5,7 +5,7 @@ from __future__ import annotations
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.pipeline import STAGES, made, steps
 from dpo4rec_ray.storage.places import link_folder
-from dpo4rec_ray.store.artifacts import PATHS, RunDir
+from dpo4rec_ray.store.artifacts import LATER_PATHS, PATHS, RunDir
 
 
 def lend(base: RunDir, variant: RunDir) -> None:
@@ -18,7 +18,7 @@ def lend(base: RunDir, variant: RunDir) -> None:
         return
     turns = sorted(int(folder.name) for folder in base.root.glob("rounds/[0-9]*"))
     for name, path in PATHS.items():
-        for turn in turns if "{round" in path else (0,):
+        for turn in (0, *turns) if "{round" in path + LATER_PATHS.get(name, "") else (0,):
             if base.manifest(name, turn) and not variant.manifest(name, turn):
                 link_folder(base.path(name, turn), variant.path(name, turn))
 

@@ -186,6 +186,26 @@ def test_an_older_format_is_named(store: RunDir, capsys: pytest.CaptureFixture[s
     assert said(store, capsys)["pair(1)"] == "would run: format of the artifacts changed"
 
 
+def test_pairs_of_the_first_round_are_the_same_with_and_without_those_of_earlier_ones(
+    store: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = said(store, capsys, "run.keep_pairs=true")
+    assert {found[step] for step in STEPS} == {"kept"}
+
+
+def test_data_may_move(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the files hold is known by their content."""
+    assert said(store, capsys, "data.raw_dir=elsewhere")["prepare(0)"] == "kept"
+
+
+def test_a_key_of_the_texts_own_section_is_named(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["llm.source=openai", "openai.model=one", "openai.base_url=http://localhost/v1", "run.num_rounds=0"]
+    finish(load_config("demo", own), store)
+    assert said(store, capsys, *own)["encode(0)"] == "kept"
+    reason = 'changed key openai.model ("one" -> "two")'
+    assert said(store, capsys, *own, "openai.model=two")["encode(0)"].endswith(reason)
+
+
 def test_what_a_version_made_that_did_not_know_a_key_is_kept(
     store: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,3 +88,18 @@ def test_what_is_not_known_is_no_sign() -> None:
         WORSE, bare, {"kl_per_token": None}, {"gap_held_out_ci95": [None, None], "carried": None}, 0.5
     )
     assert len(found) == 2 and "no figure" in found[1]
+    (_, sign) = why(scores={"gap_held_out_ci95": [0.0, 0.0], "carried": None})
+    assert "do not carry over to a user's other lists: it learned from noise" in sign
+
+
+@pytest.mark.parametrize(
+    ("objective", "pull"),
+    [
+        ("dpo", "raise dpo.beta, or lower"),
+        ("grpo", "raise grpo.kl_weight, or lower"),
+        ("best_of_n", ": lower policy.lr"),
+    ],
+)
+def test_what_pulls_to_the_reference_is_the_learners(objective: str, pull: str) -> None:
+    (_, sign) = why(policy={"kl_per_token": 0.8, "objective": objective})
+    assert pull in sign

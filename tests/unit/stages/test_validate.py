@@ -128,6 +128,31 @@ def test_where_no_round_helps_the_base_llm_is_promoted(tmp_path: Path) -> None:
     assert "none of 1 round improved" in found.why
 
 
+def test_a_recipe_that_trains_nothing_withdraws_the_card_of_one_that_did(tmp_path: Path) -> None:
+    store = RunDir(tmp_path)
+    add_round(store, 1, (0.0, 0.1), (0.2, 0.2))
+    add_policy(store, 1)
+    Runner(default_config([]), store, Selection()).promote(1)
+    assert final_policy(store)
+    untrained = default_config(["run.num_rounds=0"])
+    Runner(untrained, store, Selection(only="prepare")).promote(0)
+    assert final_policy(store), "a part of a run says nothing of its end"
+    Runner(untrained, store, Selection()).promote(0)
+    assert final_policy(store) is None
+
+
+def test_a_part_of_a_run_promotes_nothing(tmp_path: Path) -> None:
+    """The policy of an interrupted training has no manifest, and the figures may be of the one before it."""
+    store = RunDir(tmp_path)
+    add_round(store, 1, (0.0, 0.1), (0.2, 0.2))
+    for selection in (Selection(only="prepare"), Selection(only="score", round_id=1)):
+        Runner(default_config([]), store, selection).promote(1)
+    assert final_policy(store) is None
+    add_policy(store, 1)
+    Runner(default_config([]), store, Selection(only="validate", round_id=1)).promote(1)
+    assert final_policy(store)
+
+
 def test_a_round_of_an_older_version_says_what_to_run(tmp_path: Path) -> None:
     store = RunDir(tmp_path)
     store.start("heldout", 1)

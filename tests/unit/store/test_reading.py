@@ -150,7 +150,8 @@ def test_texts_that_are_not_there_say_what_to_run(counted: RunDir) -> None:
 
 def test_a_reader_sees_the_texts_that_the_recipe_names(counted: RunDir) -> None:
     def read(reader: str, source: str = "vllm") -> np.ndarray:
-        return reader_vectors(default_config([f"reward.reader={reader}", f"llm.source={source}"]), counted, 0)
+        changes = [f"reward.reader={reader}", f"llm.source={source}", "reward.reader_texts=3"]
+        return reader_vectors(default_config(changes), counted, 0)
 
     assert read('["llm"]').tolist() == read_all_vectors(counted, "user").tolist()
     assert read('["statistics"]').tolist() == read_all_vectors(counted, "statistics").tolist()
@@ -162,11 +163,16 @@ def test_a_reader_sees_the_texts_that_the_recipe_names(counted: RunDir) -> None:
 
 def test_a_later_reader_sees_the_texts_of_the_policy_before_it(counted: RunDir) -> None:
     """Counted texts stay the same; those of policy 2 are read in the place of the base LLM's."""
-    write_vectors(counted, "knowledge", [("user", user, 0, [20 + user, 0]) for user in range(4)], round_id=2)
-    config = default_config(['reward.reader=["llm", "statistics"]'])
-    found = reader_vectors(config, counted, 2)
-    assert found[:, 0, 0].tolist() == [20, 21, 22, 23]
-    assert found[:, 1:].tolist() == reader_vectors(config, counted, 0)[:, -found.shape[1] + 1 :].tolist()
+    texts: Texts = [("user", user, 0, [20.0 + user, 0.0]) for user in range(3)]
+    texts += [("user", 3, sample, [23.0, float(sample)]) for sample in range(5)]
+    write_vectors(counted, "knowledge", texts, round_id=2)
+    config = default_config(['reward.reader=["llm", "statistics"]', "reward.reader_texts=2"])
+    found, first = reader_vectors(config, counted, 2), reader_vectors(config, counted, 0)
+    assert found[0, :2, 0].tolist() == [20, 20], "a training user has one text then, which is read twice"
+    assert found[3, :2].tolist() == [[23, 0], [23, 1]], (
+        "a validation user has more, of which as many are read"
+    )
+    assert found.shape == first.shape and found[:, 2:].tolist() == first[:, 2:].tolist()
 
 
 def test_vectors_that_a_system_ranks_with(counted: RunDir) -> None:
