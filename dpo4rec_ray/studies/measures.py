@@ -24,7 +24,8 @@ LAST = -1  # the turn that a run ended with
 # Columns of the table that most studies have.
 GAIN, AGAINST = "held-out reward gain", "reward gain against the recipe"
 READING, STYLE = "reading gain", "style gain"
-TEST, TEST_AGAINST = "test NDCG@5", "test NDCG@5 against the recipe"
+TEST, TEST_GAIN, TEST_AGAINST = "test NDCG@5", "test NDCG@5 gain", "test NDCG@5 against the recipe"
+_START = "the recipe's base LLM"
 FIGURES = {GAIN: "reward", READING: "reading", STYLE: "others_reward"}
 
 
@@ -41,9 +42,9 @@ class Point:
 
 
 def standard_rows(seeds: Sequence[SeedRuns], points: Sequence[Point]) -> list[Row]:
-    """Held-out reward, reading and style since the base LLM, and the test users' NDCG@5, beside the recipe's own."""
+    """Held-out reward, reading and style, and the test users' NDCG@5: since the recipe's base LLM, and against the recipe."""
     every = [*points, *([] if any(point.name == RECIPE for point in points) else [Point(RECIPE)])]
-    held, test = held_out(seeds, every), tested(seeds, every)
+    held, test = held_out(seeds, every), tested(seeds, [*every, Point(_START, turn=0)])
     found: list[Row] = []
     for point in points:
         row: Row = {NAME: point.name}
@@ -54,7 +55,8 @@ def standard_rows(seeds: Sequence[SeedRuns], points: Sequence[Point]) -> list[Ro
         else:
             row |= dict.fromkeys((GAIN, AGAINST, READING, STYLE))
         mine = test[point.name]
-        found.append({**row, TEST: _mean(mine), TEST_AGAINST: mine.minus(test[RECIPE])})
+        row |= {TEST: _mean(mine), TEST_GAIN: mine.minus(test[_START])}
+        found.append({**row, TEST_AGAINST: mine.minus(test[RECIPE])})
     return found
 
 

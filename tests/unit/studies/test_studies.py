@@ -14,7 +14,7 @@ from dpo4rec_ray.config import load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.studies import ablation, backbone_transfer, beta_loss, n_samples, scale
 from dpo4rec_ray.studies.every_study import QUESTIONS, study_of
-from dpo4rec_ray.studies.measures import AGAINST, GAIN
+from dpo4rec_ray.studies.measures import AGAINST, GAIN, TEST_GAIN
 from dpo4rec_ray.studies.results import as_json, markdown, plot
 from dpo4rec_ray.studies.study_parts import NAME, RECIPE, Measured, Row, said
 from dpo4rec_ray.studies.variant_jobs import folder_name, planned
@@ -99,14 +99,16 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> Non
 
 def table(recipe: float, random: float, swapped: float) -> list[Row]:
     means = {RECIPE: recipe, ablation.RANDOM: random, ablation.SWAPPED: swapped, ablation.CHOSEN: 0.2}
-    return [{NAME: name, GAIN: about(mean)} for name, mean in means.items()]
+    return [{NAME: name, GAIN: about(mean), TEST_GAIN: about(mean / 2)} for name, mean in means.items()]
 
 
 def test_the_ablations_verdict() -> None:
     """Interval half width 1.96 x .1 / sqrt(50) = .028."""
     sound = ablation.sentence(table(0.1, 0.01, -0.1))
-    assert ": the gain is the preference signal's." in sound and "DPO keeps 50% of it" in sound
-    assert "swapped pairs -0.1000 [-0.1" in sound
+    assert ": the held-out gain is the preference signal's." in sound and "DPO keeps 50% of it" in sound
+    assert "swapped pairs -0.1000 [-0.1" in sound and sound.endswith(
+        "swapped pairs -0.0500 [-0.0780, -0.0220]."
+    )
     for doubtful in ((0.02, 0.01, -0.1), (0.1, 0.05, -0.1), (0.1, 0.01, -0.02)):
         assert "this does not show" in ablation.sentence(table(*doubtful))
 
