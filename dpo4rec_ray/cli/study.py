@@ -33,6 +33,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("recipe", **RECIPE)
     found.add_argument("changes", **CHANGES)
     found.add_argument("--seeds", default="", metavar="S,S", help="values of run.seed; default: the recipe's")
+    found.add_argument(
+        "--variant",
+        dest="variants",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run this one, and those that the study needs; may be repeated; default: all",
+    )
     found.add_argument("--jobs", type=int, default=1, metavar="K", help="variants at a time; default: 1")
     found.add_argument("--verbose", action="store_true", help="show the logs of libraries, and tracebacks")
     return found
@@ -63,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     from dpo4rec_ray.studies import results, variant_jobs
 
     study = study_of(options.name)
-    jobs = variant_jobs.planned(options.name, study, options.recipe, options.changes, seeds)
+    jobs = variant_jobs.planned(options.name, study, options.recipe, options.changes, seeds, options.variants)
     with session.locked(folder):
         runs = variant_jobs.run_jobs(jobs, options.jobs)
         text = results.write(options.name, study, folder, jobs, study.rows(runs))

@@ -119,4 +119,4 @@ def sentence(rows: Sequence[Row]) -> str:
     )
 
 
-STUDY = Study(variants, rows, sentence, (GAIN, READING, TEST_GAIN))
+STUDY = Study(variants, rows, sentence, (GAIN, READING, TEST_GAIN), needs=(RANDOM, SWAPPED))

@@ -57,4 +57,10 @@ def mean_of(cells: Sequence[Measured]) -> Measured:
     return Measured(tuple((np.mean([values for values, _ in part], axis=0), part[0][1]) for part in parts))
 
 
-STUDY = Study(variants, rows, sentence, tuple(map(final, RERANKERS)))
+STUDY = Study(
+    variants,
+    rows,
+    sentence,
+    tuple(map(final, RERANKERS)),
+    needs=tuple(f"reward from {label(name)}" for name in RERANKERS),
+)

@@ -74,12 +74,14 @@ class Study:
         rows: the runs of every seed -> the table.
         sentence: the table -> what it says, with intervals.
         shown: columns of the plot.
+        needs: variants that its rows or its sentence cannot do without.
     """
 
     variants: Callable[[Config], dict[str, Changes]]
     rows: Callable[[Sequence[SeedRuns]], list[Row]]
     sentence: Callable[[Sequence[Row]], str]
     shown: tuple[str, ...]
+    needs: tuple[str, ...] = ()
 
 
 def said(cell: Cell) -> str:

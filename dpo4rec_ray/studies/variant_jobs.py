@@ -51,14 +51,20 @@ def folder_of(config: Config, study: str) -> Place:
 
 
 def planned(
-    name: str, study: Study, recipe: str | Path, changes: Sequence[str], seeds: Sequence[int]
+    name: str,
+    study: Study,
+    recipe: str | Path,
+    changes: Sequence[str],
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
 ) -> list[Job]:
     """The jobs of a study, each seed's recipe first. Nothing is started.
 
-    The recipe's own run is the one that `dpo4rec run` makes; those of other seeds stand beside it.
+    The recipe's own run is the one that `dpo4rec run` makes; those of other seeds stand beside it. only: these variants, and
+    those that the study needs; none: all.
 
     Raises:
-        UserError: the recipe, or a variant of it, cannot be run.
+        UserError: the recipe, or a variant of it, cannot be run, or there is no variant of a name.
     """
     plain = load_config(recipe, list(changes))
     if not plain.has_policy or not plain.run.num_rounds:
@@ -69,6 +75,10 @@ def planned(
     variants = study.variants(plain)
     for reserved in {RECIPE} & variants.keys():
         raise ValueError(f"a variant cannot be called {reserved!r}")
+    for unknown in set(only) - variants.keys():
+        raise UserError(f"study {name} has no variant {unknown!r}; there are: {'; '.join(variants)}")
+    if only:
+        variants = {one: keys for one, keys in variants.items() if one in (*only, *study.needs)}
     found = []
     for seed in seeds or [plain.run.seed]:
         own = f"{plain.run.name}-seed{seed}" if seed != plain.run.seed else plain.run.name

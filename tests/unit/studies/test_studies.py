@@ -86,6 +86,16 @@ def test_a_recipe_without_such_a_study_is_refused(name: str, changes: list[str],
         planned(name, study_of(name), "demo", changes, [])
 
 
+def test_some_variants_alone() -> None:
+    """With those that the study's sentence is about."""
+    jobs = planned("ablation", study_of("ablation"), "demo", [], [], only=["no redraws"])
+    assert [job.name for job in jobs] == ["recipe", "random pairs", "swapped pairs", "no redraws"]
+    jobs = planned("n_samples", study_of("n_samples"), "demo", [], [], only=["N = 4"])
+    assert [job.name for job in jobs] == ["recipe", "N = 4"]
+    with pytest.raises(UserError, match=r"n_samples has no variant 'N = 3'; there are: N = 2; N = 4; N = 8"):
+        planned("n_samples", study_of("n_samples"), "demo", [], [], only=["N = 3"])
+
+
 def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["ablatio", "demo"], "no study 'ablatio'; did you mean 'ablation'?"),
