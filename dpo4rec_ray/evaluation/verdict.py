@@ -308,7 +308,7 @@ def _more(
     for row in _rows(summary["comparisons"], served, STATISTICS):
         if weak == f"{TEST}, {label(row['backbone'])} against {STATISTICS}":
             continue  # the claims say it
-        than = {HELPS: "better", HARMS: "worse", NOTHING: "neither better nor worse that can be measured"}
+        than = {HELPS: "better", HARMS: "worse", NOTHING: "not measurably better or worse"}
         found.append(
             f"{label(row['backbone'])} with these texts is {than[_outcome(row)]} than with texts counted from the history, which "
             f"need no LLM: {_figure(row)}."

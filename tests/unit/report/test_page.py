@@ -125,7 +125,7 @@ def test_a_round_shows_its_ladder_its_figures_and_why_it_was_kept() -> None:
     assert "Round 1: not kept" in text
     assert "reward +0.2000 [+0.1000, +0.3000], reading" in text
     ladder = text[text.index('<ol class="ladder">') :].partition("</ol>")[0]
-    assert "shuffle drop" in ladder and "+0.5000" in ladder and "threshold: above 0" in ladder
+    assert "shuffle drop" in ladder and "+0.5000" in ladder and "Threshold: above 0" in ladder
     assert text.count("reading gain)") == 1 and "style gain)" not in text, "only figures that there are"
     assert "Warning of the training: far" in text and "Turn 2: late" in text
     assert "watched users since the round began" in text
@@ -140,6 +140,14 @@ def test_a_run_without_rounds_has_no_sections_about_them() -> None:
     for name in ("ladder", "users", "rounds"):
         assert f'<section id="{name}"' not in text and f'href="#{name}"' not in text
     assert '<section id="verdict"' in text and '<section id="time"' in text
+    assert "<dt>base-llm</dt>" in text and "<dt>reward</dt>" not in text
+    assert "<dt>reward</dt>" in page(rounds=[round_of()])
+
+
+def test_the_page_says_how_many_users_it_is_judged_on() -> None:
+    assert "Judged on" not in page()
+    splits = {"users/test": 1100, "lists/test": 3864}
+    assert "Judged on 1,100 test users with 3,864 lists." in page(prepare={"splits": splits})
 
 
 def specs() -> Iterator[Any]:
