@@ -19,6 +19,8 @@ from dpo4rec_ray.knowledge.teacher import EVERY_FACET
 Stats = Mapping[str, Any]
 NDCG = HEADLINE[1]
 HOLDS, FAILS, NOT_SHOWN = "holds", "fails", "not shown"
+# Beginnings of the names of rungs whose value is a level and not a difference.
+LEVELS = ("spread", "DPO accuracy")
 TOO_MANY_TIED = 0.5  # share of users whose best text is tied, from which on luck chooses the pairs
 
 
@@ -65,6 +67,13 @@ def ladder(
 def first_broken(rungs: Sequence[Rung]) -> Rung | None:
     """The first rung that fails or is not shown; None where all hold."""
     return next((rung for rung in rungs if rung["verdict"] != HOLDS), None)
+
+
+def figures(rung: Rung) -> str:
+    """The value with its interval for people: a difference has a sign, a level has none and fewer digits."""
+    form = ".3f" if rung["name"].startswith(LEVELS) else "+z.4f"
+    ends = " [{0:{2}}, {1:{2}}]".format(*rung["ci95"], form) if rung["ci95"] else ""
+    return f"{rung['value']:{form}}{ends}"
 
 
 def _rung(
@@ -210,8 +219,8 @@ def printed(rungs: Sequence[Rung], width: int = 110) -> str:
     """The rungs for a terminal: a line each, its sentence below, and where to look first."""
     lines = []
     for rung in rungs:
-        ends = "[{:+.4f}, {:+.4f}]".format(*rung["ci95"]) if rung["ci95"] else ""
-        lines.append(f"  {rung['name']:<46}{rung['value']:>+9.4f} {ends:<20} {rung['verdict']}")
+        value, _, ends = figures(rung).partition(" ")
+        lines.append(f"  {rung['name']:<46}{value:>9} {ends:<20} {rung['verdict']}")
         lines += textwrap.wrap(rung["says"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     broken = first_broken(rungs)
     return "\n".join([*lines, f"  look first at: {broken['name']}"] if broken else lines)

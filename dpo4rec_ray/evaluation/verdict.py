@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NDCG, NOT_SHOWN, Rung
+from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NDCG, NOT_SHOWN, Rung, figures
 from dpo4rec_ray.evaluation.systems import BACKBONE, TITLES, Row, label
 
 HELPS, HARMS, NOTHING, MIXED, UNKNOWN = "helps", "harms", "nothing shown", "mixed", "unknown"
@@ -132,21 +132,28 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
     judged = next((row for row in rounds if row["round"] == best), rounds[-1] if rounds else None)
 
     rows = _rows(comparisons, served, BACKBONE)
+    compared = [("texts", row) for row in rows]
     texts, said = _claim(rows, "Texts", ("help", "harm", "add"))
     claims = [said or "What texts add was not measured."]
     training = UNKNOWN
     if judged is not None and (gained := _rows(comparisons, f"dpo4rec-round{judged['round']}", base)):
         rows = gained
+        compared += [(_learner(judged), row) for row in rows]
         training, said = _claim(rows, _learner(judged), ("helps", "harms", "adds"))
         claims.append(said)
     weak, why = _weak(summary, judged, served)
     if weak:
         claims.append(f"The weak rung: {why}.")
     advice, see = ADVICE[_advised(weak, texts, training)]
-    if advice == ADVICE[TEST][0]:
-        advice += _users_needed(summary, rows)
-    more = tuple(_more(summary, judged, served, training))
-    return Verdict(texts, training, weak, tuple(claims), more, f"{advice[:1].upper()}{advice[1:]}.", see)
+    more = [*_by_user(compared), *_more(summary, judged, served, training, weak)]
+    if needed := _users_needed(summary, rows):
+        if advice == ADVICE[TEST][0]:
+            advice += needed
+        else:
+            more.append(f"Test users{needed}.")
+    return Verdict(
+        texts, training, weak, tuple(claims), tuple(more), f"{advice[:1].upper()}{advice[1:]}.", see
+    )
 
 
 def _rows(comparisons: Sequence[Row], system: str, against: str) -> list[Row]:
@@ -227,7 +234,7 @@ def _weak(summary: Mapping[str, Any], judged: Mapping[str, Any] | None, served: 
     if broken is None:
         return "", ""
     said = "fails" if broken["verdict"] == FAILS else f"is not shown to be above {broken['bound']:g}"
-    return broken["name"], f"{broken['name']}, {broken['value']:+z.4f}{_range(broken['ci95'])}, {said}"
+    return broken["name"], f"{broken['name']}, {figures(broken)}, {said}"
 
 
 def _broken(rung: Rung) -> bool:
@@ -276,32 +283,55 @@ def _users_needed(summary: Mapping[str, Any], rows: Sequence[Row]) -> str:
     )
 
 
+def _by_user(compared: Sequence[tuple[str, Row]]) -> list[str]:
+    """What the mean over users says where it is not what that over lists says. compared: what is judged, its difference."""
+    found: dict[str, list[str]] = {}
+    for subject, row in compared:
+        ends = row.get("by user ci95")
+        if ends is not None and _outcome({"ci95": ends}) != _outcome(row):
+            said = f"{row['by user delta']:+z.4f} {TITLES[NDCG]}{_range(ends)} for {label(row['backbone'])}"
+            found.setdefault(said, []).append(subject)
+    return [
+        f"With every user counted once instead of every list, the difference is {said} ({', '.join(subjects)}): the outcome "
+        "depends on how much users with many lists weigh."
+        for said, subjects in found.items()
+    ]
+
+
 def _more(
-    summary: Mapping[str, Any], judged: Mapping[str, Any] | None, served: str, training: str
+    summary: Mapping[str, Any], judged: Mapping[str, Any] | None, served: str, training: str, weak: str
 ) -> list[str]:
     """Sentences that bear on the verdict: simulated texts, counted texts, held-out users, luck, which round is served."""
     found = []
     if summary.get("simulated_texts"):
         found.append("The texts are simulated: no number here says anything about an LLM.")
     for row in _rows(summary["comparisons"], served, STATISTICS):
-        than = {HELPS: "better", HARMS: "worse", NOTHING: "not measurably different"}[_outcome(row)]
+        if weak == f"{TEST}, {label(row['backbone'])} against {STATISTICS}":
+            continue  # the claims say it
+        than = {HELPS: "better", HARMS: "worse", NOTHING: "not measurably better or worse"}
         found.append(
-            f"Beside texts counted from the history, which need no LLM, {label(row['backbone'])} with these is {than}: "
-            f"{_figure(row)}."
+            f"{label(row['backbone'])} with these texts is {than[_outcome(row)]} than with texts counted from the history, which "
+            f"need no LLM: {_figure(row)}."
         )
     if judged is None:
         return found
-    figures, rung = judged.get("figures", {}), {one["name"]: one for one in judged.get("ladder", [])}
-    if reward := figures.get("reward"):
+    first = [row for row in summary.get("use_of_texts", []) if row["system"] == BASE_LLM]
+    if first and not any(row["used"] for row in first):
+        found.append(
+            f"No reranker uses the texts from before training, so {BASE_LLM} ranks as the backbone: differences from either are "
+            "the same."
+        )
+    measured, rung = judged.get("figures", {}), {one["name"]: one for one in judged.get("ladder", [])}
+    if reward := measured.get("reward"):
         said = f"On users held out from training the reward changes by {_change(reward)}"
-        if reading := figures.get("reading"):
+        if reading := measured.get("reading"):
             said += f", the part that is about the user (reading gain) by {_change(reading)}"
         found.append(f"{said}.")
     if training == HELPS and "held-out reward" in rung and rung["held-out reward"]["verdict"] != HOLDS:
         found.append("The held-out reward did not rise, so the gain on the test users may be luck.")
     best, count = summary.get("best_round", 0), len(summary["rounds"])
     found.append(
-        f"Round {best} of {count} is the best on validation users."
+        f"Round {best} of {count} is the best on validation users, so its texts are judged here."
         if best
         else f"None of {count} round{'s' * (count > 1)} is better on validation users than the LLM before training."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,44 @@ from dpo4rec_ray.evaluation.run_comparison import (
     held_out,
     recipe_differences,
 )
-from dpo4rec_ray.evaluation.systems import TITLES, Row, label
+from dpo4rec_ray.evaluation.systems import HEADLINE, TITLES, Row, label
 from dpo4rec_ray.evaluation.table_formats import interval
+from dpo4rec_ray.evaluation.verdict import BASE_LLM, STATISTICS
 from dpo4rec_ray.store.dependencies import short
 
 Table = tuple[str, list[str], list[list[str]]]  # heading, columns, rows
+
+
+def claims(runs: Sequence[ComparedRun]) -> list[str]:
+    """What the page says first: of each later run and backbone, whether its texts are better on test users than the first's.
+
+    The texts of a run are those of its best round. They are compared where the first run's are of the same round.
+    """
+    first, found = runs[0], []
+    rows = [row for row in differences(runs) if row["metric"] == HEADLINE[1] and "delta" in row]
+    for run in runs[1:]:
+        own = [row for row in rows if (row["run"], row["system"]) == (run.name, _judged(run))]
+        if _judged(run) != _judged(first) or not own:
+            found.append(
+                f"{run.name} ({_judged(run)}) and {first.name} ({_judged(first)}) have no difference here."
+            )
+            continue
+        for row in own:
+            low, high = (math.nan if end is None else end for end in row["ci95"])
+            than = "better" if low > 0 else "worse" if high < 0 else "not measurably better or worse"
+            found.append(
+                f"{run.name} is {than} than {first.name}: {TITLES[row['metric']]} of {_judged(run)} with "
+                f"{label(row['backbone'])} {_difference(row, '')}."
+            )
+    if len({run.summary.get("commit") for run in runs}) > 1:
+        found.append("The runs are of different commits: not only their recipes may differ.")
+    return found
+
+
+def _judged(run: ComparedRun) -> str:
+    """The system whose texts a run is judged by, as in its verdict."""
+    best, source = run.summary["best_round"], run.summary.get("generator")
+    return f"dpo4rec-round{best}" if best else STATISTICS if source == STATISTICS else BASE_LLM
 
 
 def tables(runs: Sequence[ComparedRun]) -> list[Table]:
@@ -71,7 +105,7 @@ def tables(runs: Sequence[ComparedRun]) -> list[Table]:
 
 
 def to_markdown(runs: Sequence[ComparedRun]) -> str:
-    parts = []
+    parts = ["\n".join(f"- {claim}" for claim in claims(runs))]
     for heading, columns, rows in tables(runs):
         frame = pd.DataFrame(rows, columns=columns)
         parts += [f"## {heading}", frame.to_markdown(index=False, disable_numparse=True)]
@@ -79,8 +113,9 @@ def to_markdown(runs: Sequence[ComparedRun]) -> str:
 
 
 NOTE = (
-    "Differences are paired on lists and seeds; 95 % intervals resample users, p-values are not corrected for the number of "
-    "comparisons. Figures of validation users are by each run's own rerankers, and compare as far as those are the same."
+    "[Brackets] are 95 % intervals over users: one that includes 0 shows nothing. Differences are paired on lists and seeds; "
+    "p-values are not corrected for the number of comparisons. A system whose figures are the same in all runs stands once, as "
+    '"all". Figures of validation users are by each run\'s own rerankers, and compare as far as those are the same.'
 )
 
 
@@ -88,7 +123,9 @@ def to_html(runs: Sequence[ComparedRun]) -> str:
     """A page of its own: no network, no script."""
     environment = Environment(loader=PackageLoader("dpo4rec_ray", "report"), autoescape=True)
     template = environment.get_template("comparison.html.jinja")
-    return template.render(names=[run.name for run in runs], tables=tables(runs), note=NOTE)
+    return template.render(
+        names=[run.name for run in runs], claims=claims(runs), tables=tables(runs), note=NOTE
+    )
 
 
 def _without_equals(rows: Sequence[Row]) -> list[Row]:

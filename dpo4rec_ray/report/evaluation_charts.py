@@ -11,6 +11,12 @@ from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, NO_BACKBONE, TITL
 from dpo4rec_ray.report.chart import PER_ROW, ROWS, Chart, colour, made, tips, zero_line, zoom
 
 NDCG = HEADLINE[1]
+# Kind of bucket -> title of its axis.
+BUCKETS = {
+    "history length": "items in the user's history",
+    "lists of the user": "lists of the user",
+    "popularity": "likes in training per liked item of the list",
+}
 
 
 def evaluation_charts(summary: Mapping[str, Any]) -> list[Chart]:
@@ -175,8 +181,10 @@ def _breakdowns(summary: Mapping[str, Any]) -> Iterator[Chart]:
             for row in all_rows
             if row["by"] == kind
         ]
+        if len({row["bucket"] for row in rows}) < 2:  # everybody is in one: nothing to tell apart
+            continue
         base = alt.Chart(ROWS).encode(
-            x=alt.X("bucket:N", title=kind, sort=None, axis=alt.Axis(labelAngle=0)),
+            x=alt.X("bucket:N", title=BUCKETS[kind], sort=None, axis=alt.Axis(labelAngle=0)),
             xOffset="series:N",
             color=colour("series", rows),
             tooltip=tips(
@@ -198,7 +206,7 @@ def _breakdowns(summary: Mapping[str, Any]) -> Iterator[Chart]:
         yield made(
             f"by-{kind.replace(' ', '-')}",
             f"For whom: by {kind}",
-            "What texts add in each third, with 95 % intervals over users.",
+            "What texts add to parts of about the same size, with 95 % intervals over users.",
             f"NDCG@5 minus the backbone by {kind}: "
             + "; ".join(f"{row['series']} {row['bucket']} {row['value']:+.4f}" for row in rows),
             chart,

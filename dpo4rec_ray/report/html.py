@@ -13,12 +13,13 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NOT_SHOWN, Rung
+from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NOT_SHOWN, Rung, figures
 from dpo4rec_ray.evaluation.systems import Row
 from dpo4rec_ray.evaluation.verdict import HARMS, HELPS, verdict
 from dpo4rec_ray.report import page_tables as tables
 from dpo4rec_ray.report.evaluation_charts import evaluation_charts
 from dpo4rec_ray.report.round_charts import round_charts, time_charts
+from dpo4rec_ray.report.words import words
 
 # Verdicts of rungs -> a sign, and the class of its colour: both, as not everybody tells red from green.
 LIGHTS = {HOLDS: ("✓", "good"), FAILS: ("✗", "bad"), NOT_SHOWN: ("?", "open")}
@@ -64,6 +65,8 @@ def render(
         outcomes=OUTCOMES,
         lights=LIGHTS,
         threshold=_threshold,
+        figures=figures,
+        words=words(with_rounds=bool(summary["rounds"])),
         charts=charts,
         test_tables=tables.of_test_users(summary),
         reward_tables=[

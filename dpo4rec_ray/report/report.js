@@ -13,7 +13,7 @@ function theme() {
     : ["#0072b2", "#d55e00", "#009e73", "#b0579b", "#8a7400", "#5b4bc4"]; // told apart by the colour-blind
   return {
     background: "transparent", font: "system-ui, sans-serif", view: { stroke: null },
-    axis: { ...axis, labelLimit: 150, titleFontWeight: "normal" },
+    axis: { ...axis, labelLimit: 150, labelOverlap: true, labelSeparation: 6, titleFontWeight: "normal" },
     legend: { labelColor: ink, titleColor: soft, orient: "bottom", columns: 2, labelLimit: 220 },
     range: { category: colours }, rule: { color: soft }, bar: { color: colours[0] }, line: { color: colours[0] },
     circle: { color: colours[0] }, point: { color: colours[0] },
@@ -63,8 +63,8 @@ const users = read("users-data");
 const made = (name, text, properties = {}) => Object.assign(document.createElement(name), { textContent: text ?? "" }, properties);
 const shown = (value, digits = 4) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 
-function tableOf(title, heads, rows) {
-  const box = made("div", "", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: title });
+function tableOf(title, heads, rows, className = "scroll") {
+  const box = made("div", "", { className, tabIndex: 0, role: "region", ariaLabel: title });
   const table = box.appendChild(document.createElement("table"));
   table.append(made("caption", title));
   const top = table.createTHead().insertRow();
@@ -90,17 +90,17 @@ function ranking(list) {
   // A row per candidate in the order of the first ranking, with its place in each.
   const places = list.rankings.map((one) => one.order.map((_, item) => one.order.indexOf(item) + 1));
   const rows = list.rankings[0].order.map((item) => [
-    [list.items[item], list.liked[item] ? "liked" : ""],
-    [list.liked[item] ? "♥ liked" : "", "liked"],
+    [list.items[item] + (list.liked[item] ? " ♥ liked" : ""), list.liked[item] ? "liked" : ""],
     ...places.map((own, number) => {
       const moved = places[0][item] - own[item];
       if (!number || !moved) return String(own[item]);
-      return [`${own[item]} ${moved > 0 ? "▲" : "▼"}${Math.abs(moved)}`, moved > 0 ? "up" : "down"];
+      // Only of what is liked is a better place good.
+      return [`${own[item]} ${moved > 0 ? "▲" : "▼"}${Math.abs(moved)}`, list.liked[item] ? (moved > 0 ? "up" : "down") : ""];
     }),
   ]);
-  rows.push(["NDCG@5 of this list", "", ...list.rankings.map((one) => shown(one.ndcg, 3))]);
-  return tableOf("A list of this user, ranked without a text and with this user's first text: places", [
-    "candidate", "", ...list.rankings.map((one) => one.name)], rows);
+  rows.push(["NDCG@5 of this list", ...list.rankings.map((one) => shown(one.ndcg, 3))]);
+  return tableOf("Places in a list of this user, ranked without a text and with the first text of each kind; ▲ higher, ▼ lower than without", [
+    "candidate", ...list.rankings.map((one) => one.name)], rows, "places");
 }
 function show(user) {
   const place = document.getElementById("user");
@@ -117,7 +117,7 @@ function show(user) {
     place.append(tableOf(`Round ${round.round}: ${round.texts.length} sampled texts, best reward first`, ["rank", "reward", "pair", "text"],
       round.texts.map((one) => [one.rank ?? "–", shown(one.reward), [one.mark, one.mark], [one.text, "text"]])));
     if (round.others.length) {
-      place.append(made("h4", "Paired against other users' texts, as rejected"), listOf(round.others));
+      place.append(made("h4", "Other users' texts that a pair of this user has as rejected"), listOf(round.others));
     }
     if (round.after.length) {
       const [before, after] = round.reward ?? [null, null];
@@ -129,14 +129,15 @@ function show(user) {
 }
 function browse() {
   const search = document.getElementById("user-search"), list = document.getElementById("user-list");
-  const words = users.map((user) => JSON.stringify(user).toLowerCase());
+  const values = (value) => (value !== null && typeof value === "object" ? Object.values(value).map(values).join("\n") : String(value));
+  const words = users.map((user) => values(user).toLowerCase());
   const named = (user) => {
     const reward = user.rounds.at(-1)?.reward;
-    return reward ? `${user.id}   reward ${reward[1] >= reward[0] ? "+" : ""}${shown(reward[1] - reward[0], 3)}` : user.id;
+    return reward ? `${user.id}   ${reward[1] >= reward[0] ? "+" : ""}${shown(reward[1] - reward[0], 3)}` : user.id;
   };
   const fill = () => {
     const wanted = search.value.trim().toLowerCase();
-    const found = users.map((user, number) => [user, number]).filter(([, number]) => words[number].includes(wanted));
+    const found = users.map((user, number) => [user, number]).filter(([, number]) => wanted.split(/\s+/).every((word) => words[number].includes(word)));
     found.sort(([one], [two]) => (two.id.toLowerCase() === wanted) - (one.id.toLowerCase() === wanted));
     list.replaceChildren(...found.map(([user, number]) => made("option", named(user), { value: number })));
     document.getElementById("user-count").textContent = `${found.length} of ${users.length} users`;

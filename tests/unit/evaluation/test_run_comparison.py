@@ -20,7 +20,7 @@ from dpo4rec_ray.evaluation.run_comparison import (
     recipe_differences,
 )
 from dpo4rec_ray.evaluation.tables import comparisons
-from dpo4rec_ray.report.comparison import tables, to_html, to_markdown
+from dpo4rec_ray.report.comparison import claims, tables, to_html, to_markdown
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from tests.unit.evaluation.frames import DLCM, SIMPLE, frame, random_frame
 
@@ -108,6 +108,28 @@ def test_what_is_the_same_is_said_once_and_names_are_text() -> None:
     tags.feed(page)
     assert tags.open == []
     assert "| `dpo.beta` | 0.1" in to_markdown(runs)
+
+
+def test_the_page_begins_with_which_run_is_better() -> None:
+    names = [("prm", "backbone", 0), ("prm", "base-llm", 0), ("prm", "dpo4rec-round1", 0)]
+    per_list = random_frame([*names, ("none", "upper-bound", 0)])
+    lower = per_list.copy()
+    mine = lower["system"] == "dpo4rec-round1"
+    lower.loc[mine, ["map_paper@5", "ndcg@5"]] -= 1.0
+    first, worse = run_of("a", per_list, rounds=1), run_of("b", lower, rounds=1)
+    (said,) = claims([first, worse])
+    assert said.startswith("b is worse than a: NDCG@5 of dpo4rec-round1 with PRM -1.0000 [-1.0000, -1.0000]")
+    assert claims([worse, first])[0].startswith("a is better than b: ")
+    assert claims([first, run_of("c", per_list, rounds=1)])[0].startswith(
+        "c is not measurably better or worse than a"
+    )
+    without = run_of("d", lower)
+    without.summary["commit"] = "other"
+    assert claims([first, without]) == [
+        "d (base-llm) and a (dpo4rec-round1) have no difference here.",
+        "The runs are of different commits: not only their recipes may differ.",
+    ]
+    assert f"<li>{said}</li>" in to_html([first, worse]) and f"- {said}\n" in to_markdown([first, worse])
 
 
 def finished(folder: Path, *changes: str, lists: str = "same") -> Path:

@@ -152,7 +152,36 @@ def test_texts_that_do_not_beat_counted_ones_are_said_to() -> None:
     assert found.weak == "test users, PRM against statistics" and found.next_step.startswith(
         "The LLM is not shown"
     )
-    assert any("not measurably different: +0.0000" in one for one in found.sentences)
+    assert not any("counted" in one for one in found.sentences)  # the claims have it
+    counted |= {"delta": 0.02, "ci95": [0.01, 0.03]}
+    run["rounds"][0]["ladder"] = []
+    assert any(
+        "PRM with these texts is better than with texts counted" in one for one in verdict(run).sentences
+    )
+
+
+def test_a_mean_over_users_that_says_something_else_is_told() -> None:
+    run = constructed(texts=0.005, trained=0.005)
+    assert not any("every user counted once" in one for one in verdict(run).sentences)
+    for row in run["comparisons"]:
+        row |= {"by user delta": 0.02, "by user ci95": [0.01, 0.03]}
+    told = [one for one in verdict(run).sentences if "every user counted once" in one]
+    assert len(told) == 1 and "+0.0200 NDCG@5 [+0.0100, +0.0300] for PRM (texts, DPO)" in told[0]
+
+
+def test_first_texts_that_no_reranker_uses_explain_equal_differences() -> None:
+    run = constructed()
+    base = {"system": "base-llm", "backbone": "prm", "used": 0, "fits": 3}
+    assert not any("ranks as the backbone" in one for one in verdict(run).sentences)
+    run["use_of_texts"] = [*run.get("use_of_texts", []), base]
+    assert any("base-llm ranks as the backbone" in one for one in verdict(run).sentences)
+
+
+def test_levels_have_no_sign() -> None:
+    run = constructed()
+    accuracy = ladder(1, {}, {}, {"accuracy": 0.5267, "rows": {"valid": 150}}, {}, [])
+    run["rounds"][0]["ladder"] = accuracy
+    assert verdict(run).headline.endswith("DPO accuracy, 0.527 [0.447, 0.605], is not shown to be above 0.5.")
 
 
 def test_any_rung_that_fails_has_its_advice() -> None:

@@ -140,6 +140,14 @@ def test_a_run_without_rounds_has_no_sections_about_them() -> None:
     for name in ("ladder", "users", "rounds"):
         assert f'<section id="{name}"' not in text and f'href="#{name}"' not in text
     assert '<section id="verdict"' in text and '<section id="time"' in text
+    assert "<dt>base-llm</dt>" in text and "<dt>reward</dt>" not in text
+    assert "<dt>reward</dt>" in page(rounds=[round_of()])
+
+
+def test_the_page_says_how_many_users_it_is_judged_on() -> None:
+    assert "Judged on" not in page()
+    splits = {"users/test": 1100, "lists/test": 3864}
+    assert "Judged on 1,100 test users with 3,864 lists." in page(prepare={"splits": splits})
 
 
 def specs() -> Iterator[Any]:
