@@ -100,9 +100,8 @@ def _all_stages(runner: Runner) -> int:
         if not config.has_policy:
             break
         last_round = round_id
-        if runner.peaked(round_id):
-            number = config.run.round_of(round_id)
-            say(f"round {number}: no longer better than the best round so far; no further round")
+        if why := runner.peaked(round_id):
+            say(f"round {config.run.round_of(round_id)}: {why}; no further round")
             break
     runner.promote(last_round)
     runner.step("evaluate", last_round)
@@ -167,11 +166,11 @@ class Runner:
             f"{name}({round_id}): {outcome.rows_in} rows in, {outcome.rows_out} out, {seconds:.1f} s, {target}"
         )
 
-    def peaked(self, round_id: int) -> bool:
-        """Whether rounds no longer improve, so that no further round follows."""
+    def peaked(self, round_id: int) -> str:
+        """Why no further round follows, as rounds no longer improve; "" where one does, or there are no more."""
         run = self.config.run
         ends = run.ends_round(round_id) and round_id < run.num_turns
-        return ends and validate.rounds_have_peaked(run, self.store, round_id)
+        return validate.rounds_have_peaked(run, self.store, round_id) if ends else ""
 
     def promote(self, last_round: int) -> None:
         """Say which policy is the run's: the card in final/. Where nothing is trained there is none."""
@@ -264,8 +263,8 @@ class DryRun(Runner):
             if name == "bootstrap":
                 self.remade["policy", 0] = label  # the LLM that it trains
 
-    def peaked(self, round_id: int) -> bool:
-        return ("heldout", round_id) not in self.remade and super().peaked(round_id)
+    def peaked(self, round_id: int) -> str:
+        return "" if ("heldout", round_id) in self.remade else super().peaked(round_id)
 
     def promote(self, last_round: int) -> None:
         pass

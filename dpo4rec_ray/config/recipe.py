@@ -41,8 +41,8 @@ class RunSection(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn."""
     num_rounds: Annotated[int, Field(ge=0)] | Literal["auto"] = 1
-    """Most rounds. 0: no training of the LLM; the base LLM's texts are evaluated. "auto": as many as help, by run.patience; 10 at
-    most."""
+    """Most rounds. 0: no training of the LLM; the base LLM's texts are evaluated. "auto": as many as help beyond chance,
+    by run.patience; 10 at most."""
     turns_per_round: int = Field(default=1, ge=1)
     """Turns of a round. Each samples another part of the training users from the newest policy, scores the texts and learns from
     them: on-policy training. Only the last turn's policy writes the round's texts. Folders and --round count turns."""

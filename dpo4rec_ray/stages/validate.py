@@ -204,11 +204,27 @@ def _lines(run: RunSection, stats: dict[str, Any], num_users: int, round_id: int
     yield from (f"  why: {sentence}" for sentence in choice.get("why", []))
 
 
-def rounds_have_peaked(run: RunSection, store: RunDir, round_id: int) -> bool:
-    """Whether none of the last `run.patience` rounds, up to that of `round_id`, was better than the best one before them."""
-    if any(store.manifest("heldout", one) is None for one in run.round_ends(round_id) if one):
-        return False
-    return peaked(run.round_of(round_id), run.round_of(best_round(store, round_id)), run.patience)
+def rounds_have_peaked(run: RunSection, store: RunDir, round_id: int) -> str:
+    """Why no round follows that of `round_id`; "" where one does.
+
+    None of the last `run.patience` rounds was better than the best one before them; or, where nothing but this decides how many
+    there are (run.num_rounds = "auto"), none was better beyond chance: half of all rounds that change nothing are better.
+    """
+    found = {one: store.manifest("heldout", one) for one in run.round_ends(round_id) if one}
+    if any(manifest is None for manifest in found.values()):
+        return ""
+    if peaked(run.round_of(round_id), run.round_of(best_round(store, round_id)), run.patience):
+        return "no longer better than the best round so far"
+    if run.num_rounds == "auto" and len(found) >= run.patience:
+        lately = [manifest.stats["choice"] for manifest in list(found.values())[-run.patience :] if manifest]
+        if not any(map(_clearly_better, lately)):
+            return "no better than the best round before it beyond chance"
+    return ""
+
+
+def _clearly_better(choice: dict[str, Any]) -> bool:
+    low = choice["reward_ci95"][0]
+    return choice["kept"] and low is not None and low > 0
 
 
 def best_round(store: RunDir, last_round: int) -> int:

@@ -30,7 +30,9 @@ def finish(config: Config, store: RunDir) -> None:
     steps = [(name, 0) for name in before_rounds(config)]
     steps += [(name, number) for number, names in rounds(config).items() for name in names]
     for name, number in [*steps, ("evaluate", config.run.num_turns)]:
-        stats = {"best_round": config.run.turns_per_round} if name == "validate" else {}
+        choice = {"kept": number == config.run.turns_per_round, "reward_ci95": [0.1, 0.2]}
+        validated = {"best_round": config.run.turns_per_round, "choice": choice}
+        stats = validated if name == "validate" else {}
         for artifact, place in STAGES[name].writes(number):
             depends = runner.depends(STAGES[name], number)
             store.start(artifact, place)

@@ -20,9 +20,14 @@ from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
 
 
 def add_round(
-    store: RunDir, round_id: int, before: tuple[float, float], after: tuple[float, float], turns: int = 1
+    store: RunDir,
+    round_id: int,
+    before: tuple[float, float],
+    after: tuple[float, float],
+    turns: int = 1,
+    lucky: float = 0.0,
 ) -> dict:
-    """A round whose 20 users all have these (reward, reading), as `validate` writes it."""
+    """A round whose 20 users all have these (reward, reading), as `validate` writes it; one has `lucky` more of both after it."""
     users = np.arange(20)
     columns = {
         f"{name}_{side}": np.zeros(20, np.float32) for name in HELDOUT_FIGURES for side in ("before", "after")
@@ -31,6 +36,7 @@ def add_round(
     for side, (reward, reading) in (("before", before), ("after", after)):
         columns[f"reward_{side}"] = (reward + noise).astype(np.float32)
         columns[f"others_reward_{side}"] = columns[f"reward_{side}"] - np.float32(reading)
+    columns["reward_after"][0] += lucky
     table = pa.table({"round": np.full(20, round_id, np.int32), "user_id": users, **columns})
     store.start("heldout", round_id)
     store.write("heldout", table, round_id)
@@ -106,6 +112,18 @@ def test_with_auto_a_worse_round_ends_the_run_and_the_one_before_is_promoted(tmp
     found = final_policy(store)
     assert found and (found.round, found.policy, found.folder) == (1, 1, "rounds/01/policy")
     assert found.reference == "base LLM" and "best of 2 rounds" in found.why
+
+
+def test_with_auto_a_round_that_is_better_by_chance_is_kept_and_is_the_last(tmp_path: Path) -> None:
+    """With a number of rounds they go on. One user's reward rises, by which the mean does too."""
+    store = RunDir(tmp_path)
+    add_round(store, 1, (0.0, 0.1), (0.2, 0.2))
+    add_round(store, 2, (0.2, 0.2), (0.2, 0.2), lucky=0.3)
+    auto, three = RunSection(num_rounds="auto"), RunSection(num_rounds=3)
+    assert best_round(store, 2) == 2
+    assert "beyond chance" in rounds_have_peaked(auto, store, 2) and not rounds_have_peaked(three, store, 2)
+    assert not rounds_have_peaked(RunSection(num_rounds="auto", patience=2), store, 2), "round 1 was better"
+    assert not rounds_have_peaked(auto, store, 1)
 
 
 def test_rounds_go_on_for_as_long_as_they_help_to_a_bound(tmp_path: Path) -> None:
