@@ -324,39 +324,39 @@ def _counts(row: Mapping[str, Any]) -> Iterable[list[str]]:
 
 
 def of_stages(rows: Sequence[Row]) -> Table:
-    """Time, tokens, GPU hours and cost per stage, and their sums."""
-    cells = [
-        [
-            row["stage"],
-            "kept" if row["skipped"] else "run",
-            shown(row["round"]),
-            number(row["seconds"], ",.1f"),
-            shown(row["rows_in"]),
-            shown(row["rows_out"]),
-            shown(row["tokens"]),
-            number(row["tokens_per_s"], ",.0f"),
-            number(row["gpus"], "g"),
-            number(row["gpu_hours"], ".3f"),
-            number(row["cost"], ",.4f"),
-        ]
-        for row in rows
+    """Time, tokens, GPU hours and cost per stage, and their sums. A column that no stage has a value for is left out."""
+    always = [
+        ("stage", [row["stage"] for row in rows]),
+        ("this job", ["kept" if row["skipped"] else "run" for row in rows]),
+        ("turn", [shown(row["round"]) for row in rows]),
+        ("seconds", [number(row["seconds"], ",.1f") for row in rows]),
+        ("rows in", [shown(row["rows_in"]) for row in rows]),
+        ("rows out", [shown(row["rows_out"]) for row in rows]),
     ]
-    heads = [
-        "stage",
-        "this job",
-        "turn",
-        "seconds",
-        "rows in",
-        "rows out",
-        "tokens written",
-        "tokens/s",
-        "GPUs held",
-        "GPU hours",
-        "cost of endpoint",
+    found = [
+        (head, [number(row[name], form) for row in rows])
+        for head, name, form in (
+            ("tokens written", "tokens", ",.0f"),
+            ("tokens/s", "tokens_per_s", ",.0f"),
+            ("GPUs held", "gpus", "g"),
+            ("GPU hours", "gpu_hours", ".3f"),
+            ("cost of endpoint", "cost", ",.4f"),
+        )
+        if any(row[name] for row in rows)
     ]
+    columns = always + found
+    heads, cells = (
+        [head for head, _ in columns],
+        [list(row) for row in zip(*(own for _, own in columns), strict=True)],
+    )
     sums = {name: sum(row[name] or 0 for row in rows) for name in ("seconds", "gpu_hours", "cost")}
     note = (
-        f"In sum {sums['seconds']:,.0f} s, {sums['gpu_hours']:.3f} GPU hours of GPUs that stages hold, busy or not"
+        f"In sum {sums['seconds']:,.0f} s"
+        + (
+            f", {sums['gpu_hours']:.3f} GPU hours of GPUs that stages hold, busy or not"
+            if sums["gpu_hours"]
+            else ""
+        )
         + (f", and {sums['cost']:,.4f} for an endpoint's tokens" if sums["cost"] else "")
         + ". Kept stages show what they took when they ran."
     )

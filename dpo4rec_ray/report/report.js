@@ -99,7 +99,7 @@ function ranking(list) {
     }),
   ]);
   rows.push(["NDCG@5 of this list", ...list.rankings.map((one) => shown(one.ndcg, 3))]);
-  return tableOf("Places in a list of this user, ranked without a text and with the first text of each kind; ▲ higher, ▼ lower than without", [
+  return tableOf("Places in a list of this user, by the reward's reranker where the run has one, without a text and with the first text of each kind; ▲ higher, ▼ lower than without", [
     "candidate", ...list.rankings.map((one) => one.name)], rows, "places");
 }
 function show(user) {
