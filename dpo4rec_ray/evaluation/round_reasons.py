@@ -34,7 +34,11 @@ def reasons(
         *_reward(scores),
     ]
     if not signs:
-        signs = ["no figure of the round points to a cause: it may be as good as the one before"]
+        worse = verdict.reward.high < 0 or verdict.reading.high < 0
+        signs = [
+            "no figure of the round points to a cause: "
+            + ("read its pairs and texts (report.html)" if worse else "it may be as good as the one before")
+        ]
     return [*_decided(verdict), *signs]
 
 
