@@ -27,7 +27,8 @@ def dependencies(
     values, parts = config.section_hash(*sections), (f"{name}={made}" for name, made in inputs.items())
     fingerprint = fingerprint_of(stage, str(round_id), values, " ".join(outside.values()), *parts)
     defaults = Config().section_values(*sections)
-    return Dependencies(fingerprint, inputs, config.section_values(*sections), outside, defaults)
+    left_out = frozenset(part[1:] for part in sections if part.startswith("-"))
+    return Dependencies(fingerprint, inputs, config.section_values(*sections), outside, defaults, left_out)
 
 
 def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> dict[str, str]:

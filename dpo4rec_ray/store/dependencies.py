@@ -27,6 +27,7 @@ class Dependencies:
         outside: in words what lies outside run and recipe -> its identity.
         defaults: the settings' default values, as `settings`. A key that a later version added counts as its default in what an
             older version made: a new key's default has to keep things as they were.
+        left_out: keys that do not count, as "section.key", though an older version may have counted them.
     """
 
     fingerprint: str
@@ -34,6 +35,7 @@ class Dependencies:
     settings: dict[str, Any] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
 
     def changes_since(self, made: Manifest) -> str:
         """What changed since an artifact was made, in words; "" where nothing did."""
@@ -45,6 +47,7 @@ class Dependencies:
         now = by_key(self.settings)
         added = {key: value for key, value in by_key(self.defaults).items() if key in now}
         before = added | by_key(made.settings)
+        before = {key: value for key, value in before.items() if key in now or key not in self.left_out}
         found += [
             f"changed key {_CALLED.get(key, key)} ({_short(before, key)} -> {_short(now, key)})"
             for key in _differing(before, now)

@@ -198,6 +198,11 @@ def test_pairs_of_the_first_round_are_the_same_with_and_without_those_of_earlier
 def test_data_may_move(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     """What the files hold is known by their content."""
     assert said(store, capsys, "data.raw_dir=elsewhere")["prepare(0)"] == "kept"
+    settings = store.require("lists").settings
+    for name in ("users", "items", "truth", "lists"):  # as a version wrote it to which the folder mattered
+        older = settings | {"data": settings["data"] | {"raw_dir": "once"}}
+        edit(store, name, 0, fingerprint="of an older version", settings=older)
+    assert said(store, capsys)["prepare(0)"] == "kept"
 
 
 def test_a_key_of_the_texts_own_section_is_named(store: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
