@@ -75,13 +75,13 @@ def _exported(
     store: RunDir, round_id: int, split: str, codec: ChatCodec, form: str, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """The lines of every pair. counts: of lines, pairs, pairs left out, and lines whose texts do not give back their ids."""
+    # With run.keep_pairs those of earlier rounds stand beside the round's own, which alone are written.
+    several = store.require("pairs", round_id).stats.get("earlier_pairs", 0) > 0
     for file in store.files("pairs", round_id):
         with parquet_file(file) as parquet:
             batches = parquet.iter_batches(batch_size=256)
             for pair in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
-                if (
-                    pair["split"] != split or pair["round"] != round_id
-                ):  # run.keep_pairs: each round's own alone
+                if pair["split"] != split or (several and pair["round"] != round_id):
                     continue
                 if not pair["prompt_token_ids"]:
                     raise UserError(
