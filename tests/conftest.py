@@ -27,7 +27,9 @@ settings.load_profile("fixed")
 pytest_plugins = [
     "tests.serving_world",
     "tests.object_store",
-]  # fixtures of the tests that serve; an S3 server
+    "tests.browser",
+    "tests.tracker_records",
+]  # fixtures of the tests that serve; an S3 server; a browser; trackers without an account
 
 # Tiny tensors on two cores: a second thread only waits, and with other work on the machine a test takes ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,8 +1,11 @@
-"""What trackers have on disk, read back: TensorBoard's event files and W&B's offline record."""
+"""What trackers have on disk, read back: TensorBoard's event files and W&B's offline record; and trackers without an account."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import pytest
 
 
 def records(file: Path) -> list[bytes]:
@@ -65,3 +68,12 @@ def wandb_rows(folder: Path) -> list[dict[str, str]]:
             if row:
                 found.append(row)
     return found
+
+
+@pytest.fixture
+def own_settings_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a developer's tracking server nor an account."""
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "WANDB_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +9,17 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.service import Service
 from dpo4rec_ray.serving.version_files import arrow_writer, table
+from tests.browser import needs_chromium
 from tests.serving_world import MAX_BODY, listening
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome in PATH")
+pytestmark = needs_chromium
 
 HOSTILE = '<img src=x onerror="window.hit = 1"><b>bold</b>'
 Open = Callable[..., Page]
@@ -45,16 +43,6 @@ def two_versions(registry: Registry) -> Registry:
 def url(two_versions: Registry) -> Iterator[str]:
     with serving(Service(two_versions)) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=30_000)
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox"] if os.getuid() == 0 else []  # Chromium's sandbox does not run as root
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from dpo4rec_ray.policy.tracker_packages import MODULES
 from dpo4rec_ray.policy.trackers import TRACKERS
 from tests.tracker_records import shown, wandb_rows
 
+pytestmark = pytest.mark.usefixtures("own_settings_only")
+
 SETTINGS = {"loss": "sigmoid", "beta": 0.01, "deepspeed": "own.json"}
 # Prints, logs steps argv[3] to argv[4] and then neither closes nor ends.
 WORKER = f"""
@@ -94,15 +96,6 @@ def test_tensorboard_reads_it_as_we_do(tmp_path: Path) -> None:
 def test_a_training_without_steps_leaves_no_events(tmp_path: Path) -> None:
     TRACKERS["tensorboard"](tmp_path, "run-01", SETTINGS).close()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(autouse=True)
-def own_settings_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a developer's tracking server nor an account."""
-    for name in list(os.environ):
-        if name.startswith(("MLFLOW_", "WANDB_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_MODE", "offline")
 
 
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from dpo4rec_ray.stages.evaluate import EVALUATION
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.store.outcome import Outcome
 from tests.tracker_records import shown, wandb_records, wandb_rows
+
+pytestmark = pytest.mark.usefixtures("own_settings_only")
 
 CHANGE = {"before": 0.25, "after": 0.5, "change": 0.25, "change_ci95": [0.125, 0.375]}
 MADE = {
@@ -51,15 +52,6 @@ EXPECTED = {
     "test/prm/dpo4rec-round1_minus_base-llm/ndcg_at_5_low": -0.125,
     "test/prm/dpo4rec-round1_minus_base-llm/ndcg_at_5_high": 0.375,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_settings_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a developer's tracking server nor an account."""
-    for name in list(os.environ):
-        if name.startswith(("MLFLOW_", "WANDB_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_MODE", "offline")
 
 
 def recipe(folder: Path, *trackers: str) -> tuple[Config, RunDir]:
