@@ -83,7 +83,7 @@ def test_a_user_is_found_by_id_and_by_a_text(open_report: Open) -> None:
     assert rewards == sorted(rewards, reverse=True)
     expect(table).to_contain_text(sampled[0]["text"])
     expect(article).to_contain_text("Fresh texts after round 1")
-    expect(article).to_contain_text("ranked without a text")
+    expect(article).to_contain_text("by the reward's reranker where the run has one")
 
     page.get_by_label("Search ids, titles and texts").fill(wanted["history"][0][0])
     count = sum(wanted["history"][0][0].lower() in json.dumps(user).lower() for user in users)
