@@ -89,7 +89,7 @@ def test_a_user_is_found_by_id_and_by_a_text(open_report: Open) -> None:
     page.get_by_label("Search ids, titles and texts").fill(wanted["history"][0][0])
     words = wanted["history"][0][0].lower().split()
     count = sum(all(word in values(user) for word in words) for user in users)
-    assert 0 < count
+    assert count > 0
     expect(page.locator("#user-count")).to_have_text(f"{count} of {len(users)} users")
     page.get_by_label("Search ids, titles and texts").fill("nobody is called like this")
     expect(page.locator("#user-count")).to_have_text(f"0 of {len(users)} users")
