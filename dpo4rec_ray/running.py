@@ -267,7 +267,7 @@ class DryRun(Runner):
         return "" if ("heldout", round_id) in self.remade else super().peaked(round_id)
 
     def promote(self, last_round: int) -> None:
-        pass
+        """Writes nothing."""
 
     def tell(self, label: str, what: str) -> None:
         self._tell(f"{label:<16}{what}")

@@ -11,7 +11,7 @@ import argparse
 from dpo4rec_ray.cli import session
 from dpo4rec_ray.cli.arguments import CHANGES, RECIPE, Formatter, examples
 from dpo4rec_ray.errors import UserError, nearest
-from dpo4rec_ray.studies.every_study import QUESTIONS, study_of
+from dpo4rec_ray.studies.every_study import QUESTIONS, run_name, study_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from dpo4rec_ray.config import load_config
 
     config = load_config(options.recipe, options.changes)
-    study_run = config.run.model_copy(update={"name": f"{config.run.name}-study-{options.name}"})
+    study_run = config.run.model_copy(update={"name": run_name(config.run.name, options.name)})
     folder = session.open_run(config.model_copy(update={"run": study_run}), options.verbose)
     from dpo4rec_ray.studies import results, variant_jobs
 

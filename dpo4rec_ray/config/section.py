@@ -32,9 +32,8 @@ def first_mistake(error: ValidationError) -> str:
     found = error.errors()
     first, place = found[0], found[0]["loc"]
     reason = first["msg"].removeprefix("Value error, ")
-    if place and _is_kind(
-        place[-1]
-    ):  # the key takes values of several kinds, and there is a complaint for each
+    # Of a key that takes values of several kinds there is a complaint for each kind.
+    if place and _is_kind(place[-1]):
         place = place[:-1]
         said = [one["msg"] for one in found if one["loc"][:-1] == place and _is_kind(one["loc"][-1])]
         reason = ", or ".join([said[0], *(one.removeprefix("Input should be ") for one in said[1:])])

@@ -29,9 +29,9 @@ class Interval(NamedTuple):
     p_value: float
 
 
-def signed(mean: float, ends: Sequence[float | None]) -> str:
+def signed(mean: float, ends: Sequence[float | None] | None) -> str:
     """A difference and its interval for people: "+0.0102 [+0.0040, +0.0160]"; ends that are not known are left out."""
-    known = [end for end in ends[:2] if end is not None and not math.isnan(end)]
+    known = [end for end in ends or () if end is not None and not math.isnan(end)]
     return f"{mean:+.4f} [{known[0]:+.4f}, {known[1]:+.4f}]" if len(known) == 2 else f"{mean:+.4f}"
 
 

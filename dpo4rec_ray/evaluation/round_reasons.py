@@ -45,9 +45,9 @@ def reasons(
 def _decided(verdict: Verdict) -> Iterator[str]:
     reward, reading = verdict.reward, verdict.reading
     if not reward.mean > 0:
-        yield f"the held-out reward is not higher: {signed(reward.mean, reward[1:3])}"
+        yield f"the held-out reward is not higher: {signed(reward.mean, (reward.low, reward.high))}"
     if reading.high < 0:
-        yield f"its texts say less about their users: reading {signed(reading.mean, reading[1:3])}"
+        yield f"its texts say less about their users: reading {signed(reading.mean, (reading.low, reading.high))}"
 
 
 def _training(policy: Stats, max_kl: float) -> Iterator[str]:

@@ -5,7 +5,7 @@ Paths of machines become the last part of their names; nothing of a user is in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -13,6 +13,7 @@ import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.intervals import signed
 from dpo4rec_ray.datasets.publishers import TERMS
 from dpo4rec_ray.evaluation.heldout_texts import LABELS
 from dpo4rec_ray.evaluation.systems import HEADLINE, TITLES, label
@@ -107,10 +108,3 @@ def eval_results(config: Config, summary: Mapping[str, Any], system: str, task: 
         if row["system"] == system
         for metric in HEADLINE
     ]
-
-
-def signed(change: float, ci95: Sequence[float | None] | None) -> str:
-    """'+0.0123 [-0.0045, +0.0291]'; without an interval where there is none."""
-    if ci95 is None or None in ci95:
-        return f"{change:+.4f}"
-    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(change, *ci95)

@@ -14,11 +14,12 @@ from typing import Any, Literal
 from huggingface_hub import ModelCardData
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.core.intervals import signed
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.ladder import Rung
 from dpo4rec_ray.exchange.base_llm import base_llm, trained_from
 from dpo4rec_ray.exchange.example_prompt import example_prompt
-from dpo4rec_ray.exchange.model_card import card, eval_results, heldout_rows, public, signed, test_rows
+from dpo4rec_ray.exchange.model_card import card, eval_results, heldout_rows, public, test_rows
 from dpo4rec_ray.policy.model import PolicyWeights, load_tokenizer, save_merged
 from dpo4rec_ray.rerankers.card import CARD_FILE, read_card
 from dpo4rec_ray.serving.publish import best_model, best_policy

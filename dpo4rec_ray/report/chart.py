@@ -71,6 +71,11 @@ def tips(*fields: tuple[str, str, str]) -> list[alt.Tooltip]:
     ]
 
 
+def interval_tips(what: str) -> list[tuple[str, str, str]]:
+    """For `tips`: a difference and the ends of its interval."""
+    return [("value:Q", what, "+.4f"), ("low:Q", "95 % from", "+.4f"), ("high:Q", "to", "+.4f")]
+
+
 def zero_line(axis: str) -> alt.Chart:
     """The dashed line of no difference. axis: "x" or "y"."""
     rule = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[4, 3], opacity=0.7)

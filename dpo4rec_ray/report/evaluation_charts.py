@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, NO_BACKBONE, TITLES, Row, label
-from dpo4rec_ray.report.chart import PER_ROW, ROWS, Chart, colour, made, tips, zero_line, zoom
+from dpo4rec_ray.report.chart import PER_ROW, ROWS, Chart, colour, interval_tips, made, tips, zero_line, zoom
 
 NDCG = HEADLINE[1]
 # Kind of bucket -> title of its axis.
@@ -54,9 +54,7 @@ def _gains(summary: Mapping[str, Any]) -> Iterator[Chart]:
             color=alt.Color("backbone:N", legend=None),
             tooltip=tips(
                 ("name:N", "system", ""),
-                ("value:Q", f"{TITLES[metric]} minus the backbone", "+.4f"),
-                ("low:Q", "95 % from", "+.4f"),
-                ("high:Q", "to", "+.4f"),
+                *interval_tips(f"{TITLES[metric]} minus the backbone"),
             ),
         )
         x = alt.X("low:Q", title=f"{TITLES[metric]} minus the backbone", axis=alt.Axis(tickCount=5))
@@ -134,9 +132,7 @@ def _across_rounds(summary: Mapping[str, Any]) -> Iterator[Chart]:
         tooltip=tips(
             ("backbone:N", "backbone", ""),
             ("round:O", "round", ""),
-            ("value:Q", "NDCG@5 minus the backbone", "+.4f"),
-            ("low:Q", "95 % from", "+.4f"),
-            ("high:Q", "to", "+.4f"),
+            *interval_tips("NDCG@5 minus the backbone"),
         ),
     )
     chart = alt.layer(
@@ -190,9 +186,7 @@ def _breakdowns(summary: Mapping[str, Any]) -> Iterator[Chart]:
             tooltip=tips(
                 ("series:N", "system", ""),
                 ("bucket:N", kind, ""),
-                ("value:Q", "NDCG@5 minus the backbone", "+.4f"),
-                ("low:Q", "95 % from", "+.4f"),
-                ("high:Q", "to", "+.4f"),
+                *interval_tips("NDCG@5 minus the backbone"),
                 ("lists:Q", "lists", ","),
             ),
         )

@@ -10,6 +10,7 @@ import tomli_w
 
 from dpo4rec_ray.config import Config, default_config
 from dpo4rec_ray.config.recipe import RunSection
+from dpo4rec_ray.core.intervals import signed
 from dpo4rec_ray.evaluation import terminal_table
 from dpo4rec_ray.evaluation.ladder import ladder, printed
 from dpo4rec_ray.evaluation.verdict import printed as printed_verdict
@@ -178,10 +179,10 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["simulated_texts"]:
         print('texts are simulated (llm.source = "template"): no number here says anything about an LLM')
     for row in summary["rounds"]:
-        low, high = row["heldout_reward_delta_ci95"]
+        change = signed(row["heldout_reward_delta"], row["heldout_reward_delta_ci95"])
         print(
             f"round {row['round']}: held-out reward {row['heldout_reward_before']:.4f} -> "
-            f"{row['heldout_reward_after']:.4f} ({row['heldout_reward_delta']:+.4f} [{low:+.4f}, {high:+.4f}]), "
+            f"{row['heldout_reward_after']:.4f} ({change}), "
             f"{row['pairs']} pairs of {row['users']} users; {'kept' if row['choice']['kept'] else 'not kept'}"
         )
         print("rung by rung, each needs those before it:")

@@ -345,19 +345,13 @@ def of_stages(rows: Sequence[Row]) -> Table:
         if any(row[name] for row in rows)
     ]
     columns = always + found
-    heads, cells = (
-        [head for head, _ in columns],
-        [list(row) for row in zip(*(own for _, own in columns), strict=True)],
-    )
+    heads = [head for head, _ in columns]
+    cells = [list(row) for row in zip(*(own for _, own in columns), strict=True)]
     sums = {name: sum(row[name] or 0 for row in rows) for name in ("seconds", "gpu_hours", "cost")}
-    note = (
-        f"In sum {sums['seconds']:,.0f} s"
-        + (
-            f", {sums['gpu_hours']:.3f} GPU hours of GPUs that stages hold, busy or not"
-            if sums["gpu_hours"]
-            else ""
-        )
-        + (f", and {sums['cost']:,.4f} for an endpoint's tokens" if sums["cost"] else "")
-        + ". Kept stages show what they took when they ran."
-    )
+    note = f"In sum {sums['seconds']:,.0f} s"
+    if sums["gpu_hours"]:
+        note += f", {sums['gpu_hours']:.3f} GPU hours of GPUs that stages hold, busy or not"
+    if sums["cost"]:
+        note += f", and {sums['cost']:,.4f} for an endpoint's tokens"
+    note += ". Kept stages show what they took when they ran."
     return Table("stages", "Stages", heads, cells, 2, note)

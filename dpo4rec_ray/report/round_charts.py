@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from dpo4rec_ray.evaluation.systems import Row
-from dpo4rec_ray.report.chart import ROWS, Chart, colour, made, tips, zero_line, zoom
+from dpo4rec_ray.report.chart import ROWS, Chart, colour, interval_tips, made, tips, zero_line, zoom
 from dpo4rec_ray.report.measured import STEP_FIGURES
 
 
@@ -96,12 +96,7 @@ def _watched(summary: Mapping[str, Any]) -> Iterator[Chart]:
             continue
         base = alt.Chart(ROWS).encode(
             x=alt.X("turn:O", title="turn", axis=alt.Axis(labelAngle=0)),
-            tooltip=tips(
-                ("turn:O", "turn", ""),
-                ("value:Q", "change", "+.4f"),
-                ("low:Q", "95 % from", "+.4f"),
-                ("high:Q", "to", "+.4f"),
-            ),
+            tooltip=tips(("turn:O", "turn", ""), *interval_tips("change")),
         )
         chart = alt.layer(
             base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title=f"change of {figure}"), y2="high:Q"),

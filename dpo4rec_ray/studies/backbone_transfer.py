@@ -19,10 +19,15 @@ def final(backbone: str) -> str:
     return f"gain of {label(backbone)} on test users"
 
 
+def rewarded_by(backbone: str) -> str:
+    """The name of the variant whose reward comes from a backbone."""
+    return f"reward from {label(backbone)}"
+
+
 def variants(config: Config) -> dict[str, Changes]:
     every = ", ".join(f'"{name}"' for name in RERANKERS)
     return {
-        f"reward from {label(name)}": (f"reranker.backbone={name}", f"evaluate.backbones=[{every}]")
+        rewarded_by(name): (f"reranker.backbone={name}", f"evaluate.backbones=[{every}]")
         for name in RERANKERS
     }
 
@@ -62,5 +67,5 @@ STUDY = Study(
     rows,
     sentence,
     tuple(map(final, RERANKERS)),
-    needs=tuple(f"reward from {label(name)}" for name in RERANKERS),
+    needs=tuple(map(rewarded_by, RERANKERS)),
 )

@@ -20,6 +20,11 @@ QUESTIONS = {
 }
 
 
+def run_name(recipe: str, study: str) -> str:
+    """The folder of a study beside the run of its recipe, which has the name `recipe`."""
+    return f"{recipe}-study-{study}"
+
+
 def study_of(name: str) -> Study:
     """The study of this name. Imported only now: a command's help needs the questions alone."""
     return importlib.import_module(f"dpo4rec_ray.studies.{name}").STUDY

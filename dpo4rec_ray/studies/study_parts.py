@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.intervals import Interval, seeds_bootstrap
+from dpo4rec_ray.core.intervals import Interval, seeds_bootstrap, signed
 from dpo4rec_ray.store.artifacts import RunDir
 
 RECIPE = "recipe"  # the run of the recipe as it is, which all variants are compared with
@@ -90,7 +90,7 @@ def said(cell: Cell) -> str:
         found = cell.interval
         if not any(values.any() for values, _ in cell.parts):
             return "0"  # what all else is measured against
-        return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+        return signed(found.mean, (found.low, found.high))
     if cell is None:
         return ""
     return cell if isinstance(cell, str) else f"{cell:,.3g}" if abs(cell) < 1000 else f"{cell:,.0f}"

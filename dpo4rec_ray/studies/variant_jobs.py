@@ -20,6 +20,7 @@ from dpo4rec_ray.running import is_finished
 from dpo4rec_ray.storage.places import Place, place
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
+from dpo4rec_ray.studies.every_study import run_name
 from dpo4rec_ray.studies.study_parts import RECIPE, Changes, SeedRuns, Study
 from dpo4rec_ray.studies.variants import lend
 
@@ -47,7 +48,7 @@ class Job:
 
 def folder_of(config: Config, study: str) -> Place:
     """Where a study of a recipe lives: beside the recipe's own run."""
-    return place(config.run.root) / f"{config.run.name}-study-{study}"
+    return place(config.run.root) / run_name(config.run.name, study)
 
 
 def planned(
