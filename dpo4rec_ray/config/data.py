@@ -70,12 +70,30 @@ class DataSection(Placed):
     """Share of the users for test; with protocol "time", share of the events."""
     valid_frac: float = Field(default=0.1, gt=0, lt=1)
     """Share for validation, of what is not for test."""
+    drift_windows: int = Field(default=0, ge=0)
+    """For the study drift, with protocol "time": test time is cut in so many windows of equally many events, and each test list
+    is there once more for every window up to its own, for a user ID@WINDOW, whose history is the last events before that window.
+    0: one window, and each list once."""
+    known_windows: int = Field(default=0, ge=0)
+    """How many of data.drift_windows are known already: training and validation time reach up to their end."""
     partition_mib: int = Field(default=256, ge=1)
     """MiB of unpacked raw text that one worker sorts at a time."""
 
     @property
     def keeps_repeated_events(self) -> bool:
         return self.repeated_events == "keep" or (not self.repeated_events and self.protocol == "paper")
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> DataSection:
+        if self.drift_windows and self.protocol != "time":
+            raise ValueError(
+                f'drift_windows = {self.drift_windows} needs protocol = "time", not "{self.protocol}"'
+            )
+        if self.known_windows and self.known_windows >= self.drift_windows:
+            raise ValueError(
+                f"known_windows = {self.known_windows} leaves none of drift_windows = {self.drift_windows} to test on"
+            )
+        return self
 
     @model_validator(mode="after")
     def _block_fits(self) -> DataSection:

@@ -22,6 +22,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 SPLITS = ("train", "valid", "test")
+FIRST_WINDOW = 2  # the segment of time in which test time begins, after training and validation time
 # Enough for any list, even if only one item of a large catalogue is left for it.
 MAX_ATTEMPTS = 100_000
 # Attempts with weights. Lists are still incomplete after them only if a few items hold nearly all of the weight.
@@ -49,11 +50,29 @@ class Events:
 
 
 @dataclass(frozen=True)
+class TimeCuts:
+    """When validation time and each window of test time begin, in seconds since 1970.
+
+    Attributes:
+        windows_s: of all windows, those that are known already included; one without data.drift_windows.
+        known: how many of them are part of training and validation time.
+    """
+
+    valid_s: int
+    windows_s: tuple[int, ...]
+    known: int = 0
+
+    def segments(self, times_s: IntArray) -> IntArray:
+        """The segment of each event: training time 0, validation time 1, then the windows of test time from `known` on."""
+        return np.searchsorted(np.array([self.valid_s, *self.windows_s[self.known :]]), times_s, side="right")
+
+
+@dataclass(frozen=True)
 class ListPlan:
     """The events of M lists; no item is drawn yet. All [M].
 
     Attributes:
-        number: 0, 1, ... within the user.
+        number: different within the user; 0, 1, ... unless the plan says otherwise.
         start: place of the first event among all events.
         size: number of consecutive events.
     """
@@ -165,6 +184,29 @@ def histories_before(bounds: IntArray, user: IntArray, start: IntArray, length: 
     """The last `length` events of each list's user before the list begins, oldest first. user, start: [M]."""
     sizes = np.minimum(start - bounds[:-1][user], length)
     return ragged(start - sizes, sizes)
+
+
+def refreshed_users(
+    bounds: IntArray, segment: Array, first_window: int = FIRST_WINDOW
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Whose text can be written anew when a window of test time begins: users with events before it, and in or after it.
+
+    Args:
+        segment: [n] as in `plan_lists`; windows are the segments from `first_window` on.
+
+    Returns:
+        user, window (a segment) and number of events before that window, [P] each, window by window.
+    """
+    sizes = np.diff(bounds)
+    user = np.repeat(np.arange(len(sizes)), sizes)
+    last = int(segment.max()) if len(segment) else -1
+    found = [(np.zeros(0, np.int64),) * 3]
+    for window in range(first_window, last + 1):
+        before = np.bincount(user, weights=segment < window, minlength=len(sizes)).astype(np.int64)
+        chosen = np.flatnonzero((before > 0) & (before < sizes))
+        found.append((chosen, np.full(len(chosen), window), before[chosen]))
+    users, windows, before = (np.concatenate(column) for column in zip(*found, strict=True))
+    return users, windows, before
 
 
 def ragged(first: IntArray, sizes: IntArray) -> Ragged:

@@ -136,6 +136,17 @@ def user_blocks(
     return blocks, without_profile
 
 
+def refreshed_blocks(blocks: list[UserBlock], owners: list[np.ndarray]) -> list[UserBlock]:
+    """Users that are written once more, per partition: their places in its block, [P]. Their ids follow those of all blocks."""
+    first_id = sum(len(block.split) for block in blocks)
+    found = []
+    for block, owner in zip(blocks, owners, strict=True):
+        profile = block.profile.take(pa.array(owner))
+        found.append(UserBlock(first_id, np.full(len(owner), "test"), block.fold[owner], profile))
+        first_id += len(owner)
+    return found
+
+
 def first_users(sizes: np.ndarray, max_users: int) -> np.ndarray:
     """How many users of each partition to keep: all, or the first `max_users` of all partitions.
 

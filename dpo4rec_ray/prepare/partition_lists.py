@@ -6,29 +6,36 @@ Placed on Ray by the stage, once per partition. `logged_lists.py` does the same 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.core.candidates import (
+    FIRST_WINDOW,
     SPLITS,
     Events,
+    ListPlan,
     Ragged,
+    TimeCuts,
     fill_lists,
     first_segment_sizes,
     histories_before,
     knowledge_cut,
     plan_lists,
     ragged,
+    refreshed_users,
 )
 from dpo4rec_ray.core.keys import Keys, mix, stream
 from dpo4rec_ray.prepare.partition_files import read_core, user_names
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import write_part
+
+SINCE = "@"  # between a user's id and the window that the user's text was written for
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,76 @@ class Built:
     splits: Counter[str]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The events of a partition's users and their drawn lists.
+
+    Attributes:
+        names: raw ids [U].
+        history_sizes: how many of each user's first events are the knowledge history, [U].
+        segment: of each event (`TimeCuts.segments`), [n]; None unless the protocol is "time".
+        ids, labels: candidates of each list, [M, L].
+    """
+
+    events: Events
+    names: pa.Array
+    history_sizes: NDArray[np.int64]
+    segment: NDArray[np.int64] | None
+    plan: ListPlan
+    ids: NDArray[np.int64]
+    labels: NDArray[np.float32]
+
+
+def draw_lists(
+    work: Place,
+    partition: int,
+    num_users: int,
+    item_keys: Keys,
+    data: DataSection,
+    cuts: TimeCuts | None,
+    seed: int,
+) -> Drawn:
+    """The lists of the first `num_users` users of the partition.
+
+    Args:
+        item_keys: the catalogue's keys in item id order, which is ascending.
+        cuts: None unless the protocol is "time".
+        seed: of the drawn lists.
+    """
+    columns = read_core(work, partition, ("user_key", "item_key", "rating", "timestamp_s"))
+    user_keys, bounds = key_bounds(columns["user_key"])
+    user_keys, bounds = user_keys[:num_users], bounds[: num_users + 1]
+    columns = {name: values[: bounds[-1]] for name, values in columns.items()}
+    events = Events(
+        bounds, np.searchsorted(item_keys, columns["item_key"]), columns["rating"], columns["timestamp_s"]
+    )
+    segment = cuts.segments(events.timestamps_s) if cuts else None
+    sizes = np.diff(bounds) if segment is None else first_segment_sizes(bounds, segment)
+    history_sizes = knowledge_cut(sizes, data.max_history)
+    plan = plan_lists(bounds, history_sizes, data.block_size, segment)
+    if data.drift_windows:
+        # A list's number decides what is drawn. With this one a list is the same, however many windows are known.
+        plan = replace(plan, number=plan.start - bounds[plan.user])
+    ids, labels = fill_lists(
+        events,
+        plan,
+        stream(mix(user_keys ^ np.uint64(seed))[plan.user], plan.number),
+        num_items=len(item_keys),
+        num_candidates=data.num_candidates,
+        positive_rating=data.positive_rating,
+        avoid_seen=data.protocol == "time",
+    )
+    names = user_names(work, partition, user_keys)
+    return Drawn(events, names, history_sizes, segment, plan, ids, labels)
+
+
 def build_drawn(
     work: Place,
     partition: int,
     users: UserBlock,
     item_keys: Keys,
     data: DataSection,
-    cuts_s: tuple[int, int] | None,
+    cuts: TimeCuts | None,
     seed: int,
     folders: dict[str, Place],
 ) -> Built:
@@ -75,49 +145,95 @@ def build_drawn(
 
     Args:
         users: the first users of the partition; the others are left out.
-        item_keys: the catalogue's keys in item id order, which is ascending.
-        cuts_s: when validation and test time begin; None unless the protocol is "time".
-        seed: of the drawn lists.
+        item_keys, cuts, seed: of `draw_lists`.
     """
-    columns = read_core(work, partition, ("user_key", "item_key", "rating", "timestamp_s"))
-    user_keys, bounds = key_bounds(columns["user_key"])
-    num_users = len(users.split)
-    user_keys, bounds = user_keys[:num_users], bounds[: num_users + 1]
-    columns = {name: values[: bounds[-1]] for name, values in columns.items()}
-    events = Events(
-        bounds, np.searchsorted(item_keys, columns["item_key"]), columns["rating"], columns["timestamp_s"]
+    drawn = draw_lists(work, partition, len(users.split), item_keys, data, cuts, seed)
+    events, plan = drawn.events, drawn.plan
+    list_split = (
+        users.split[plan.user]
+        if drawn.segment is None
+        else np.array(SPLITS)[np.minimum(drawn.segment[plan.start], FIRST_WINDOW)]
     )
-    segment = np.searchsorted(np.array(cuts_s), events.timestamps_s, side="right") if cuts_s else None
-    sizes = np.diff(bounds) if segment is None else first_segment_sizes(bounds, segment)
-    history_sizes = knowledge_cut(sizes, data.max_history)
-    plan = plan_lists(bounds, history_sizes, data.block_size, segment)
-    keys = stream(mix(user_keys ^ np.uint64(seed))[plan.user], plan.number)
-    ids, labels = fill_lists(
-        events,
-        plan,
-        keys,
-        num_items=len(item_keys),
-        num_candidates=data.num_candidates,
-        positive_rating=data.positive_rating,
-        avoid_seen=data.protocol == "time",
-    )
-    list_split = users.split[plan.user] if segment is None else np.array(SPLITS)[segment[plan.start]]
-    candidates = Ragged(np.arange(len(ids) + 1) * ids.shape[1], ids.ravel())
     return write_users_and_lists(
         partition,
         users,
-        names=user_names(work, partition, user_keys),
-        history=pick(events, ragged(bounds[:-1], history_sizes)),
+        names=drawn.names,
+        history=pick(events, ragged(events.bounds[:-1], drawn.history_sizes)),
         list_user=plan.user,
-        list_number=plan.number,
         list_split=list_split,
-        timestamp_s=pa.array(events.timestamps_s[plan.start]),
-        list_history=pick(events, histories_before(bounds, plan.user, plan.start, data.reranker_history)),
-        candidates=list_array(candidates.offsets, candidates.places),
-        labels=list_array(candidates.offsets, labels.ravel()),
-        num_events=int(bounds[-1]),
+        num_events=int(events.bounds[-1]),
         num_positive_events=int(np.sum(events.ratings >= data.positive_rating)),
         folders=folders,
+        **_lists(drawn, np.arange(len(plan.user)), data),
+    )
+
+
+def _lists(drawn: Drawn, chosen: NDArray[np.int64], data: DataSection) -> dict[str, Any]:
+    """What `write_users_and_lists` takes of the chosen lists [M], whoever they are written for."""
+    events, plan = drawn.events, drawn.plan
+    user, start = plan.user[chosen], plan.start[chosen]
+    candidates = Ragged(np.arange(len(chosen) + 1) * drawn.ids.shape[1], drawn.ids[chosen].ravel())
+    return {
+        "list_number": plan.number[chosen],
+        "timestamp_s": pa.array(events.timestamps_s[start]),
+        "list_history": pick(events, histories_before(events.bounds, user, start, data.reranker_history)),
+        "candidates": list_array(candidates.offsets, candidates.places),
+        "labels": list_array(candidates.offsets, drawn.labels[chosen].ravel()),
+    }
+
+
+def find_refreshed(
+    work: Place, partition: int, num_users: int, cuts: TimeCuts
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """`refreshed_users` of the partition's first users, for the windows of test time."""
+    columns = read_core(work, partition, ("user_key", "timestamp_s"))
+    _, bounds = key_bounds(columns["user_key"])
+    bounds = bounds[: num_users + 1]
+    return refreshed_users(bounds, cuts.segments(columns["timestamp_s"][: bounds[-1]]))
+
+
+def build_refreshed(
+    work: Place,
+    partition: int,
+    part: int,
+    num_users: int,
+    users: UserBlock,
+    found: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+    item_keys: Keys,
+    data: DataSection,
+    cuts: TimeCuts,
+    seed: int,
+    folders: dict[str, Place],
+) -> Built:
+    """Write a part more of users and lists: every user once for each window, ID@WINDOW, with the last events before the window as
+    history and the test lists from that window on.
+
+    Args:
+        part: number of the part.
+        users, found: the users to write, and what `find_refreshed` said of them.
+    """
+    drawn = draw_lists(work, partition, num_users, item_keys, data, cuts, seed)
+    events, (owner, window, before) = drawn.events, found
+    sizes = np.minimum(before, data.max_history)
+    # Lists are in the order of users and events, and none spans two windows: those from a window on end with the user's.
+    first = np.searchsorted(drawn.plan.start, events.bounds[:-1][owner] + before)
+    lists = ragged(first, np.searchsorted(drawn.plan.user, owner, side="right") - first)
+    names = pc.binary_join_element_wise(
+        drawn.names.take(pa.array(owner)),
+        pa.array((window - FIRST_WINDOW + cuts.known).astype(str)),
+        SINCE,
+    )
+    return write_users_and_lists(
+        part,
+        users,
+        names=names,
+        history=pick(events, ragged(events.bounds[:-1][owner] + before - sizes, sizes)),
+        list_user=np.repeat(np.arange(len(owner)), np.diff(lists.offsets)),
+        list_split=np.full(len(lists.places), "test"),
+        num_events=0,  # they are counted with the users themselves
+        num_positive_events=0,
+        folders=folders,
+        **_lists(drawn, lists.places, data),
     )
 
 

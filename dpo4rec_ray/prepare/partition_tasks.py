@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.config.placed import Placed
+from dpo4rec_ray.core.candidates import TimeCuts
 from dpo4rec_ray.core.kcore import ItemCounts, merge_counts
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.data_report import DataReport
@@ -103,13 +105,12 @@ def _range(ranges: list[tuple[Any, Any]]) -> tuple[Any, Any]:
     return min((low for low, _ in ranges), default=0), max((high for _, high in ranges), default=0)
 
 
-def cuts_in_time(work: Place, num_partitions: int, data: DataSection) -> tuple[int, int]:
-    """When validation and when test time begin, in seconds since 1970.
-
-    Test time holds the last `data.test_frac` of all events, validation time the last `data.valid_frac` of the others.
+def cuts_in_time(work: Place, num_partitions: int, data: DataSection) -> TimeCuts:
+    """Test time holds the last `data.test_frac` of all events, validation time the last `data.valid_frac` of what comes before
+    the first window that is not known.
 
     Raises:
-        UserError: the events cannot be cut in three.
+        UserError: the events cannot be cut so.
     """
     tasks = [(work, p) for p in range(num_partitions)]
     ranges = [found for _, found in each("prepare: time", time_range, tasks, data) if found[1] >= found[0]]
@@ -118,11 +119,14 @@ def cuts_in_time(work: Place, num_partitions: int, data: DataSection) -> tuple[i
     tasks = [(work, p, low, width) for p in range(num_partitions)]
     bins = sum(found for _, found in each("prepare: time", time_histogram, tasks, data))
     done = np.cumsum(bins) / np.sum(bins)
-    shares = ((1 - data.test_frac) * (1 - data.valid_frac), 1 - data.test_frac)
-    valid_s, test_s = (int(low + width * np.searchsorted(done, share)) for share in shares)
-    if not low < valid_s < test_s <= high:
+    windows = max(1, data.drift_windows)
+    tests = [1 - data.test_frac * (1 - window / windows) for window in range(windows)]
+    shares = (tests[data.known_windows] * (1 - data.valid_frac), *tests)
+    valid_s, *windows_s = (int(low + width * np.searchsorted(done, share)) for share in shares)
+    ends = (low, valid_s, *windows_s[data.known_windows :], high + 1)
+    if any(begin >= end for begin, end in itertools.pairwise(ends)) or len(set(windows_s)) < windows:
         raise UserError(
-            f'data.protocol = "time": the events (from {low} to {high} s) cannot be cut in three by time: there are too '
-            'few, or nearly all have the same time; use more events or data.protocol = "user"'
+            f'data.protocol = "time": the events (from {low} to {high} s) cannot be cut in {len(ends) - 1} by time: there are '
+            'too few, or nearly all have the same time; use more events or data.protocol = "user"'
         )
-    return valid_s, test_s
+    return TimeCuts(valid_s, tuple(windows_s), data.known_windows)

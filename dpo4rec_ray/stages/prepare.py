@@ -27,6 +27,7 @@ from dpo4rec_ray.prepare.assemble import (
     catalogue_table,
     first_users,
     new_names,
+    refreshed_blocks,
     rows_about,
     truth_table,
     user_blocks,
@@ -43,7 +44,7 @@ from dpo4rec_ray.prepare.logged_lists import (
     logged_user_keys,
 )
 from dpo4rec_ray.prepare.partition_files import item_names, some_ids, user_keys_of
-from dpo4rec_ray.prepare.partition_lists import build_drawn
+from dpo4rec_ray.prepare.partition_lists import build_drawn, build_refreshed, find_refreshed
 from dpo4rec_ray.prepare.partition_tasks import counted, cuts_in_time, each, in_order, k_core, shared
 from dpo4rec_ray.storage.places import Place, remove
 from dpo4rec_ray.store.artifacts import RunDir
@@ -139,23 +140,49 @@ def _prepare(
     if not source.closed:
         asked = Wanted(user_keys, partial(some_ids, work, "user"))
         user_rows = rows_about("users", source, asked, report, data)
-    store.write("truth", truth_table(source.truth, user_keys))
     logged_splits = {split for one in counts for split in one.splits}
     # A split by time, or by the log, says itself what is tested. Users are then drawn for validation alone.
     drawn_for_test = data.protocol != "time" and (not source.lists or None in logged_splits)
     test_frac = data.test_frac if drawn_for_test else 0.0
     blocks, report.users_without_profile = user_blocks(config, user_keys, sizes, user_rows, test_frac)
+    drift: dict[str, Any] = {}
     if source.lists:
         draw_valid = "valid" not in logged_splits
         tasks = [(work, p, blocks[p], catalogue, data, draw_valid, folders) for p in partitions]
         report.built = in_order("prepare: building lists", build_logged, tasks, data)
     else:
-        cuts_s = cuts_in_time(work, num_partitions, data) if data.protocol == "time" else None
+        cuts = cuts_in_time(work, num_partitions, data) if data.protocol == "time" else None
         seed = seed_of(config.run.seed, "lists")
-        tasks = [(work, p, blocks[p], catalogue, data, cuts_s, seed, folders) for p in partitions]
+        tasks = [(work, p, blocks[p], catalogue, data, cuts, seed, folders) for p in partitions]
         report.built = in_order("prepare: building lists", build_drawn, tasks, data)
+        if cuts and data.drift_windows:
+            tasks = [(work, p, int(sizes[p]), cuts) for p in partitions]
+            found = in_order("prepare: refreshed users", find_refreshed, tasks, data)
+            again = refreshed_blocks(blocks, [owner for owner, *_ in found])
+            tasks = [
+                (
+                    work,
+                    p,
+                    num_partitions + p,
+                    int(sizes[p]),
+                    again[p],
+                    found[p],
+                    catalogue,
+                    data,
+                    cuts,
+                    seed,
+                    folders,
+                )
+                for p in partitions
+                if len(again[p].split)
+            ]
+            report.built += in_order("prepare: their lists", build_refreshed, tasks, data)
+            drift = {"windows_s": list(cuts.windows_s), "refreshed_from": len(user_keys)}
+            owners = [owner + block.first_id for (owner, *_), block in zip(found, blocks, strict=True)]
+            user_keys = user_keys[np.concatenate([np.arange(len(user_keys)), *owners])]
+    store.write("truth", truth_table(source.truth, user_keys))
     num_truth = len(user_keys) if source.truth is not None else 0
-    stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth)
+    stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth) | drift
     check_splits(stats["splits"])
     check_positives(config, stats)
     stats["remarks"] = remarks(config, stats, table, report.counts["items"].unwanted_ids)

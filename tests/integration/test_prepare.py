@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.datasets.files import plan_splits
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare import ingest
@@ -739,3 +741,65 @@ def test_mangled_files_lose_no_row(tmp_path_factory: pytest.TempPathFactory, see
     # A line break that was put between quotes makes one row of two lines.
     assert report_of(store)["rows_read"] == num_lines or source == "own_csv"
     assert report_of(store)["rows_kept"] > 0
+
+
+def test_windows_of_time(tmp_path: Path) -> None:
+    """Lists of a window are the same however many windows are known; ID@WINDOW has the last events before the window."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    events = make_events()
+    data = {**ml_1m(raw, events), "raw_dir": str(raw), "protocol": "time", "test_frac": 0.5, "drift_windows": 3}
+    expected = ordered(events, "time")
+    late: list[list[tuple[int, str, int, list[int], list[float]]]] = []  # time, user, number, candidates, labels
+    for known in (0, 1, 2):
+        store = prepared(tmp_path / f"known{known}", {**data, "known_windows": known})
+        stats = store.require("lists").stats
+        starts_s, names = stats["windows_s"], raw_ids(store)
+        users = {row["user_id"]: row for row in store.read("users").to_pylist()}
+        assert list(users) == list(range(len(users))) and len(users) == store.require("users").rows
+        found: dict[int, dict[int, tuple[list[int], list[float]]]] = {user: {} for user in users}
+        times_s: dict[int, list[int]] = {user: [] for user in users}
+        splits: dict[int, set[str]] = {user: set() for user in users}
+        for row in store.read("lists").to_pylist():
+            user = row["user_id"]
+            found[user][row["list_id"] - (user << 20)] = row["candidate_item_ids"], row["labels"]
+            times_s[user].append(row["timestamp_s"])
+            splits[user].add(row["split"])
+            assert (row["split"] == "test") == (row["timestamp_s"] >= starts_s[known])
+        own = {users[user]["raw_id"]: user for user in users if user < stats["refreshed_from"]}
+        assert sorted(own) == sorted(expected)
+        late.append(
+            sorted(
+                (time_s, raw_id, number, *one)
+                for raw_id, user in own.items()
+                for time_s, (number, one) in zip(times_s[user], found[user].items(), strict=True)
+            )
+        )
+        again = {user: row["raw_id"].rsplit("@", 1) for user, row in users.items() if user not in own.values()}
+        assert {int(window) for _, window in again.values()} == set(range(known, 3))
+        for user, (raw_id, window) in again.items():
+            start_s, theirs = starts_s[int(window)], found[own[raw_id]]
+            before = [event.item for event in expected[raw_id] if event.timestamp_s < start_s]
+            shown = [names[item] for item in users[user]["history_item_ids"]]
+            assert shown == before[-6:] and shown
+            assert splits[user] == {"test"} and min(times_s[user]) >= start_s
+            assert found[user] and all(theirs[number] == one for number, one in found[user].items())
+            assert len(found[user]) == sum(time_s >= start_s for time_s in times_s[own[raw_id]])
+        known_before = [raw_id for raw_id in expected if expected[raw_id][0].timestamp_s < starts_s[known]]
+        assert {raw_id for raw_id, window in again.values() if int(window) == known} <= set(known_before)
+    # What was tested with fewer windows known is the same list with more of them.
+    for known, window in ((1, 1), (1, 2), (2, 2)):
+        since = [[one for one in lists if one[0] >= starts_s[window]] for lists in (late[0], late[known])]
+        assert since[0] == since[1] and since[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"drift_windows": 2}, 'drift_windows = 2 needs protocol = "time"'),
+        ({"protocol": "time", "drift_windows": 2, "known_windows": 2}, "known_windows = 2 leaves none"),
+    ],
+)
+def test_windows_that_cannot_be(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataSection(**keys)  # pyright: ignore[reportArgumentType]
