@@ -84,7 +84,13 @@ STAGES: dict[str, Stage] = {
             encode.run,
             reads=lambda run, r: [("users", 0), ("items", 0), ("policy", r)],
             writes=lambda r: [("knowledge", r)],
-            sections=(*TEXTS, "prompt.describe_items", "encoder", "reward.reader_texts"),
+            sections=(
+                *TEXTS,
+                "prompt.describe_items",
+                "encoder",
+                "reward.reader_texts",
+                "evaluate.num_texts",
+            ),
         ),
         Stage(
             "references",

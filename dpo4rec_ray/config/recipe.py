@@ -133,6 +133,11 @@ class Config(Section):
         return self.llm.source == "vllm"
 
     @property
+    def test_texts(self) -> int:
+        """Texts that are written for each test user: several where they are drawn."""
+        return self.evaluate.num_texts if self.llm.source in ("vllm", "openai") else 1
+
+    @property
     def like_at(self) -> float | None:
         """The least rating of what prompts and counted texts call liked; None for implicit feedback: everything is."""
         return self.data.positive_rating if self.prompt.ratings else None

@@ -71,11 +71,12 @@ def _texts(config: Config, sizes: Sizes, prompts: float, texts: float) -> Work:
 
 
 def encode(config: Config, sizes: Sizes, machine: Machine, round_id: int) -> Work:
-    """One text per user; N of validation users behind a round; items in round 0, where an LLM describes them."""
+    """One text per user, several of test users, N of validation users behind a round; items in round 0 where an LLM describes
+    them."""
     train = config.reward.reader_texts if not round_id and config.reads_own_texts else 1
     valid = config.generate.num_samples if round_id else 1
     items = sizes.items if not round_id and config.prompt.describe_items else 0
-    texts = sizes.train * train + sizes.valid * valid + sizes.test + items
+    texts = sizes.train * train + sizes.valid * valid + sizes.test * config.test_texts + items
     found = _texts(config, sizes, sizes.users + items, texts)
     encoders = config.encoder.num_workers
     if found.unit == "texts":  # then the encoders are what takes the time

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POLICY_FILE = "policy.json"
+LORA, FULL, MERGED = "lora", "full", "merged"  # folders of the saved weights
 
 
 @dataclass(frozen=True)

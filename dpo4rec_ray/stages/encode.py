@@ -1,4 +1,4 @@
-"""Knowledge vectors: one text per user from policy r, then its encoding; validation users get N samples.
+"""Knowledge vectors: one text per user from policy r, then its encoding; test and validation users get several.
 
 Two actor pools, writers of text then encoders, so that both work at the same time. Items are encoded once, in round 0,
 because they do not change with the policy: by their own title and attributes, or by a text of the source. Rounds after 0
@@ -69,7 +69,7 @@ def _user_texts(config: Config, store: RunDir, folder: Path, round_id: int) -> P
         policy_round=round_id,
         folder=str(folder),
         samples_per_shard=config.generate.users_per_shard,
-        num_samples={"train": num_train, "valid": num_valid, "test": 1},
+        num_samples={"train": num_train, "valid": num_valid, "test": config.test_texts},
     )
 
 

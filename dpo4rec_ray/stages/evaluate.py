@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ from dpo4rec_ray.store.reading import (
     popularity,
     read_catalogue,
     read_list_data,
+    read_vectors,
     training_facts,
 )
 from dpo4rec_ray.workers.shards import resume_parts
@@ -175,9 +176,7 @@ def _fit_and_measure(
         found = fitted(name, vectors, plain)
         if one is None:
             plain = found.model
-        scores = ListScorer([found.model], catalogue).score(
-            test.item_ids, test.mask, vectors, test.user_rows, test.histories
-        )
+        scores = _scores(config, store, ListScorer([found.model], catalogue), test, one, vectors)
         measured = _measured(store, test, scores, system_name(config, one), backbone, seed)
         stats = {
             "best epoch": found.result.best_epoch,
@@ -201,6 +200,30 @@ def _fit_and_measure(
     metrics.flush()
 
 
+def _scores(
+    config: Config,
+    store: RunDir,
+    scorer: ListScorer,
+    test: ListData,
+    texts: int | str | None,
+    vectors: np.ndarray | None,
+) -> Iterator[np.ndarray]:
+    """Scores [n, L] of the test lists: by the users' first texts, then by their further ones (evaluate.num_texts).
+
+    vectors: [U, D] of the first texts.
+    """
+    users, rows = np.unique(test.user_rows.numpy(), return_inverse=True)
+    own = None if vectors is None else vectors[users]
+    yield scorer.score(test.item_ids, test.mask, own, rows, test.histories)
+    if own is None or not isinstance(texts, int):
+        return
+    for sample_id in range(1, config.test_texts):
+        written, of_sample = read_vectors(store, texts, "user", sample_id)
+        _, mine, theirs = np.intersect1d(users, written, assume_unique=True, return_indices=True)
+        own[mine] = of_sample[theirs]
+        yield scorer.score(test.item_ids, test.mask, own, rows, test.histories)
+
+
 def fit_name(config: Config, backbone: str, texts: int | str | None, seed: int) -> str:
     """The folder of a fitted reranker."""
     return f"{backbone}-{system_name(config, texts)}-seed{seed}"
@@ -220,13 +243,16 @@ def _simple_systems(config: Config, store: RunDir, test: ListData, popular: np.n
     random = rng.random(test.item_ids.shape)
     systems = {"random": random, "popularity": popular, "upper-bound": test.labels.numpy()}
     return pa.concat_tables(
-        [_measured(store, test, scores, name, "none", 0) for name, scores in systems.items()]
+        [_measured(store, test, [scores], name, "none", 0) for name, scores in systems.items()]
     )
 
 
 def _measured(
-    store: RunDir, test: ListData, scores: np.ndarray, system: str, backbone: str, seed: int
+    store: RunDir, test: ListData, every: Iterable[np.ndarray], system: str, backbone: str, seed: int
 ) -> pa.Table:
+    """every: scores [n, L], by one text of each user after the other; the metrics are their means."""
+    labels, mask = test.labels.numpy(), test.mask.numpy()
+    metrics = [list_metrics(scores, labels, METRIC_NAMES, mask) for scores in every]
     columns: dict[str, Any] = {
         "list_id": _list_ids(store),
         "user_id": test.user_ids.numpy(),
@@ -234,7 +260,8 @@ def _measured(
         "backbone": [backbone] * len(test),
         "seed": np.full(len(test), seed, np.int32),
     }
-    return pa.table(columns | list_metrics(scores, test.labels.numpy(), METRIC_NAMES, test.mask.numpy()))
+    means = {name: np.mean([one[name] for one in metrics], axis=0) for name in METRIC_NAMES}
+    return pa.table(columns | means)
 
 
 def _list_ids(store: RunDir) -> np.ndarray:

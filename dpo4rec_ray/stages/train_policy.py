@@ -13,7 +13,7 @@ from typing import Any
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.policy.deepspeed_config import read_extra
-from dpo4rec_ray.policy.model import PolicyWeights, save_merged, write_policy
+from dpo4rec_ray.policy.model import FULL, LORA, MERGED, PolicyWeights, save_merged, write_policy
 from dpo4rec_ray.storage.places import is_complete
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.metrics_file import read_metrics
@@ -23,7 +23,7 @@ from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.train.dpo import KINDS
 from dpo4rec_ray.train.launch import launch
 from dpo4rec_ray.train.learners import LEARNERS
-from dpo4rec_ray.train.policy_loop import FULL, LORA, MERGED, WARNINGS, policy_loop
+from dpo4rec_ray.train.policy_loop import WARNINGS, policy_loop
 from dpo4rec_ray.train.policy_task import PolicyTask
 from dpo4rec_ray.train.reference_logps import StoredPolicy, cached_reference
 from dpo4rec_ray.train.state import begin, read_state, remove_checkpoints

@@ -23,9 +23,13 @@ WRITERS = {"knowledge": "encode", "references": "references"}  # artifact -> its
 _LIST_COLUMNS = ["user_id", "split", "candidate_item_ids", "labels", "history_item_ids", "history_ratings"]
 
 
-def read_vectors(store: RunDir, round_id: int, subject: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [S] of all subjects ("user" or "item") and the vectors [S, D] of their first texts of one round, in id order."""
-    where = [("subject", "=", subject), ("sample_id", "=", 0)]
+def read_vectors(
+    store: RunDir, round_id: int, subject: str, sample_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [S] of the subjects ("user" or "item") that have such a text of one round, all have the first; its vectors [S, D]; in
+    id order.
+    """
+    where = [("subject", "=", subject), ("sample_id", "=", sample_id)]
     table = store.read("knowledge", round_id, where=where, columns=["subject_id", "vector"])
     table = table.sort_by("subject_id").combine_chunks()
     return table["subject_id"].to_numpy(), vectors_of(table["vector"])

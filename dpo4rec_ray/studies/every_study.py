@@ -16,6 +16,7 @@ QUESTIONS = {
     "backbone_transfer": "Does a reward from one backbone serve another?",
     "beta_loss": "Which preference loss, and which beta?",
     "history_length": "How much of a user's history does the prompt have to show?",
+    "drift": "How fast do texts, reranker and policy go stale, and what brings refreshing each?",
     "scale": "What do more users bring, and what do they cost?",
 }
 

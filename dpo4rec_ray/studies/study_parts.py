@@ -75,6 +75,7 @@ class Study:
         sentence: the table -> what it says, with intervals.
         shown: columns of the plot.
         needs: variants that its rows or its sentence cannot do without.
+        needs_policy: False where recipes whose texts no LLM writes have such a study too.
     """
 
     variants: Callable[[Config], dict[str, Changes]]
@@ -82,6 +83,7 @@ class Study:
     sentence: Callable[[Sequence[Row]], str]
     shown: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    needs_policy: bool = True
 
 
 def said(cell: Cell) -> str:

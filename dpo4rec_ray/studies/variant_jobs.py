@@ -22,7 +22,7 @@ from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.studies.every_study import run_name
 from dpo4rec_ray.studies.study_parts import RECIPE, Changes, SeedRuns, Study
-from dpo4rec_ray.studies.variants import lend
+from dpo4rec_ray.studies.variants import OWN_POLICY, lend, trained_policy
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _LOOK_S = 0.5
@@ -68,7 +68,7 @@ def planned(
         UserError: the recipe, or a variant of it, cannot be run, or there is no variant of a name.
     """
     plain = load_config(recipe, list(changes))
-    if not plain.has_policy or not plain.run.num_rounds:
+    if study.needs_policy and not (plain.has_policy and plain.run.num_rounds):
         raise UserError(
             f"study {name}: nothing is trained in this recipe (llm.source = {plain.llm.source!r}, run.num_rounds = "
             f'{plain.run.num_rounds}); studies need llm.source = "vllm" and one round at least'
@@ -83,8 +83,11 @@ def planned(
     found = []
     for seed in seeds or [plain.run.seed]:
         own = f"{plain.run.name}-seed{seed}" if seed != plain.run.seed else plain.run.name
-        found.append(_job(RECIPE, seed, recipe, changes, (_value("run.name", own),)))
+        base = _job(RECIPE, seed, recipe, changes, (_value("run.name", own),))
+        found.append(base)
+        own_policy = _value("llm.path", trained_policy(base.config))
         for variant, keys in variants.items():
+            keys = tuple(own_policy if key == f"llm.path={OWN_POLICY}" else key for key in keys)
             where = (
                 _value("run.root", str(folder_of(plain, name))),
                 _value("run.name", f"{folder_name(variant)}-seed{seed}"),
@@ -92,8 +95,13 @@ def planned(
             found.append(_job(variant, seed, recipe, changes, (*keys, *where)))
     for job in found:
         if job.seed == found[0].seed:  # checks do not depend on the seed
-            check_all(job.config, "")
+            check_all(checkable(job.config, plain), "")
     return found
+
+
+def checkable(config: Config, plain: Config) -> Config:
+    """A variant's settings as they can be checked before the recipe's run has trained the policy that they may name."""
+    return config.model_copy(update={"llm": config.llm.model_copy(update={"path": plain.llm.path})})
 
 
 def _job(name: str, seed: int, recipe: str | Path, changes: Sequence[str], keys: Changes) -> Job:

@@ -4,8 +4,26 @@ from __future__ import annotations
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.pipeline import STAGES, made, steps
-from dpo4rec_ray.storage.places import link_folder
+from dpo4rec_ray.policy.model import FULL, MERGED
+from dpo4rec_ray.storage.places import link_folder, place
 from dpo4rec_ray.store.artifacts import LATER_PATHS, PATHS, RunDir
+from dpo4rec_ray.store.policies import merges_lora
+
+OWN_POLICY = (
+    "RECIPE"  # as llm.path in a variant's keys: the policy that the recipe's run trains, in the same seed
+)
+
+
+def trained_policy(config: Config) -> str:
+    """The folder where the run of a recipe will have its last policy as a whole model; "" where it has none, or where it
+    is not known before which round will be the last.
+    """
+    rounds = config.run.num_rounds
+    whole = {"full": FULL, "lora": MERGED if merges_lora(config) else ""}[config.policy.tuning]
+    if not config.has_policy or not rounds or rounds == "auto" or not whole:
+        return ""
+    store = RunDir(place(config.run.root) / config.run.name)
+    return str(store.path("policy", rounds * config.run.turns_per_round) / whole)
 
 
 def lend(base: RunDir, variant: RunDir) -> None:

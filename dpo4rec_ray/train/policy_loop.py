@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.policy.model import FULL, LORA, MERGED
 from dpo4rec_ray.policy.objectives import Metrics
 from dpo4rec_ray.policy.trainer import LOWER_LR, Trainer
 from dpo4rec_ray.store.policies import merges_lora
@@ -18,7 +19,6 @@ from dpo4rec_ray.train.state import update_state
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
 from dpo4rec_ray.workers.placement import without_sklearn
 
-LORA, FULL, MERGED = "lora", "full", "merged"  # folders of the saved weights
 WARNINGS = "warnings"  # key of a step's warnings in its line of metrics.jsonl
 
 

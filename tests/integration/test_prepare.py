@@ -748,9 +748,17 @@ def test_windows_of_time(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     events = make_events()
-    data = {**ml_1m(raw, events), "raw_dir": str(raw), "protocol": "time", "test_frac": 0.5, "drift_windows": 3}
+    data = {
+        **ml_1m(raw, events),
+        "raw_dir": str(raw),
+        "protocol": "time",
+        "test_frac": 0.5,
+        "drift_windows": 3,
+    }
     expected = ordered(events, "time")
-    late: list[list[tuple[int, str, int, list[int], list[float]]]] = []  # time, user, number, candidates, labels
+    late: list[
+        list[tuple[int, str, int, list[int], list[float]]]
+    ] = []  # time, user, number, candidates, labels
     for known in (0, 1, 2):
         store = prepared(tmp_path / f"known{known}", {**data, "known_windows": known})
         stats = store.require("lists").stats
@@ -775,7 +783,9 @@ def test_windows_of_time(tmp_path: Path) -> None:
                 for time_s, (number, one) in zip(times_s[user], found[user].items(), strict=True)
             )
         )
-        again = {user: row["raw_id"].rsplit("@", 1) for user, row in users.items() if user not in own.values()}
+        again = {
+            user: row["raw_id"].rsplit("@", 1) for user, row in users.items() if user not in own.values()
+        }
         assert {int(window) for _, window in again.values()} == set(range(known, 3))
         for user, (raw_id, window) in again.items():
             start_s, theirs = starts_s[int(window)], found[own[raw_id]]

@@ -44,7 +44,7 @@ def with_itself(study: Study, run: Finished) -> list[SeedRuns]:
     return [SeedRuns(seed, config, store, dict.fromkeys(study.variants(config), store)) for seed in (0, 1)]
 
 
-@pytest.mark.parametrize("name", [name for name in QUESTIONS if name != "backbone_transfer"])
+@pytest.mark.parametrize("name", [name for name in QUESTIONS if name not in ("backbone_transfer", "drift")])
 def test_a_variant_that_is_the_recipe_differs_in_nothing(name: str, tiny_run: Finished) -> None:
     """And the figures of the recipe itself are those of its own report, of users and lists that count twice."""
     study = study_of(name)

@@ -12,12 +12,12 @@ from dpo4rec_ray.checks import check_all
 from dpo4rec_ray.cli import study as command
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.studies import ablation, backbone_transfer, beta_loss, n_samples, scale
+from dpo4rec_ray.studies import ablation, backbone_transfer, beta_loss, drift, n_samples, scale
 from dpo4rec_ray.studies.every_study import QUESTIONS, study_of
 from dpo4rec_ray.studies.measures import AGAINST, GAIN, TEST_GAIN
 from dpo4rec_ray.studies.results import as_json, markdown, plot
 from dpo4rec_ray.studies.study_parts import NAME, RECIPE, Measured, Row, said
-from dpo4rec_ray.studies.variant_jobs import folder_name, planned
+from dpo4rec_ray.studies.variant_jobs import checkable, folder_name, planned
 
 
 def about(mean: float, spread: float = 0.1, seeds: int = 1) -> Measured:
@@ -26,11 +26,16 @@ def about(mean: float, spread: float = 0.1, seeds: int = 1) -> Measured:
     return Measured(tuple((values, np.arange(50)) for _ in range(seeds)))
 
 
+# What a study asks of a recipe.
+BY_TIME = ["data.protocol=time", "reward.num_redraws=0", "reranker.resample_negatives=false"]
+ASKS = {"drift": [*BY_TIME, "data.drift_windows=3"]}
+
+
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_every_variant_is_a_sound_recipe_that_differs(name: str, tmp_path: Path) -> None:
     """Each changes the demo, no two are alike, and each has a run folder of its own."""
-    plain = load_config("demo")
-    small = ["sample.num_users=60", f"run.root={tmp_path}"]
+    small = ["sample.num_users=60", f"run.root={tmp_path}", *ASKS.get(name, ())]
+    plain = load_config("demo", small)
     jobs = planned(name, study_of(name), "demo", small, [3, 4])
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs) and {3, 4} == {
         job.seed for job in jobs
@@ -39,7 +44,7 @@ def test_every_variant_is_a_sound_recipe_that_differs(name: str, tmp_path: Path)
     told = [job.config.model_dump_json(exclude={"run": {"name", "root"}}) for job in jobs]
     assert len(set(told)) == len(told)
     for job in jobs:
-        check_all(job.config, "")
+        check_all(checkable(job.config, plain), "")
         assert job.config.run.seed == job.seed
         inside = job.name == RECIPE or job.store.root.parent == tmp_path / f"demo-study-{name}"
         assert inside and job.store.root.is_relative_to(tmp_path)
@@ -79,6 +84,7 @@ def test_what_a_recipe_has_not_is_not_left_out() -> None:
         ("n_samples", ["generate.num_samples=2"], "pair takes two"),
         ("scale", ["data.dataset=movielens"], "set data.max_users"),
         ("history_length", ["data.max_history=1"], "raise data.max_history"),
+        ("drift", [], "set data.protocol=time and data.drift_windows=4"),
     ],
 )
 def test_a_recipe_without_such_a_study_is_refused(name: str, changes: list[str], message: str) -> None:
@@ -172,3 +178,19 @@ def test_the_page_shows_every_row_with_what_was_kept() -> None:
 
 def test_names_of_variants_are_folders() -> None:
     assert folder_name("sigmoid, beta 0.3/../x") == "sigmoid--beta-0.3-..-x"
+
+
+def test_a_later_cut_with_the_first_policy_has_that_of_its_seed(tmp_path: Path) -> None:
+    """Where the policy will be a whole model, and it is known which round is the last."""
+    asks = [*ASKS["drift"], f"run.root={tmp_path}"]
+    jobs = {(job.name, job.seed): job for job in planned("drift", study_of("drift"), "demo", asks, [0, 2])}
+    for seed, base in ((0, "demo"), (2, "demo-seed2")):
+        later = jobs["cut 2, first policy", seed].config
+        assert later.llm.path == str(tmp_path / base / "rounds" / "01" / "policy" / "merged")
+        assert later.data.known_windows == 2 and later.run.num_rounds == 0
+        assert jobs["cut 2", seed].config.llm.path == "bootstrap"
+    for other in ("run.num_rounds=auto", "llm.lora_mode=lora"):
+        assert list(drift.variants(load_config("demo", [*asks, other]))) == ["cut 1", "cut 2"]
+    counted = [*ASKS["drift"], "llm.source=statistics", "run.num_rounds=0"]
+    names = [job.name for job in planned("drift", study_of("drift"), "demo", counted, [])]
+    assert names == ["recipe", "cut 1", "cut 2"]
