@@ -8,15 +8,21 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dpo4rec_ray.config import load_config
+from dpo4rec_ray.config import load_config, read_config
+from dpo4rec_ray.core.metrics import list_metrics
 from dpo4rec_ray.policy.batch import collate
 from dpo4rec_ray.policy.logps import CompletionLogps
 from dpo4rec_ray.policy.model import load_model, read_policy
+from dpo4rec_ray.rerankers.fit import load_reranker
+from dpo4rec_ray.rerankers.scorer import ListScorer
+from dpo4rec_ray.stages.evaluate import fit_name
 from dpo4rec_ray.store.artifacts import RunDir
+from dpo4rec_ray.store.reading import read_catalogue, read_list_data, read_vectors
 from tests.conftest import DEMO, TINY, Finished, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -310,3 +316,26 @@ def test_two_rounds_with_lora_requests(tmp_path: Path) -> None:
         )
     assert (start - base).abs().max() > 1e-4
     assert {row["system"] for row in done.summary["evaluation"]} >= {"dpo4rec-round1", "dpo4rec-round2"}
+
+
+def test_test_users_are_measured_with_several_texts(tiny_run: Finished) -> None:
+    """A list's metrics are the means over evaluate.num_texts texts of its user, ranked by the saved reranker."""
+    store = RunDir(tiny_run.folder)
+    config, catalogue = read_config(tiny_run.folder), read_catalogue(RunDir(tiny_run.folder))
+    test = read_list_data(store, "test")
+    name = fit_name(config, "prm", 1, 0)
+    scorer = ListScorer([load_reranker(store.path("per_list") / "rerankers" / name, catalogue)], catalogue)
+    users, rows = np.unique(test.user_rows.numpy(), return_inverse=True)
+    found = []
+    for sample_id in range(config.evaluate.num_texts):
+        written, vectors = read_vectors(store, 1, "user", sample_id)
+        own = vectors[np.searchsorted(written, users)]
+        assert set(users) <= set(written)
+        scores = scorer.score(test.item_ids, test.mask, own, rows, test.histories)
+        found.append(list_metrics(scores, test.labels.numpy(), ["ndcg@5"], test.mask.numpy())["ndcg@5"])
+    assert len(found) == 4 and any(not np.array_equal(found[0], one) for one in found)
+    where = [("system", "=", "dpo4rec-round1"), ("seed", "=", 0), ("backbone", "=", "prm")]
+    table = store.read("per_list", where=where, columns=["list_id", "ndcg@5"])
+    lists = store.read("lists", split="test", columns=["split", "list_id"])["list_id"].to_pylist()
+    measured = dict(zip(table["list_id"].to_pylist(), table["ndcg@5"].to_pylist(), strict=True))
+    assert [measured[one] for one in lists] == pytest.approx(np.mean(found, axis=0), abs=1e-6)

@@ -188,7 +188,7 @@ def test_a_later_cut_with_the_first_policy_has_that_of_its_seed(tmp_path: Path) 
         later = jobs["cut 2, first policy", seed].config
         assert later.llm.path == str(tmp_path / base / "rounds" / "01" / "policy" / "merged")
         assert later.data.known_windows == 2 and later.run.num_rounds == 0
-        assert jobs["cut 2", seed].config.llm.path == "bootstrap"
+        assert jobs["cut 2", seed].config.llm.path == "bundled"
     for other in ("run.num_rounds=auto", "llm.lora_mode=lora"):
         assert list(drift.variants(load_config("demo", [*asks, other]))) == ["cut 1", "cut 2"]
     counted = [*ASKS["drift"], "llm.source=statistics", "run.num_rounds=0"]
