@@ -32,6 +32,7 @@ class Verdict:
         weak: UNREAD, NOISE, COLLAPSE, or the name of the first rung that does not hold; empty where all hold.
         claims: the verdict in sentences with intervals: what texts do, what training adds, the weak rung.
         sentences: what else bears on it.
+        advised: the name in ADVICE of what to do.
         next_step: what to do, as a sentence.
         see: the page of the documentation that says more.
     """
@@ -41,6 +42,7 @@ class Verdict:
     weak: str
     claims: tuple[str, ...]
     sentences: tuple[str, ...]
+    advised: str
     next_step: str
     see: str
 
@@ -71,16 +73,16 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
     weak, why = _weak(summary, judged, served)
     if weak:
         claims.append(f"The weak rung: {why}.")
-    advice, see = ADVICE[_advised(weak, texts, training)]
+    advised = _advised(weak, texts, training)
+    advice, see = ADVICE[advised]
     more = [*_by_user(compared), *_more(summary, judged, served, training, weak)]
     if needed := _users_needed(summary, rows):
         if advice == ADVICE[TEST][0]:
             advice += needed
         else:
             more.append(f"Test users{needed}.")
-    return Verdict(
-        texts, training, weak, tuple(claims), tuple(more), f"{advice[:1].upper()}{advice[1:]}.", see
-    )
+    step = f"{advice[:1].upper()}{advice[1:]}."
+    return Verdict(texts, training, weak, tuple(claims), tuple(more), advised, step, see)
 
 
 def _rows(comparisons: Sequence[Row], system: str, against: str) -> list[Row]:
@@ -269,6 +271,9 @@ def _change(figure: Mapping[str, Any]) -> str:
     return f"{figure['change']:+z.4f}{_range(figure['change_ci95'])}"
 
 
-def printed(found: Verdict) -> str:
-    """The verdict for a terminal."""
-    return "\n".join([found.headline, *found.sentences, f"Next: {found.next_step} ({found.see})"])
+def printed(found: Verdict, first: Sequence[str] = ()) -> str:
+    """The verdict for a terminal. first: the change of the recipe to try first (next_change.py)."""
+    step = f"Next: {found.next_step} ({found.see})"
+    return "\n".join(
+        [found.headline, *found.sentences, step, *([f"First of all: {' '.join(first)}"] if first else [])]
+    )

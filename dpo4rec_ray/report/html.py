@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -62,6 +63,7 @@ def render(
     return environment.get_template("report.html.jinja").render(
         summary=summary,
         verdict=verdict(summary),
+        next_command=_next_command(summary) if recipe else "",
         outcomes=OUTCOMES,
         lights=LIGHTS,
         threshold=_threshold,
@@ -84,6 +86,14 @@ def render(
         style=_own("report.css"),
         script=_own("report.js"),
     )
+
+
+def _next_command(summary: Mapping[str, Any]) -> str:
+    """The run with the change to try first; "" where there is none (a summary of before has none)."""
+    name, changes = summary["run"], summary.get("next_change", ())
+    if not changes:
+        return ""
+    return shlex.join(["dpo4rec", "run", f"{name}.toml", *changes, f"run.name={name}-next"])
 
 
 def _threshold(rung: Rung) -> str:

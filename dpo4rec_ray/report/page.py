@@ -13,6 +13,7 @@ from dpo4rec_ray.config.recipe import RunSection
 from dpo4rec_ray.core.intervals import signed
 from dpo4rec_ray.evaluation import terminal_table
 from dpo4rec_ray.evaluation.ladder import ladder, printed
+from dpo4rec_ray.evaluation.next_change import next_change
 from dpo4rec_ray.evaluation.verdict import printed as printed_verdict
 from dpo4rec_ray.evaluation.verdict import verdict
 from dpo4rec_ray.report import html
@@ -78,6 +79,7 @@ def run(
     }
     if config.has_policy and config.llm.path == "bootstrap":
         summary["bootstrap"] = store.require("base_llm").stats
+    summary["next_change"] = next_change(verdict(summary).advised, config)
     write_json(store.root / "summary.json", summary)
     write_text(store.root / "report.html", _html(config, store, last_round, summary))
     _print(summary)
@@ -187,7 +189,7 @@ def _print(summary: dict[str, Any]) -> None:
         )
         print("rung by rung, each needs those before it:")
         print(printed(row["ladder"]))
-    print(f"verdict: {printed_verdict(verdict(summary))}")
+    print(f"verdict: {printed_verdict(verdict(summary), summary['next_change'])}")
     print(f"{summary['total_seconds']:.0f} s, peak memory of the process tree {summary['peak_rss_mb']} MB")
 
 
