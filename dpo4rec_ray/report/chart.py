@@ -80,3 +80,15 @@ def zero_line(axis: str) -> alt.Chart:
     """The dashed line of no difference. axis: "x" or "y"."""
     rule = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[4, 3], opacity=0.7)
     return rule.encode(x=alt.XDatum(0)) if axis == "x" else rule.encode(y=alt.YDatum(0))
+
+
+def intervals(base: Any, axis: Literal["x", "y"], title: str, *lines: Any) -> Any:
+    """Dots with their intervals over a dashed line of no difference, along one axis. lines: what lies behind the dots."""
+    few = alt.Axis(tickCount=5)  # more numbers in a row would overlap on a phone
+    ends = {
+        "x": {"x": alt.X("low:Q", title=title, axis=few), "x2": "high:Q"},
+        "y": {"y": alt.Y("low:Q", title=title), "y2": "high:Q"},
+    }
+    dots = base.mark_point(filled=True, size=70, opacity=1).encode(**{axis: "value:Q"})
+    rules = base.mark_rule(strokeWidth=2).encode(**ends[axis])
+    return alt.layer(*lines, rules, dots, zero_line(axis)).add_params(zoom(axis))

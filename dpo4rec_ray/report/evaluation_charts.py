@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from dpo4rec_ray.evaluation.systems import BACKBONE, HEADLINE, NO_BACKBONE, TITLES, Row, label
-from dpo4rec_ray.report.chart import PER_ROW, ROWS, Chart, colour, interval_tips, made, tips, zero_line, zoom
+from dpo4rec_ray.report.chart import PER_ROW, ROWS, Chart, colour, interval_tips, intervals, made, tips, zoom
 
 NDCG = HEADLINE[1]
 # Kind of bucket -> title of its axis.
@@ -57,12 +57,7 @@ def _gains(summary: Mapping[str, Any]) -> Iterator[Chart]:
                 *interval_tips(f"{TITLES[metric]} minus the backbone"),
             ),
         )
-        x = alt.X("low:Q", title=f"{TITLES[metric]} minus the backbone", axis=alt.Axis(tickCount=5))
-        chart = alt.layer(
-            base.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q"),
-            base.mark_point(filled=True, size=70, opacity=1).encode(x="value:Q"),
-            zero_line("x"),
-        ).add_params(zoom("x"))
+        chart = intervals(base, "x", f"{TITLES[metric]} minus the backbone")
         yield made(
             f"gains-{metric.partition('@')[0]}",
             f"What texts add: {TITLES[metric]}",
@@ -135,14 +130,7 @@ def _across_rounds(summary: Mapping[str, Any]) -> Iterator[Chart]:
             *interval_tips("NDCG@5 minus the backbone"),
         ),
     )
-    chart = alt.layer(
-        base.mark_line(opacity=0.5).encode(y="value:Q"),
-        base.mark_rule(strokeWidth=2).encode(
-            y=alt.Y("low:Q", title="NDCG@5 minus the backbone"), y2="high:Q"
-        ),
-        base.mark_point(filled=True, size=70, opacity=1).encode(y="value:Q"),
-        zero_line("y"),
-    ).add_params(zoom("y"))
+    chart = intervals(base, "y", "NDCG@5 minus the backbone", base.mark_line(opacity=0.5).encode(y="value:Q"))
     yield made(
         "across-rounds",
         "Round by round: NDCG@5",
@@ -190,13 +178,7 @@ def _breakdowns(summary: Mapping[str, Any]) -> Iterator[Chart]:
                 ("lists:Q", "lists", ","),
             ),
         )
-        chart = alt.layer(
-            base.mark_rule(strokeWidth=2).encode(
-                y=alt.Y("low:Q", title="NDCG@5 minus the backbone"), y2="high:Q"
-            ),
-            base.mark_point(filled=True, size=60, opacity=1).encode(y="value:Q"),
-            zero_line("y"),
-        ).add_params(zoom("y"))
+        chart = intervals(base, "y", "NDCG@5 minus the backbone")
         yield made(
             f"by-{kind.replace(' ', '-')}",
             f"For whom: by {kind}",

@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from dpo4rec_ray.evaluation.systems import Row
-from dpo4rec_ray.report.chart import ROWS, Chart, colour, interval_tips, made, tips, zero_line, zoom
+from dpo4rec_ray.report.chart import ROWS, Chart, colour, interval_tips, intervals, made, tips, zoom
 from dpo4rec_ray.report.measured import STEP_FIGURES
 
 
@@ -98,11 +98,7 @@ def _watched(summary: Mapping[str, Any]) -> Iterator[Chart]:
             x=alt.X("turn:O", title="turn", axis=alt.Axis(labelAngle=0)),
             tooltip=tips(("turn:O", "turn", ""), *interval_tips("change")),
         )
-        chart = alt.layer(
-            base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title=f"change of {figure}"), y2="high:Q"),
-            base.mark_line(point=True).encode(y="value:Q"),
-            zero_line("y"),
-        ).add_params(zoom("y"))
+        chart = intervals(base, "y", f"change of {figure}", base.mark_line().encode(y="value:Q"))
         yield made(
             f"watched-{figure}",
             f"Turn by turn: {figure} of watched users",
