@@ -118,6 +118,7 @@ def check_all(config: Config, only: str = "") -> None:
             )
     if config.logged.file or config.data.protocol == "time":
         _check_no_redraws(config)
+    _check_windows(config)
     if only in ("", "prepare"):
         inspect_source(config)
     if only == "prepare":
@@ -259,6 +260,14 @@ def _check_pairs(config: Config) -> None:
         raise UserError(
             f"pair.first_samples = {section.first_samples}: a user has generate.num_samples = {num_samples} texts, and a "
             "pair takes two; set it between them, or to 0 for all"
+        )
+
+
+def _check_windows(config: Config) -> None:
+    """Logged lists are as they were shown, at any time."""
+    if config.logged.file and config.data.drift_windows:
+        raise UserError(
+            f"logged.file is set: data.drift_windows = {config.data.drift_windows} is for drawn lists; set it to 0"
         )
 
 

@@ -84,13 +84,8 @@ STAGES: dict[str, Stage] = {
             encode.run,
             reads=lambda run, r: [("users", 0), ("items", 0), ("policy", r)],
             writes=lambda r: [("knowledge", r)],
-            sections=(
-                *TEXTS,
-                "prompt.describe_items",
-                "encoder",
-                "reward.reader_texts",
-                "evaluate.num_texts",
-            ),
+            # Not evaluate.num_texts: a change that concerns test users alone must not train the LLM anew.
+            sections=(*TEXTS, "prompt.describe_items", "encoder", "reward.reader_texts"),
         ),
         Stage(
             "references",

@@ -200,7 +200,8 @@ class EvaluateSection(Placed):
     """Fits of each system, with different seeds."""
     num_texts: int = Field(default=4, ge=1)
     """Texts of each test user that an LLM's system is measured with, of each policy: its metrics are their mean, as a single
-    text is one draw of many. Serving has the first."""
+    text is one draw of many. With a cut in time, users who have other lists too have one text. Serving has the first. A change
+    writes no text anew; `--from encode` does."""
     references: tuple[Literal["statistics", "random"], ...] = ("statistics", "random")
     """Texts that the LLM's are compared with. "statistics": counted from the histories, which every LLM has to beat. "random":
     the same texts, but each user has another user's."""

@@ -22,7 +22,6 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 SPLITS = ("train", "valid", "test")
-FIRST_WINDOW = 2  # the segment of time in which test time begins, after training and validation time
 # Enough for any list, even if only one item of a large catalogue is left for it.
 MAX_ATTEMPTS = 100_000
 # Attempts with weights. Lists are still incomplete after them only if a few items hold nearly all of the weight.
@@ -50,29 +49,11 @@ class Events:
 
 
 @dataclass(frozen=True)
-class TimeCuts:
-    """When validation time and each window of test time begin, in seconds since 1970.
-
-    Attributes:
-        windows_s: of all windows, those that are known already included; one without data.drift_windows.
-        known: how many of them are part of training and validation time.
-    """
-
-    valid_s: int
-    windows_s: tuple[int, ...]
-    known: int = 0
-
-    def segments(self, times_s: IntArray) -> IntArray:
-        """The segment of each event: training time 0, validation time 1, then the windows of test time from `known` on."""
-        return np.searchsorted(np.array([self.valid_s, *self.windows_s[self.known :]]), times_s, side="right")
-
-
-@dataclass(frozen=True)
 class ListPlan:
     """The events of M lists; no item is drawn yet. All [M].
 
     Attributes:
-        number: different within the user; 0, 1, ... unless the plan says otherwise.
+        number: 0, 1, ... within the user; with windows of test time the place of the list's first event among the user's.
         start: place of the first event among all events.
         size: number of consecutive events.
     """
@@ -99,17 +80,6 @@ class Ragged:
 def knowledge_cut(num_events: Array | int, cap: int) -> Any:
     """How many of a user's first events the language model may see: half of all, rounded up, and at most `cap`."""
     return np.minimum((np.asarray(num_events) + 1) // 2, cap)
-
-
-def first_segment_sizes(bounds: IntArray, segment: Array) -> IntArray:
-    """How many events each user has in the user's first segment (training, validation or test time), [U].
-
-    With a split by time, the length of a knowledge history must not depend on later events. segment: [n], per user in
-    ascending order.
-    """
-    first = segment[np.minimum(bounds[:-1], max(0, len(segment) - 1))] if len(segment) else bounds[:-1]
-    user = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return np.bincount(user, weights=segment == first[user], minlength=len(bounds) - 1).astype(np.int64)
 
 
 def plan_lists(bounds: IntArray, cuts: IntArray, block_size: int, segment: Array | None = None) -> ListPlan:
@@ -184,29 +154,6 @@ def histories_before(bounds: IntArray, user: IntArray, start: IntArray, length: 
     """The last `length` events of each list's user before the list begins, oldest first. user, start: [M]."""
     sizes = np.minimum(start - bounds[:-1][user], length)
     return ragged(start - sizes, sizes)
-
-
-def refreshed_users(
-    bounds: IntArray, segment: Array, first_window: int = FIRST_WINDOW
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Whose text can be written anew when a window of test time begins: users with events before it, and in or after it.
-
-    Args:
-        segment: [n] as in `plan_lists`; windows are the segments from `first_window` on.
-
-    Returns:
-        user, window (a segment) and number of events before that window, [P] each, window by window.
-    """
-    sizes = np.diff(bounds)
-    user = np.repeat(np.arange(len(sizes)), sizes)
-    last = int(segment.max()) if len(segment) else -1
-    found = [(np.zeros(0, np.int64),) * 3]
-    for window in range(first_window, last + 1):
-        before = np.bincount(user, weights=segment < window, minlength=len(sizes)).astype(np.int64)
-        chosen = np.flatnonzero((before > 0) & (before < sizes))
-        found.append((chosen, np.full(len(chosen), window), before[chosen]))
-    users, windows, before = (np.concatenate(column) for column in zip(*found, strict=True))
-    return users, windows, before
 
 
 def ragged(first: IntArray, sizes: IntArray) -> Ragged:

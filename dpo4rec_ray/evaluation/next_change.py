@@ -8,30 +8,33 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.evaluation.advice import COLLAPSE, CONFIRM, HARMS, NOISE, TEST, UNREAD
 from dpo4rec_ray.rerankers import RERANKERS
 
-OTHERS, MORE, MOST_TEST = (
-    0.5,
-    3,
-    0.3,
-)  # share of pairs with another user's text; times the users; share of test users
-
-
+MORE = 3  # times the users
+OTHERS = 0.5  # share of the pairs with another user's text
+MOST_TEST = 0.3  # share of test users
 Changes = tuple[str, ...]  # section.key=value
 
 
-def next_change(advised: str, config: Config) -> Changes:
-    """For a name of ADVICE; empty where a change of the recipe is not what comes first."""
+def next_change(advised: str, config: Config, users_left: bool) -> Changes:
+    """For a name of ADVICE; empty where a change of the recipe is not what comes first.
+
+    users_left: whether the data has users that data.max_users left out.
+    """
+    if not users_left:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"max_users": 0})})
     rule = RULES.get(advised)
     return rule(config) if rule else ()
 
 
 def _more_users(config: Config) -> Changes:
-    """Three times the users, where the recipe leaves users out."""
+    """Three times the users, where there are more."""
     if config.data.dataset == "sample":
         return (f"sample.num_users={MORE * config.sample.num_users}",)
     return (f"data.max_users={MORE * config.data.max_users}",) if config.data.max_users else ()
 
 
 def _read(config: Config) -> Changes:
+    if not config.run.max_rounds:  # no reward's reranker that could learn to read
+        return _more_users(config)
     if "statistics" not in config.reward.reader and config.llm.source != "statistics":
         return ('reward.reader=["statistics"]',)
     return _more_users(config) or (f"reward.reader_texts={2 * config.reward.reader_texts}",)
@@ -48,7 +51,8 @@ def _finer(config: Config) -> Changes:
 def _more_pairs(config: Config) -> Changes:
     if found := _more_users(config):
         return found
-    if config.pair.rule == "best_vs_worst" and config.generate.num_samples >= 6:
+    plain = config.pair.rule == "best_vs_worst" and config.pair.num_rejected == 1
+    if plain and config.generate.num_samples >= 6:
         return ("pair.rule=top_vs_bottom", "pair.pairs_per_user=3")
     return (f"policy.epochs={config.policy.epochs + 1}",)
 
@@ -63,6 +67,8 @@ def _reading(config: Config) -> Changes:
 def _more_test_users(config: Config) -> Changes:
     if found := _more_users(config):
         return found
+    if config.logged.file:  # the log says who is tested
+        return ()
     share = min(MOST_TEST, 2 * config.data.test_frac)
     return (f"data.test_frac={share:g}",) if config.data.test_frac < MOST_TEST else ()
 

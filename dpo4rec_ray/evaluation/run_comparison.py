@@ -15,6 +15,7 @@ from dpo4rec_ray.evaluation.per_list import PerList, interval_stats
 from dpo4rec_ray.evaluation.systems import HEADLINE, NO_BACKBONE, Row, table_order
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.dependencies import by_key
+from dpo4rec_ray.store.reading import without_copies
 
 OF_PLACE = ("run.name", "run.root", "run.trackers")  # keys that say where a run and its record are
 NUM_RESAMPLES = 2000
@@ -39,8 +40,12 @@ class ComparedRun:
     test_lists: str
 
     @classmethod
-    def open(cls, folder: str) -> ComparedRun:
-        """Raises UserError if the folder is no finished run."""
+    def open(cls, folder: str, copies: bool = False) -> ComparedRun:
+        """copies: with the lists of users that data.drift_windows writes once more.
+
+        Raises:
+            UserError: the folder is no finished run.
+        """
         store = RunDir(folder)
         config = read_config(folder)
         manifest, file = store.require("per_list"), store.root / "summary.json"
@@ -50,9 +55,9 @@ class ComparedRun:
         lists = manifest.stats.get("test_lists") or store.require("lists").fingerprint
         summary = json.loads(file.read_text(encoding="utf-8"))
         columns = ["list_id", "user_id", "system", "backbone", "seed", *HEADLINE]
-        return cls(
-            store.root.name, config, summary, store.read("per_list", columns=columns).to_pandas(), lists
-        )
+        per_list = store.read("per_list", columns=columns).to_pandas()
+        per_list = per_list if copies else without_copies(store, per_list)
+        return cls(store.root.name, config, summary, per_list, lists)
 
 
 def recipe_differences(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:

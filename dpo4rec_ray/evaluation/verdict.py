@@ -6,6 +6,7 @@ NDCG@5 of the test users, paired on identical lists, with the 95 % interval over
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -275,5 +276,5 @@ def printed(found: Verdict, first: Sequence[str] = ()) -> str:
     """The verdict for a terminal. first: the change of the recipe to try first (next_change.py)."""
     step = f"Next: {found.next_step} ({found.see})"
     return "\n".join(
-        [found.headline, *found.sentences, step, *([f"First of all: {' '.join(first)}"] if first else [])]
+        [found.headline, *found.sentences, step, *([f"Try first: {shlex.join(first)}"] if first else [])]
     )

@@ -163,13 +163,14 @@ def plan(
 
 def _texts(config: Config, sizes: Sizes) -> tuple[int, int, int]:
     """Texts, tokens of prompts and tokens of texts over all rounds; no tokens where no LLM writes."""
-    texts, prompts = sizes.users, sizes.users  # round 0
+    tested = sizes.test * config.test_texts
+    texts, prompts = sizes.users - sizes.test + tested, sizes.users  # round 0
     for turn, names in rounds(config).items():
         sampled = sampled_users(config, sizes, turn)
         texts += sampled * config.generate.num_samples
         prompts += sampled
         if "encode" in names:
-            texts += sizes.train + sizes.test + sizes.valid * config.generate.num_samples
+            texts += sizes.train + tested + sizes.valid * config.generate.num_samples
             prompts += sizes.users
     if config.llm.source not in ("vllm", "openai"):
         return round(texts), 0, 0

@@ -142,7 +142,7 @@ def refreshed_blocks(blocks: list[UserBlock], owners: list[np.ndarray]) -> list[
     found = []
     for block, owner in zip(blocks, owners, strict=True):
         profile = block.profile.take(pa.array(owner))
-        found.append(UserBlock(first_id, np.full(len(owner), "test"), block.fold[owner], profile))
+        found.append(UserBlock(first_id, block.split[owner], block.fold[owner], profile))
         first_id += len(owner)
     return found
 

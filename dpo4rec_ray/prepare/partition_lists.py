@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 
 from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.core.candidates import (
-    FIRST_WINDOW,
     SPLITS,
     Events,
     ListPlan,
     Ragged,
-    TimeCuts,
     fill_lists,
-    first_segment_sizes,
     histories_before,
     knowledge_cut,
     plan_lists,
     ragged,
-    refreshed_users,
 )
 from dpo4rec_ray.core.keys import Keys, mix, stream
+from dpo4rec_ray.core.time_windows import FIRST_WINDOW, TimeCuts, first_segment_sizes, refreshed_users
 from dpo4rec_ray.prepare.partition_files import read_core, user_names
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import write_part
 
+# A list's id is its user's, and then its number: unique without counting the lists of other partitions, and a user may have a
+# million lists.
+NUMBER_BITS = 20
 SINCE = "@"  # between a user's id and the window that the user's text was written for
 
 
@@ -258,7 +258,7 @@ def write_users_and_lists(
 
     Args:
         history, list_history: item ids and ratings, one entry per user and per list.
-        list_user: [M] the user's place in the partition. list_number: [M] 0, 1, ... within the user.
+        list_user: [M] the user's place in the partition. list_number: [M] of ListPlan.
     """
     user_ids = users.first_id + np.arange(len(names))
     split = user_splits(users.split, list_user, list_split)
@@ -275,8 +275,7 @@ def write_users_and_lists(
     )
     list_table = pa.table(
         {
-            # Unique without counting the lists of other partitions: a user may have a million lists.
-            "list_id": (user_ids[list_user] << 20) + list_number,
+            "list_id": (user_ids[list_user] << NUMBER_BITS) + list_number,
             "user_id": user_ids[list_user],
             "split": pa.array(list_split),
             "timestamp_s": timestamp_s,
@@ -321,6 +320,11 @@ def user_splits(
     split = np.where(held_out, "valid", split)
     none = ~(has["train"] | has["valid"] | has["test"])
     return np.where(none, drawn, split)
+
+
+def list_number(list_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The number of each list within its user."""
+    return list_ids & ((1 << NUMBER_BITS) - 1)
 
 
 def key_bounds(user_key: Keys) -> tuple[Keys, NDArray[np.int64]]:

@@ -11,8 +11,8 @@ import numpy as np
 
 from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.config.placed import Placed
-from dpo4rec_ray.core.candidates import TimeCuts
 from dpo4rec_ray.core.kcore import ItemCounts, merge_counts
+from dpo4rec_ray.core.time_windows import TimeCuts
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.data_report import DataReport
 from dpo4rec_ray.prepare.partition_events import NUM_BINS, Counted, collect, peel, time_histogram, time_range

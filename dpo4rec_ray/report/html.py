@@ -89,7 +89,7 @@ def render(
 
 
 def _next_command(summary: Mapping[str, Any]) -> str:
-    """The run with the change to try first; "" where there is none (a summary of before has none)."""
+    """The run with the change to try first; "" where there is none."""
     name, changes = summary["run"], summary.get("next_change", ())
     if not changes:
         return ""

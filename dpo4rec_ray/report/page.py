@@ -16,6 +16,7 @@ from dpo4rec_ray.evaluation.ladder import ladder, printed
 from dpo4rec_ray.evaluation.next_change import next_change
 from dpo4rec_ray.evaluation.verdict import printed as printed_verdict
 from dpo4rec_ray.evaluation.verdict import verdict
+from dpo4rec_ray.prepare.data_report import NOT_TAKEN
 from dpo4rec_ray.report import html
 from dpo4rec_ray.report.measured import heldout_rewards, reward_spreads, training_steps
 from dpo4rec_ray.report.spent import spent
@@ -79,7 +80,8 @@ def run(
     }
     if config.has_policy and config.llm.path == "bootstrap":
         summary["bootstrap"] = store.require("base_llm").stats
-    summary["next_change"] = next_change(verdict(summary).advised, config)
+    left = summary["prepare"].get("filtered", {}).get(NOT_TAKEN, 0) > 0
+    summary["next_change"] = next_change(verdict(summary).advised, config, users_left=left)
     write_json(store.root / "summary.json", summary)
     write_text(store.root / "report.html", _html(config, store, last_round, summary))
     _print(summary)

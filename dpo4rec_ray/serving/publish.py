@@ -69,10 +69,15 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
         model: a folder below eval/rerankers; "": the fit of the best round with the best validation metric.
 
     Raises:
-        UserError: the run is not finished, there is no such model, or `target` exists.
+        UserError: the run is not finished, or one for the study drift, there is no such model, or `target` exists.
     """
     if is_complete(target):
         raise UserError(f"{target} exists; versions never change: publish under another name")
+    if config.data.drift_windows:
+        raise UserError(
+            f"{store.root}: data.drift_windows = {config.data.drift_windows} writes its users several times; publish a run "
+            "without windows"
+        )
     source = store.require("per_list").fingerprint
     fit = store.path("per_list") / "rerankers" / (model or best_model(config, store, best_policy(store)))
     if not (fit / WEIGHTS_FILE).is_file():

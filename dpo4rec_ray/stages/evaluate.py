@@ -42,6 +42,7 @@ from dpo4rec_ray.store.reading import (
     read_list_data,
     read_vectors,
     training_facts,
+    without_copies,
 )
 from dpo4rec_ray.workers.shards import resume_parts
 from dpo4rec_ray.workers.stage_workers import evaluation_tasks
@@ -51,6 +52,7 @@ from dpo4rec_ray.workers.tasks import run_tasks
 GAIN, USED = "gain of texts on validation", "texts are used"
 EVALUATION, OLD_EVALUATION = "metrics.json", "figures.json"  # the former name
 BASE_LLM, STATISTICS = "base-llm", "statistics"
+Scores = tuple[np.ndarray, np.ndarray]  # rows of some lists [m], and the scores of their candidates [m, L]
 
 
 def system_name(config: Config, texts: int | str | None) -> str:
@@ -103,7 +105,13 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     popular = popularity(read_list_data(store, "train"), num_items)[test.item_ids.numpy()]
     store.write("per_list", _simple_systems(config, store, test, popular), part=len(fits))
     per_list = read_folder(folder)
-    _summarise(config, store, per_list.to_pandas(), _list_properties(store, test, popular), round_id)
+    _summarise(
+        config,
+        store,
+        without_copies(store, per_list.to_pandas()),
+        _list_properties(store, test, popular),
+        round_id,
+    )
     stats = {"last_round": round_id, "test_lists": _digest(store, test)}
     return Outcome(rows_in=store.require("lists").rows, rows_out=len(per_list), stats=stats)
 
@@ -207,21 +215,26 @@ def _scores(
     test: ListData,
     texts: int | str | None,
     vectors: np.ndarray | None,
-) -> Iterator[np.ndarray]:
-    """Scores [n, L] of the test lists: by the users' first texts, then by their further ones (evaluate.num_texts).
+) -> Iterator[Scores]:
+    """Scores of the test lists by the users' first texts, then by their further ones, as many as there are.
 
     vectors: [U, D] of the first texts.
     """
-    users, rows = np.unique(test.user_rows.numpy(), return_inverse=True)
-    own = None if vectors is None else vectors[users]
-    yield scorer.score(test.item_ids, test.mask, own, rows, test.histories)
-    if own is None or not isinstance(texts, int):
+    every = np.arange(len(test))
+    users = test.user_rows.numpy()
+
+    def scored(lists: np.ndarray, own: np.ndarray | None, rows: np.ndarray) -> Scores:
+        some = test.select(torch.from_numpy(lists))
+        return lists, scorer.score(some.item_ids, some.mask, own, rows, some.histories)
+
+    yield scored(every, vectors, users)
+    if vectors is None or not isinstance(texts, int):
         return
     for sample_id in range(1, config.test_texts):
         written, of_sample = read_vectors(store, texts, "user", sample_id)
-        _, mine, theirs = np.intersect1d(users, written, assume_unique=True, return_indices=True)
-        own[mine] = of_sample[theirs]
-        yield scorer.score(test.item_ids, test.mask, own, rows, test.histories)
+        lists = np.flatnonzero(np.isin(users, written))
+        if len(lists):
+            yield scored(lists, of_sample, np.searchsorted(written, users[lists]))
 
 
 def fit_name(config: Config, backbone: str, texts: int | str | None, seed: int) -> str:
@@ -243,16 +256,24 @@ def _simple_systems(config: Config, store: RunDir, test: ListData, popular: np.n
     random = rng.random(test.item_ids.shape)
     systems = {"random": random, "popularity": popular, "upper-bound": test.labels.numpy()}
     return pa.concat_tables(
-        [_measured(store, test, [scores], name, "none", 0) for name, scores in systems.items()]
+        [
+            _measured(store, test, [(np.arange(len(test)), scores)], name, "none", 0)
+            for name, scores in systems.items()
+        ]
     )
 
 
 def _measured(
-    store: RunDir, test: ListData, every: Iterable[np.ndarray], system: str, backbone: str, seed: int
+    store: RunDir, test: ListData, every: Iterable[Scores], system: str, backbone: str, seed: int
 ) -> pa.Table:
-    """every: scores [n, L], by one text of each user after the other; the metrics are their means."""
+    """every: by one text of each user after the other; a list's metrics are the means over them."""
     labels, mask = test.labels.numpy(), test.mask.numpy()
-    metrics = [list_metrics(scores, labels, METRIC_NAMES, mask) for scores in every]
+    times = np.zeros(len(test))
+    sums = {name: np.zeros(len(test)) for name in METRIC_NAMES}
+    for lists, scores in every:
+        times[lists] += 1
+        for name, values in list_metrics(scores, labels[lists], METRIC_NAMES, mask[lists]).items():
+            sums[name][lists] += values
     columns: dict[str, Any] = {
         "list_id": _list_ids(store),
         "user_id": test.user_ids.numpy(),
@@ -260,8 +281,7 @@ def _measured(
         "backbone": [backbone] * len(test),
         "seed": np.full(len(test), seed, np.int32),
     }
-    means = {name: np.mean([one[name] for one in metrics], axis=0) for name in METRIC_NAMES}
-    return pa.table(columns | means)
+    return pa.table(columns | {name: values / times for name, values in sums.items()})
 
 
 def _list_ids(store: RunDir) -> np.ndarray:

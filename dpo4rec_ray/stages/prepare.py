@@ -57,7 +57,6 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Read the dataset and write users, items, truth (empty unless it is known), lists, and data/report.json."""
     source = take_source(config)
     section = "table" if config.data.dataset == "table" else ""
-    section = "table" if config.data.dataset == "table" else ""
     report = DataReport(file_names(source), config.data.max_bad_fraction, section, notes=file_notes(source))
     folders = {name: store.start(name) for name in ARTIFACTS}
     data_folder = folders["lists"].parent

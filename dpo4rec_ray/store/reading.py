@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -32,7 +33,8 @@ def read_vectors(
     where = [("subject", "=", subject), ("sample_id", "=", sample_id)]
     table = store.read("knowledge", round_id, where=where, columns=["subject_id", "vector"])
     table = table.sort_by("subject_id").combine_chunks()
-    return table["subject_id"].to_numpy(), vectors_of(table["vector"])
+    vectors = vectors_of(table["vector"]) if len(table) else np.zeros((0, 0), np.float32)
+    return table["subject_id"].to_numpy(), vectors
 
 
 def read_all_vectors(store: RunDir, subject: str, round_id: int = 0) -> np.ndarray:
@@ -83,6 +85,12 @@ def reader_vectors(config: Config, store: RunDir, policy: int) -> np.ndarray:
 def _subject(config: Config, reader: str) -> str:
     """Whose texts in `knowledge` a reader means."""
     return reader if reader != "llm" and config.llm.source != reader else "user"
+
+
+def without_copies(store: RunDir, per_list: pd.DataFrame) -> pd.DataFrame:
+    """The rows of users themselves, without those that data.drift_windows writes once more for each window."""
+    copies_from = store.require("lists").stats.get("refreshed_from")
+    return per_list if copies_from is None else per_list[per_list["user_id"] < copies_from]
 
 
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:

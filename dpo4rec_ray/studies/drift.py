@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.candidates import SPLITS
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.evaluation.run_comparison import ComparedRun
 from dpo4rec_ray.evaluation.systems import BACKBONE
+from dpo4rec_ray.prepare.partition_lists import SINCE, list_number
 from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.studies.measures import NDCG, TEST, level, lists_of
@@ -39,7 +39,6 @@ KINDS = STALE, TEXTS, RERANKER, ALL = "nothing", "texts", "texts and reranker", 
 AGE, LISTS = "days since the cut", "lists"
 ADDED, BACK = "test NDCG@5 that texts add", "test NDCG@5 against nothing refreshed"
 LATER, FIRST_POLICY = "all later windows", "first policy"
-_NUMBER = (1 << 20) - 1  # a list's number is the rest of its id (prepare/partition_lists.py)
 
 
 def variants(config: Config) -> dict[str, Changes]:
@@ -54,7 +53,10 @@ def variants(config: Config) -> dict[str, Changes]:
         known = (f"data.known_windows={window}",)
         found[cut(window)] = known
         if trained_policy(config):
-            found[f"{cut(window)}, {FIRST_POLICY}"] = (*known, f"llm.path={OWN_POLICY}", "run.num_rounds=0")
+            # As in the recipe's run, the first policy writes at the temperature of the last round.
+            warmth = config.generate_by(config.run.max_rounds).temperature
+            own = (f"llm.path={OWN_POLICY}", "run.num_rounds=0", f"generate.temperature={warmth}")
+            found[f"{cut(window)}, {FIRST_POLICY}"] = (*known, *own)
     return found
 
 
@@ -124,24 +126,22 @@ class _Copies:
     """The test lists of a run, once for each window that the user's text was written for."""
 
     def __init__(self, store: RunDir):
-        run, stats = ComparedRun.open(str(store.root)), store.require("lists").stats
+        run, stats = ComparedRun.open(str(store.root), copies=True), store.require("lists").stats
         lists = lists_of(run)
         backbone, system = run.config.evaluated_backbones[0], system_name(run.config, last_turn(store))
         users = store.read("users", columns=["user_id", "raw_id"]).to_pandas()
         base = users["user_id"] < stats["refreshed_from"]
         ids = users[base].set_index("raw_id")["user_id"]
-        owner = users[~base]["raw_id"].str.rsplit("@", n=1, expand=True)
-        again = pd.DataFrame(
-            {"user": ids.loc[owner[0]].to_numpy(), "written": owner[1].astype(int).to_numpy()},
-            index=users[~base]["user_id"].to_numpy(),
-        )
-        times = store.read("lists", split=SPLITS[-1], columns=["split", "list_id", "timestamp_s"]).to_pandas()
+        copies = users[~base].set_index("user_id")["raw_id"].str.rpartition(SINCE)
+        again = pd.DataFrame({"user": copies[0].map(ids), "written": copies[2].astype(np.int64)})
+        # The second reader of test lists beside `evaluate`: of their times alone.
+        times = store.read("lists", split="test", columns=["split", "list_id", "timestamp_s"]).to_pandas()
         time_s = times.set_index("list_id")["timestamp_s"].loc[lists.list_ids].to_numpy()
         starts_s = np.array(stats["windows_s"])
         self._frame = pd.DataFrame(
             {
                 "copy of": lists.users,
-                "list": lists.list_ids & _NUMBER,
+                "list": list_number(lists.list_ids),
                 "window": np.searchsorted(starts_s, time_s, side="right") - 1,
                 "days": (time_s - starts_s[0]) / DAY_S,
                 "with texts": level(lists, backbone, system, NDCG)[0],
@@ -177,4 +177,4 @@ def sentence(rows: Sequence[Row]) -> str:
     )
 
 
-STUDY = Study(variants, rows, sentence, (ADDED, BACK), needs_policy=False)
+STUDY = Study(variants, rows, sentence, (ADDED, BACK), needs=None, needs_policy=False)

@@ -19,8 +19,9 @@ from dpo4rec_ray.studies.variants import kept_and_redone, stage_names
 
 NOTE = (
     "Intervals are 95 % bootstraps over users; with several seeds a mean over seeds whose users are drawn anew within each seed, "
-    "so they say what other users would change, not other seeds. Differences are paired on users or lists. The reward rerankers "
-    "of the recipe's own run judge all variants' texts of the validation users; gains are since the base LLM's texts."
+    "so they say what other users would change, not other seeds. Differences are paired on users or lists. What the texts of "
+    "validation users are worth is judged by the reward rerankers of the recipe's own run, for all variants, since the base "
+    "LLM's texts."
 )
 KEPT = "What the variants kept of the recipe's run"
 

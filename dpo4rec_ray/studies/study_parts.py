@@ -74,7 +74,7 @@ class Study:
         rows: the runs of every seed -> the table.
         sentence: the table -> what it says, with intervals.
         shown: columns of the plot.
-        needs: variants that its rows or its sentence cannot do without.
+        needs: variants that its rows or its sentence cannot do without; None: all of them.
         needs_policy: False where recipes whose texts no LLM writes have such a study too.
     """
 
@@ -82,7 +82,7 @@ class Study:
     rows: Callable[[Sequence[SeedRuns]], list[Row]]
     sentence: Callable[[Sequence[Row]], str]
     shown: tuple[str, ...]
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] | None = ()
     needs_policy: bool = True
 
 

@@ -78,7 +78,9 @@ def planned(
         raise ValueError(f"a variant cannot be called {reserved!r}")
     for unknown in set(only) - variants.keys():
         raise UserError(f"study {name} has no variant {unknown!r}; there are: {'; '.join(variants)}")
-    if only:
+    if only and study.needs is None:
+        raise UserError(f"study {name} needs all of its variants; leave --variant out")
+    if only and study.needs is not None:
         variants = {one: keys for one, keys in variants.items() if one in (*only, *study.needs)}
     found = []
     for seed in seeds or [plain.run.seed]:

@@ -16,11 +16,13 @@ OWN_POLICY = (
 
 def trained_policy(config: Config) -> str:
     """The folder where the run of a recipe will have its last policy as a whole model; "" where it has none, or where it
-    is not known before which round will be the last.
+    may end before its last round.
     """
     rounds = config.run.num_rounds
     whole = {"full": FULL, "lora": MERGED if merges_lora(config) else ""}[config.policy.tuning]
     if not config.has_policy or not rounds or rounds == "auto" or not whole:
+        return ""
+    if config.run.patience < rounds > 1:
         return ""
     store = RunDir(place(config.run.root) / config.run.name)
     return str(store.path("policy", rounds * config.run.turns_per_round) / whole)

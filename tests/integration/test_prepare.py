@@ -11,7 +11,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo4rec_ray.config import Config
+from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.datasets.files import plan_splits
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare import ingest
+from dpo4rec_ray.prepare.partition_lists import list_number
 from dpo4rec_ray.stages import prepare
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.store.reading import without_copies
+from dpo4rec_ray.store.schemas import EVALUATED_AT, EVALUATED_METRICS
+from dpo4rec_ray.studies import drift
+from dpo4rec_ray.studies.study_parts import SeedRuns, by_name, measured
 from tests.conftest import local_ray
 
 pytestmark = pytest.mark.ray
@@ -218,6 +223,12 @@ def prepared(folder: Path, data: dict[str, Any], **sections: Any) -> RunDir:
 
 def report_of(store: RunDir) -> dict[str, Any]:
     return json.loads((store.root / "data" / "report.json").read_text())
+
+
+def windows_of(folder: Path, known: int, **data: Any) -> RunDir:
+    """Three windows of test time, so many of them known."""
+    values = {"protocol": "time", "test_frac": 0.5, "drift_windows": 3, "known_windows": known}
+    return prepared(folder, {**data, **values})
 
 
 def adds_up(store: RunDir) -> None:
@@ -760,7 +771,7 @@ def test_windows_of_time(tmp_path: Path) -> None:
         list[tuple[int, str, int, list[int], list[float]]]
     ] = []  # time, user, number, candidates, labels
     for known in (0, 1, 2):
-        store = prepared(tmp_path / f"known{known}", {**data, "known_windows": known})
+        store = windows_of(tmp_path / f"known{known}", known, **data)
         stats = store.require("lists").stats
         starts_s, names = stats["windows_s"], raw_ids(store)
         users = {row["user_id"]: row for row in store.read("users").to_pylist()}
@@ -813,3 +824,80 @@ def test_windows_of_time(tmp_path: Path) -> None:
 def test_windows_that_cannot_be(keys: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DataSection(**keys)  # pyright: ignore[reportArgumentType]
+
+
+def evaluated_windows(folder: Path, events: list[Event]) -> SeedRuns:
+    """Runs that know 0, 1 and 2 windows, with made figures: texts add .4, less .1 for each window that they are old, and .02
+    more with the reranker of each later window.
+    """
+    raw = folder / "raw"
+    raw.mkdir()
+    data = {**ml_1m(raw, events), "raw_dir": str(raw)}
+    stores = [windows_of(folder / f"known{known}", known, **data) for known in range(3)]
+    for known, store in enumerate(stores):
+        starts_s, users = store.require("lists").stats["windows_s"], store.read("users")
+        names = dict(zip(users["user_id"].to_pylist(), users["raw_id"].to_pylist(), strict=True))
+        rows = []
+        for one in store.read("lists", split="test").to_pylist():
+            window = int(np.searchsorted(starts_s, one["timestamp_s"], side="right")) - 1
+            _, copy, written = names[one["user_id"]].rpartition("@")
+            hard = list_number(one["list_id"]) % 7 / 100  # the same in all runs
+            added = 0.4 - 0.1 * (window - int(written)) + 0.02 * known if copy else 0.9
+            for system, value in (("backbone", hard), ("statistics", hard + added)):
+                same = {f"{metric}@{k}": value for metric in EVALUATED_METRICS for k in EVALUATED_AT}
+                ids = {"list_id": one["list_id"], "user_id": one["user_id"]}
+                rows.append({**ids, "system": system, "backbone": "prm", "seed": 0, **same})
+        store.start("per_list")
+        store.write("per_list", pa.Table.from_pylist(rows))
+        stats = {"last_round": 0, "test_lists": "same"}
+        store.finish(Manifest(artifact="per_list", fingerprint="x", rows=len(rows), stats=stats))
+        recipe = {
+            "data": {"drift_windows": 3, "protocol": "time", "known_windows": known},
+            "llm": {"source": "statistics"},
+        }
+        (store.root / "config.json").write_text(Config.model_validate(recipe).model_dump_json())
+        (store.root / "summary.json").write_text("{}")
+    config = read_config(str(stores[0].root))
+    return SeedRuns(0, config, stores[0], {f"cut {known}": stores[known] for known in (1, 2)})
+
+
+def test_the_study_of_drift_pairs_lists_of_the_same_users(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    stay = [
+        replace(event, timestamp_s=1_000_000_000 + int(rng.integers(200 * DAY_S))) for event in make_events()
+    ]
+    runs = evaluated_windows(tmp_path, stay)
+    rows = by_name(drift.rows([runs]))
+    expected = {  # what texts add, and against nothing refreshed
+        "nothing refreshed, window 0": (0.4, 0.0),
+        "nothing refreshed, window 1": (0.3, 0.0),
+        "texts refreshed, window 1": (0.4, 0.1),
+        "all refreshed, window 1": (0.42, 0.12),
+        "nothing refreshed, window 2": (0.2, 0.0),
+        "texts refreshed, window 2": (0.4, 0.2),
+        "all refreshed, window 2": (0.44, 0.24),
+    }
+    for name, (added, back) in expected.items():
+        assert measured(rows[name], drift.ADDED).interval.mean == pytest.approx(added, abs=1e-5), name
+        assert measured(rows[name], drift.BACK).interval.mean == pytest.approx(back, abs=1e-5), name
+    assert rows.keys() == expected.keys() | {
+        f"{kind} refreshed, all later windows" for kind in ("nothing", "texts", "all")
+    }
+    lists = {name: row[drift.LISTS] for name, row in rows.items()}
+    assert (
+        lists["all refreshed, all later windows"]
+        == lists["all refreshed, window 1"] + lists["all refreshed, window 2"]
+    )
+    told = drift.sentence(list(rows.values()))
+    assert "texts add +0.4000" in told and "; all +0." in told
+    store = runs.recipe
+    own = without_copies(store, store.read("per_list").to_pandas())["user_id"]
+    assert own.max() < store.require("lists").stats["refreshed_from"] < store.require("users").rows
+
+
+def test_windows_into_which_nobody_comes_back(tmp_path: Path) -> None:
+    """Users stay for 20 of 200 days."""
+    with pytest.raises(
+        UserError, match=r"no user with events before the cut has a list in window 1, 2; use fewer windows"
+    ):
+        drift.rows([evaluated_windows(tmp_path, make_events())])

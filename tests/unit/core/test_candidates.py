@@ -11,7 +11,6 @@ from dpo4rec_ray.core.candidates import (
     Events,
     ListPlan,
     fill_lists,
-    first_segment_sizes,
     histories_before,
     knowledge_cut,
     plan_lists,
@@ -19,6 +18,7 @@ from dpo4rec_ray.core.candidates import (
     split_users,
 )
 from dpo4rec_ray.core.keys import stream
+from dpo4rec_ray.core.time_windows import first_segment_sizes
 from dpo4rec_ray.errors import UserError
 
 

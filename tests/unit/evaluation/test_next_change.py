@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dpo4rec_ray.checks import check_all
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.evaluation.advice import ADVICE, COLLAPSE, COUNTED, HARMS, NOISE, TEST, UNREAD
 from dpo4rec_ray.evaluation.next_change import RULES, next_change
@@ -14,7 +15,7 @@ LOOK_FIRST = {"text accuracy", "fit to later likes", COUNTED}
 
 def test_every_advice_has_a_change_or_none_on_purpose() -> None:
     assert RULES.keys() == ADVICE.keys() - LOOK_FIRST
-    assert all(next_change(name, load_config("demo")) == () for name in LOOK_FIRST)
+    assert all(next_change(name, load_config("demo"), True) == () for name in LOOK_FIRST)
 
 
 @pytest.mark.parametrize(
@@ -22,9 +23,13 @@ def test_every_advice_has_a_change_or_none_on_purpose() -> None:
 )
 @pytest.mark.parametrize("name", RULES)
 def test_the_change_is_a_sound_recipe_that_differs(name: str, recipe: str) -> None:
+    """And every stage that it concerns takes it."""
     config = load_config(recipe)
-    if changes := next_change(name, config):
-        assert load_config(recipe, list(changes)) != config
+    if changes := next_change(name, config, True):
+        changed = load_config(recipe, list(changes))
+        assert changed != config
+        if recipe == "demo":  # the others' data is not here
+            check_all(changed, "")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +48,16 @@ def test_the_change_is_a_sound_recipe_that_differs(name: str, recipe: str) -> No
         (TEST, "ml1m_statistics", ["data.test_frac=0.3"], ()),
         ("held-out reward", "amazon_books", [], ()),
         (HARMS, "demo", [], ("run.seed=1",)),
+        (UNREAD, "ml1m_statistics", [], ()),
+        ("DPO accuracy", "amazon_books", [], ("pair.rule=top_vs_bottom", "pair.pairs_per_user=3")),
+        ("DPO accuracy", "amazon_books", ["pair.num_rejected=2"], ("policy.epochs=2",)),
     ],
 )
 def test_the_change(name: str, recipe: str, keys: list[str], expected: tuple[str, ...]) -> None:
-    assert next_change(name, load_config(recipe, keys)) == expected
+    assert next_change(name, load_config(recipe, keys), True) == expected
+
+
+def test_users_that_the_data_does_not_have_are_not_asked_for() -> None:
+    recipe = load_config("ml1m_real_small")
+    assert next_change("held-out reward", recipe, True) == ("data.max_users=3000",)
+    assert next_change("held-out reward", recipe, False) == ()

@@ -98,6 +98,8 @@ def test_some_variants_alone() -> None:
     assert [job.name for job in jobs] == ["recipe", "random pairs", "swapped pairs", "no redraws"]
     jobs = planned("n_samples", study_of("n_samples"), "demo", [], [], only=["N = 4"])
     assert [job.name for job in jobs] == ["recipe", "N = 4"]
+    with pytest.raises(UserError, match="study drift needs all of its variants; leave --variant out"):
+        planned("drift", study_of("drift"), "demo", ASKS["drift"], [], only=["cut 1"])
     with pytest.raises(UserError, match=r"n_samples has no variant 'N = 3'; there are: N = 2; N = 4; N = 8"):
         planned("n_samples", study_of("n_samples"), "demo", [], [], only=["N = 3"])
 
@@ -189,7 +191,14 @@ def test_a_later_cut_with_the_first_policy_has_that_of_its_seed(tmp_path: Path) 
         assert later.llm.path == str(tmp_path / base / "rounds" / "01" / "policy" / "merged")
         assert later.data.known_windows == 2 and later.run.num_rounds == 0
         assert jobs["cut 2", seed].config.llm.path == "bundled"
-    for other in ("run.num_rounds=auto", "llm.lora_mode=lora"):
+    warmer = ["run.num_rounds=2", "run.patience=2", "generate.temperature=[1.0, 0.7]"]
+    [config] = [
+        job.config
+        for job in planned("drift", study_of("drift"), "demo", [*asks, *warmer], [])
+        if job.name == "cut 1, first policy"
+    ]
+    assert config.llm.path.endswith("rounds/02/policy/merged") and config.generate.temperature == 0.7
+    for other in ("run.num_rounds=auto", "run.num_rounds=2", "llm.lora_mode=lora"):
         assert list(drift.variants(load_config("demo", [*asks, other]))) == ["cut 1", "cut 2"]
     counted = [*ASKS["drift"], "llm.source=statistics", "run.num_rounds=0"]
     names = [job.name for job in planned("drift", study_of("drift"), "demo", counted, [])]
