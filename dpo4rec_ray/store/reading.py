@@ -89,7 +89,8 @@ def _subject(config: Config, reader: str) -> str:
 
 def without_copies(store: RunDir, per_list: pd.DataFrame) -> pd.DataFrame:
     """The rows of users themselves, without those that data.drift_windows writes once more for each window."""
-    copies_from = store.require("lists").stats.get("refreshed_from")
+    made = store.manifest("lists")
+    copies_from = made.stats.get("refreshed_from") if made else None
     return per_list if copies_from is None else per_list[per_list["user_id"] < copies_from]
 
 

@@ -50,7 +50,7 @@ def test_the_change_is_a_sound_recipe_that_differs(name: str, recipe: str) -> No
         (HARMS, "demo", [], ("run.seed=1",)),
         (UNREAD, "ml1m_statistics", [], ()),
         ("DPO accuracy", "amazon_books", [], ("pair.rule=top_vs_bottom", "pair.pairs_per_user=3")),
-        ("DPO accuracy", "amazon_books", ["pair.num_rejected=2"], ("policy.epochs=2",)),
+        ("DPO accuracy", "amazon_books", ["pair.num_rejected=2"], ("policy.epochs=4",)),
     ],
 )
 def test_the_change(name: str, recipe: str, keys: list[str], expected: tuple[str, ...]) -> None:
