@@ -169,7 +169,7 @@ def test_the_architecture_page_lists_every_room_and_file() -> None:
 def test_only_evaluate_reads_the_test_lists() -> None:
     """`"test"` stands where users and lists are split, where every user gets a text from the prompt history, in evaluate.
 
-    `core/candidates` and `prepare/partition_lists` say who is tested.
+    `core/candidates` and `prepare/partition_lists` say who is tested; the study `drift` reads when test lists were.
     """
     named = {
         path.relative_to(PACKAGE).as_posix()
@@ -177,6 +177,6 @@ def test_only_evaluate_reads_the_test_lists() -> None:
         if '"test"' in path.read_text(encoding="utf-8")
     }
     splitting = {"core/candidates.py", "prepare/partition_lists.py"}
-    assert named == {*splitting, "stages/encode.py", "stages/evaluate.py"}
+    assert named == {*splitting, "stages/encode.py", "stages/evaluate.py", "studies/drift.py"}
     unsplit = [path for path in PACKAGE.rglob("*.py") if 'store.read("lists")' in path.read_text()]
     assert unsplit == []
