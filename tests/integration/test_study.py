@@ -91,7 +91,18 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     base, study = RunDir(tmp_path / "demo"), tmp_path / "demo-study-ablation"
     swapped = RunDir(study / "swapped-pairs-seed0")
     first = started(tmp_path)
-    until(lambda: first.poll() is not None or (swapped.path("policy", 1) / "metrics.jsonl").exists(), 1200)
+    # The recipe's own policy is lent first; that of the variant begins where it is gone.
+    until(
+        lambda: (
+            first.poll() is not None
+            or (
+                (swapped.root / "config.json").exists()
+                and swapped.manifest("policy", 1) is None
+                and (swapped.path("policy", 1) / "metrics.jsonl").exists()
+            )
+        ),
+        1200,
+    )
     assert first.poll() is None, first.communicate()
     [job] = psutil.Process(first.pid).children()
     workers = job.children(recursive=True)
