@@ -173,7 +173,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests say why they do not run, instead of failing somewhere inside an engine."""
+    """Tests of minutes have three times as many, as other work may take half of the machine; GPU tests say why they do not run,
+    instead of failing somewhere inside an engine.
+    """
+    for item in items:
+        minutes = any(map(item.get_closest_marker, ("slow", "chaos")))
+        if minutes and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
     if not any("gpu" in item.keywords for item in items):
         return
     import torch
