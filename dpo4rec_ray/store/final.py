@@ -43,7 +43,7 @@ def promote(run: RunSection, store: RunDir, best: int, last: int) -> FinalPolicy
     if best:
         why = f"the best of {trained} by the held-out reward and reading of the validation users"
     else:
-        why = f"the base LLM: by the validation users' reward and reading, none of {trained} improved on it"
+        why = f"as none of {trained} improved on it by the validation users' reward and reading"
     folder = store.path("policy", best).relative_to(store.root).as_posix() if best else ""
     reference = str(store.require("policy", best).stats.get("reference", "")) if best else ""
     found = FinalPolicy(best_round, best, folder, reference, why)
