@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,19 @@ def local_ray(num_cpus: int, store_mib: int = 80) -> Iterator[None]:
 
 
 def kill_driver(process: subprocess.Popen[Any]) -> None:
-    """Kill a job's driver and wait until its workers have ended by themselves.
-
-    Ray's two agents may outlive their raylet; they hold nothing of ours and are killed.
-    """
+    """Kill a job's driver and wait until its workers have ended by themselves."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    agents = [child for child in children if still_runs(child) and child.name().startswith(AGENTS)]
+    end_by_themselves(children)
+
+
+def end_by_themselves(children: Sequence[psutil.Process]) -> None:
+    """Wait until the processes of a driver that is gone have ended.
+
+    Ray's two agents may outlive their raylet, which they look for once a minute; they hold nothing of ours and are killed.
+    """
+    agents = [child for child in children if still_runs(child) and name_of(child).startswith(AGENTS)]
     workers = [child for child in children if child not in agents]
     deadline = time.monotonic() + 60
     while (alive := [child for child in workers if still_runs(child)]) and time.monotonic() < deadline:
@@ -125,7 +130,14 @@ def kill_driver(process: subprocess.Popen[Any]) -> None:
     for child in [*agents, *alive]:
         with contextlib.suppress(psutil.Error):
             child.kill()
-    assert not alive, f"still there a minute after the driver's death: {alive}"
+    assert not alive, f"still there a minute after the driver's end: {alive}"
+
+
+def name_of(process: psutil.Process) -> str:
+    """ "" where it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return process.name()
+    return ""
 
 
 def still_runs(process: psutil.Process) -> bool:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from dpo4rec_ray.store.artifacts import RunDir
-from tests.conftest import AGENTS, DEMO, ROOT, command, run_job, still_runs
+from tests.conftest import DEMO, ROOT, command, end_by_themselves, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.chaos]
 
@@ -71,23 +71,7 @@ class Job:
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(sent)
         self.process.wait(timeout=120)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            alive = [child for child in children if still_runs(child)]
-            alive = [child for child in alive if not name_of(child).startswith(AGENTS)]
-            if not alive:
-                break
-            time.sleep(0.2)
-        for child in children:
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-        assert not alive, f"still there a minute after the driver's end: {alive}"
-
-
-def name_of(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return process.name()
-    return ""
+        end_by_themselves(children)
 
 
 def wait_for_progress(job: Job, generations: Path, more: int) -> bool:

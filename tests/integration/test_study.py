@@ -18,7 +18,7 @@ from dpo4rec_ray.studies.every_study import QUESTIONS, study_of
 from dpo4rec_ray.studies.measures import AGAINST, FIGURES, TEST_AGAINST
 from dpo4rec_ray.studies.results import plot
 from dpo4rec_ray.studies.study_parts import NAME, SeedRuns, Study, by_name, measured, said
-from tests.conftest import ROOT, TINY, Finished, still_runs, until
+from tests.conftest import ROOT, TINY, Finished, end_by_themselves, still_runs, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
@@ -109,7 +109,7 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     first.kill()
     first.communicate()
     until(lambda: not still_runs(job), 5)
-    until(lambda: not any(still_runs(one) and one.name().startswith("ray::") for one in workers), 60)
+    end_by_themselves(workers)
     assert swapped.manifest("policy", 1) is None, "the kill must come in the middle"
     random = RunDir(study / "random-pairs-seed0")
     before = {store: store.require("policy", 1).produced for store in (base, random)}
