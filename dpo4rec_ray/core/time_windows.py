@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
+Refreshed = tuple[IntArray, IntArray, IntArray]  # of `refreshed_users`
 FIRST_WINDOW = 2  # the segment in which test time begins
 
 
@@ -42,7 +43,7 @@ def first_segment_sizes(bounds: IntArray, segment: Array) -> IntArray:
     return np.bincount(user, weights=segment == first[user], minlength=len(bounds) - 1).astype(np.int64)
 
 
-def refreshed_users(bounds: IntArray, segment: Array) -> tuple[IntArray, IntArray, IntArray]:
+def refreshed_users(bounds: IntArray, segment: Array) -> Refreshed:
     """Whose text can be written anew when a window of test time begins: users with events before it, and in or after it.
 
     Args:

@@ -27,7 +27,13 @@ from dpo4rec_ray.core.candidates import (
     ragged,
 )
 from dpo4rec_ray.core.keys import Keys, mix, stream
-from dpo4rec_ray.core.time_windows import FIRST_WINDOW, TimeCuts, first_segment_sizes, refreshed_users
+from dpo4rec_ray.core.time_windows import (
+    FIRST_WINDOW,
+    Refreshed,
+    TimeCuts,
+    first_segment_sizes,
+    refreshed_users,
+)
 from dpo4rec_ray.prepare.partition_files import read_core, user_names
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import write_part
@@ -182,9 +188,7 @@ def _lists(drawn: Drawn, chosen: NDArray[np.int64], data: DataSection) -> dict[s
     }
 
 
-def find_refreshed(
-    work: Place, partition: int, num_users: int, cuts: TimeCuts
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def find_refreshed(work: Place, partition: int, num_users: int, cuts: TimeCuts) -> Refreshed:
     """`refreshed_users` of the partition's first users, for the windows of test time."""
     columns = read_core(work, partition, ("user_key", "timestamp_s"))
     _, bounds = key_bounds(columns["user_key"])
@@ -198,7 +202,7 @@ def build_refreshed(
     part: int,
     num_users: int,
     users: UserBlock,
-    found: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+    found: Refreshed,
     item_keys: Keys,
     data: DataSection,
     cuts: TimeCuts,

@@ -33,8 +33,7 @@ def read_vectors(
     where = [("subject", "=", subject), ("sample_id", "=", sample_id)]
     table = store.read("knowledge", round_id, where=where, columns=["subject_id", "vector"])
     table = table.sort_by("subject_id").combine_chunks()
-    vectors = vectors_of(table["vector"]) if len(table) else np.zeros((0, 0), np.float32)
-    return table["subject_id"].to_numpy(), vectors
+    return table["subject_id"].to_numpy(), vectors_of(table["vector"])
 
 
 def read_all_vectors(store: RunDir, subject: str, round_id: int = 0) -> np.ndarray:
@@ -95,9 +94,9 @@ def without_copies(store: RunDir, per_list: pd.DataFrame) -> pd.DataFrame:
 
 
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
-    """A list column of equal lengths as [n, D] float32."""
+    """A list column of equal lengths as [n, D] float32; [0, 0] of no rows, whose length nobody knows."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    return flat.reshape(len(column), -1)
+    return flat.reshape(len(column), -1 if len(column) else 0)
 
 
 def read_catalogue(store: RunDir) -> Catalogue:

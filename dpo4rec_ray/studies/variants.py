@@ -9,9 +9,8 @@ from dpo4rec_ray.storage.places import link_folder, place
 from dpo4rec_ray.store.artifacts import LATER_PATHS, PATHS, RunDir
 from dpo4rec_ray.store.policies import merges_lora
 
-OWN_POLICY = (
-    "RECIPE"  # as llm.path in a variant's keys: the policy that the recipe's run trains, in the same seed
-)
+# As llm.path in a variant's keys: the policy that the recipe's run trains, in the same seed.
+OWN_POLICY = "RECIPE"
 
 
 def trained_policy(config: Config) -> str:
