@@ -1,9 +1,11 @@
 """One writer at a time in a folder, on any storage and between machines: a lease with a heartbeat.
 
 Leases are files `.lease/NUMBER.json` that can only be created where there is none, so that of several takers one succeeds. The
-highest number holds. Its holder rewrites the file every few seconds; whoever finds one that does not change, or whose process
-on the same machine is gone, takes the next number. No clock of another machine is believed. A holder that was cut off and finds
-a higher number, or its own file gone, has lost the folder and must stop.
+highest number holds. Its holder rewrites the file every few seconds and, at the end, writes into it that it let go; whoever finds
+one that was let go, that does not change, or whose process on the same machine is gone, takes the next number. The file of the
+last holder stays: were a number ever used again, a taker that was slow could create it beside a holder that started from the
+beginning. No clock of another machine is believed. A holder that was cut off and finds a higher number, or its own file gone, has
+lost the folder and must stop.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Holder:
         machine: the kernel that runs it and its space of process ids: only there its pid means something.
         started: of the process, so that another one with the same pid is not mistaken for it.
         beats: how often it said that it lives.
+        ended: it let go of the folder.
     """
 
     host: str
@@ -49,6 +52,7 @@ class Holder:
     started: float
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     beats: int = 0
+    ended: bool = False
 
     @classmethod
     def myself(cls) -> Holder:
@@ -59,12 +63,12 @@ class Holder:
         return f"process {self.pid} on {self.host}"
 
     def known_gone(self) -> bool:
-        """Whether it ran on this machine and does no longer."""
-        return self.machine == _machine() and not self._lives()
+        """Whether it let go, or ran on this machine and does no longer."""
+        return self.ended or (self.machine == _machine() and not self._lives())
 
     def known_alive(self) -> bool:
-        """Whether it runs on this machine."""
-        return self.machine == _machine() and self._lives()
+        """Whether it holds on and runs on this machine."""
+        return not self.ended and self.machine == _machine() and self._lives()
 
     def _lives(self) -> bool:
         try:
@@ -107,7 +111,7 @@ def lease(
         # A lease that stays is taken over, and its error says less than what ended the block.
         with contextlib.suppress(Exception):
             if _still_mine(leases, number, me):
-                _file(leases, number).unlink(missing_ok=True)
+                _write(leases, number, replace(me, ended=True))
 
 
 def _take(leases: Place, me: Holder, wait: bool, waiting: Callable[[str], None]) -> int:
@@ -116,7 +120,10 @@ def _take(leases: Place, me: Holder, wait: bool, waiting: Callable[[str], None])
     since, told = time.monotonic(), False
     while True:
         numbers = _numbers(leases)
-        holder = _read(leases, numbers[-1]) if numbers else None
+        try:
+            holder = _read(leases, numbers[-1]) if numbers else None
+        except FileNotFoundError:
+            continue  # taken over while it was looked at
         free = holder is None or holder.known_gone()
         if not free and holder is not None:
             state = (holder.token, holder.beats)
@@ -128,9 +135,11 @@ def _take(leases: Place, me: Holder, wait: bool, waiting: Callable[[str], None])
         if free:
             number = numbers[-1] + 1 if numbers else 1
             if create(_file(leases, number), json.dumps(asdict(me)).encode()):
-                for old in numbers:
-                    remove(_file(leases, old))
-                return number
+                if _numbers(leases)[-1:] == [number]:
+                    for old in numbers:
+                        remove(_file(leases, old))
+                    return number
+                remove(_file(leases, number))  # others took this number and the next in the meantime
             continue
         if holder is not None and not told:
             waiting(holder.words)
@@ -146,13 +155,16 @@ def _beat(leases: Place, number: int, me: Holder, stop: threading.Event, lost: C
                 lost()
                 return
             beats += 1
-            write_text(_file(leases, number), json.dumps(asdict(replace(me, beats=beats))))
+            _write(leases, number, replace(me, beats=beats))
         except Exception:  # each store has errors of its own
             continue  # it does not answer; the next beat asks again who holds
 
 
 def _still_mine(leases: Place, number: int, me: Holder) -> bool:
-    found = _read(leases, number)
+    try:
+        found = _read(leases, number)
+    except FileNotFoundError:
+        return False
     return found is not None and found.token == me.token and _numbers(leases)[-1:] == [number]
 
 
@@ -165,10 +177,20 @@ def _file(leases: Place, number: int) -> Place:
 
 
 def _read(leases: Place, number: int) -> Holder | None:
+    """Who wrote the file; None if it names nobody.
+
+    Raises:
+        FileNotFoundError
+    """
+    text = _file(leases, number).read_text(encoding="utf-8")
     try:
-        return Holder(**json.loads(_file(leases, number).read_text(encoding="utf-8")))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return Holder(**json.loads(text))
+    except (json.JSONDecodeError, TypeError):
         return None
+
+
+def _write(leases: Place, number: int, holder: Holder) -> None:
+    write_text(_file(leases, number), json.dumps(asdict(holder)))
 
 
 def _machine() -> str:

@@ -80,6 +80,13 @@ class _Store(FsspecStore):
         except FileNotFoundError:
             return False
 
+    async def _glob(self, path: str, maxdepth: int | None = None, **options: Any) -> Any:
+        """fsspec's own fails where the folder's last object is removed while it looks."""
+        try:
+            return await super()._glob(path, maxdepth=maxdepth, **options)
+        except FileNotFoundError:
+            return {} if options.get("detail") else []
+
     async def _pipe_file(self, path: str, value: Any, mode: str = "overwrite", **options: Any) -> Any:
         """As fsspec has it: mode "create" raises FileExistsError where there is an object."""
         if mode != "create":

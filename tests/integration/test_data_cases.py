@@ -137,7 +137,7 @@ def test_case_one_timestamp(tmp_path: Path) -> None:
     raw = case("csv-one-timestamp")
     (sentence,) = Prepared(tmp_path / "user", raw).report["remarks"]
     assert "there is no order in time, and histories and lists are in the order of the file" in sentence
-    with pytest.raises(UserError, match="cannot be cut in three by time"):
+    with pytest.raises(UserError, match="cannot be cut in 3 by time"):
         Prepared(tmp_path / "time", raw, protocol="time")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def test_the_same_command_keeps_everything(on_s3: str) -> None:
 def test_report_and_log_are_beside_the_run(on_s3: str) -> None:
     names = {file.name for file in place(on_s3).iterdir()}
     assert {"config.json", "summary.json", "report.html", "driver.log"} <= names
-    assert not list((place(on_s3) / ".lease").glob("*")) and not list((place(on_s3) / "data").glob("work-*"))
+    [lease] = (place(on_s3) / ".lease").glob("*")
+    assert json.loads(lease.read_text())["ended"] and not list((place(on_s3) / "data").glob("work-*"))
 
 
 def test_a_run_is_published_into_a_registry_on_the_store(on_s3: str, tmp_path: Path) -> None:

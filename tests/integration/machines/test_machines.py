@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.conftest import Finished, until
@@ -27,4 +29,5 @@ def test_a_second_job_on_the_same_run_is_refused(cluster: Cluster) -> None:
     assert "another job (process " in line and "Traceback" not in second.stderr
     cluster.nodes[1].run("pkill -TERM -f '[j]obs/run.py'")
     assert first.wait(120) == 143
-    assert not any((cluster.run_dir("twice").root / ".lease").glob("*.json"))
+    [lease] = (cluster.run_dir("twice").root / ".lease").glob("*.json")
+    assert json.loads(lease.read_text())["ended"]

@@ -41,12 +41,18 @@ def elsewhere(root: Place, number: int = 1, beats: int = 0) -> Holder:
     return holder
 
 
+def is_free(root: Place) -> bool:
+    """Whether the last holder let go, and left one file."""
+    [file] = (root / FOLDER).glob("*.json")
+    return json.loads(file.read_text())["ended"]
+
+
 def test_a_second_job_is_refused_while_the_first_lives(root: Place) -> None:
     with lease(root, lost=never), pytest.raises(Held, match=r"process \d+ on "), lease(root, lost=never):
         pass
     with lease(root, lost=never):
         pass
-    assert list((root / FOLDER).glob("*.json")) == []
+    assert is_free(root)
 
 
 def test_a_job_that_ended_without_a_word_is_followed_at_once(root: Place) -> None:
@@ -118,3 +124,54 @@ def test_who_waits_gets_it_next(root: Place) -> None:
     for thread in threads:
         thread.join(60)
     assert len(order) == 8 and all(order[i] == order[i + 1] for i in range(0, 8, 2))
+
+
+def test_a_slow_taker_of_a_number_that_was_used_does_not_hold(
+    root: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees number 1 let go; before it creates number 2, others take 2 and 3 and the third holds."""
+    with lease(root, lost=never):
+        pass
+    real, order = module.create, list[str]()
+
+    def late(file: Place, content: bytes) -> bool:
+        monkeypatch.setattr(module, "create", real)
+        with lease(root, lost=never):
+            pass
+        holding.__enter__()
+        order.append("the third holds")
+        threading.Timer(1.0, let_go).start()
+        return real(file, content)
+
+    def let_go() -> None:
+        order.append("the third lets go")
+        holding.__exit__(None, None, None)
+
+    holding = lease(root, lost=never)
+    monkeypatch.setattr(module, "create", late)
+    with lease(root, lost=never, wait=True):
+        order.append("the slow one holds")
+    assert order == ["the third holds", "the third lets go", "the slow one holds"]
+    assert is_free(root)
+
+
+def test_a_folder_that_empties_while_it_is_listed_is_empty(
+    root: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec asks once more for what it just saw."""
+    file = root / "folder" / "1.json"
+    file.parent.mkdir(parents=True)
+    write_text(file, "{}")
+    if isinstance(root, Path):
+        file.unlink()
+    else:
+        system = root.fs
+        seen = system._isdir
+
+        async def emptied(path: str) -> bool:
+            found = await seen(path)
+            await system._rm_file(path + "/1.json")
+            return found
+
+        monkeypatch.setattr(system, "_isdir", emptied)
+    assert list((root / "folder").glob("*.json")) == []
