@@ -48,6 +48,13 @@ def _awaited(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
 class _File(BufferedFile):
     """An object that is read or written in pieces."""
 
+    def __init__(self, *arguments: Any, **options: Any):
+        try:
+            super().__init__(*arguments, **options)
+        except BaseException:
+            self.closed = True  # else it fails once more when it is collected: there is nothing to close
+            raise
+
 
 class _Store(FsspecStore):
     def __init__(self, *arguments: Any, **options: Any):
@@ -62,9 +69,6 @@ class _Store(FsspecStore):
         cache_options: Any = None,
         **options: Any,
     ) -> Any:
-        if mode == "rb":
-            # A missing object is known here; obstore's own file then fails once more when it is collected.
-            self.info(path)
         return _File(self, path, mode, **options)
 
     async def _isdir(self, path: str) -> bool:
