@@ -65,6 +65,8 @@ class RunSection(Section):
     def _one_folder(cls, name: str) -> str:
         if "/" in name or name in (".", ".."):
             raise ValueError("the name of a folder, without a path; the path is run.root")
+        if any(one in name for one in "*?[]"):
+            raise ValueError("* ? [ ] are patterns in object stores; use another name")
         return name
 
     @property

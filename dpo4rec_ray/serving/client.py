@@ -17,7 +17,13 @@ from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving import api
 
 MAX_CONNECTIONS = 64  # kept open, for the threads that share a client
-RETRIED = (500, 502, 503, 504)  # statuses; Serve's HAProxy says 500 when a replica has died
+RETRIED = (
+    408,
+    500,
+    502,
+    503,
+    504,
+)  # statuses; Serve says 408 of a timeout, its HAProxy 500 when a replica has died
 MAX_WAIT_S = 5  # longest wait that a Retry-After of the service can ask for
 Answer = TypeVar("Answer")
 _MODELS = TypeAdapter(list[api.VersionInfo])
@@ -32,7 +38,7 @@ class Refused(UserError):
 
 
 class Unavailable(Exception):
-    """No answer, or one that cannot be read: no connection, a timeout, or a status of 500 and above."""
+    """No answer, or one that cannot be read: no connection, a timeout, or a status of 408, or of 500 and above."""
 
 
 class Client:
@@ -94,7 +100,8 @@ class Client:
         except (ValueError, KeyError, TypeError):  # an error page of a proxy
             reason = answer.text[:200]
         message = f"{url}: {answer.status_code} {answer.reason}: {reason}"
-        raise Unavailable(message) if answer.status_code >= 500 else Refused(answer.status_code, message)
+        unavailable = answer.status_code in RETRIED or answer.status_code >= 500
+        raise Unavailable(message) if unavailable else Refused(answer.status_code, message)
 
     def _request(self, method: str, url: str, data: bytes | None) -> requests.Response:
         send = partial(

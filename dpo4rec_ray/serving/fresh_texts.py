@@ -7,12 +7,12 @@ string as an id. A file is replaced as a whole. A damaged file counts as missing
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +23,15 @@ from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.serving.api import Event
 from dpo4rec_ray.serving.loaded_version import NEUTRAL_RATING
 from dpo4rec_ray.serving.version_files import VersionFiles
-from dpo4rec_ray.storage.places import Place
+from dpo4rec_ray.storage.places import Place, written_at
 from dpo4rec_ray.store.artifacts import write_json
 
 MAX_CACHED = 10_000  # users whose text, or lack of one, a process remembers
 MAX_SUBMITTED = 10_000  # users whose last job a replica remembers
 LOOK_AGAIN_S = 0.5  # how long a process believes that a file is missing
+# A store that takes longer than this is not waited for, nor asked again for a while: the list is ranked without a text.
+MAX_READ_S, PAUSE_S = 0.25, 1.0
+READERS = 4  # threads
 # A sweep that finds too many files leaves this share of the most allowed, so that not every new text needs a sweep.
 KEPT_SHARE = 0.9
 
@@ -96,16 +99,15 @@ class FreshTextStore:
     def sweep(self) -> int:
         """Remove files that are too old or incomplete, and the oldest if there are too many. Returns how many stay."""
         ages: list[tuple[float, Place]] = []
-        for file in self._root.glob("*/*/*"):
-            with contextlib.suppress(OSError):  # another process may have removed it
-                age = time.time() - file.stat().st_mtime
-                if age > self._settings.fresh_ttl_s:
-                    file.unlink()
-                elif file.suffix == ".json":
-                    ages.append((age, file))
+        now = time.time()
+        for file, written in written_at(self._root).items():
+            if now - written > self._settings.fresh_ttl_s:
+                file.unlink(missing_ok=True)
+            elif file.suffix == ".json":
+                ages.append((now - written, file))
         if len(ages) <= self._settings.fresh_max_users:
             return len(ages)
-        ages.sort()
+        ages.sort(key=lambda one: one[0])
         stay = max(1, int(self._settings.fresh_max_users * KEPT_SHARE))
         for _, file in ages[stay:]:
             file.unlink(missing_ok=True)
@@ -138,14 +140,27 @@ class FreshTextLookup:
             retry_s: seconds until a second job is submitted for the same user, whatever became of the first.
         """
         self._store, self._submit = store, submit
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fresh")
+        self._ask_at = 0.0  # not before (time.monotonic) is the store asked
         self._submitted: TTLCache[tuple[str, str], bool] = TTLCache(MAX_SUBMITTED, ttl=retry_s)
 
     async def find(self, version: VersionFiles, user_id: str, history: Sequence[Event]) -> FreshText | None:
-        """The stored text. If there is none, a job is submitted; the text is not waited for."""
+        """The stored text. If there is none, a job is submitted; the text is not waited for, and a slow store hardly."""
         name = version.folder.name
-        cached = self._store.cached(name, user_id)
-        # Files are read in a thread: shared storage may be slow, and the event loop answers other requests meanwhile.
-        text = cached[0] if cached else await asyncio.to_thread(self._store.find, name, user_id)
+        if cached := self._store.cached(name, user_id):
+            text = cached[0]
+        elif time.monotonic() < self._ask_at:
+            return None
+        else:
+            # In threads of its own: a store that hangs holds neither the event loop up nor what else runs in threads.
+            reading = asyncio.get_running_loop().run_in_executor(
+                self._readers, self._store.find, name, user_id
+            )
+            try:
+                text = await asyncio.wait_for(reading, MAX_READ_S)
+            except TimeoutError:
+                self._ask_at = time.monotonic() + PAUSE_S
+                return None
         if text is not None and text.vector.shape == (version.vector_dim,):
             return text
         if not history or (name, user_id) in self._submitted:

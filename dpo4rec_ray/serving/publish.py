@@ -6,6 +6,7 @@ Users and their knowledge are read and written part by part, so only one part is
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,9 @@ from dpo4rec_ray.serving.version_files import (
     write_card,
 )
 from dpo4rec_ray.stages.evaluate import system_name
+from dpo4rec_ray.storage.lease import lease
 from dpo4rec_ray.storage.parquet import dataset, parquet_file, read_parquet
-from dpo4rec_ray.storage.places import Place, below, copy_folder, is_complete, new_folder, place
+from dpo4rec_ray.storage.places import Place, below, copy_folder, is_complete, new_folder, place, remove
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.final import final_policy
 from dpo4rec_ray.store.policies import base_llm_path
@@ -71,8 +73,22 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
     Raises:
         UserError: the run is not finished, or one for the study drift, there is no such model, or `target` exists.
     """
+    exists = f"{target} exists; versions never change: publish under another name"
     if is_complete(target):
-        raise UserError(f"{target} exists; versions never change: publish under another name")
+        raise UserError(exists)
+    claim, lost = target.with_name(f".{target.name}.publishing"), threading.Event()
+    with lease(claim, lost=lost.set, wait=True):
+        if is_complete(target):  # by another command, meanwhile
+            raise UserError(exists)
+        published = _publish(config, store, target, version, model, lost)
+    remove(claim)
+    return published
+
+
+def _publish(
+    config: Config, store: RunDir, target: Place, version: str, model: str, lost: threading.Event
+) -> VersionCard:
+    """lost: another command publishes under this name now."""
     if config.data.drift_windows:
         raise UserError(
             f"{store.root}: data.drift_windows = {config.data.drift_windows} writes its users several times; publish a run "
@@ -127,6 +143,8 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
             metrics={name: card["info"]["metrics"][f"test {name}"] for name in HEADLINE},
         )
         write_card(temporary, published)
+        if lost.is_set():
+            raise UserError(f"{target}: another command publishes under this name")
     return published
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo4rec_ray.config.texts import EncoderSection
-from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.encoder import TextEncoder
-from dpo4rec_ray.serving.version_files import ENCODER_FILE, VersionFiles
+from dpo4rec_ray.serving.batcher import Batcher
+from dpo4rec_ray.serving.version_files import VersionFiles
+
+# A text takes some 20 times as long as a list: with so many of them, the last one that waits waits for seconds.
+MAX_BATCH, MAX_WAITING = 16, 64
+QueuedText = tuple[VersionFiles, str]  # a text, and the version that reads it
 
 
 class QueryTexts:
-    """The encoders of the versions. Texts are encoded one after the other, in a thread of their own."""
+    """The encoders of the versions. Texts that arrive together are encoded together, in a thread of their own."""
 
     def __init__(self, device: str):
         self._device = device
         self._encoders: dict[str, TextEncoder] = {}  # versions mostly share one
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._loading = threading.Lock()
+        self._batcher: Batcher[QueuedText, npt.NDArray[np.float32]] = Batcher(
+            self._encoded, MAX_BATCH, MAX_WAITING, size=lambda _: 1, max_in_loop=0
+        )
 
     def encoder(self, version: VersionFiles) -> TextEncoder:
         """The version's encoder; the first call with it loads it, which takes seconds.
@@ -28,25 +34,29 @@ class QueryTexts:
         Raises:
             UserError: the version reads no texts, does not say how they are encoded, or the encoder cannot be loaded.
         """
-        name, file = version.card.version, version.folder / ENCODER_FILE
-        if not version.card.knowledge:
-            raise UserError(
-                f'version {name} reads no texts, so its users cannot be asked for by text; set serving.query = "user" '
-                "or promote a version that reads texts"
-            )
-        if not file.is_file():
-            raise UserError(
-                f"version {name} has no {ENCODER_FILE}, which older versions lack; publish its run again"
-            )
-        section = EncoderSection.model_validate_json(file.read_bytes())
+        section = version.encoder
         known = section.model_dump_json(exclude=set(section.placement))
-        if known not in self._encoders:
-            self._encoders[known] = TextEncoder(section, self._device)
-        return self._encoders[known]
+        with self._loading:
+            if known not in self._encoders:
+                self._encoders[known] = TextEncoder(section, self._device)
+            return self._encoders[known]
 
     async def vector(self, version: VersionFiles, text: str) -> npt.NDArray[np.float32]:
-        """[D]. Raises as `encoder`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encoded, version, text)
+        """[D]. Raises as `encoder`, and Overloaded: too many texts wait."""
+        return await self._batcher((version, text))
 
-    def _encoded(self, version: VersionFiles, text: str) -> npt.NDArray[np.float32]:
-        return self.encoder(version).encode([text])[0]
+    def _encoded(self, queued: Sequence[QueuedText]) -> list[npt.NDArray[np.float32] | Exception]:
+        """Per text its vector, or why its version has none."""
+        groups: dict[TextEncoder, list[int]] = {}
+        found: list[npt.NDArray[np.float32] | Exception] = [RuntimeError()] * len(queued)
+        for place, (version, _) in enumerate(queued):
+            try:
+                groups.setdefault(self.encoder(version), []).append(place)
+            except Exception as error:
+                found[place] = error
+        for encoder, places in groups.items():
+            for place, vector in zip(
+                places, encoder.encode([queued[place][1] for place in places]), strict=True
+            ):
+                found[place] = vector
+        return found

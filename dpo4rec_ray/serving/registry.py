@@ -144,19 +144,29 @@ class Registry:
         """Return to the version before the current one. A split and a shadow end.
 
         Raises:
-            UserError: there is no version before.
+            UserError: there is no version before, or it is missing or broken.
         """
+        version = self._before(self.routing())
+        self.check(version)
 
         def change(now: Routing) -> Routing:
-            if not now.current:
+            if self._before(now) != version:
                 raise UserError(
-                    f"{self.root}: no version is promoted, so there is no version before it to roll back to"
+                    f"{self.root}: it was changed by another command meanwhile; look and try again"
                 )
-            if not now.previous:
-                raise UserError(f"{self.root}: no version before {now.current!r} to roll back to")
-            return Routing(current=now.previous[-1], previous=now.previous[:-1], number=now.number)
+            return Routing(current=version, previous=now.previous[:-1], number=now.number)
 
         return self._change(change)
+
+    def _before(self, now: Routing) -> str:
+        """The version before the current one. Raises UserError if there is none."""
+        if not now.current:
+            raise UserError(
+                f"{self.root}: no version is promoted, so there is no version before it to roll back to"
+            )
+        if not now.previous:
+            raise UserError(f"{self.root}: no version before {now.current!r} to roll back to")
+        return now.previous[-1]
 
     def split(self, version: str, percent: float) -> Routing:
         """Let `version` answer `percent` of the users; 0 ends the split.

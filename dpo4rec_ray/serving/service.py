@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from dpo4rec_ray.config.serving import ServingSection
-from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.api import (
     Candidate,
     Event,
@@ -23,7 +18,6 @@ from dpo4rec_ray.serving.api import (
     SeenItem,
     UserKnowledge,
     VersionInfo,
-    WrongField,
 )
 from dpo4rec_ray.serving.batcher import Batcher, Overloaded
 from dpo4rec_ray.serving.fresh_texts import FreshTextLookup
@@ -39,7 +33,7 @@ from dpo4rec_ray.serving.rerank_shapes import (
     no_item,
     no_user,
 )
-from dpo4rec_ray.serving.version_files import RECORDED_FILE, UNKNOWN, VersionFiles
+from dpo4rec_ray.serving.version_files import UNKNOWN, VersionFiles
 from dpo4rec_ray.serving.version_manager import VersionManager
 
 NO_ITEM = ""  # an id that no item has
@@ -59,13 +53,12 @@ class Service:
         metrics: ServingMetrics | None = None,
         fresh_texts: FreshTextLookup | None = None,
     ):
-        """Raises UserError if the registry has no version that can be loaded, or its texts' encoder cannot be."""
+        """Raises UserError if the registry has no version that can be loaded and can answer what is asked here."""
         self.registry, self.settings = registry, settings or ServingSection()
-        self.manager = VersionManager(registry, "cuda" if self.settings.gpus_per_replica else "cpu")
+        device = "cuda" if self.settings.gpus_per_replica else "cpu"
+        self._query_texts = QueryTexts(device)
+        self.manager = VersionManager(registry, device, self._prepare)
         self.metrics = metrics or ServingMetrics()
-        self._query_texts = QueryTexts(self.manager.device)
-        if self.settings.query == "text":  # load the encoder before the first request
-            self._query_texts.encoder(self.manager.version_for("", self.manager.loaded.routing.current).files)
         self.failed_in_a_row = 0  # lists
         self._fresh_texts = fresh_texts
         self._batcher = self._new_batcher(self.settings.max_waiting)
@@ -73,6 +66,14 @@ class Service:
         self._shadow_batcher = self._new_batcher(MAX_SHADOWS)
         self._shadows: set[asyncio.Task[None]] = set()
         self._name, self._numbers = uuid.uuid4().hex, itertools.count()  # make the ids of answers
+
+    def _prepare(self, version: VersionFiles) -> None:
+        """Before a version answers: load what its first request would wait for. Raises UserError if it cannot read texts."""
+        if self.settings.query == "text":
+            self._query_texts.encoder(version)
+        if self.settings.documents == "titles":
+            _ = version.ids_of_titles
+        _ = version.recorded  # the copy on this machine may go while the version answers
 
     def _new_batcher(self, max_waiting: int) -> Batcher[QueuedTask, Ranking]:
         return Batcher(rank_together, self.settings.max_batch, max_waiting, _cost, CANDIDATES_IN_LOOP)
@@ -83,7 +84,6 @@ class Service:
         Raises:
             Overloaded: too many lists wait.
             NotLoaded: the version that `model` names is not loaded.
-            WrongField: the version that answers cannot read a text that stands in place of a user.
         """
         return (await self._answer(body))[0]
 
@@ -120,11 +120,11 @@ class Service:
             ids = [
                 known.get(one, NO_ITEM) if isinstance(one, str) else one.item_id for one in body.candidates
             ]
-        if text is None:
-            task = await self._task(version.files, ids, user_id, body.history)
-        else:
-            task = RankTask(ids, vector=await self._vector(version.files, text))
         try:
+            if text is None:
+                task = await self._task(version.files, ids, user_id, body.history)
+            else:
+                task = RankTask(ids, vector=await self._query_texts.vector(version.files, text))
             ranking = await self._batcher((version, task))
         except Overloaded:
             self.metrics.overloaded()
@@ -135,7 +135,7 @@ class Service:
             raise
         self.failed_in_a_row = 0
         if body.model is None:
-            self._shadow(version, task, ranking)
+            self._shadow(version, task, ranking, text)
         return self._response(body, ids, ranking, version.files, began), ranking
 
     async def knowledge(self, user_id: str, model: str | None = None) -> UserKnowledge | None:
@@ -182,7 +182,6 @@ class Service:
     def examples(self) -> list[dict[str, Any]]:
         """The recorded lists of the current version, as Example."""
         version = self.manager.version_for("", self.manager.loaded.routing.current).files
-        recorded = json.loads((version.folder / RECORDED_FILE).read_text(encoding="utf-8"))
         return [
             {
                 "user_id": one["user_id"],
@@ -191,14 +190,8 @@ class Service:
                     for item in one["candidates"]
                 ],
             }
-            for one in recorded
+            for one in version.recorded
         ]
-
-    async def _vector(self, version: VersionFiles, text: str) -> npt.NDArray[np.float32]:
-        try:
-            return await self._query_texts.vector(version, text)
-        except UserError as error:
-            raise WrongField(str(error), "query") from error
 
     async def _task(
         self, version: VersionFiles, ids: list[str], user_id: str, events: list[Event] | None
@@ -220,8 +213,10 @@ class Service:
             vector,
         )
 
-    def _shadow(self, version: LoadedVersion, task: RankTask, sent: Ranking) -> None:
-        """Let the shadow rank the list too, if there is room. Without a fresh vector: its encoder may be another."""
+    def _shadow(self, version: LoadedVersion, task: RankTask, sent: Ranking, text: str | None) -> None:
+        """Let the shadow rank the list too, if there is room. Its encoder may be another: it reads the text of a query by its
+        own, and no fresh vector.
+        """
         loaded = self.manager.loaded
         shadow = loaded.versions.get(loaded.routing.shadow)
         if shadow is None or shadow is version or len(self._shadows) >= MAX_SHADOWS:
@@ -229,7 +224,8 @@ class Service:
 
         async def compare() -> None:
             try:
-                other = await self._shadow_batcher((shadow, replace(task, vector=None)))
+                vector = None if text is None else await self._query_texts.vector(shadow.files, text)
+                other = await self._shadow_batcher((shadow, replace(task, vector=vector)))
             except Overloaded:
                 return
             except Exception:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.core.keys import Keys, string_key
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.storage.local_copies import local_copy
@@ -150,6 +151,30 @@ class VersionFiles:
         """Title -> raw id of the first item that has it."""
         titles, ids = (self.items[name].to_pylist()[::-1] for name in ("title", "raw_id"))
         return dict(zip(titles, ids, strict=True))
+
+    @cached_property
+    def encoder(self) -> EncoderSection:
+        """How texts are encoded.
+
+        Raises:
+            UserError: the version reads no texts, or does not say how they are encoded.
+        """
+        name, file = self.card.version, self.folder / ENCODER_FILE
+        if not self.card.knowledge:
+            raise UserError(
+                f'version {name} reads no texts, so its users cannot be asked for by text; set serving.query = "user" '
+                "or promote a version that reads texts"
+            )
+        if not file.is_file():
+            raise UserError(
+                f"version {name} has no {ENCODER_FILE}, which older versions lack; publish its run again"
+            )
+        return EncoderSection.model_validate_json(file.read_bytes())
+
+    @cached_property
+    def recorded(self) -> list[dict[str, Any]]:
+        """Requests with the scores that the evaluation gave: "user_id", "history", "candidates", "scores"."""
+        return json.loads((self.folder / RECORDED_FILE).read_text(encoding="utf-8"))
 
     @property
     def vector_dim(self) -> int:

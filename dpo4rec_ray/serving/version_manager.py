@@ -10,7 +10,7 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from dpo4rec_ray.errors import UserError
@@ -18,6 +18,7 @@ from dpo4rec_ray.serving.api import WrongField
 from dpo4rec_ray.serving.loaded_version import LoadedVersion
 from dpo4rec_ray.serving.registry import Registry, Routing
 from dpo4rec_ray.serving.version_check import load_version
+from dpo4rec_ray.serving.version_files import VersionFiles
 
 FIRST_WAIT_S, LAST_WAIT_S = 1.0, 60.0  # before a refused state is tried again
 
@@ -46,9 +47,20 @@ class VersionManager:
         refused: why the newest state of the registry was refused; "" if it was not.
     """
 
-    def __init__(self, registry: Registry, device: str = "cpu"):
-        """Raises UserError if no version is promoted, or if the current and all previous versions are broken."""
-        self._registry, self.device = registry, device
+    def __init__(
+        self,
+        registry: Registry,
+        device: str = "cpu",
+        prepare: Callable[[VersionFiles], object] = lambda files: None,
+    ):
+        """
+        Args:
+            prepare: loads what else a version needs to answer; one for which it raises UserError is broken.
+
+        Raises:
+            UserError: no version is promoted, or the current and all previous versions are broken.
+        """
+        self._registry, self.device, self._prepare = registry, device, prepare
         self._loading = threading.Lock()
         self.refused = ""
         self._broken: Routing | None = None  # the refused state, which is tried again
@@ -103,7 +115,9 @@ class VersionManager:
         return LoadedVersions(routing, versions)
 
     def _version(self, name: str) -> LoadedVersion:
-        return load_version(self._registry.folder(name), self.device)
+        version = load_version(self._registry.folder(name), self.device)
+        self._prepare(version.files)
+        return version
 
     def _last_sound(self, routing: Routing, refused: UserError) -> LoadedVersions:
         """For the start of a replica: the current version alone, or the newest previous version that can be loaded."""

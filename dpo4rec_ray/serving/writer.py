@@ -30,6 +30,7 @@ from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.request_metrics import WriterMetrics
 from dpo4rec_ray.serving.version_files import table
 from dpo4rec_ray.serving.writer_setup import WriterSetup, newest_setup, read_setup
+from dpo4rec_ray.storage.local_copies import local_copy
 from dpo4rec_ray.texts.engines import KeptEngine
 
 BATCH = 64  # most texts that are written together
@@ -73,6 +74,7 @@ class Writer:
         self._waiting: dict[tuple[str, str], tuple[TextJob, float]] = {}
         self._in_progress: set[tuple[str, str]] = set()
         self._refused = ""  # why the LLM of the current version was not taken
+        metrics.waiting(0)  # else the number of the process before stays
         self._use(setup)
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
@@ -107,8 +109,8 @@ class Writer:
             try:
                 self._follow()
                 if time.monotonic() - swept > SWEEP_S:
-                    swept = time.monotonic()
                     self._store.sweep()
+                    swept = time.monotonic()
                 with self._changed:
                     keys = list(self._waiting)[:BATCH]
                     batch = [self._waiting.pop(key) for key in keys]
@@ -140,7 +142,7 @@ class Writer:
         os._exit(0)
 
     def _use(self, setup: WriterSetup) -> None:
-        prompts = JobPrompts(setup, table(self._registry.folder(setup.version) / "items.arrow"))
+        prompts = JobPrompts(setup, table(local_copy(self._registry.folder(setup.version) / "items.arrow")))
         with self._changed:
             self._setup, self._prompts = setup, prompts
 

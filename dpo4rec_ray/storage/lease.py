@@ -41,7 +41,7 @@ class Holder:
 
     Attributes:
         machine: the kernel that runs it and its space of process ids: only there its pid means something.
-        started: of the process, so that another one with the same pid is not mistaken for it.
+        began: when the process did, so that another one with the same pid is not mistaken for it (`_began`).
         beats: how often it said that it lives.
         ended: it let go of the folder.
     """
@@ -49,14 +49,14 @@ class Holder:
     host: str
     pid: int
     machine: str
-    started: float
+    began: float
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     beats: int = 0
     ended: bool = False
 
     @classmethod
     def myself(cls) -> Holder:
-        return cls(socket.gethostname(), os.getpid(), _machine(), psutil.Process().create_time())
+        return cls(socket.gethostname(), os.getpid(), _machine(), _began(os.getpid()))
 
     @property
     def words(self) -> str:
@@ -72,9 +72,10 @@ class Holder:
 
     def _lives(self) -> bool:
         try:
-            found = psutil.Process(self.pid)
-            return abs(found.create_time() - self.started) < 1 and found.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
+            return (
+                _began(self.pid) == self.began and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+            )
+        except (OSError, psutil.Error):
             return False
 
 
@@ -165,7 +166,7 @@ def _still_mine(leases: Place, number: int, me: Holder) -> bool:
         found = _read(leases, number)
     except FileNotFoundError:
         return False
-    return found is not None and found.token == me.token and _numbers(leases)[-1:] == [number]
+    return found.token == me.token and _numbers(leases)[-1:] == [number]
 
 
 def _numbers(leases: Place) -> list[int]:
@@ -176,21 +177,32 @@ def _file(leases: Place, number: int) -> Place:
     return leases / f"{number:06d}.json"
 
 
-def _read(leases: Place, number: int) -> Holder | None:
-    """Who wrote the file; None if it names nobody.
+def _read(leases: Place, number: int) -> Holder:
+    """Who wrote the file. What cannot be read is somebody elsewhere, who lives as long as it changes.
 
     Raises:
         FileNotFoundError
     """
-    text = _file(leases, number).read_text(encoding="utf-8")
+    text = _file(leases, number).read_text(encoding="utf-8", errors="replace")
     try:
         return Holder(**json.loads(text))
     except (json.JSONDecodeError, TypeError):
-        return None
+        return Holder("a machine that cannot be told", 0, "", 0.0, token=text)
 
 
 def _write(leases: Place, number: int, holder: Holder) -> None:
     write_text(_file(leases, number), json.dumps(asdict(holder)))
+
+
+def _began(pid: int) -> float:
+    """When a process began, in ticks since the machine's start: the time of day, which psutil gives, may be set meanwhile.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    if not os.path.exists("/proc/self/stat"):
+        return psutil.Process(pid).create_time()
+    return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def _machine() -> str:

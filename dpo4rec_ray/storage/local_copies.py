@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.storage.places import described, download, is_remote, objects, place, remove, size_of
+from dpo4rec_ray.storage.places import described, fetch, is_remote, objects, place, remove, size_of
 
 BOUND = "DPO4REC_CACHE_GIB"
 DEFAULT_BOUND_GIB = 100.0
 # A copy that was asked for within this time may not be open yet. (What is open outlives its removal.)
 IN_USE_S = 3600.0
+UNFINISHED = ".tmp"  # ends the name of a copy that is being made or removed, under its entry's lock
 
 
 def cache_root() -> Path:
@@ -44,11 +45,11 @@ def local_copy(where: str | Path) -> Path:
     target = entry / source.name
     with alone(entry):
         if not target.exists():
-            _make_room(entry.parent, sum(info.get("size") or 0 for info in found.values()))
-            temporary = entry.with_name(f"{key}.tmp{os.getpid()}")
-            remove(temporary)
+            temporary = entry.with_name(f"{key}{UNFINISHED}")
+            remove(temporary)  # of a process that was killed
+            _make_room(entry.parent, sum(info.get("size") or 0 for info in found.values()), entry)
             try:
-                download(source, temporary / source.name)
+                fetch(source, found, temporary / source.name)
                 temporary.rename(entry)
             finally:
                 remove(temporary)
@@ -66,21 +67,52 @@ def alone(entry: Path) -> Iterator[None]:
         yield
 
 
-def _make_room(folder: Path, needed: int) -> None:
-    """Remove the copies that were not asked for longest, until `needed` bytes more stay within the bound."""
+@contextlib.contextmanager
+def _alone_at_once(entry: Path) -> Iterator[bool]:
+    """As `alone`, but waits for nobody: whether no other process is at the entry."""
+    with entry.with_name(f"{entry.name}.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # no locks here
+            pass
+        yield True
+
+
+def _make_room(folder: Path, needed: int, own: Path) -> None:
+    """Remove the copies that were not asked for longest, until `needed` bytes more stay within the bound.
+
+    own: the entry that this process has to itself.
+    """
     text = os.environ.get(BOUND, str(DEFAULT_BOUND_GIB))
     try:
         bound = float(text) * 2**30
     except ValueError:
         raise UserError(f"{BOUND} = {text!r} is no number of GiB") from None
-    entries = sorted(
-        (one for one in folder.iterdir() if one.is_dir() and ".tmp" not in one.name),
-        key=lambda one: one.stat().st_mtime,
-    )
-    sizes = [size_of(one) for one in entries]
-    total = sum(sizes) + needed
-    for one, size in zip(entries, sizes, strict=True):
-        if total <= bound or time.time() - one.stat().st_mtime < IN_USE_S:
+    found: list[tuple[float, int, Path]] = []
+    for one in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # other processes make room too
+            if one.is_dir():
+                found.append((one.stat().st_mtime, size_of(one), one))
+    total = sum(size for _, size, _ in found) + needed
+    for _, size, one in sorted(found):
+        if total <= bound:
             return
-        remove(one)
-        total -= size
+        entry = one.with_name(one.name.removesuffix(UNFINISHED))
+        if entry == own:
+            continue
+        with _alone_at_once(entry) as free:
+            # An unfinished one that nobody is at was left by a process that was killed.
+            if free and (one != entry or _not_in_use(one)):
+                if one == entry:  # at once, so that nobody is given a part of it
+                    one = one.rename(one.with_name(f"{one.name}{UNFINISHED}"))
+                remove(one)
+                total -= size
+
+
+def _not_in_use(entry: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - entry.stat().st_mtime >= IN_USE_S
+    return False

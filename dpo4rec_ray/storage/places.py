@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from dpo4rec_ray.errors import UserError, first_line
 # use its own methods and the functions of this package.
 Place = Path
 
+PATTERNS = ("*", "?", "[", "]")
 _COMPLETE = ".complete"  # the last object of a folder that was written as a whole
 
 
@@ -26,7 +28,7 @@ def place(path: str | Path) -> Place:
     """The place of a local path (made absolute) or of a URI.
 
     Raises:
-        UserError: an unknown scheme, or a store that cannot be set up.
+        UserError: an unknown scheme, a name that would be a pattern, or a store that cannot be set up.
     """
     if isinstance(path, UPath):
         return cast(Place, path)
@@ -36,6 +38,8 @@ def place(path: str | Path) -> Place:
         return Path(text).expanduser().resolve()
     if scheme in ("file", "local"):
         return Path(rest).resolve()
+    if any(one in rest for one in PATTERNS):
+        raise UserError(f"{text}: {' '.join(PATTERNS)} are patterns in object stores; use another name")
     try:
         found = UPath(text.rstrip("/"))
         _ = found.fs
@@ -84,8 +88,9 @@ def new_folder(target: Place) -> Iterator[Path]:
             yield temporary
             copy_folder(temporary, target)
         return
+    for left in target.parent.glob(f".{glob.escape(target.name)}.tmp*"):  # from writers that were killed
+        remove(left)
     temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
-    remove(temporary)
     try:
         yield temporary
         remove(target)
@@ -147,11 +152,22 @@ def download(source: Place, target: Path) -> None:
     Raises:
         FileNotFoundError: there is nothing at `source`.
     """
-    found = objects(source)
-    for name in found:
+    fetch(source, objects(source), target)
+
+
+def fetch(source: Place, found: dict[str, dict[str, Any]], target: Path) -> None:
+    """Copy these `objects` of a remote place to a local path that is not there yet.
+
+    Raises:
+        FileNotFoundError: one of them is gone.
+        OSError: one of them has changed since it was listed.
+    """
+    for name, info in found.items():
         file = target / name if name else target
         file.parent.mkdir(parents=True, exist_ok=True)
         _fs(source).get_file(f"{_inner(source)}/{name}".rstrip("/"), str(file))
+        if file.stat().st_size != info.get("size", file.stat().st_size):
+            raise OSError(f"{source}/{name}: changed while it was copied; try again")
 
 
 def objects(where: Place) -> dict[str, dict[str, Any]]:
@@ -167,6 +183,21 @@ def objects(where: Place) -> dict[str, dict[str, Any]]:
     if not listed:
         raise FileNotFoundError(str(where))
     return dict(sorted(listed.items()))
+
+
+def written_at(folder: Place) -> dict[Place, float]:
+    """When each file below a folder was written (time.time); those that go meanwhile are left out."""
+    times: dict[Place, float] = {}
+    if is_remote(folder):
+        with contextlib.suppress(FileNotFoundError):
+            for name, info in objects(folder).items():
+                times[folder / name] = (info.get("last_modified") or info["created"]).timestamp()
+        return times
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                times[file] = file.stat().st_mtime
+    return times
 
 
 def described(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -212,7 +243,10 @@ def below(path: str | None, folder: Place) -> str | None:
 
 
 def create(target: Place, content: bytes) -> bool:
-    """Write a file that must be new, whole; False where there is one already. Of several writers one succeeds."""
+    """Write a file that must be new, whole; False where there is one already. Of several writers one succeeds.
+
+    content: no other writer's; it tells whose file it is where the store repeats a request.
+    """
     if is_remote(target):
         try:
             _fs(target).pipe_file(_inner(target), content, mode="create")
@@ -224,7 +258,7 @@ def create(target: Place, content: bytes) -> bool:
     try:
         os.link(temporary, target)  # unlike a rename it fails where there is one, on NFS too
     except FileExistsError:
-        return False
+        return temporary.stat().st_nlink > 1  # NFS may repeat a request whose answer was lost
     finally:
         temporary.unlink(missing_ok=True)
     return True

@@ -88,6 +88,10 @@ class KeptEngine:
             self._owner = self._owner or owner
             return self._owner == owner
 
+    def owner(self) -> str:
+        """Whose it is; "" of nobody's, as after a restart."""
+        return self._owner
+
     def generate(
         self,
         weights: ServedWeights,
@@ -122,8 +126,10 @@ class KeptGenerator:
         """
         import ray
 
-        # Only the first that is free: whoever claims them all leaves none for the other actors.
-        self._engine = next((engine for engine in engines if ray.get(engine.claim.remote(owner))), None)
+        self._engine = _own_engine(engines, owner)
+        if self._engine is None:
+            # Only the first that is free: whoever claims them all leaves none for the other actors.
+            self._engine = next((engine for engine in engines if ray.get(engine.claim.remote(owner))), None)
         if self._engine is None:
             raise RuntimeError(f"none of {len(engines)} engines is free for {owner}")
         self._weights, self._last, self._finished = weights, EngineStats(), 0
@@ -160,6 +166,19 @@ class KeptGenerator:
         with contextlib.suppress(ray.exceptions.RayActorError):
             self._finished = ray.get(self._engine.finished.options(max_task_retries=0).remote())
         return self._finished
+
+
+def _own_engine(engines: Sequence[Any], owner: str) -> Any:
+    """The engine that the owner already has. The others are waited for only where it has none: they may be starting anew."""
+    import ray
+
+    waiting = {engine.owner.remote(): engine for engine in engines}
+    while waiting:
+        (answered,), _ = ray.wait(list(waiting))
+        engine = waiting.pop(answered)
+        if ray.get(answered) == owner:
+            return engine
+    return None
 
 
 def kept_engines(config: Config, spec: EngineSpec, folder: Place) -> list[Any]:

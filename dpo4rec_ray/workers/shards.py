@@ -106,6 +106,7 @@ def resume_parts(folder: Place, fingerprint: str) -> set[int]:
     done = {part_number(file) for file in folder.glob("part-*.parquet")} if same else set[int]()
     if not done:
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the artifact is not complete
+        note.unlink(missing_ok=True)  # then: what a kill leaves of the content is no part of it
         remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(note, fingerprint)
