@@ -45,10 +45,11 @@ from dpo4rec_ray.serving.version_files import (
 from dpo4rec_ray.stages.evaluate import system_name
 from dpo4rec_ray.storage.lease import lease
 from dpo4rec_ray.storage.parquet import dataset, parquet_file, read_parquet
-from dpo4rec_ray.storage.places import Place, below, copy_folder, is_complete, new_folder, place, remove
+from dpo4rec_ray.storage.places import Place, below, copy_folder, is_complete, new_folder, place
 from dpo4rec_ray.store.artifacts import RunDir, write_json
 from dpo4rec_ray.store.final import final_policy
 from dpo4rec_ray.store.policies import base_llm_path
+from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import list_data, read_vectors, vectors_of
 from dpo4rec_ray.texts.examples import draw_examples
 from dpo4rec_ray.texts.policy_texts import served_weights
@@ -76,19 +77,21 @@ def publish(config: Config, store: RunDir, target: Place, version: str, model: s
     exists = f"{target} exists; versions never change: publish under another name"
     if is_complete(target):
         raise UserError(exists)
-    claim, lost = target.with_name(f".{target.name}.publishing"), threading.Event()
-    with lease(claim, lost=lost.set, wait=True):
+    lost = threading.Event()
+
+    def waiting(holder: str) -> None:
+        say(f"{holder} publishes in {target.parent}; waiting for it")
+
+    with lease(target.with_name(".publishing"), lost=lost.set, wait=True, waiting=waiting):
         if is_complete(target):  # by another command, meanwhile
             raise UserError(exists)
-        published = _publish(config, store, target, version, model, lost)
-    remove(claim)
-    return published
+        return _publish(config, store, target, version, model, lost)
 
 
 def _publish(
     config: Config, store: RunDir, target: Place, version: str, model: str, lost: threading.Event
 ) -> VersionCard:
-    """lost: another command publishes under this name now."""
+    """lost: another command publishes there now."""
     if config.data.drift_windows:
         raise UserError(
             f"{store.root}: data.drift_windows = {config.data.drift_windows} writes its users several times; publish a run "
@@ -144,7 +147,7 @@ def _publish(
         )
         write_card(temporary, published)
         if lost.is_set():
-            raise UserError(f"{target}: another command publishes under this name")
+            raise UserError(f"{target}: another command took over; publish again")
     return published
 
 

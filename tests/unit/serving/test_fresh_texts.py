@@ -291,6 +291,32 @@ def test_a_replica_remembers_a_bounded_number_of_jobs(
     assert [one.user_id for one in jobs] == ["a", "b", "c", "a"]
 
 
+def test_a_store_that_hangs_is_not_waited_for(
+    version: VersionFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by who asks for a text, nor by what else runs in threads; and it is not asked again at once."""
+    answered, asked = threading.Event(), list[str]()
+
+    def read(_: object, version: str, user_id: str) -> None:
+        asked.append(user_id)
+        answered.wait(30)
+
+    monkeypatch.setattr(FreshTextStore, "_read", read)
+    texts = Submitted().texts(tmp_path)
+
+    async def ask() -> None:
+        began = time.monotonic()
+        found = await asyncio.gather(*(texts.find(version, f"user {number}", []) for number in range(40)))
+        assert found == [None] * 40
+        assert await texts.find(version, "later", []) is None
+        assert await asyncio.to_thread(lambda: "other work") == "other work"
+        assert time.monotonic() - began < 5
+        answered.set()
+
+    asyncio.run(ask())
+    assert "later" not in asked
+
+
 def test_slow_storage_holds_nobody_else_up(
     version: VersionFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

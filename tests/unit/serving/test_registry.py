@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,10 +17,15 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+import dpo4rec_ray.serving.publish as publishing
+from dpo4rec_ray.config import read_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.registry import KEPT, ROUTING_FILE, Registry, Routing
+from dpo4rec_ray.serving.version_files import VersionCard, read_card
+from dpo4rec_ray.serving.version_manager import VersionManager
 from dpo4rec_ray.store.artifacts import RunDir
 from tests.conftest import ROOT
+from tests.serving_world import MODELS
 
 FIRST = Routing(current="v1", number=1)
 
@@ -137,6 +144,53 @@ def test_traffic_with_values_of_another_kind(registry: Registry, change: dict[st
     (registry.root / ROUTING_FILE).write_text(json.dumps(asdict(FIRST) | change), encoding="utf-8")
     with pytest.raises(UserError, match=r"traffic\.json"):
         registry.routing()
+
+
+def test_a_rollback_to_what_is_not_there_is_refused(registry: Registry) -> None:
+    """Else no replica that starts afterwards finds a version that it can load."""
+    registry.promote("v2")
+    shutil.rmtree(registry.folder("v1"))
+    before = registry.routing()
+    with pytest.raises(UserError, match="no published version 'v1'"):
+        registry.rollback()
+    assert registry.routing() == before
+    assert VersionManager(registry).loaded.routing.current == "v2"
+
+
+def test_of_two_publishers_of_a_name_one_publishes(
+    registry: Registry, served_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, target = read_config(served_run.root), registry.folder("v9")
+    inside, go_on = threading.Event(), threading.Event()
+    real = publishing.write_card
+
+    def slow(folder: Path, card: VersionCard) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        real(folder, card)
+
+    monkeypatch.setattr(publishing, "write_card", slow)
+    outcomes: dict[str, str] = {}
+
+    def publish(model: str) -> None:
+        try:
+            publishing.publish(config, served_run, target, "v9", model)
+            outcomes[model] = "published"
+        except UserError as error:
+            outcomes[model] = str(error)
+
+    first = threading.Thread(target=publish, args=(MODELS["v1"],))
+    second = threading.Thread(target=publish, args=(MODELS["v2"],))
+    first.start()
+    assert inside.wait(60)
+    second.start()
+    time.sleep(1)
+    assert outcomes == {}
+    go_on.set()
+    for thread in (first, second):
+        thread.join(60)
+    assert outcomes[MODELS["v1"]] == "published" and "versions never change" in outcomes[MODELS["v2"]]
+    assert read_card(target).model == MODELS["v1"]
 
 
 def test_cards_are_those_of_complete_versions(registry: Registry) -> None:

@@ -11,10 +11,7 @@ import pytest
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from dpo4rec_ray.config.serving import ServingSection
-from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.serving.api import MAX_CANDIDATES, MAX_HISTORY, Candidate, RerankRequest, WrongField
-from dpo4rec_ray.serving.http import build_api
 from dpo4rec_ray.serving.registry import Registry
 from dpo4rec_ray.serving.rerank_shapes import (
     LOWEST,
@@ -26,10 +23,9 @@ from dpo4rec_ray.serving.rerank_shapes import (
     as_theirs,
     read_body,
 )
-from dpo4rec_ray.serving.service import Service
-from dpo4rec_ray.serving.version_files import ENCODER_FILE, ITEMS, VersionFiles, arrow_writer
+from dpo4rec_ray.serving.version_files import ITEMS, VersionFiles, arrow_writer
 from dpo4rec_ray.store.artifacts import RunDir
-from tests.serving_world import MAX_BODY, Api, requests_of
+from tests.serving_world import Api, requests_of
 
 V1, V2, BARE = PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 COHERE_V2 = {"model": "any", "query": "u1", "documents": ["i1", "i2", "i3"], "top_n": 2}
@@ -400,19 +396,3 @@ def test_a_query_may_be_a_text(api: Api, published: Registry, lists: list[dict[s
     assert answer["meta"]["knowledge"] == "fresh"
     other = client.post(V2, json={"query": "likes romance", "documents": lists[0]["candidates"]}).json()
     assert other["results"] != answer["results"]
-
-
-def test_versions_that_cannot_read_a_text(api: Api, registry: Registry) -> None:
-    """The server does not start on one; one that is promoted later refuses these requests and says why."""
-    service = Service(registry, ServingSection.model_construct(query="text"))
-    client = TestClient(build_api(service, frozenset(), MAX_BODY))
-    assert client.post(V2, json=COHERE_V2).status_code == 200
-    (registry.folder("v2") / ENCODER_FILE).unlink()
-    for name, words in (("v3", "reads no texts"), ("v2", "publish its run again")):
-        registry.promote(name)
-        assert service.manager.refresh()
-        answer = client.post(V2, json=COHERE_V2)
-        assert answer.status_code == 422 and words in answer.json()["message"]
-        assert answer.json()["detail"][0]["loc"] == ["body", "query"]
-        with pytest.raises(UserError, match=f"version {name} .*{words}"):
-            Service(registry, ServingSection.model_construct(query="text"))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dpo4rec_ray.config.serving import ServingSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.catalogue_prompts import ExampleUser
+from dpo4rec_ray.serving import writer as writing
 from dpo4rec_ray.serving.deployment import build
 from dpo4rec_ray.serving.registry import Registry
-from dpo4rec_ray.serving.version_files import WRITER_EXAMPLES, WRITER_FOLDER, WRITER_LORA
+from dpo4rec_ray.serving.version_files import WRITER_EXAMPLES, WRITER_FOLDER, WRITER_LORA, VersionFiles
 from dpo4rec_ray.serving.writer_setup import newest_setup, read_setup
+from dpo4rec_ray.storage.places import copy_folder
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
@@ -108,3 +112,16 @@ def test_the_newest_version_with_an_llm_is_written_for(registry: Registry) -> No
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     assert newest_setup(registry, ServingSection()).version == "v1"
+
+
+def test_a_writer_reads_a_registry_on_a_bucket(
+    published: Registry, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped files have to be on a disk."""
+    there = Registry(s3)
+    copy_folder(published.folder("v1"), there.folder("v1"))
+    monkeypatch.setattr(writing, "JobPrompts", lambda setup, items: items["raw_id"].to_pylist())
+    writer = object.__new__(writing.Writer)
+    writer._registry, writer._changed = there, threading.Condition()
+    writer._use(SimpleNamespace(version="v1"))
+    assert writer._prompts == list(VersionFiles(published.folder("v1")).item_rows)

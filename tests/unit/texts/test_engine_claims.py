@@ -33,11 +33,14 @@ def test_one_engine_for_each_owner(ray_local: None) -> None:
     """An owner that comes early takes one engine, however late the others are."""
     import ray
 
-    actor = ray.remote(without_llm()).options(num_cpus=0)
+    actor = ray.remote(without_llm()).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
     engines = [actor.remote(), actor.remote()]
     first, second, again = (
         KeptGenerator(engines, ServedWeights("m"), name)._engine for name in ("a", "b", "a")
     )
     assert [first, second, again] == [engines[0], engines[1], engines[0]]
+    ray.kill(engines[0], no_restart=False)  # it comes back, and knows no owner
+    other, own = (KeptGenerator(engines, ServedWeights("m"), name)._engine for name in ("b", "a"))
+    assert [own, other] == engines, "b still has its own, which lived"
     with pytest.raises(RuntimeError, match="none of 2 engines is free for c"):
         KeptGenerator(engines, ServedWeights("m"), "c")

@@ -8,6 +8,7 @@ import pytest
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.workers import shards
 from dpo4rec_ray.workers.shards import (
     Pool,
     count_users,
@@ -118,6 +119,25 @@ def test_finished_shards_count_only_for_the_same_work(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     assert resume_parts(tmp_path, "abc") == set(), "a complete artifact is redone from the start"
     assert [file.name for file in tmp_path.iterdir()] == ["shards.fingerprint"]
+
+
+def test_what_a_kill_leaves_of_a_complete_artifact_is_no_unfinished_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe, another one that is killed while it empties the folder, and the first again."""
+    resume_parts(tmp_path, "abc")
+    for number in range(3):
+        (tmp_path / f"part-0000{number}.parquet").touch()
+    (tmp_path / "manifest.json").write_text("{}")
+
+    def killed(folder: Path) -> None:
+        (folder / "part-00001.parquet").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "remove", killed)
+        resume_parts(tmp_path, "other")
+    assert resume_parts(tmp_path, "abc") == set()
 
 
 def test_seeds_are_stable_and_differ() -> None:
