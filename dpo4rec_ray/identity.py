@@ -9,6 +9,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.training import TrainerSection
 from dpo4rec_ray.datasets.files import file_identity
 from dpo4rec_ray.knowledge.encoder import resolve_encoder
+from dpo4rec_ray.knowledge.statistics import STATISTICS_VERSION
 from dpo4rec_ray.knowledge.wording import PROMPT_VERSION
 from dpo4rec_ray.prepare.inspection import source_of
 from dpo4rec_ray.store.artifacts import fingerprint_of
@@ -21,6 +22,10 @@ def dependencies(
     config: Config, stage: str, round_id: int, sections: tuple[str, ...], inputs: dict[str, str]
 ) -> Dependencies:
     """Of what a stage writes in a round. sections: as `Config.section_values` takes them; inputs: as in Dependencies."""
+    if (
+        stage == "train_reward"
+    ):  # its rerankers are of one backbone: what is set for the others changes nothing
+        config = config.model_copy(update={"reranker": config.reranker.of(config.reranker.backbone)})
     if "llm" in sections and (own := SOURCES[config.llm.source].section):
         sections = (*sections, own)
     outside = outside_identity(config, stage, sections)
@@ -40,6 +45,8 @@ def outside_identity(config: Config, stage: str, sections: tuple[str, ...]) -> d
         parts["text encoder"] = model_identity(resolve_encoder(config.encoder.path))
     if any(name.startswith("prompt") for name in sections):
         parts["wording of the prompts"] = f"prompt {PROMPT_VERSION}"
+    if stage == "references" and STATISTICS_VERSION > 1:  # the first version was not told
+        parts["wording of counted texts"] = f"statistics {STATISTICS_VERSION}"
     trained: dict[str, TrainerSection] = {"policy": config.policy, "bootstrap": config.bootstrap}
     for name in trained.keys() & set(sections):
         if file := trained[name].deepspeed:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from dpo4rec_ray.core.intervals import proportion_interval
+from dpo4rec_ray.evaluation.heldout_pairs import judged_pairs
 from dpo4rec_ray.evaluation.systems import HEADLINE, label
 from dpo4rec_ray.knowledge.teacher import EVERY_FACET
 
@@ -50,8 +51,8 @@ def ladder(
 ) -> list[Rung]:
     """The rungs of a round, from the first to the last.
 
-    reward, scores, policy, heldout: stats of the manifests of `reward` and of the round's others; comparisons: of the
-    evaluation.
+    reward, scores, policy, heldout: stats of the manifests of `reward` and of the round's others, the figures of `heldout` since
+    the base LLM, as those of the evaluation are; comparisons: of the evaluation.
     """
     return [
         *_texts(heldout),
@@ -139,7 +140,8 @@ def _channel(reward: Stats) -> Iterator[Rung]:
         "channel",
         value,
         None if error is None else (value - 1.96 * error, value + 1.96 * error),
-        f"NDCG@5 that a text adds on validation which is {made[best]}; others: {others or 'none'}",
+        f"{reward.get('channel_metric', NDCG).upper()} that a text adds on validation which is {made[best]}; "
+        f"others: {others or 'none'}",
     )
 
 
@@ -179,7 +181,8 @@ def _dpo(policy: Stats) -> Iterator[Rung]:
         ("DPO accuracy, own texts", "heldout_accuracy_own", "valid_own"),
         ("DPO accuracy, other users' texts", "heldout_accuracy_other", "valid_other"),
     ):
-        accuracy, pairs = policy.get(key), (policy.get("rows") or policy.get("pairs", {})).get(count)
+        rows = policy.get("rows") or policy.get("pairs", {})
+        accuracy, pairs = policy.get(key), judged_pairs(rows) if count == "valid" else rows.get(count)
         if accuracy is not None and pairs:
             yield _rung(
                 name,

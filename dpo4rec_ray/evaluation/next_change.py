@@ -36,7 +36,8 @@ def _read(config: Config) -> Changes:
     if not config.run.max_rounds:  # no reward's reranker that could learn to read
         return _more_users(config)
     if "statistics" not in config.reward.reader and config.llm.source != "statistics":
-        return ('reward.reader=["statistics"]',)
+        own = ', "llm"' * config.run.retrain_reward  # which trains on the LLM's texts
+        return (f'reward.reader=["statistics"{own}]',)
     return _more_users(config) or (f"reward.reader_texts={2 * config.reward.reader_texts}",)
 
 

@@ -35,7 +35,8 @@ from dpo4rec_ray.storage.places import Place, place
 def summarise(
     per_list: pd.DataFrame, about: pd.DataFrame, num_resamples: int, paper: str | None = None
 ) -> dict[str, Any]:
-    """Everything the tables show, ready for JSON: "evaluation", "systems", "comparisons", "breakdown", "paper".
+    """Everything the tables show, ready for JSON: "evaluation", "systems", "comparisons", "breakdown", "paper"; and how many
+    "test_users" and "test_lists" there are.
 
     The lists of `seed_rows`, `systems_table`, `comparisons` and `breakdown`, which say what they take and raise; paper:
     a key of `paper_table.TABLE_I` whose values are set beside this run's, None for none.
@@ -47,6 +48,8 @@ def summarise(
         "comparisons": comparisons(per_list, num_resamples),
         "breakdown": breakdown(per_list, about, num_resamples),
         "paper": paper,
+        "test_users": int(per_list["user_id"].nunique()),
+        "test_lists": int(per_list["list_id"].nunique()),
     }
 
 

@@ -175,7 +175,8 @@ def _broken(rung: Rung) -> bool:
 def _collapse(row: Mapping[str, Any]) -> str:
     """Why the texts of a round count as collapsed: a user's own became the same, or those of all users; empty if they do not."""
     own = row.get("figures", {}).get("distinct_texts")
-    if own and own["after"] <= COLLAPSED * own["before"] and own["change_ci95"][1] < 0:
+    high = own["change_ci95"][1] if own else None  # not known of a single user
+    if own and own["after"] <= COLLAPSED * own["before"] and high is not None and high < 0:
         return f"a user's texts became the same: {own['before']:.0%} of them are distinct before, {own['after']:.0%} after"
     before, after = (row.get("diagnosis", {}).get(f"distinct_overall_{side}") for side in ("before", "after"))
     if before and after is not None and after <= COLLAPSED * before:
@@ -198,7 +199,8 @@ def _advised(weak: str, texts: str, training: str) -> str:
 
 def _users_needed(summary: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """How many test users would show the difference that was seen, if it is real: intervals shrink with the root of users."""
-    users = summary.get("prepare", {}).get("splits", {}).get("users/test")
+    # Summaries of older versions know the users of the split, which are those that were tested unless data.protocol is "time".
+    users = summary.get("test_users", summary.get("prepare", {}).get("splits", {}).get("users/test"))
     seen = [row for row in rows if None not in row["ci95"] and row["delta"] > 0]
     if not users or not seen:
         return ""
@@ -251,14 +253,15 @@ def _more(
             f"No reranker uses the texts from before training, so {BASE_LLM} ranks as the backbone: differences from either are "
             "the same."
         )
-    measured, rung = judged.get("figures", {}), {one["name"]: one for one in judged.get("ladder", [])}
+    measured = judged.get("figures_since_base", judged.get("figures", {}))
+    rung = {one["name"]: one for one in judged.get("ladder", [])}
     if reward := measured.get("reward"):
         said = f"On users held out from training the reward changes by {_change(reward)}"
         if reading := measured.get("reading"):
             said += f", the part that is about the user (reading gain) by {_change(reading)}"
         found.append(f"{said}.")
     if training == HELPS and "held-out reward" in rung and rung["held-out reward"]["verdict"] != HOLDS:
-        found.append("The held-out reward did not rise, so the gain on the test users may be luck.")
+        found.append("That the held-out reward rose is not shown, so the gain on the test users may be luck.")
     best, count = summary.get("best_round", 0), len(summary["rounds"])
     found.append(
         f"Round {best} of {count} is the best on validation users, so its texts are judged here."

@@ -117,6 +117,7 @@ def _round(
     scores = store.require("scores", first).stats
     policy = store.require("policy", round_id).stats
     heldout = store.require("heldout", round_id).stats
+    since_base = heldout.get("figures_since_base", heldout["figures"])
     texts = {
         key: value for key, value in heldout.items() if key.startswith(("text_", "distinct_", "opening_"))
     }
@@ -143,12 +144,15 @@ def _round(
         "heldout_users": store.require("heldout", round_id).rows,
         "choice": {**heldout["choice"], "against": run.round_of(heldout["choice"]["against"])},
         "figures": heldout["figures"],
+        "figures_since_base": since_base,
         "text_accuracy_by_facet": {
             side: heldout.get(f"accuracy_by_facet_{side}", {}) for side in ("before", "after")
         },
         "training": policy,
         "diagnosis": diagnosis,
-        "ladder": ladder(run.round_of(round_id), reward, scores, policy, heldout, comparisons),
+        "ladder": ladder(
+            run.round_of(round_id), reward, scores, policy, {**heldout, "figures": since_base}, comparisons
+        ),
     }
 
 

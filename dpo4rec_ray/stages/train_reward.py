@@ -270,6 +270,7 @@ def _diagnosis(config: Config, store: RunDir, round_id: int) -> dict[str, Any]:
         }
         for kind in kinds
     }
+    stats["channel_metric"] = config.reranker.of(config.reranker.backbone).metric
     write_json(folder / "diagnosis.json", stats)
     return stats
 
@@ -288,7 +289,8 @@ def _lines(config: Config, stats: dict[str, Any]) -> Iterator[str]:
         gains = [
             f"{kind} {one['gain']:+.4f} (se {one['std_error']:.4f})" for kind, one in stats["channel"].items()
         ]
-        yield f"channel, gain of NDCG@5 on validation where the rerankers are trained on such texts: {', '.join(gains)}"
+        metric = stats["channel_metric"].upper()
+        yield f"channel, gain of {metric} on validation where the rerankers are trained on such texts: {', '.join(gains)}"
 
 
 def check_reads(config: Config, store: RunDir, round_id: int) -> None:

@@ -23,7 +23,7 @@ from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.reading_gain import Heldout, Verdict, judge, peaked
 from dpo4rec_ray.core.text_counts import variety
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.evaluation.heldout_texts import HeldoutMeasure, UserTexts, accuracy_stats, change_of
+from dpo4rec_ray.evaluation.heldout_texts import Figures, HeldoutMeasure, UserTexts, accuracy_stats, change_of
 from dpo4rec_ray.evaluation.round_reasons import reasons
 from dpo4rec_ray.knowledge.teacher import EVERY_FACET
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK
@@ -45,6 +45,8 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `heldout` of the round."""
     store.start("heldout", round_id)
     table, stats = in_worker(_measure, config, store, round_id, needs=reward_tasks(config).needs)
+    if config.run.round_of(round_id) > 1:
+        stats["figures_since_base"] = _since_base(store.read("heldout", config.run.turns_per_round), table)
     verdict, choice = _choice(config.run, store, round_id, table)
     if not verdict.kept:
         policy, scores = (
@@ -106,6 +108,22 @@ def _measure(config: Config, store: RunDir, round_id: int) -> tuple[pa.Table, di
             stats[f"accuracy_by_facet_{name}"] = accuracy
     stats["work_s"] = round(time.monotonic() - began, 2)  # the rest of the stage is its start
     return table, stats
+
+
+def _since_base(first: pa.Table, last: pa.Table) -> dict[str, Any]:
+    """What the rounds up to this one changed, over the users that the first one has too."""
+    users = np.intersect1d(first["user_id"].to_numpy(), last["user_id"].to_numpy())
+    sides = {
+        side: side_figures(table.filter(pc.is_in(table["user_id"], pa.array(users))), side)
+        for side, table in (("before", first), ("after", last))
+    }
+    return {name: change.as_dict() for name, change in change_of(sides["before"], sides["after"]).items()}
+
+
+def side_figures(heldout: pa.Table, side: str) -> Figures:
+    """The figures of a table `heldout` before or after, user by user in the order of their ids."""
+    table = heldout.sort_by("user_id")
+    return {name: table[f"{name}_{side}"].to_numpy().astype(np.float64) for name in HELDOUT_FIGURES}
 
 
 def open_measure(config: Config, store: RunDir) -> HeldoutMeasure:

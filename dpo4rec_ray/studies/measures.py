@@ -140,15 +140,19 @@ def level(lists: PerList, backbone: str, system: str, metric: str = NDCG) -> Par
 
 
 def own_gain(store: RunDir) -> dict[str, Part]:
-    """The columns of FIGURES as `validate` found them by the run's own rerankers, in its last round."""
-    table = store.read("heldout", last_turn(store)).sort_by("user_id")
-    users = table["user_id"].to_numpy()
-    sides = [
-        {name: table[f"{name}_{side}"].to_numpy().astype(np.float64) for name in ("reward", "others_reward")}
-        for side in ("before", "after")
+    """The columns of FIGURES as `validate` found them by the run's own rerankers, from the base LLM to the last round."""
+    run, last = config_of(store).run, last_turn(store)
+    tables = [
+        store.read("heldout", turn).to_pandas().set_index("user_id") for turn in (run.turns_per_round, last)
     ]
-    change = {name: sides[1][name] - sides[0][name] for name in sides[0]}
+    users = tables[0].index.intersection(tables[1].index).sort_values()
+    first, now = (table.loc[users].astype(np.float64) for table in tables)
+    change = {
+        name: (now[f"{name}_after"] - first[f"{name}_before"]).to_numpy()
+        for name in ("reward", "others_reward")
+    }
     change["reading"] = change["reward"] - change["others_reward"]
+    users = users.to_numpy()
     return {column: (change[figure], users) for column, figure in FIGURES.items()}
 
 

@@ -75,11 +75,12 @@ def device_seconds(config: Config, store: RunDir, count: int) -> float:
 
 def sentence(rows: Sequence[Row]) -> str:
     last, others = rows[-1], rows[1:-1]
-    gain = measured(last, GAIN).interval.mean
-    shares = "; ".join(
-        f"{row[NAME]} {said(row[GAIN])}, {measured(row, GAIN).interval.mean / gain:.0%} of it"
-        for row in others
-    )
+    gain = measured(last, GAIN).interval
+
+    def share(row: Row) -> str:  # of a gain that there is
+        return f", {measured(row, GAIN).interval.mean / gain.mean:.0%} of it" if gain.low > 0 else ""
+
+    shares = "; ".join(f"{row[NAME]} {said(row[GAIN])}{share(row)}" for row in others)
     return f"{last[NAME]} gains {said(last[GAIN])} held-out reward; fewer texts of the same generation: {shares}."
 
 

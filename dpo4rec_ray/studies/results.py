@@ -20,8 +20,7 @@ from dpo4rec_ray.studies.variants import kept_and_redone, stage_names
 NOTE = (
     "Intervals are 95 % bootstraps over users; with several seeds a mean over seeds whose users are drawn anew within each seed, "
     "so they say what other users would change, not other seeds. Differences are paired on users or lists. What the texts of "
-    "validation users are worth is judged by the reward rerankers of the recipe's own run, for all variants, since the base "
-    "LLM's texts."
+    "validation users are worth is judged by {}, since the base LLM's texts."
 )
 KEPT = "What the variants kept of the recipe's run"
 
@@ -44,7 +43,7 @@ def write(name: str, study: Study, folder: Place, jobs: Sequence[Job], rows: Seq
             "versions": versions(),
         },
     )
-    text = markdown(name, sentence, seeds, rows, stages, jobs)
+    text = markdown(name, study.judged_by, sentence, seeds, rows, stages, jobs)
     write_text(folder / "study.md", text)
     write_bytes(folder / "study.svg", plot(study, rows))
     return text
@@ -73,6 +72,7 @@ def stages_of(jobs: Sequence[Job]) -> dict[str, dict[str, str]]:
 
 def markdown(
     name: str,
+    judged_by: str,
     sentence: str,
     seeds: Sequence[int],
     rows: Sequence[Row],
@@ -90,7 +90,7 @@ def markdown(
                 f"**{sentence}**",
                 _table(told),
                 "![The table as a plot](study.svg)",
-                NOTE,
+                NOTE.format(judged_by),
                 f"## {KEPT}",
                 _table(steps),
                 "## Commands",

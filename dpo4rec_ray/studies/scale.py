@@ -62,4 +62,10 @@ def sentence(rows: Sequence[Row]) -> str:
     return f"Test NDCG@5 that DPO adds to the base LLM's texts, each on its own test users: {told}."
 
 
-STUDY = Study(variants, rows, sentence, (GAIN, READING, LEARNED, ADDED))
+STUDY = Study(
+    variants,
+    rows,
+    sentence,
+    (GAIN, READING, LEARNED, ADDED),
+    judged_by="each run's own reward rerankers on its own users",
+)

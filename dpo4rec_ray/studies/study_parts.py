@@ -76,6 +76,7 @@ class Study:
         shown: columns of the plot.
         needs: variants that its rows or its sentence cannot do without; None: all of them.
         needs_policy: False where recipes whose texts no LLM writes have such a study too.
+        judged_by: whose reward rerankers say what texts of validation users are worth.
     """
 
     variants: Callable[[Config], dict[str, Changes]]
@@ -84,6 +85,7 @@ class Study:
     shown: tuple[str, ...]
     needs: tuple[str, ...] | None = ()
     needs_policy: bool = True
+    judged_by: str = "the reward rerankers of the recipe's own run, for all variants"
 
 
 def said(cell: Cell) -> str:

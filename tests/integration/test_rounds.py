@@ -40,8 +40,16 @@ def test_both_sides_move(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert two["earlier_pairs"] == one["pairs"] > 0
     trained = store.require("policy", 2).stats["rows"]
     assert trained["train"] + trained["train_too_long"] == two["pairs"] + two["earlier_pairs"]
+    summary = done.summary
+    # What the second round changed, and what both did.
+    first, second = summary["rounds"]
+    assert second["figures_since_base"].keys() == second["figures"].keys()
+    since = second["figures_since_base"]["reward"]
+    assert since["after"] == pytest.approx(second["figures"]["reward"]["after"], abs=1e-5)
+    if first["heldout_users"] == second["heldout_users"]:
+        assert since["before"] == pytest.approx(first["figures"]["reward"]["before"], abs=1e-5)
     # The best round is the run's, and a round that is no better says why.
-    summary, final = done.summary, final_policy(store)
+    final = final_policy(store)
     assert final and (final.round, final.policy) == (summary["best_round"], summary["best_policy"])
     assert json.loads((store.root / "final/policy.json").read_text())["why"] in done.stdout
     for one in summary["rounds"]:

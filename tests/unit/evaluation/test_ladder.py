@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dpo4rec_ray.evaluation.heldout_pairs import judged_pairs
 from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NOT_SHOWN, first_broken, ladder, printed
 
 
@@ -151,3 +152,24 @@ def test_the_terminal_says_where_to_look_first() -> None:
     assert "shuffle drop                                    +0.0000 [-0.0100, +0.0100]   not shown" in text
     assert text.endswith("look first at: shuffle drop") and max(map(len, text.splitlines())) <= 110
     assert "look first" not in printed(list(rungs().values()))
+
+
+def test_pairs_that_the_accuracy_is_not_of_do_not_narrow_its_interval() -> None:
+    """Own texts alone are trained on, and the accuracy that chose the policy is theirs."""
+    rows = {"valid": 200, "valid_own": 100, "valid_other": 100, "train_own": 400, "train_other": 0}
+    found = rungs(
+        policy={"accuracy": 0.58, "heldout_accuracy_own": 0.58, "heldout_accuracy_other": 0.9, "rows": rows}
+    )
+    assert found["DPO accuracy"]["ci95"] == found["DPO accuracy, own texts"]["ci95"]
+    assert found["DPO accuracy"]["verdict"] == NOT_SHOWN and "of 100 " in found["DPO accuracy"]["says"]
+    assert judged_pairs(rows | {"train_other": 400}) == 200
+    assert judged_pairs(rows | {"train_other": 200}) == 180  # (2/3, 1/3) of 100 each
+    assert judged_pairs({"valid_own": 5, "valid_other": 5}) == 10 and judged_pairs({"valid": 7}) == 7
+    assert judged_pairs({}) == 0
+
+
+def test_the_channel_names_its_metric() -> None:
+    channel = {"channel": {"statistics": gain(0.03, 0.01)}}
+    assert rungs(reward=REWARD | channel)["channel"]["says"].startswith("NDCG@5 that a text adds")
+    other = rungs(reward=REWARD | channel | {"channel_metric": "map@5"})
+    assert other["channel"]["says"].startswith("MAP@5 that a text adds")

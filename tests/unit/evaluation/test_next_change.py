@@ -40,6 +40,12 @@ def test_the_change_is_a_sound_recipe_that_differs(name: str, recipe: str) -> No
         ("style gain", "demo", ["pair.others_share=0.5", "reward.personal=12"], ("sample.num_users=1800",)),
         ("reading gain", "demo", ["policy.objective=grpo"], ("reward.personal=12",)),
         (UNREAD, "demo", ['reward.reader=["llm"]'], ('reward.reader=["statistics"]',)),
+        (
+            UNREAD,
+            "demo",
+            ['reward.reader=["llm"]', "run.retrain_reward=true", "run.num_rounds=2"],
+            ('reward.reader=["statistics", "llm"]',),
+        ),
         (NOISE, "demo", ["reward.metric=ndcg@5"], ("reward.metric=log_likelihood",)),
         (NOISE, "demo", ["reward.num_redraws=4"], ("reward.num_redraws=8",)),
         (COLLAPSE, "demo", ["policy.lr=3e-4"], ("policy.lr=0.0001",)),

@@ -266,3 +266,31 @@ def test_every_key_in_the_advice_is_one_of_the_recipe() -> None:
     }
     named = set(re.findall(r"\b[a-z_]+\.[a-z_]+\b", " ".join(text for text, _ in ADVICE.values())))
     assert len(named) > 15 and named <= known, named - known
+
+
+def test_a_gain_of_two_rounds_is_set_beside_what_both_changed() -> None:
+    """Round 2 alone did not clearly raise the held-out reward; both together did, and the test users are compared with none."""
+    found = constructed()
+    (first,) = found["rounds"]
+    own = {**first["figures"], "reward": figure(-2.1, -2.085, 0.03), "reading": figure(0.3, 0.31, 0.03)}
+    second = {**first, "round": 2, "figures": own, "figures_since_base": first["figures"]}
+    found |= {"best_round": 2, "rounds": [first, second]}
+    for row in found["comparisons"]:
+        row["system"] = row["system"].replace("round1", "round2")
+    said = verdict(found)
+    assert (said.training, said.weak) == (rule.HELPS, "")
+    assert not any("luck" in sentence for sentence in said.sentences)
+    assert any("the reward changes by +0.1000" in sentence for sentence in said.sentences)
+
+
+def test_users_that_were_tested_are_counted_not_those_of_the_split() -> None:
+    """With a cut in time both have test lists."""
+    found = constructed(texts=0.005, trained=0.005)
+    assert "with 100 the interval" in verdict(found).next_step
+    assert "with 40 the interval" in verdict({**found, "test_users": 40}).next_step
+
+
+def test_a_single_user_has_no_interval_and_shows_no_collapse() -> None:
+    found = constructed(distinct=0.2)
+    found["rounds"][0]["figures"]["distinct_texts"]["change_ci95"] = [None, None]
+    assert verdict(found).weak != rule.COLLAPSE

@@ -145,9 +145,11 @@ def test_a_run_without_rounds_has_no_sections_about_them() -> None:
 
 
 def test_the_page_says_how_many_users_it_is_judged_on() -> None:
-    assert "Judged on" not in page()
+    assert "Judged on 3 test users with 4 lists." in page()
+    older = {"test_users": None, "test_lists": None}
+    assert "Judged on" not in page(**older)
     splits = {"users/test": 1100, "lists/test": 3864}
-    assert "Judged on 1,100 test users with 3,864 lists." in page(prepare={"splits": splits})
+    assert "Judged on 1,100 test users with 3,864 lists." in page(**older, prepare={"splits": splits})
 
 
 def specs() -> Iterator[Any]:

@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.checks import check_all
 from dpo4rec_ray.cli import study as command
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.store.artifacts import Manifest, RunDir
+from dpo4rec_ray.store.schemas import HELDOUT_FIGURES
 from dpo4rec_ray.studies import ablation, backbone_transfer, beta_loss, drift, n_samples, scale
 from dpo4rec_ray.studies.every_study import QUESTIONS, study_of
-from dpo4rec_ray.studies.measures import AGAINST, GAIN, TEST_GAIN
+from dpo4rec_ray.studies.measures import AGAINST, GAIN, READING, TEST_GAIN, own_gain
 from dpo4rec_ray.studies.results import as_json, markdown, plot
 from dpo4rec_ray.studies.study_parts import NAME, RECIPE, Measured, Row, said
 from dpo4rec_ray.studies.variant_jobs import checkable, folder_name, planned
@@ -137,6 +140,8 @@ def test_sentences_of_other_studies() -> None:
     ]
     assert "; fewer texts of the same generation: N = 2 +0.0500 [" in n_samples.sentence(rows)
     assert "], 50% of it." in n_samples.sentence(rows)
+    nothing = [*rows[:-1], {**rows[-1], GAIN: about(-0.004)}]
+    assert "%" not in n_samples.sentence(nothing), "of no gain there is no share"
     grid: list[Row] = [
         {NAME: name, GAIN: about(gain), AGAINST: about(0)} for name, gain in (("a", 0.1), ("b", 0.3))
     ]
@@ -169,7 +174,8 @@ def test_the_page_shows_every_row_with_what_was_kept() -> None:
     ]
     jobs = planned("n_samples", study_of("n_samples"), "demo", [], [])
     stages = {"other, seed 0": {"prepare(0)": "kept", "dpo(1)": "redone", "dpo(2)": "kept"}}
-    page = markdown("n_samples", "It grows.", [0, 1], rows, stages, jobs)
+    page = markdown("n_samples", "these rerankers", "It grows.", [0, 1], rows, stages, jobs)
+    assert "is judged by these rerankers, since" in page and "its own users" in study_of("scale").judged_by
     assert "**It grows.**" in page and said(rows[0][GAIN]) in page and "1,234" in page
     assert "dpo(1): redone, dpo(2): kept" in page and "dpo4rec run demo run.seed=0" in page
     assert [one["mean"] for one in as_json(rows[0][GAIN])["by_seed"]] == pytest.approx([0.1, 0.1])
@@ -203,3 +209,24 @@ def test_a_later_cut_with_the_first_policy_has_that_of_its_seed(tmp_path: Path) 
     counted = [*ASKS["drift"], "llm.source=statistics", "run.num_rounds=0"]
     names = [job.name for job in planned("drift", study_of("drift"), "demo", counted, [])]
     assert names == ["recipe", "cut 1", "cut 2"]
+
+
+def test_the_gain_of_a_run_of_several_rounds_is_since_its_base_llm(tmp_path: Path) -> None:
+    """Rounds of two turns; the second round has a user less, and began where the first ended."""
+    store = RunDir(tmp_path)
+    (tmp_path / "config.json").write_text(load_config("demo", ["run.turns_per_round=2"]).model_dump_json())
+    for turn, users, before, after in ((2, [3, 1, 2], -2.0, -1.5), (4, [1, 3], -1.5, -1.6)):
+        rows = {"round": np.full(len(users), turn, np.int32), "user_id": np.array(users)}
+        for name in HELDOUT_FIGURES:
+            for side, value in (("before", before), ("after", after)):
+                own = (value, 2 * value)[name == "others_reward"]
+                rows[f"{name}_{side}"] = np.array([own + 0.1 * user for user in users], np.float32)
+        store.start("heldout", turn)
+        store.write("heldout", pa.table(rows), turn)
+        store.finish(Manifest(artifact="heldout", fingerprint="x", rows=len(users)), turn)
+    store.start("per_list")
+    store.finish(Manifest(artifact="per_list", fingerprint="x", rows=0, stats={"last_round": 4}))
+    found = own_gain(store)
+    changed, users = found[GAIN]
+    assert users.tolist() == [1, 3] and changed == pytest.approx([0.4, 0.4])
+    assert found[READING][0] == pytest.approx([-0.4, -0.4])
