@@ -37,8 +37,8 @@ class ServingSection(Section):
     max_body: int = Field(default=2**20, ge=1024)
     """Most bytes of a request. Larger ones are answered 413."""
     request_timeout_s: float = Field(default=30, gt=0)
-    """Seconds after which a request is answered 504. On clusters `deploy/serve.env` says it: 5, then once more at another
-    replica, then 500."""
+    """Seconds after which a request is answered 504. On clusters `deploy/serve.env` says it: 5, then up to three times
+    more at other replicas, then 500."""
     token_file: str = ""
     """File of bearer tokens, one per line, on every node. "": no token is needed."""
     query: Literal["user", "history", "text"] = "user"
