@@ -13,6 +13,7 @@ import pyarrow as pa
 from dpo4rec_ray.config.texts import GenerateSection, LLMSection, PromptSection
 from dpo4rec_ray.knowledge.prompts import (
     Prompt,
+    clean_attribute,
     clean_text,
     control_tokens,
     encode_prompt,
@@ -71,7 +72,8 @@ class CataloguePrompts:
         self._titles = [self._clean(title) for title in items["title"].to_pylist()]
         typical = bool(prompt.examples) or "typical" in self.wording.user.names
         rows = items["attributes"].to_pylist() if prompt.item_attributes or typical else None
-        self._attributes = rows and [[self._clean(value) for value in row] for row in rows]
+        self._clean_attribute = partial(clean_attribute, special_tokens=tuple(special_tokens))
+        self._attributes = rows and [list(map(self._clean_attribute, row)) for row in rows]
         counts = Counter(value for row in self._attributes or () for value in dict.fromkeys(row))
         self._shares = {value: count / len(items) for value, count in counts.items()} if typical else None
         self._examples = [(one.user_id, self._example(one)) for one in examples]
@@ -115,7 +117,7 @@ class CataloguePrompts:
 
     def item(self, title: str, attributes: Sequence[str]) -> str:
         """The question about one item."""
-        return item_prompt(self.wording, self._clean(title), [self._clean(value) for value in attributes])
+        return item_prompt(self.wording, self._clean(title), list(map(self._clean_attribute, attributes)))
 
     def _liked(self, item_ids: Sequence[int], ratings: Sequence[float]) -> tuple[list[int], list[int]]:
         """The liked items in time order, and the best rated first, of equal ones the newest."""

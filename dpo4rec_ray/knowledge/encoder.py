@@ -58,7 +58,10 @@ class TextEncoder:
         return int(self._model.config.hidden_size)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of B texts: float32 [B, D]. Texts longer than encoder.max_tokens are cut at the end."""
+        """Vectors of B texts: float32 [B, D]. Texts longer than encoder.max_tokens are cut at the end.
+
+        An empty text has a vector of zeros: it is none, and users without a text are ranked by the backbone.
+        """
         import torch
 
         distinct, back = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
@@ -79,4 +82,5 @@ class TextEncoder:
                 mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
                 pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
                 vectors[rows] = pooled.float().cpu().numpy()
+        vectors[[not str(text).strip() for text in distinct]] = 0.0
         return vectors[back]

@@ -10,12 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dpo4rec_ray.errors import first_line
 from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 from dpo4rec_ray.knowledge.completions import Answer
-from dpo4rec_ray.knowledge.engine_loop import EngineLoop, EngineStats, Request
+from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineLoop, EngineStats, Request
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.models.gguf_folder import model_folder
 from dpo4rec_ray.storage.local_copies import local_copy
+
+CHANGING = ServedWeights(
+    ""
+)  # while weights are changed, and if that breaks off: neither the old ones nor the new
 
 
 class VLLMGenerator:
@@ -77,18 +82,26 @@ class VLLMGenerator:
             return
         from vllm.lora.request import LoRARequest
 
+        # What can fail for reasons outside the engine comes first: the old weights then stay.
+        folder, adapter = model_folder(model), "" if lora is None else str(local_copy(lora))
         with self._loop.lock.alone():
             if wanted == self._serving:  # another thread was first
                 return
-            if model != self._serving.model:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model_folder(model)})
+            before, self._serving = self._serving, CHANGING
+            if model != before.model:
+                try:
+                    self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+                except Exception as error:  # some weights may be of this model, some of the other
+                    raise EngineDied(
+                        f"{folder}: these weights could not be read: {first_line(error)}"
+                    ) from error
                 if not self._spec.on_gpu:
                     self._llm.apply_model(_pack_head)
             self._llm.reset_prefix_cache()
             self._lora = None
-            if lora is not None:
+            if adapter:
                 self._num_loras += 1  # vLLM keeps a LoRA by its number
-                self._lora = LoRARequest(f"policy-{self._num_loras}", self._num_loras, str(local_copy(lora)))
+                self._lora = LoRARequest(f"policy-{self._num_loras}", self._num_loras, adapter)
             self._serving = wanted
 
     def stats(self) -> EngineStats:

@@ -107,7 +107,8 @@ def likes(rating: float, like_at: float | None) -> bool:
 
 def item_prompt(wording: Wording, title: str, attributes: Sequence[str]) -> str:
     """The question about one item, by the same factors. Title and attributes must be clean."""
-    return wording.item.fill({"item": item_text(title, attributes), "factors": ", ".join(wording.factors)})
+    item = _ROLES.sub(r"\1 -", item_text(title, attributes))  # here the facets themselves are shown
+    return wording.item.fill({"item": item, "factors": ", ".join(wording.factors)})
 
 
 def fit_history(
@@ -156,6 +157,12 @@ def clean_text(text: str, special_tokens: Sequence[str]) -> str:
         if cleaned == text:
             return cleaned
         text = cleaned
+
+
+def clean_attribute(attribute: str, special_tokens: Sequence[str]) -> str:
+    """A "facet: value" string, cleaned on both sides of the colon, which makes no role label of a facet named "system"."""
+    facet, colon, value = attribute.partition(": ")
+    return colon.join(clean_text(part, special_tokens) for part in ((facet, value) if colon else (facet,)))
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dpo4rec_ray.knowledge.completions import Answer, Completion
-from dpo4rec_ray.knowledge.prompts import clean_text, likes
+from dpo4rec_ray.knowledge.prompts import clean_attribute, clean_text, likes
 
 STATISTICS_VERSION = 1  # raise it with any change of wording: texts of two versions are not comparable
 MAX_VALUES = 5  # attribute values named
@@ -106,7 +106,7 @@ class StatisticsGenerator:
     ):
         """titles, attributes: per item_id, as the dataset has them; like_at: as in `statistical_text`."""
         self._titles = [clean_text(title, ()) for title in titles]
-        self._attributes = [[clean_text(value, ()) for value in row] for row in attributes]
+        self._attributes = [[clean_attribute(value, ()) for value in row] for row in attributes]
         self._like_at = like_at
 
     def generate(

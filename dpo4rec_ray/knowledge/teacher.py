@@ -27,7 +27,7 @@ DEFAULT_MIX = {"attentive": 0.4, "hasty": 0.35, "generic": 0.25}
 PHRASES = {"genre": "enjoys {}", "era": "films of the {}", "creator": "by {}"}
 EVERY_FACET = "all"  # in `text_accuracy`, beside the facets
 # Most values of a facet in one text.
-MAX_NAMED = {"genre": 2, "era": 1, "creator": 2}
+MAX_NAMED, OTHERS_NAMED = {"genre": 2, "era": 1, "creator": 2}, 2
 
 
 def popular_values(attributes: Sequence[Sequence[str]]) -> dict[str, list[str]]:
@@ -88,10 +88,15 @@ def _attentive(attributes: Sequence[Sequence[str]], ratings: Sequence[float]) ->
 
 
 def _word(kind: str, named: Mapping[str, Sequence[str]]) -> str:
-    phrases = [
-        phrase.format(" and ".join(named[facet][: MAX_NAMED[facet]]))
-        for facet, phrase in PHRASES.items()
+    facets = [*PHRASES, *sorted(named.keys() - PHRASES.keys())]
+    words = {
+        facet: " and ".join(named[facet][: MAX_NAMED.get(facet, OTHERS_NAMED)])
+        for facet in facets
         if named.get(facet)
+    }
+    phrases = [
+        PHRASES[facet].format(told) if facet in PHRASES else f"{facet} {told}"
+        for facet, told in words.items()
     ]
     return f"{OPENINGS[kind]} {', '.join(phrases)}."
 

@@ -137,6 +137,7 @@ class Trainer:
         started = time.monotonic()
         for step in self.order.steps(batch_size, self._rank, self._world, self.step):
             sums: Metrics = {}
+            lr = self._schedule.get_last_lr()[0]  # of this step: afterwards it is the next one's
             norm: torch.Tensor | None = None
             for micro, share in enumerate(step.shares):
                 # a worker without rows takes one with weight 0: all workers must take part in each exchange
@@ -165,7 +166,7 @@ class Trainer:
                 raise UserError(
                     f"step {step.index + 1}: the gradient's norm is {mean['grad_norm']}; {LOWER_LR}"
                 )
-            mean["lr"] = self._schedule.get_last_lr()[0]
+            mean["lr"] = lr
             now = time.monotonic()
             mean["tokens_per_s"] = step_tokens / (now - started)
             mean["rows_per_s"] = len(step.rows) / (now - started)

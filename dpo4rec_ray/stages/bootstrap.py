@@ -17,6 +17,7 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.candidates import knowledge_cut
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.datasets.synthetic import simulate_users
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.catalogue_prompts import CataloguePrompts
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
@@ -81,8 +82,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     }
     stats |= check_texts(config, store, folder)
     say(
-        f"  bootstrap: {stats['text_accuracy']:.3f} of the named tastes are true, chance {stats['text_chance']:.3f}, "
-        f"ratio {stats['text_accuracy'] / stats['text_chance']:.2f}"
+        f"  bootstrap: {stats['text_accuracy']:.3f} of the named tastes are true, chance {stats['text_chance']:.3f}"
     )
     (folder / "README.md").write_text(_model_card(config, stats), encoding="utf-8")
     return Outcome(rows_in=section.num_users, rows_out=len(steps), stats=stats)
@@ -121,7 +121,7 @@ nothing else and knows no other catalogue.
 def check_texts(config: Config, store: RunDir, model: Place) -> dict[str, Any]:
     """Sample one text per new simulated user with vLLM: the share of named tastes that are true, and what chance gives."""
     lesson = _lesson(config, store, NUM_CHECK_USERS, seed_of(config.run.seed, "check"))
-    spec = EngineSpec(ServedWeights(str(model)), config.llm, config.generate)
+    spec = EngineSpec(ServedWeights(str(model)), config.llm, config.generate_by(0))
     needs, env = engine_needs(config), engine_env(config)
     texts = in_worker(_sample_texts, spec, lesson.prompts, needs=needs, env=env)
     found = text_accuracy([[text] for text in texts], lesson.tastes)[EVERY_FACET]
@@ -140,6 +140,11 @@ def _lesson(config: Config, store: RunDir, num_users: int, seed: int) -> Lesson:
     """Simulated users over the run's catalogue. Items are drawn as often as the real training users met them."""
     items = store.read("items", columns=["title", "attributes"])
     attributes = items["attributes"].to_pylist()
+    if not any(attributes):
+        raise UserError(
+            'llm.path = "bootstrap": this LLM learns to name attributes of items, and no item has one; set table.attributes, or '
+            "llm.path"
+        )
     met = (
         store.read("users", split="train", columns=["history_item_ids"])["history_item_ids"]
         .combine_chunks()

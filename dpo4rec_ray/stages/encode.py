@@ -103,7 +103,7 @@ def _encode_items(
 def _say(counts: dict[str, Counter[str]]) -> None:
     users, items = counts["user"], counts["item"]
     if users["failed"]:
-        say(f"  encode: {users['failed']} users got no text and carry the empty text's vector")
+        say(f"  encode: {users['failed']} users got no text and are ranked without one")
     if users["shortened"]:
         say(f"  encode: {users['shortened']} prompts leave out their oldest events to fit llm.max_model_len")
     if items["failed"]:

@@ -16,8 +16,10 @@ import torch
 from dpo4rec_ray.config import default_config
 from dpo4rec_ray.config.texts import GenerateSection
 from dpo4rec_ray.config.training import PolicySection
+from dpo4rec_ray.knowledge import generator as module
 from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.knowledge.completions import Answer
+from dpo4rec_ray.knowledge.engine_loop import EngineDied
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.wording import FACTORS
@@ -233,6 +235,37 @@ def test_use_waits_for_calls_under_way(
         generator.use(str(perturbed))
         assert running.result(timeout=1) == answers
     generator.use(str(bundled))
+
+
+def test_a_change_that_fails_is_taken_for_neither(
+    generator: VLLMGenerator,
+    prompts: list[list[int]],
+    answers: list[Answer],
+    perturbed: Path,
+    bundled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A policy whose files cannot be fetched leaves the old weights; one that breaks off while it is read ends the engine."""
+
+    def away(_: object) -> Path:
+        raise OSError("the store is away")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the store is away"):
+        patch.setattr(module, "local_copy", away)
+        generator.use(str(perturbed), "s3://bucket/lora")
+    assert generator.generate(prompts, SEEDS, COUNTS) == answers
+
+    def breaks_off(*_: object, **__: object) -> None:
+        raise ValueError("header too large")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(EngineDied, match="could not be read: header too large"),
+    ):
+        patch.setattr(generator._llm, "collective_rpc", breaks_off)
+        generator.use(str(perturbed))
+    generator.use(str(bundled))  # which it may not take for what it serves
+    assert generator.generate(prompts, SEEDS, COUNTS) == answers
 
 
 def test_a_lora_says_what_the_merged_model_says(

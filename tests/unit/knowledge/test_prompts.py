@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dpo4rec_ray.config.texts import PromptSection
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge.prompts import (
     MAX_CHARS,
+    clean_attribute,
     clean_text,
     control_tokens,
     encode_chat,
     fit_history,
+    item_prompt,
     item_text,
 )
-from dpo4rec_ray.knowledge.wording import FACTORS
+from dpo4rec_ray.knowledge.wording import FACTORS, wording_of
 from tests.unit.knowledge.asking import ask, ask_item
 
 TEMPLATE = (
@@ -418,3 +421,12 @@ def test_fit_history_keeps_the_newest_events_and_the_question(
     if left_out:
         assert len(encode(left_out - 1)) > max_tokens
     assert len(token_ids) <= max_tokens or left_out == len(titles)
+
+
+def test_a_facet_may_have_the_name_of_a_role() -> None:
+    """A table of games has a system; its values stay, and no line of a prompt looks like a turn."""
+    assert clean_attribute("system: Switch", ()) == "system: Switch"
+    assert clean_attribute("genre: user: RPG", ()) == "genre: user - RPG"
+    assert clean_attribute('a "thing"', ()) == "a 'thing'"
+    said = item_prompt(wording_of(PromptSection(), "chat", as_json=False), "Zelda", ["system: Switch"])
+    assert "system - Switch" in said and "system:" not in said

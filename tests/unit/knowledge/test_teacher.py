@@ -99,3 +99,14 @@ def test_a_facet_on_which_all_agree_is_no_credit():
     everybody = text_accuracy([["drama of the 1980s"]] * 10, truth)["genre"]
     assert everybody.accuracy == 0.5 and everybody.corrected.mean == pytest.approx(0.0)
     assert everybody.corrected.low <= 0 <= everybody.corrected.high
+
+
+def test_any_facet_can_be_taught():
+    """Catalogues of news have categories; the LLM that is trained on such texts has something to name."""
+    items = [["category: sports", "subcategory: golf"]] * 3 + [["category: news", "subcategory: local"]]
+    popular = popular_values(items)
+    texts = [
+        teacher_text(items, [5.0, 5.0, 4.0, 1.0], popular, np.random.default_rng(seed)) for seed in range(40)
+    ]
+    assert any("category sports" in text and "subcategory golf" in text for text in texts)
+    assert all("category" in text for text in texts)

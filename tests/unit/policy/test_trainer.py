@@ -250,6 +250,8 @@ def test_first_steps_equal_a_plain_pytorch_loop() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert [found["loss"] for found in metrics] == pytest.approx(losses, rel=1e-4)
+    rates = [1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert [found["lr"] for found in metrics] == pytest.approx(rates), "each step's own"
     torch.testing.assert_close(lora_weights(engine_model), lora_weights(model), atol=1e-4, rtol=1e-3)
 
 
