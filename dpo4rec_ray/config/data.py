@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dpo4rec_ray.config.placed import Placed
-from dpo4rec_ray.config.section import Section
+from dpo4rec_ray.config.section import Folder, Section
 
 _NamedUnit = Literal["s", "ms", "us", "ns", "iso"]
 
@@ -33,7 +33,7 @@ class DataSection(Placed):
     placement = Placed.placement | {"partition_mib"}
     dataset: str = "sample"
     """Name of the data source: sample, movielens, amazon2018, amazon2023, recbole or table."""
-    raw_dir: str = ""
+    raw_dir: Folder = ""
     """Folder of the raw files: a local path or a URI (s3://, gs://, hf://, http://)."""
     file: str = ""
     """File of the interactions, where the folder holds several candidates. Amazon and RecBole only."""
@@ -134,7 +134,7 @@ class TextFilesSection(Section):
 class TableSection(TextFilesSection):
     """Your own interactions, items and users, for data.dataset = "table". Files and patterns are below data.raw_dir."""
 
-    interactions: str = ""
+    interactions: Folder = ""
     """File of the interactions: Parquet, CSV, TSV or JSONL. A pattern such as "events/*.parquet" takes several files."""
     user: str = "user_id"
     """Column of the user's id in the interactions."""
@@ -155,7 +155,7 @@ class TableSection(TextFilesSection):
     """Least rating; a row with a lower one is bad."""
     max_rating: float = 5.0
     """Greatest rating; a row with a higher one is bad."""
-    items: str = ""
+    items: Folder = ""
     """File of the items. "": items have no titles."""
     item_id: str = "item_id"
     """Column of the item's id in the items."""
@@ -167,7 +167,7 @@ class TableSection(TextFilesSection):
     """Names of all columns of the items, as interaction_columns."""
     attribute_separator: str = "|"
     """What separates several values in one cell. "": each cell is one value."""
-    users: str = ""
+    users: Folder = ""
     """File of the users. "": users have no profile."""
     user_id: str = "user_id"
     """Column of the user's id in the users."""
@@ -180,7 +180,7 @@ class TableSection(TextFilesSection):
 class LoggedSection(TextFilesSection):
     """Your own candidate lists with labels, on top of any dataset. No list is drawn then."""
 
-    file: str = ""
+    file: Folder = ""
     """File of the lists: a path, URI or pattern. Parquet and JSONL with list columns, or CSV and TSV with `separator`. "": lists
     are drawn from the events."""
     columns: tuple[str, ...] = ()

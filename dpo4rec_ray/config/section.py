@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -15,7 +16,7 @@ def _without_secrets(path: str) -> str:
     return path
 
 
-# A path, or a URI such as s3://bucket/runs (storage/places.py).
+# A path, a URI such as s3://bucket/runs (storage/places.py), or a pattern of either. Settings are written into reports.
 Folder = Annotated[str, AfterValidator(_without_secrets)]
 
 
@@ -39,7 +40,8 @@ def first_mistake(error: ValidationError) -> str:
         reason = ", or ".join([said[0], *(one.removeprefix("Input should be ") for one in said[1:])])
     key = ".".join(str(part) for part in place) or "recipe"
     value = first.get("input")
-    shown = f" = {value!r}" if not isinstance(value, dict) else ""
+    # Without the keys or the password of a URI, which are what may be wrong with it.
+    shown = "" if isinstance(value, dict) else " = " + re.sub("://[^/@]*@", "://...@", repr(value))
     return f"{key}{shown}: {reason}"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dpo4rec_ray.config.placed import GPUs, Placed
-from dpo4rec_ray.config.section import Section
+from dpo4rec_ray.config.section import Folder, Section
 
 Temperature = Annotated[float, Field(gt=0, le=2)]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -107,9 +107,9 @@ class OpenAISection(Section):
 class TextsSection(Section):
     """Texts from a file, for llm.source = "table": .parquet or .jsonl with these columns, or KAR's .klg."""
 
-    users: str = ""
+    users: Folder = ""
     """File of the texts about users. Several rows of a user are its samples, in file order."""
-    items: str = ""
+    items: Folder = ""
     """File of the texts about items. "": title and attributes are encoded."""
     user: str = "user_id"
     """Column of the user's id, as in the raw data."""

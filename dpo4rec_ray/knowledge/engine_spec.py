@@ -27,6 +27,7 @@ OWN_ARGUMENTS = {
     "max_lora_rank": "policy.lora_rank",
     "disable_log_stats": "nothing: the run's figures need it",
     "trust_remote_code": "nothing: it is off",
+    "hf_token": "the environment variable HF_TOKEN: settings are written into reports and model cards",
 }
 LOAD_FORMATS = ("safetensors", "dummy")  # other formats can run code
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM takes for max_lora_rank

@@ -163,6 +163,10 @@ def test_implicit_feedback_needs_two_settings() -> None:
             r"max_num_sequences: vLLM [0-9.]+ has no such argument; did you mean",
         ),
         ('generate.engine_args={model="x"}', "engine_args.model is not set here; its place is llm.path"),
+        (
+            'generate.engine_args={hf_token="hf_x"}',
+            "hf_token is not set here; .* the environment variable HF_TOKEN",
+        ),
         ("generate.engine_args={trust_remote_code=true}", "trust_remote_code is not set here; .* it is off"),
         (
             'generate.engine_args={load_format="pt"}',
@@ -348,3 +352,14 @@ def test_templates_are_read_before_anything_starts() -> None:
         check("prompt.template={history} {titles}")
     with pytest.raises(UserError, match="an endpoint of chat completions begins its answers itself"):
         check("llm.source=openai", "openai.model=x", "prompt.lead_in=He likes", "run.num_rounds=0")
+
+
+def test_four_bits_need_their_package_where_the_training_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster the driver is on a machine without a GPU, and the workers look."""
+    config = load_config("demo", ["policy.quantize=4bit", "policy.gpus_per_worker=1"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    checks.check_training(config)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with pytest.raises(UserError, match="needs the package bitsandbytes"):
+        checks.check_training(config)

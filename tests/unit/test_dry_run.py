@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,9 @@ def test_no_ray_is_started(store: RunDir, capsys: pytest.CaptureFixture[str]) ->
 def test_a_run_that_is_not_finished_says_how_far_it_came(store: RunDir) -> None:
     """Neither a whole run, nor a folder that is none, is refused here."""
     write_json(store.root / "config.json", load_config("demo").model_dump(mode="json"))
+    with pytest.raises(UserError, match=r"an unfinished run: .* evaluate done, bootstrap not; "):
+        check_came_to("per_list", 0, store.root)  # there is no summary yet
+    write_json(store.root / "summary.json", {})
     check_came_to("per_list", 0, store.root)
     check_came_to("per_list", 0, store.root / "nowhere")
     check_came_to("per_list", 0, store.root.parent)
@@ -316,6 +320,28 @@ def test_a_run_that_is_not_finished_says_how_far_it_came(store: RunDir) -> None:
     assert missing == ["prepare", "bootstrap", "pair", "dpo", "validate", "evaluate"]
     with pytest.raises(UserError, match="score done, prepare, bootstrap, pair, "):
         check_came_to("pairs", 1, store.root)
+
+
+def test_a_run_that_is_made_anew_has_no_summary(store: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until its report: else new settings would stand beside the figures of old ones, in comparisons and model cards."""
+
+    def fails(*_: object) -> Outcome:
+        raise UserError("no room")
+
+    config = load_config("demo", ["dpo.beta=0.5"])
+    write_json(store.root / "config.json", config.model_dump(mode="json"))
+    for name in ("summary.json", "report.html"):
+        write_json(store.root / name, {})
+    runner = Runner(config, store, Selection())
+    runner.step("score", 1)
+    assert is_finished(load_config("demo"), store), "what is kept changes nothing"
+    monkeypatch.setitem(STAGES, "dpo", replace(STAGES["dpo"], run=fails))
+    with pytest.raises(UserError, match="no room"):
+        runner.step("dpo", 1)
+    assert not (store.root / "summary.json").exists() and not (store.root / "report.html").exists()
+    assert not is_finished(load_config("demo"), store)
+    with pytest.raises(UserError, match="an unfinished run: "):
+        check_came_to("per_list", 0, store.root)
 
 
 TURNS = (
