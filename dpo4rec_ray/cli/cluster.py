@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dpo4rec_ray.cli.installed import check_nodes
@@ -12,10 +13,13 @@ from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.storage.places import Place, is_remote
 from dpo4rec_ray.workers.nodes import nodes_there
 from dpo4rec_ray.workers.placement import check_room, joined_cluster
-from dpo4rec_ray.workers.room import amounts, described
+from dpo4rec_ray.workers.room import Workers, amounts, described
 from dpo4rec_ray.workers.shared_folder import probe
-from dpo4rec_ray.workers.stage_workers import stage_workers
+from dpo4rec_ray.workers.stage_workers import engines, stage_workers
 
+# Stages that start the engines, and those that are over by then.
+START_ENGINES = ("encode", "generate")
+BEFORE_ENGINES = ("prepare", "bootstrap")
 # Below it Ray unpacks what `ray job submit --working-dir` sends; it is gone after the job.
 JOB_FILES = "runtime_resources"
 SHARED = (
@@ -73,17 +77,37 @@ def check_shared(folder: Place) -> None:
 
 
 def check_stages(config: Config, stages: Sequence[str]) -> None:
-    """Whether those of the stages that have workers of their own can be placed.
+    """Whether those of the stages that have workers of their own can be placed, beside engines that they keep.
 
     Raises:
         UserError: the first that can not, now or when the cluster has grown as far as it may.
     """
     for stage, workers in stage_workers(config).items():
-        if stage in stages:
+        if stage not in stages:
+            continue
+        try:
+            check_room(*workers)
+        except UserError as error:
+            raise UserError(f"{stage}: {error}") from None
+        if kept := kept_beside(config, stage, stages):
             try:
-                check_room(*workers)
+                check_room(*kept, *workers)
             except UserError as error:
-                raise UserError(f"{stage}: {error}") from None
+                advice = "or set generate.keep_engines=false, or lower generate.num_engines"
+                raise UserError(f"{stage}: {error}; {advice}") from None
+
+
+def kept_beside(config: Config, stage: str, stages: Sequence[str]) -> list[Workers]:
+    """What holds its GPUs while `stage` works, without being of it: engines that one of `stages` has started and that stay.
+
+    Kept engines on CPUs hold nothing between stages, as texts/engines.py starts them.
+    """
+    section = config.generate
+    if not (section.keep_engines and config.has_policy and section.gpus_per_engine):
+        return []
+    if stage in (*BEFORE_ENGINES, *START_ENGINES) or not set(START_ENGINES) & set(stages):
+        return []
+    return [replace(engines(config), what="engines that generate.keep_engines leaves running")]
 
 
 def report(config: Config) -> Iterator[str]:
@@ -103,6 +127,7 @@ def report(config: Config) -> Iterator[str]:
     stages = stage_workers(config)
     check_stages(config, list(stages))
     for stage, workers in stages.items():
-        for group, fits in zip(workers, check_room(*workers), strict=True):
+        kept = kept_beside(config, stage, list(stages))
+        for group, fits in zip(workers, check_room(*kept, *workers)[len(kept) :], strict=True):
             room = "" if fits == group.count else f", room for {fits}"
             yield f"{stage}: {group.what}: {group.count} x {described(group.needs)}{room}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -71,7 +72,7 @@ def show(options: argparse.Namespace) -> int:
     """Print the plan.
 
     Raises:
-        UserError: sizes are not known, a rate is none, or a run cannot be read.
+        UserError: sizes are not known, a rate or a number of CPUs or GPUs is none, or a run cannot be read.
     """
     from dpo4rec_ray.config import load_config, read_config
 
@@ -80,6 +81,11 @@ def show(options: argparse.Namespace) -> int:
     for name, value in given.items():
         if value < 1:
             raise UserError(f"--{name} {value}: must be 1 or more")
+    cpus, gpus = options.cpus, options.gpus
+    if cpus is not None and not (math.isfinite(cpus) and cpus > 0):
+        raise UserError(f"--cpus {cpus:g}: must be a number above 0")
+    if gpus is not None and not (math.isfinite(gpus) and gpus >= 0):
+        raise UserError(f"--gpus {gpus:g}: must be a number, 0 or more")
     rates = dict(map(_rate, options.rate))
     from dpo4rec_ray.planning import estimate
     from dpo4rec_ray.planning.sizes import sizes_of_recipe
@@ -97,9 +103,7 @@ def show(options: argparse.Namespace) -> int:
         * generate.pipeline_parallel_size,
         config.policy.num_workers * config.policy.gpus_per_worker,
     )
-    machine = Machine(
-        options.cpus or os.cpu_count() or 1, max(wanted) if options.gpus is None else options.gpus
-    )
+    machine = Machine(cpus or os.cpu_count() or 1, max(wanted) if gpus is None else gpus)
     found = estimate.with_given(estimate.rates_of_runs(runs, machine), rates)
     planned = estimate.plan(config, sizes, found, machine, runs)
     print(json.dumps(planned.as_dict(), indent=1) if options.json else "\n".join(lines(planned)))
@@ -109,9 +113,12 @@ def show(options: argparse.Namespace) -> int:
 def _rate(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return name, float(value)
+        number = float(value)
     except ValueError:
-        raise UserError(f"--rate {text}: not STAGE=NUMBER, such as generate=2500") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--rate {text}: not STAGE=NUMBER, such as generate=2500")
+    return name, number
 
 
 def lines(planned: Plan) -> Iterator[str]:

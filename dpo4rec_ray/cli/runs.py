@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo4rec_ray.cli import session
 from dpo4rec_ray.cli.arguments import Formatter, examples
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,29 +31,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    """Print a line per run.
+    """Print a line per run; one that cannot be read says so and hides no other.
 
     Raises:
         UserError: no such folder, or no run in it.
     """
-    from dpo4rec_ray.evaluation.verdict import verdict
     from dpo4rec_ray.storage.places import place
 
     root = place(options.root)
     if not root.is_dir():
         raise UserError(f"{options.root}: no such folder")
-    runs = sorted(
-        (one for one in root.iterdir() if (one / "config.json").is_file()), key=lambda one: one.name
-    )
+    runs = sorted((one for one in root.iterdir() if is_run(one)), key=lambda one: one.name)
     if not runs:
         raise UserError(f"{options.root}: holds no run folder")
     width = max(len(one.name) for one in runs)
     for one in runs:
-        file = one / "summary.json"
-        done = file.is_file()
-        about = verdict(json.loads(file.read_text(encoding="utf-8"))).headline if done else unfinished(one)
+        try:
+            about = headline(one)
+        except Exception as error:  # half-written, of another version, or not ours to read
+            # A KeyError's text is the key alone.
+            kind = f"{type(error).__name__}: " if isinstance(error, KeyError) else ""
+            about = f"cannot be read: {kind}{first_line(error)}"
         print(f"{one.name:<{width}}  {about}")
     return 0
+
+
+def is_run(folder: Any) -> bool:
+    """Whether a folder is a run's; one that may not be looked into counts, so that its line says why."""
+    try:
+        return (folder / "config.json").is_file()
+    except OSError:
+        return True
+
+
+def headline(folder: Any) -> str:
+    """The verdict on a run, or how far it came."""
+    from dpo4rec_ray.evaluation.verdict import verdict
+
+    file = folder / "summary.json"
+    if not file.is_file():
+        return unfinished(folder)
+    return verdict(json.loads(file.read_text(encoding="utf-8"))).headline
 
 
 def unfinished(folder: Any) -> str:

@@ -9,6 +9,8 @@ FOLDER, for use as `llm.path=FOLDER`. A recipe with llm.path = "bootstrap" does 
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -60,18 +62,34 @@ def train(recipe: str, changes: list[str], target: Path) -> int:
     from dpo4rec_ray.config import load_config
     from dpo4rec_ray.store.artifacts import RunDir
 
-    strangers = [file.name for file in target.glob("*") if file.name not in KEPT] if target.exists() else []
-    if strangers:
-        raise UserError(
-            f"--out {target}: holds other files ({', '.join(strangers[:3])}); give an empty or new folder"
-        )
     changes = ["llm.path=bootstrap", f"run.name={Path(recipe).stem}-llm", *changes]
+    config = load_config(recipe, changes)
+    make_folder(target)  # before the training, which may take hours
     for stage in ("prepare", "bootstrap"):
         run.run(run.parse([recipe, *changes, "--only", stage]))
-    config = load_config(recipe, changes)
     folder = RunDir(place(config.run.root) / config.run.name).path("base_llm")
-    target.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         shutil.copyfile(local_copy(folder) / file, target / file)
     print(f"model: {target}")
     return 0
+
+
+def make_folder(target: Path) -> None:
+    """Make the model's folder.
+
+    Raises:
+        UserError: it cannot be made or written to, or holds other files.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        strangers = [file.name for file in target.glob("*") if file.name not in KEPT]
+        if not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:  # such as a file in its place, or above it
+        raise UserError(
+            f"--out {target}: no folder can be made or written to there ({error.strerror}); give an empty or new folder"
+        ) from None
+    if strangers:
+        raise UserError(
+            f"--out {target}: holds other files ({', '.join(strangers[:3])}); give an empty or new folder"
+        )

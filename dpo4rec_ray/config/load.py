@@ -50,11 +50,14 @@ def load_config(path: str | Path, changes: list[str] | None = None) -> Config:
         values = _read_toml("fragment", Path(fragment))
         _check_keys(values, where=f"fragment {fragment}")
         raw = merged(raw, values)
-    raw.setdefault("run", {})
-    if isinstance(raw["run"], dict) and not raw["run"].get("name"):
-        raw["run"]["name"] = file.stem
-    overrides = [text for text in changes or [] if text not in fragments]
-    return _checked(raw, overrides, where=" with ".join([f"recipe {path}", *fragments]))
+    for text in changes or []:
+        if text not in fragments:
+            _apply_override(raw, text)
+    # After the overrides: run.name=$NAME of a variable that is not set would make run.root itself the run folder.
+    run = raw.setdefault("run", {})
+    if isinstance(run, dict) and run.get("name", "") == "":
+        run["name"] = file.stem
+    return _checked(raw, [], where=" with ".join([f"recipe {path}", *fragments]))
 
 
 def read_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:

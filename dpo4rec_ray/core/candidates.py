@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ SPLITS = ("train", "valid", "test")
 MAX_ATTEMPTS = 100_000
 # Attempts with weights. Lists are still incomplete after them only if a few items hold nearly all of the weight.
 WEIGHTED_ATTEMPTS = 100
+# Places of lists that are filled at a time. Drawing holds about 60 bytes for each, and a partition may have millions of lists.
+PLACES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -133,21 +136,45 @@ def fill_lists(
     num_lists = len(plan.start)
     ids = np.zeros((num_lists, num_candidates), dtype=np.int64)
     labels = np.zeros((num_lists, num_candidates), dtype=np.float32)
+    labels_of_events = (events.ratings >= positive_rating).astype(np.float32)
+    seen = _SeenItems(events, plan, num_items, num_candidates) if avoid_seen else None
+    step = max(1, PLACES_AT_ONCE // num_candidates)
+    for low in range(0, num_lists, step):
+        part = slice(low, low + step)
+        own = ListPlan(plan.user[part], plan.number[part], plan.start[part], plan.size[part])
+        forbidden = partial(seen, first_list=low) if seen else None
+        _fill(
+            ids[part], labels[part], events.item_ids, labels_of_events, own, keys[part], num_items, forbidden
+        )
+    return ids, labels
+
+
+def _fill(
+    ids: IntArray,
+    labels: FloatArray,
+    items_of_events: IntArray,
+    labels_of_events: FloatArray,
+    plan: ListPlan,
+    keys: Keys,
+    num_items: int,
+    forbidden: Callable[[IntArray, IntArray], BoolArray] | None,
+) -> None:
+    """`fill_lists` for some of the lists, in place: ids, labels [M, L]; the others [n] of all events, plan and keys [M]."""
+    num_lists, num_candidates = ids.shape
     row = np.repeat(np.arange(num_lists), plan.size)
     slot = np.arange(len(row)) - np.repeat(np.cumsum(plan.size) - plan.size, plan.size)
     place = plan.start[row] + slot
-    ids[row, slot] = events.item_ids[place]
-    labels[row, slot] = events.ratings[place] >= positive_rating
+    ids[row, slot] = items_of_events[place]
+    labels[row, slot] = labels_of_events[place]
     drawn = np.arange(num_candidates)[None, :] >= plan.size[:, None]
     slots = np.arange(num_candidates)
 
     def sample(rows: IntArray, attempt: int) -> IntArray:
         return below(stream(mix(keys[rows] ^ np.uint64(attempt))[:, None], slots[None, :]), num_items)
 
-    seen = _SeenItems(events, plan, num_items, num_candidates) if avoid_seen else None
-    _draw_distinct(ids, drawn, sample, seen)
+    _draw_distinct(ids, drawn, sample, forbidden)
     order = np.argsort(stream(keys[:, None], num_candidates + slots[None, :]), axis=1)
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(labels, order, axis=1)
+    ids[:], labels[:] = np.take_along_axis(ids, order, axis=1), np.take_along_axis(labels, order, axis=1)
 
 
 def histories_before(bounds: IntArray, user: IntArray, start: IntArray, length: int) -> Ragged:
@@ -181,8 +208,9 @@ class _SeenItems:
                 'to fill a list; use more items, or data.protocol = "user"'
             )
 
-    def __call__(self, rows: IntArray, items: IntArray) -> BoolArray:
-        """rows: [m] list numbers, items: [m, L] -> [m, L]."""
+    def __call__(self, rows: IntArray, items: IntArray, first_list: int = 0) -> BoolArray:
+        """rows: [m] list numbers from `first_list` on, items: [m, L] -> [m, L]."""
+        rows = rows + first_list
         wanted = self._user[rows][:, None] * self._num_items + items
         spot = np.minimum(np.searchsorted(self._pair, wanted), len(self._pair) - 1)
         return (self._pair[spot] == wanted) & (self._place[spot] < self._end[rows][:, None])

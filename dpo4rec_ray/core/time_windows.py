@@ -50,7 +50,8 @@ def refreshed_users(bounds: IntArray, segment: Array) -> Refreshed:
         segment: [n] as in `plan_lists`; windows are the segments from FIRST_WINDOW on.
 
     Returns:
-        user, window (a segment) and number of events before that window, [P] each, window by window.
+        user, window (a segment) and number of events before that window, [P] each, user by user, and each user's windows in
+        their order: an order that does not depend on which users are asked about together.
     """
     sizes = np.diff(bounds)
     user = np.repeat(np.arange(len(sizes)), sizes)
@@ -61,4 +62,5 @@ def refreshed_users(bounds: IntArray, segment: Array) -> Refreshed:
         chosen = np.flatnonzero((before > 0) & (before < sizes))
         found.append((chosen, np.full(len(chosen), window), before[chosen]))
     users, windows, before = (np.concatenate(column) for column in zip(*found, strict=True))
-    return users, windows, before
+    order = np.lexsort((windows, users))
+    return users[order], windows[order], before[order]

@@ -56,7 +56,7 @@ Finish = Callable[[pa.Table, Origin], Parsed]
 
 def data_files(
     folder: str,
-    pattern: str,
+    pattern: str | tuple[str, ...],
     key: str,
     columns: tuple[Column, ...],
     finish: Finish,
@@ -66,6 +66,7 @@ def data_files(
     """The files that `pattern` matches, each with its parser.
 
     Args:
+        pattern: files come by name; those of several patterns come in the order of the patterns.
         key: the recipe key of the pattern.
         finish: picklable.
         text: how CSV is written.
@@ -75,7 +76,8 @@ def data_files(
         UserError: no file matches, a format is unknown, or a column is missing or has a type that does not fit.
     """
     columns = tuple(column for column in columns if column.name or not column.optional)
-    paths = matching_files(folder, pattern, key)
+    patterns = (pattern,) if isinstance(pattern, str) else pattern
+    paths = [path for one in patterns for path in matching_files(folder, one, key)]
     if len(paths) > 1:  # some writers leave empty files, without a header
         paths = [path for path in paths if not files.is_empty(path)] or paths
     with ThreadPoolExecutor(16) as pool:  # the header of a remote file takes one or two requests

@@ -14,6 +14,10 @@ from dpo4rec_ray.datasets.source import Source
 from dpo4rec_ray.errors import UserError
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
+EVENTS = ".inter"
+# Of a dataset that its publisher has split, NAME.train.inter and so on, in the order in which the parts are read. Other dots
+# belong to the name.
+PARTS = ("train", "valid", "test")
 # In order: the first one that is there.
 RATINGS = ("rating", "label")
 TITLES = (
@@ -30,16 +34,16 @@ MAX_RATING = 1e9
 
 
 def describe(raw_dir: str, file: str = "", timestamp_unit: TimestampUnit = "s") -> Source:
-    """The dataset in a folder; `file` names its .inter file where the folder holds several datasets.
+    """The dataset in a folder; `file` names its .inter file where the folder holds several datasets. Without it a dataset is read
+    from NAME.inter, or else from its PARTS.
 
     Raises:
         UserError: no or several datasets, or a column is not there or has no type.
     """
     paths = {one.name: one.path for one in list_files(raw_dir)}
-    names = [name for name in paths if name.endswith(".inter")]
+    names = [name for name in paths if name.endswith(EVENTS)]
     chosen = [name for name in names if name == file] if file else names
-    # A dataset that its publisher has split is NAME.train.inter, NAME.valid.inter and so on.
-    datasets = {name.split(".")[0] for name in chosen}
+    datasets = {_dataset(name) for name in chosen}
     if len(datasets) != 1:
         what = "several datasets; set data.file to the .inter file of one" if datasets else "no .inter file"
         raise UserError(
@@ -47,6 +51,10 @@ def describe(raw_dir: str, file: str = "", timestamp_unit: TimestampUnit = "s") 
             f"{', '.join(list(paths)[:20]) or 'nothing'}"
         )
     (dataset,) = datasets
+    if not file:
+        # A whole file holds what its parts hold: with both, every event would be read twice.
+        whole = [name for name in chosen if name == dataset + EVENTS]
+        chosen = whole or [name for part in PARTS if (name := f"{dataset}.{part}{EVENTS}") in chosen]
     events = _columns(paths[chosen[0]])
     if USER not in events or ITEM not in events:
         raise UserError(
@@ -56,7 +64,7 @@ def describe(raw_dir: str, file: str = "", timestamp_unit: TimestampUnit = "s") 
     rating = next((name for name in RATINGS if name in events), "")
     section = {
         "delimiter": "\t",
-        "interactions": chosen[0] if len(chosen) == 1 else f"{dataset}.*inter",
+        "interactions": chosen[0],
         "user": events[USER],
         "item": events[ITEM],
         "rating": events.get(rating, ""),
@@ -74,7 +82,14 @@ def describe(raw_dir: str, file: str = "", timestamp_unit: TimestampUnit = "s") 
         section["profile"] = tuple(
             typed for plain, typed in users.items() if plain != USER and _is_text(typed)
         )
-    return table.describe(raw_dir, TableSection.model_validate(section), typed=True)
+    return table.describe(raw_dir, TableSection.model_validate(section), typed=True, parts=tuple(chosen))
+
+
+def _dataset(name: str) -> str:
+    """The dataset of an .inter file: its name without the ending and without the part that it holds."""
+    stem = name.removesuffix(EVENTS)
+    dataset, _, part = stem.rpartition(".")
+    return dataset if dataset and part in PARTS else stem
 
 
 def _items(file: str, columns: dict[str, str]) -> dict[str, object]:

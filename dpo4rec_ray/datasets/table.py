@@ -28,10 +28,13 @@ from dpo4rec_ray.errors import UserError
 SEQUENCE = ":token_seq"
 
 
-def describe(raw_dir: str, section: TableSection, *, typed: bool = False) -> Source:
+def describe(
+    raw_dir: str, section: TableSection, *, typed: bool = False, parts: tuple[str, ...] = ()
+) -> Source:
     """The source in `raw_dir`, a local folder or URI. Reads headers, Parquet schemas and first lines only.
 
-    typed: names of columns are RecBole's "name:type".
+    typed: names of columns are RecBole's "name:type". parts: files of the interactions in the order in which they are to be
+    read, in place of `section.interactions`.
 
     Raises:
         UserError: keys that contradict each other, or as `data_files`.
@@ -89,7 +92,7 @@ def describe(raw_dir: str, section: TableSection, *, typed: bool = False) -> Sou
     return Source(
         events=data_files(
             raw_dir,
-            s.interactions,
+            parts or s.interactions,
             "table.interactions",
             event_columns,
             finish_events,

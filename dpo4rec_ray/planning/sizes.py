@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dpo4rec_ray.config import Config
+from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.core.candidates import knowledge_cut
 from dpo4rec_ray.datasets.synthetic import MAX_EVENTS, MIN_EVENTS
 from dpo4rec_ray.errors import UserError
@@ -17,6 +18,8 @@ PUBLISHED = {
     ("movielens", 0, 0): ("MovieLens-1M", 6_040, 3_416, 1_000_209),
     ("amazon2018", 60, 40): ("Amazon-Books", 11_906, 17_332, 1_406_582),
 }
+# Every size of MovieLens has the same recipe: the name of the unpacked folder tells them apart.
+PUBLISHED_MOVIELENS = "ml-1m"
 # Tokens of a prompt where no run says it: the question, and an event with its title and rating.
 QUESTION_TOKENS, EVENT_TOKENS = 100, 20
 
@@ -59,7 +62,9 @@ def sizes_of_run(config: Config, store: RunDir) -> Sizes:
         UserError: its data is not prepared.
     """
     made = store.require("lists").stats
-    found = _reckoned(config, made["users"], made["items"], made["events"], made["lists"])
+    found = _reckoned(
+        config, made.get("rows_of_users", made["users"]), made["items"], made["events"], made["lists"]
+    )
     made = {
         name: store.manifest(name, number)
         for name, number in (("generations", 1), ("knowledge", 0), ("pairs", 1))
@@ -88,27 +93,27 @@ def sizes_of_recipe(config: Config, given: Mapping[str, int], like: tuple[Config
         UserError: the number of users is not known.
     """
     data, assumed = config.data, list[str]()
-    published = PUBLISHED.get((data.dataset, data.user_core, data.item_core))
-    same_data = like is not None and like[0].data.dataset == data.dataset
+    published = _published(data)
+    same_data = like is not None and _same_data(data, like[0].data)
     if data.dataset == "sample":
         users, items = config.sample.num_users, config.sample.num_items
         interactions = round(users * (MIN_EVENTS + MAX_EVENTS) / 2)
         assumed.append(
             f"users and items: sample.num_users and sample.num_items; {MIN_EVENTS} to {MAX_EVENTS} events each"
         )
+    elif like is not None and same_data and not (published and _has_fewer_users(like[0].data, data)):
+        users, items, interactions = like[1].users, like[1].items, like[1].interactions
+        assumed.append("users, items, interactions: those of the run whose rates are used")
     elif published:
         name, users, items, interactions = published
         assumed.append(f"users, items, interactions: as published for {name}")
-    elif like is not None and same_data:
-        users, items, interactions = like[1].users, like[1].items, like[1].interactions
-        assumed.append("users, items, interactions: those of the run whose rates are used")
     elif "users" in given:
         users, items, interactions = given["users"], 10_000, 30 * given["users"]
         assumed.append("items and interactions, unless given: 10,000, and 30 per user")
     else:
         raise UserError(
-            f"how many users data.dataset = {data.dataset!r} comes to is not known; say --users N (and --items, --interactions), "
-            "or run --only prepare and name that run with --from-run"
+            f"how many users data.dataset = {data.dataset!r} in data.raw_dir = {data.raw_dir!r} comes to is not known; "
+            "say --users N (and --items, --interactions), or run --only prepare on it and name that run with --from-run"
         )
     for name, most in (("data.max_users", data.max_users), ("--users", given.get("users", 0))):
         if most and (most < users or name == "--users"):
@@ -141,6 +146,29 @@ def sizes_of_recipe(config: Config, given: Mapping[str, int], like: tuple[Config
         heldout_pairs=round(then.heldout_pairs * found.valid / max(1, then.valid)),
         assumed=tuple(assumed),
     )
+
+
+def _published(data: DataSection) -> tuple[str, int, int, int] | None:
+    """Name, users, items and interactions of the data, where the paper says them."""
+    folder = _folder(data).rpartition("/")[2].lower()
+    if data.dataset == "movielens" and folder not in ("", PUBLISHED_MOVIELENS):
+        return None
+    return PUBLISHED.get((data.dataset, data.user_core, data.item_core))
+
+
+def _same_data(data: DataSection, then: DataSection) -> bool:
+    """Whether a run read the same files and kept the same users of them; a recipe without a folder may mean the run's."""
+    same = all(getattr(data, key) == getattr(then, key) for key in ("dataset", "user_core", "item_core"))
+    return same and _folder(data) in ("", _folder(then))
+
+
+def _folder(data: DataSection) -> str:
+    return data.raw_dir.rstrip("/")
+
+
+def _has_fewer_users(then: DataSection, data: DataSection) -> bool:
+    """Whether a run drew fewer users (data.max_users) than are asked for: its counts are not those of the data."""
+    return bool(then.max_users) and not 0 < data.max_users <= then.max_users
 
 
 def _history(config: Config, sizes: Sizes) -> float:

@@ -13,13 +13,17 @@ import pyarrow.compute as pc
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.config.placed import Placed
 from dpo4rec_ray.core.candidates import split_users
-from dpo4rec_ray.core.joins import JoinSide, check_join
+from dpo4rec_ray.core.joins import NUM_COMPARED, JoinSide, check_join
+from dpo4rec_ray.core.kcore import contains
 from dpo4rec_ray.core.keys import Keys, keys_of, seed_of
 from dpo4rec_ray.datasets.files import without_query
 from dpo4rec_ray.datasets.source import ITEMS, USERS, Source
-from dpo4rec_ray.prepare.data_report import DataReport
+from dpo4rec_ray.prepare.data_report import DataReport, Untitled
 from dpo4rec_ray.prepare.ingest import read_rows
 from dpo4rec_ray.prepare.partition_lists import UserBlock
+
+# Rows of a column that are cast at a time: their text is far below 2 GiB, which is all that an Arrow string array can hold.
+CAST_ROWS = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,30 +67,35 @@ def rows_about(
 
 def catalogue_table(
     item_keys: Keys, names: tuple[Keys, pa.Array], rows: pa.Table | None
-) -> tuple[pa.Table, int]:
-    """The catalogue in item id order, which is the order of keys, and how many items have no title.
+) -> tuple[pa.Table, Untitled]:
+    """The catalogue in item id order, which is the order of keys, and which items have no title.
 
     names: keys and raw ids of the items; rows: of `rows_about`.
     """
     raw_ids = aligned(item_keys, *names)
     rows = ITEMS.empty_table().append_column("key", pa.array([], pa.uint64())) if rows is None else rows
     titles, attributes = (
-        aligned(item_keys, rows["key"].to_numpy(), rows[name].combine_chunks())
-        for name in ("title", "attributes")
+        aligned(item_keys, rows["key"].to_numpy(), _whole(rows[name], kind))
+        for name, kind in (("title", pa.large_string()), ("attributes", pa.list_(pa.large_string())))
     )
     untitled = pc.equal(pc.fill_null(pc.binary_length(titles), 0), 0)
     # A prompt must not be empty: an item without a title is shown by its id.
-    titles = pc.if_else(untitled, untitled_names(raw_ids), titles)
+    titles = pc.if_else(untitled, untitled_names(raw_ids).cast(titles.type), titles)
     offsets = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(attributes), 0).to_numpy())])
     table = pa.table(
         {
             "item_id": np.arange(len(item_keys)),
             "raw_id": raw_ids,
-            "title": titles,
-            "attributes": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), attributes.flatten()),
+            "title": _in_chunks(titles, pa.string()),
+            "attributes": _in_chunks(
+                pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), attributes.flatten()),
+                pa.list_(pa.string()),
+            ),
         }
     )
-    return table, int(np.count_nonzero(untitled.to_numpy(zero_copy_only=False)))
+    absent = untitled.to_numpy(zero_copy_only=False) & ~contains(np.unique(rows["key"].to_numpy()), item_keys)
+    some_absent = raw_ids.take(pa.array(np.flatnonzero(absent)[:NUM_COMPARED])).to_pylist()
+    return table, Untitled(pc.sum(untitled).as_py() or 0, int(absent.sum()), some_absent)
 
 
 def untitled_names(raw_ids: pa.Array) -> pa.Array:
@@ -122,15 +131,12 @@ def user_blocks(
     if rows is None:
         profiles = pa.array([""]).take(pa.array(np.zeros(len(user_keys), dtype=np.int64)))
     else:
-        profiles = aligned(user_keys, rows["key"].to_numpy(), rows["profile"].combine_chunks())
+        profiles = aligned(user_keys, rows["key"].to_numpy(), _whole(rows["profile"], pa.large_string()))
         without_profile = profiles.null_count
         profiles = pc.fill_null(profiles, "")
     ends = np.cumsum(sizes)
     blocks = [
-        # A copy of the slice: when a slice is pickled, the whole column goes with it.
-        UserBlock(
-            int(low), split[low:high], fold[low:high], pa.concat_arrays([profiles.slice(low, high - low)])
-        )
+        UserBlock(int(low), split[low:high], fold[low:high], _copied(profiles, low, high).cast(pa.string()))
         for low, high in zip(ends - sizes, ends, strict=True)
     ]
     return blocks, without_profile
@@ -164,6 +170,24 @@ def truth_table(truth: pa.Table | None, user_keys: Keys) -> pa.Table:
         return pa.table({"user_id": pa.array([], pa.int64()), "tastes": pa.array([], pa.list_(pa.string()))})
     tastes = aligned(user_keys, keys_of(truth["raw_id"]), truth["tastes"].combine_chunks())
     return pa.table({"user_id": np.arange(len(user_keys)), "tastes": tastes})
+
+
+def _whole(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
+    """The column as one array, of a type that holds more than 2 GiB of text."""
+    return column.cast(kind).combine_chunks()
+
+
+def _in_chunks(values: pa.Array, kind: pa.DataType) -> pa.ChunkedArray:
+    """The opposite of `_whole`: chunks of a type whose arrays hold up to 2 GiB of text each."""
+    starts = range(0, len(values), CAST_ROWS)
+    return pa.chunked_array(
+        [_copied(values, low, min(low + CAST_ROWS, len(values))).cast(kind) for low in starts], kind
+    )
+
+
+def _copied(values: pa.Array, low: int, high: int) -> pa.Array:
+    """Values low to high, without the others: a slice is pickled, and cast, with the whole column."""
+    return pa.concat_arrays([values.slice(low, high - low)])
 
 
 def aligned(keys: Keys, found: Keys, values: pa.Array) -> pa.Array:

@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
-from dpo4rec_ray.core.joins import NUM_COMPARED, way_to_match
+from dpo4rec_ray.core.joins import way_to_match
 from dpo4rec_ray.datasets.parsing import EMPTY_LINE
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.prepare.assemble import untitled_names
 
 # Shares above (or below) which something is said.
 FEW_LEFT, MANY_BAD, MOST = 0.01, 0.05, 0.5
@@ -26,13 +25,21 @@ DAY_S = 86400
 FIRST_YEAR_S = 315_532_800
 
 
-def remarks(config: Config, stats: dict[str, Any], items: pa.Table, unused_ids: Sequence[str]) -> list[str]:
+def remarks(
+    config: Config,
+    stats: dict[str, Any],
+    titles: pa.ChunkedArray,
+    absent_ids: Sequence[str],
+    unused_ids: Sequence[str],
+) -> list[str]:
     """Sentences about what `DataReport.stats` counted, each with what to do.
 
-    items: the catalogue. unused_ids: some ids of the items' files that no event has.
+    titles: of the catalogue. absent_ids: some ids of items that the items' files do not hold. unused_ids: some ids of these files
+    that no event has.
     """
     found = [*stats["notes"], *_about_times(config, stats), *_about_ratings(config, stats)]
-    return found + _about_rows(config, stats) + _about_items_and_users(stats, items, unused_ids)
+    found += [*_about_rows(config, stats), *_about_titles(config, stats, absent_ids, unused_ids)]
+    return [*found, *_about_users(stats), *_about_same_titles(stats["items"], titles)]
 
 
 def check_positives(config: Config, stats: dict[str, Any]) -> None:
@@ -116,27 +123,47 @@ def _about_rows(config: Config, stats: dict[str, Any]) -> list[str]:
         )
     core = stats["in_core"]
     if core < FEW_LEFT * (read - bad - left_out):
-        found.append(
-            f"the k-core leaves {core:,} of {read:,} events; lower data.user_core = {data.user_core} or data.item_core = "
-            f"{data.item_core}"
-        )
+        found.append(_few_left(config, core, read))
     return found
 
 
-def _about_items_and_users(
-    stats: dict[str, Any], catalogue: pa.Table, unused_ids: Sequence[str]
-) -> list[str]:
-    items, users, files, titles = stats["items"], stats["users"], stats["other_files"], catalogue["title"]
-    found = []
-    if "items" in files and stats["untitled_items"] > MOST * items:
-        untitled = pc.equal(titles, untitled_names(catalogue["raw_id"]))
-        ids = catalogue["raw_id"].filter(untitled).slice(0, NUM_COMPARED).to_pylist()
-        unused = f", and {unused_ids[0]!r} of the items' file has no event" if unused_ids else ""
-        found.append(
-            f"{stats['untitled_items']:,} of {items:,} items have no title and go by their ids: {ids[0]!r} is not in the "
-            f"items' file{unused}{way_to_match(ids, unused_ids)}"
+def _few_left(config: Config, core: int, read: int) -> str:
+    data = config.data
+    if data.user_core > 2 or data.item_core > 1:
+        return (
+            f"the k-core leaves {core:,} of {read:,} events; lower data.user_core = {data.user_core} or data.item_core = "
+            f"{data.item_core}"
         )
-    if "users" in files and stats["users_without_profile"] > MOST * users:
+    # Without a k-core nothing but users with a single event is left out.
+    column = f"{config.table.user!r} (table.user)" if data.dataset == "table" else "the users' column"
+    return (
+        f"{core:,} of {read:,} events are left: most users have a single event, which gives no list; is {column} a session, or "
+        "the wrong column?"
+    )
+
+
+def _about_titles(
+    config: Config, stats: dict[str, Any], absent_ids: Sequence[str], unused_ids: Sequence[str]
+) -> list[str]:
+    items, untitled, absent = stats["items"], stats["untitled_items"], stats["items_not_in_files"]
+    if "items" not in stats["other_files"] or untitled <= MOST * items:
+        return []
+    if config.data.dataset == "table" and not config.table.title:
+        return []  # no titles are set
+    why = "their title is empty in the items' file"
+    if absent:
+        why = f"{absent_ids[0]!r} is not in the items' file"
+        if absent < untitled:
+            why = f"the title of {untitled - absent:,} is empty in the items' file, and {absent:,} are not in it, such as "
+            why += repr(absent_ids[0])
+        unused = f", and {unused_ids[0]!r} of the items' file has no event" if unused_ids else ""
+        why += unused + way_to_match(absent_ids, unused_ids)
+    return [f"{untitled:,} of {items:,} items have no title and go by their ids: {why}"]
+
+
+def _about_users(stats: dict[str, Any]) -> list[str]:
+    users, found = stats["users"], []
+    if "users" in stats["other_files"] and stats["users_without_profile"] > MOST * users:
         found.append(
             f"{stats['users_without_profile']:,} of {users:,} users have no profile; do the ids of both files agree?"
         )
@@ -145,13 +172,20 @@ def _about_items_and_users(
             f"{stats['users_without_events']:,} of {stats['users_in_lists']:,} users of the lists have no event, and no "
             "history"
         )
-    if len(titles) > 1:
-        most = max(pc.value_counts(titles).to_pylist(), key=lambda one: one["counts"])
-        if most["counts"] > MOST * items:
-            found.append(
-                f"{most['counts']:,} of {items:,} items have the same title: {most['values'][:60]!r}"
-            )
     return found
+
+
+def _about_same_titles(items: int, titles: pa.ChunkedArray) -> list[str]:
+    if len(titles) < 2:
+        return []
+    # In Arrow: there are as many distinct titles as items, and a Python object of each would be far larger than the column.
+    found = pc.value_counts(titles.cast(pa.large_string()))  # there may be more than 2 GiB of them
+    counts = found.field("counts")
+    most = pc.max(counts).as_py()
+    if most <= MOST * items:
+        return []
+    title = found.field("values")[pc.index(counts, most).as_py()].as_py()
+    return [f"{most:,} of {items:,} items have the same title: {title[:60]!r}"]
 
 
 def _day(time_s: int) -> str:

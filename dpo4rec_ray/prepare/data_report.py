@@ -9,6 +9,7 @@ import bisect
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,20 @@ ADVICE = {
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
+@dataclass(frozen=True)
+class Untitled:
+    """Items without a title.
+
+    Attributes:
+        num_items: all of them. num_absent: those that the items' files do not hold; the others' title is empty there.
+        some_absent: some raw ids of the absent ones.
+    """
+
+    num_items: int = 0
+    num_absent: int = 0
+    some_absent: list[str] = field(default_factory=list[str])
+
+
 @dataclass
 class DataReport:
     """Filled step by step by `stages/prepare.py`.
@@ -75,38 +90,52 @@ class DataReport:
     num_in_core: int = 0
     times: tuple[int, int] = (0, 0)
     ratings: tuple[float, float] = (0.0, 0.0)
-    untitled_items: int = 0
+    untitled: Untitled = field(default_factory=Untitled)
     users_without_profile: int = 0
     users_in_lists: int = 0
     users_without_events: int = 0
     built: list[Built] = field(default_factory=list[Built])
 
     def add(self, kind: str, counts: FileCounts) -> None:
-        """Note what happened to the rows of a kind of file, and stop when too many are damaged.
+        """Note what happened to the rows of a kind of file, and stop when too many of a file, or of all of them, are damaged.
 
         Raises:
             UserError: names the first bad line.
         """
         self.counts[kind] = counts
-        # An empty line is counted among the quarantined, but it is no damage.
-        bad = sum(counts.quarantined.values()) - counts.quarantined[EMPTY_LINE]
         if not counts.rows_read and kind in ("events", "lists"):
             raise UserError(
                 f"the files of {kind} hold no row; check data.raw_dir, data.file and the recipe's patterns"
             )
+        section = "logged" if kind == "lists" else self.section
+        # One file of many may be damaged as a whole, and every one of many small files by a handful of rows.
+        several = len(counts.by_file) > 1
+        for path, alone in counts.by_file.items() if several else ():
+            own = (line for line in counts.bad_lines if line["path"] == path)
+            self._check_damage(alone, own, section, " of this file")
+        self._check_damage(
+            counts, counts.bad_lines, section, f" of {len(counts.by_file)} files" if several else ""
+        )
+
+    def _check_damage(
+        self, counts: FileCounts, bad_lines: Iterable[dict[str, Any]], section: str, where: str
+    ) -> None:
+        """section: of the recipe that says how the files are written. where: whose rows the counts are of."""
+        # An empty line is counted among the quarantined, but it is no damage.
+        bad = sum(counts.quarantined.values()) - counts.quarantined[EMPTY_LINE]
         few = FEW_BAD_ROWS if self.max_bad_fraction else 0
-        if bad > max(self.max_bad_fraction * counts.rows_read, few):
-            section = "logged" if kind == "lists" else self.section
-            first = next(line for line in counts.bad_lines if line["reason"] != EMPTY_LINE)
-            advice = ADVICE.get(first["reason"], "") if section else ""
-            advice = "; " + advice.format(section=section) if advice else ""
-            if advice and first["reason"] == BAD_TIME:
-                advice += way_to_read_time(first["text"])
-            raise UserError(
-                f"{first['path']} line {first['line']}: {first['reason']}: {first['text']!r}; {bad} of {counts.rows_read} "
-                f"rows cannot be used ({_listed(counts.quarantined)}), more than data.max_bad_fraction = "
-                f"{self.max_bad_fraction:g} allows; mend the file or raise it{advice}"
-            )
+        if bad <= max(self.max_bad_fraction * counts.rows_read, few):
+            return
+        first = next(line for line in bad_lines if line["reason"] != EMPTY_LINE)
+        advice = ADVICE.get(first["reason"], "") if section else ""
+        advice = "; " + advice.format(section=section) if advice else ""
+        if advice and first["reason"] == BAD_TIME:
+            advice += way_to_read_time(first["text"])
+        raise UserError(
+            f"{first['path']} line {first['line']}: {first['reason']}: {first['text']!r}; {bad} of {counts.rows_read} "
+            f"rows{where} cannot be used ({_listed(counts.quarantined)}), more than data.max_bad_fraction = "
+            f"{self.max_bad_fraction:g} allows; mend the file or raise it{advice}"
+        )
 
     def stats(self, *, num_users: int, num_items: int, num_truth: int) -> dict[str, Any]:
         """Everything that report.json holds."""
@@ -146,7 +175,8 @@ class DataReport:
             "times": self.times,
             "ratings": self.ratings,
             "notes": self.notes,
-            "untitled_items": self.untitled_items,
+            "untitled_items": self.untitled.num_items,
+            "items_not_in_files": self.untitled.num_absent,
             "users_without_profile": self.users_without_profile,
             "users_in_lists": self.users_in_lists,
             "users_without_events": self.users_without_events,

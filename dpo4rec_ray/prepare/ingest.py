@@ -43,6 +43,7 @@ class FileCounts:
         bad_lines: the first quarantined rows, each with path, line, reason and text.
         spans_lines: rows of some file span lines, and the counts are of lines.
         unwanted_ids: the first raw ids that were left out because nothing asked for them.
+        by_file: path -> the counts of each file alone: rows read, and those quarantined.
     """
 
     rows_read: int = 0
@@ -55,6 +56,7 @@ class FileCounts:
     bad_lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     spans_lines: bool = False
     unwanted_ids: list[str] = field(default_factory=list[str])
+    by_file: dict[str, FileCounts] = field(default_factory=lambda: {})
 
 
 def write_partitions(
@@ -88,7 +90,7 @@ def write_partitions(
         for batch in _stream(files, splits, write, where):
             counts += [json.loads(text) for text in batch["counts"].to_pylist()]
             progress.at(sum(block["rows_read"] for block in counts))
-    total = _summed(counts, files)
+    total = summed(counts, files)
     if total.spans_lines:
         remove(folder)
         files = _over_lines(files)
@@ -131,7 +133,7 @@ def read_rows(
     for batch in _stream(files, plan_splits(files), select, where):
         counts += [json.loads(text) for text in batch["counts"].to_pylist() if text]
         tables.append(batch.drop_columns("counts").filter(pc.is_valid(batch["raw_id"])))
-    total = _summed(counts, files)
+    total = summed(counts, files)
     if total.spans_lines:
         return read_rows(_over_lines(files), schema, wanted, where)
     table = pa.concat_tables(tables, promote_options="default")
@@ -257,7 +259,7 @@ def _counts(block: dict[str, Any], parsed: Parsed, rows_kept: int) -> dict[str, 
     }
 
 
-def _summed(counts: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCounts:
+def summed(counts: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCounts:
     """The counts of all blocks together. The line number of a bad line follows from the lines of the blocks before."""
     total = FileCounts()
     line_of = {number: 2 if file.header else 1 for number, file in enumerate(files)}
@@ -269,6 +271,9 @@ def _summed(counts: list[dict[str, Any]], files: tuple[DataFile, ...]) -> FileCo
         for name in ("quarantined", "filtered", "cleaned"):
             getattr(total, name).update(block[name])
         first, path = line_of[block["file"]], files[block["file"]].path
+        alone = total.by_file.setdefault(path, FileCounts())
+        alone.rows_read += block["rows_read"]
+        alone.quarantined.update(block["quarantined"])
         for bad in block["bad_lines"]:
             found = {"path": path, "line": first + bad["row"], "reason": bad["reason"], "text": bad["text"]}
             total.bad_lines.append(found)

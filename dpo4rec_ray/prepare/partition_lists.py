@@ -34,6 +34,7 @@ from dpo4rec_ray.core.time_windows import (
     first_segment_sizes,
     refreshed_users,
 )
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.prepare.partition_files import read_core, user_names
 from dpo4rec_ray.storage.places import Place
 from dpo4rec_ray.store.artifacts import write_part
@@ -41,6 +42,7 @@ from dpo4rec_ray.store.artifacts import write_part
 # A list's id is its user's, and then its number: unique without counting the lists of other partitions, and a user may have a
 # million lists.
 NUMBER_BITS = 20
+MAX_LISTS = 1 << NUMBER_BITS
 SINCE = "@"  # between a user's id and the window that the user's text was written for
 
 
@@ -263,7 +265,11 @@ def write_users_and_lists(
     Args:
         history, list_history: item ids and ratings, one entry per user and per list.
         list_user: [M] the user's place in the partition. list_number: [M] of ListPlan.
+
+    Raises:
+        UserError: a user has more lists than their ids can tell apart.
     """
+    _check_numbers(names, list_user, list_number)
     user_ids = users.first_id + np.arange(len(names))
     split = user_splits(users.split, list_user, list_split)
     user_table = pa.table(
@@ -310,6 +316,17 @@ def write_users_and_lists(
     )
 
 
+def _check_numbers(names: pa.Array, list_user: NDArray[np.int64], list_number: NDArray[np.int64]) -> None:
+    if not len(list_number) or list_number.max() < MAX_LISTS:
+        return
+    user = list_user[np.argmax(list_number)]
+    raise UserError(
+        f"the interactions or logged lists: user {names[int(user)].as_py()!r} has {np.sum(list_user == user):,} candidate lists, "
+        f"numbered up to {list_number.max():,}; their ids tell {MAX_LISTS:,} lists of a user apart. Nobody does so much: leave "
+        "this guest or bot user out of the files"
+    )
+
+
 def user_splits(
     drawn: NDArray[np.str_], list_user: NDArray[np.int64], list_split: NDArray[np.str_]
 ) -> NDArray[np.str_]:
@@ -328,7 +345,7 @@ def user_splits(
 
 def list_number(list_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The number of each list within its user."""
-    return list_ids & ((1 << NUMBER_BITS) - 1)
+    return list_ids & (MAX_LISTS - 1)
 
 
 def key_bounds(user_key: Keys) -> tuple[Keys, NDArray[np.int64]]:

@@ -70,7 +70,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         report.write_quarantine(data_folder / "quarantine")
         remove(work)
     report.write(stats, data_folder)
-    rows = {name: stats[name] for name in ARTIFACTS}
+    rows = {name: stats[name] for name in ARTIFACTS} | {"users": stats["rows_of_users"]}
     return Outcome(rows_in=stats["rows_read"], rows_out=rows["lists"], stats=stats, rows=rows)
 
 
@@ -128,7 +128,7 @@ def _prepare(
     names = new_names(
         item_keys, each("prepare: items", item_names, [(work, p, catalogue) for p in partitions], data)
     )
-    table, report.untitled_items = catalogue_table(item_keys, names, item_rows)
+    table, report.untitled = catalogue_table(item_keys, names, item_rows)
     store.write("items", table)
 
     sizes = first_users(np.array([one.num_users for one in counts]), data.max_users)
@@ -145,6 +145,7 @@ def _prepare(
     test_frac = data.test_frac if drawn_for_test else 0.0
     blocks, report.users_without_profile = user_blocks(config, user_keys, sizes, user_rows, test_frac)
     drift: dict[str, Any] = {}
+    num_users = len(user_keys)  # copies of users, for windows of test time, are no users more
     if source.lists:
         draw_valid = "valid" not in logged_splits
         tasks = [(work, p, blocks[p], catalogue, data, draw_valid, folders) for p in partitions]
@@ -176,13 +177,16 @@ def _prepare(
                 if len(again[p].split)
             ]
             report.built += in_order("prepare: their lists", build_refreshed, tasks, data)
-            drift = {"windows_s": list(cuts.windows_s), "refreshed_from": len(user_keys)}
+            drift = {"windows_s": list(cuts.windows_s), "refreshed_from": num_users}
             owners = [owner + block.first_id for (owner, *_), block in zip(found, blocks, strict=True)]
             user_keys = user_keys[np.concatenate([np.arange(len(user_keys)), *owners])]
     store.write("truth", truth_table(source.truth, user_keys))
     num_truth = len(user_keys) if source.truth is not None else 0
-    stats = report.stats(num_users=len(user_keys), num_items=len(item_keys), num_truth=num_truth) | drift
+    stats = report.stats(num_users=num_users, num_items=len(item_keys), num_truth=num_truth) | drift
+    stats["rows_of_users"] = len(user_keys)
     check_splits(stats["splits"])
     check_positives(config, stats)
-    stats["remarks"] = remarks(config, stats, table, report.counts["items"].unwanted_ids)
+    stats["remarks"] = remarks(
+        config, stats, table["title"], report.untitled.some_absent, report.counts["items"].unwanted_ids
+    )
     return stats

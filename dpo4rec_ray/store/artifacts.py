@@ -101,7 +101,11 @@ class RunDir:
         return self.root / paths[name].format(round=round_id)
 
     def manifest(self, name: str, round_id: int = 0) -> Manifest | None:
-        """The artifact's manifest, or None when the artifact is not complete."""
+        """The artifact's manifest, or None when the artifact is not complete.
+
+        Raises:
+            UserError: it is damaged, or a file is in the place of one of its folders.
+        """
         file = self.path(name, round_id) / MANIFEST
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -110,6 +114,10 @@ class RunDir:
             return Manifest(**content)
         except FileNotFoundError:
             return None
+        except NotADirectoryError:
+            raise UserError(
+                f"{file}: one of its folders is a file; remove it, or set run.root to another folder"
+            ) from None
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"{file}: not a manifest ({error}); remove the folder and run again") from None
 

@@ -47,9 +47,15 @@ def may_come(config: dict[str, Any], there: list[Node]) -> list[Node]:
             continue
         resources = {key: float(value) for key, value in kind.get("resources", {}).items()}
         shape = {key: resources.get(key, 0) for key in ("CPU", "GPU")}
-        running = sum(shape == {key: node.resources.get(key, 0) for key in shape} for node in there)
+        # The autoscaler gives a type's labels to its nodes, which tells spot nodes from others of the same size.
+        labels = dict(kind.get("labels") or {})
+        running = sum(
+            shape == {key: node.resources.get(key, 0) for key in shape}
+            and labels.items() <= node.labels.items()
+            for node in there
+        )
         left = int(kind.get("max_workers", MOST_NODES)) - running
-        found += [Node(f"type {name}", resources, dict(kind.get("labels", {})))] * max(0, min(left, workers))
+        found += [Node(f"type {name}", resources, labels)] * max(0, min(left, workers))
     return found
 
 

@@ -144,10 +144,14 @@ def test_with_a_cut_in_time_nothing_of_the_future_is_trained_on(tmp_path: Path) 
             assert splits == {"test"}
 
 
+@pytest.mark.parametrize("windows", [0, 3])
 def test_results_depend_on_neither_partitions_nor_splits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: int
 ) -> None:
-    """One stream, one block, or many ranges of a plain file; one partition or several: the same artifacts."""
+    """One stream, one block, or many ranges of a plain file; one partition or several: the same artifacts. So it is with users
+    that are written once more for each window of test time, in parts of their own.
+    """
+    drift = {"protocol": "time", "drift_windows": windows, "test_frac": 0.3} if windows else {}
     rng = np.random.default_rng(5)
     rows = [
         f"{int(item)},u{int(user)},{float(rng.integers(1, 6))},{1_000_000_000 + place // 3}"
@@ -164,13 +168,13 @@ def test_results_depend_on_neither_partitions_nor_splits(
         lines(rows, raw / name)
         monkeypatch.setattr(ingest, "plan_splits", functools.partial(plan_splits, split_bytes=split_bytes))
         data = {"dataset": "amazon2018", "raw_dir": str(raw), "partition_mib": partition_mib, "user_core": 5}
+        data |= drift
         store = prepared(tmp_path / f"run-{number}", data)
         adds_up(store)
         assert report_of(store)["filtered"]["repeated events"] > 100
         results.append({artifact: store.read(artifact) for artifact in prepare.ARTIFACTS})
-        assert len(list(store.path("lists").glob("*.parquet"))) == (
-            1 if partition_mib == 256 else 2 + (number == 2)
-        )
+        num_partitions = 1 if partition_mib == 256 else 2 + (number == 2)
+        assert len(list(store.path("lists").glob("*.parquet"))) == num_partitions * (2 if windows else 1)
     assert results[0]["lists"].num_rows > 1000
     for artifact in prepare.ARTIFACTS:
         assert results[0][artifact].equals(results[1][artifact]), artifact

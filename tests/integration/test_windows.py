@@ -60,6 +60,8 @@ def test_windows_of_time(tmp_path: Path) -> None:
         stats = store.require("lists").stats
         starts_s, names = stats["windows_s"], raw_ids(store)
         users = {row["user_id"]: row for row in store.read("users").to_pylist()}
+        assert stats["users"] == len(expected) < len(users) == stats["rows_of_users"]
+        assert stats["density"] == stats["events"] / (stats["users"] * stats["items"])
         assert list(users) == list(range(len(users))) and len(users) == store.require("users").rows
         found: dict[int, dict[int, tuple[list[int], list[float]]]] = {user: {} for user in users}
         times_s: dict[int, list[int]] = {user: [] for user in users}

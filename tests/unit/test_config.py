@@ -325,3 +325,10 @@ def test_probabilities_are_kept_of_whole_distributions_alone(key: str) -> None:
     assert default_config(whole).generate.token_logps
     with pytest.raises(UserError, match=f"token_logps with {key.partition('=')[0]} = "):
         default_config([*whole, f"generate.{key}"])
+
+
+@pytest.mark.parametrize("override", ["run.name=", 'run.name=""'])
+def test_an_empty_name_is_the_recipes(override: str) -> None:
+    """As `run.name=$NAME` gives it where the variable is not set; run.root itself would be the run folder."""
+    assert load_config("demo", [override]).run.name == "demo"
+    assert load_config("demo", ["run.name=mine"]).run.name == "mine"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_ray.cli import cluster
-from dpo4rec_ray.cli.cluster import check_lasting, check_shared, check_stages
+from dpo4rec_ray.cli.cluster import check_lasting, check_shared, check_stages, report
 from dpo4rec_ray.cli.installed import differences
 from dpo4rec_ray.config import load_config
 from dpo4rec_ray.errors import UserError
@@ -93,3 +93,25 @@ def test_a_stage_that_no_node_can_hold(joined: None, monkeypatch: pytest.MonkeyP
     check_stages(
         load_config("demo", ["policy.gpus_per_worker=8"]), ["dpo"]
     )  # an autoscaler of unknown limits
+
+
+def test_engines_that_are_kept_leave_later_stages_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [Node("10.0.0.1", {"CPU": 32, "GPU": 2})]
+    monkeypatch.setattr(placement, "nodes_there", lambda: list(nodes))
+    monkeypatch.setattr(cluster, "nodes_there", lambda: list(nodes))
+    two = ["generate.num_engines=2", "policy.num_workers=2"]
+    config = load_config("ml1m", ["generate.keep_engines=true", *two])
+    stages = ["encode", "train_reward", "generate", "score", "dpo", "evaluate"]
+    for stage in ("score", "dpo"):
+        said = rf"^{stage}: 2 engines that generate\.keep_engines leaves running .*generate\.num_engines"
+        with pytest.raises(UserError, match=said):
+            check_stages(config, ["generate", stage])
+    with pytest.raises(UserError, match=r"generate\.num_engines"):
+        list(report(config))
+    check_stages(config, ["dpo"])  # `--only dpo` starts no engine
+    check_stages(load_config("ml1m", two), stages)
+    nodes[0] = Node("10.0.0.1", {"CPU": 32, "GPU": 4})
+    check_stages(config, stages)
+    assert [line.partition(":")[0] for line in report(config)] == [
+        "node 10.0.0.1", "prepare", "encode", "encode", "train_reward", "generate", "score", "score", "dpo", "evaluate",
+    ]  # fmt: skip

@@ -24,5 +24,8 @@ def test_a_text_is_written_anew_for_who_has_events_before_and_after() -> None:
         (0, 3, 3),
         (3, 3, 1),  # new in the first window, known in the second
     ]
+    # Users keep their order when they are asked about with others, as in another partition.
+    users, windows, _ = refreshed_users(np.array([0, 3, 6]), np.array([0, 2, 3] * 2))
+    assert list(zip(users.tolist(), windows.tolist(), strict=True)) == [(0, 2), (0, 3), (1, 2), (1, 3)]
     nobody = refreshed_users(np.array([0]), np.zeros(0, np.int64))
     assert [len(column) for column in nobody] == [0, 0, 0]

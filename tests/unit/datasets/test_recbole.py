@@ -11,7 +11,7 @@ import pytest
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.datasets import files, load_source
 from dpo4rec_ray.datasets.recbole import describe
-from dpo4rec_ray.datasets.source import DataFile
+from dpo4rec_ray.datasets.source import DataFile, Source
 from dpo4rec_ray.errors import UserError
 
 # The first lines of ml-100k as RecBole publishes it, and a title with a quote.
@@ -109,6 +109,35 @@ def test_a_dataset_that_was_split_and_a_folder_of_several(tmp_path: Path):
     assert len(rows(describe(str(tmp_path), "b.inter").events)) == 2
     with pytest.raises(UserError, match=r"no .inter file named 'c.inter' \(data.file\)"):
         describe(str(tmp_path), "c.inter")
+
+
+def users_of(source: Source) -> list[str]:
+    return [row["user"] for row in rows(source.events)]
+
+
+def one_event(path: Path, user: str) -> None:
+    path.write_text(f"user_id:token\titem_id:token\n{user}\tb\n")
+
+
+def test_a_split_is_read_in_the_order_of_its_parts_and_a_whole_file_alone(tmp_path: Path):
+    """Without times the order of the files is the order of the events."""
+    for part in ("test", "train", "valid"):
+        one_event(tmp_path / f"ml.{part}.inter", part)
+    assert users_of(describe(str(tmp_path))) == ["train", "valid", "test"]
+    assert users_of(describe(str(tmp_path), "ml.valid.inter")) == ["valid"]
+    one_event(tmp_path / "ml.inter", "whole")
+    assert users_of(describe(str(tmp_path))) == ["whole"]
+
+
+def test_dots_belong_to_the_name_of_a_dataset(tmp_path: Path):
+    for version in ("v1", "v2"):
+        one_event(tmp_path / f"shop.{version}.inter", version)
+        (tmp_path / f"shop.{version}.item").write_text(f"item_id:token\ttitle:token_seq\nb\tof {version}\n")
+    with pytest.raises(UserError, match=r"several datasets; set data\.file"):
+        describe(str(tmp_path))
+    source = describe(str(tmp_path), "shop.v2.inter")
+    assert users_of(source) == ["v2"]
+    assert [row["title"] for row in rows(source.items)] == ["of v2"]
 
 
 def test_mistakes_are_told(tmp_path: Path):

@@ -150,3 +150,11 @@ def test_its_commands_agree_with_the_makefile(cluster: dict[str, Any]) -> None:
     assert len(python) == 1
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"].startswith(f">={python.pop()}")
+
+
+def test_nodes_know_the_region_of_the_bucket(cluster: dict[str, Any]) -> None:
+    """Without it the store's client signs its requests for us-east-1."""
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [line for line in cluster[commands] if "ray start" in line]
+        assert starts
+        assert all(f" AWS_REGION={cluster['provider']['region']};" in line for line in starts)

@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from dpo4rec_ray.config import load_config
+from dpo4rec_ray.config.data import DataSection
 from dpo4rec_ray.config.serving import APPLICATION, ServingSection
 from dpo4rec_ray.serving.haproxy import ON_CLUSTERS
+from dpo4rec_ray.workers.room import fits_labels
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy" / "kuberay"
@@ -203,3 +205,16 @@ def test_no_secret_is_in_a_file() -> None:
         for document in yaml.safe_load_all(file.read_text(encoding="utf-8")):
             assert document["kind"] != "Secret"
         assert not re.search(r"(AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20})", file.read_text(encoding="utf-8"))
+
+
+def test_the_selector_of_the_docs_fits_what_is_shipped() -> None:
+    docs = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    shown = re.search(r"^\| `label_selector` \| `(\{.*?\})`", docs, re.MULTILINE)
+    assert shown
+    selector = DataSection.model_validate(tomllib.loads(f"label_selector = {shown[1]}")).label_selector
+    on_aws = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))["available_node_types"]
+    groups = {"cluster.yaml": list(on_aws.values())}
+    groups |= {name: cluster(name)["workerGroupSpecs"] for name in CLUSTERS}
+    for name, kinds in groups.items():
+        fit = [fits_labels(selector, kind.get("labels", {})) for kind in kinds]
+        assert any(fit) and not all(fit), name

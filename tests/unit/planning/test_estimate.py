@@ -161,3 +161,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "not STAGE=NUMBER" in capsys.readouterr().err
     assert command.main(["demo", "--users", "0"]) == 2
     assert command.main(["demo", "--from-run", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--rate", "generate=nan"), ("--rate", "generate.start=inf"), ("--cpus", "nan"), ("--cpus", "-3"), ("--cpus", "0"),
+        ("--gpus", "nan"), ("--gpus", "-1"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["demo", f"{flag}={value}"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {flag} {value}") and said.err.count("\n") == 1 and not said.out
+
+
+def test_no_gpu_is_a_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["demo", "--gpus", "0"]) == 0

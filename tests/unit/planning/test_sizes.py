@@ -67,3 +67,30 @@ def test_what_the_user_knows_comes_first() -> None:
 def test_unknown_data_is_not_guessed() -> None:
     with pytest.raises(UserError, match="say --users N"):
         sizes_of_recipe(recipe("own_table", "data.raw_dir=x"), {}, None)
+
+
+def test_movielens_1m_is_told_by_its_folder() -> None:
+    for folder in ("", "ml-1m", "s3://bucket/ml-1m/"):
+        assert sizes_of_recipe(recipe("ml1m", f"data.raw_dir={folder}"), {}, None).users == 6_040
+    with pytest.raises(UserError, match="ml-25m"):
+        sizes_of_recipe(recipe("ml1m", "data.raw_dir=/data/ml-25m"), {}, None)
+
+
+def test_counts_of_a_run_on_the_same_data_come_before_published_ones() -> None:
+    large = recipe("ml1m", "data.raw_dir=/data/ml-25m")
+    then = replace(THEN, users=162_541, items=59_047, interactions=25_000_095)
+    for config in (large, recipe("ml1m", "data.raw_dir=/data/ml-25m/"), recipe("ml1m")):
+        found = sizes_of_recipe(config, {}, (large, then))
+        assert (found.users, found.interactions) == (162_541, 25_000_095)
+    trial = recipe("ml1m", "data.raw_dir=ml-1m", "data.max_users=600")
+    assert sizes_of_recipe(recipe("ml1m", "data.raw_dir=ml-1m"), {}, (trial, THEN)).users == 6_040
+    assert sizes_of_recipe(trial, {}, (trial, THEN)).interactions == THEN.interactions
+
+
+@pytest.mark.parametrize("change", ["data.raw_dir=/theirs", "data.user_core=20"])
+def test_counts_of_other_data_are_not_taken(change: str) -> None:
+    mine = recipe("own_table", "data.raw_dir=/mine")
+    with pytest.raises(UserError, match="say --users N"):
+        sizes_of_recipe(mine, {}, (recipe("own_table", "data.raw_dir=/mine", change), THEN))
+    found = sizes_of_recipe(mine, {"users": 50}, (recipe("own_table", "data.raw_dir=/mine", change), THEN))
+    assert (found.users, found.interactions, found.text_tokens) == (50, 1_500, THEN.text_tokens)

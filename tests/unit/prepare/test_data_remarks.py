@@ -13,8 +13,8 @@ from dpo4rec_ray.prepare.data_remarks import check_positives, remarks
 SOUND: dict[str, Any] = {
     "notes": [], "times": (1_500_000_000, 1_600_000_000), "ratings": (1.0, 5.0), "rows_read": 1000, "rows_kept": 1000,
     "events": 1000, "positive_events": 400, "quarantined": {}, "repeated_events": 0, "in_core": 1000, "items": 50, "users": 100,
-    "other_files": {"items": {}, "users": {}, "lists": {}}, "untitled_items": 25, "users_without_profile": 50,
-    "users_in_lists": 100, "users_without_events": 50,
+    "other_files": {"items": {}, "users": {}, "lists": {}}, "untitled_items": 25, "items_not_in_files": 25,
+    "users_without_profile": 50, "users_in_lists": 100, "users_without_events": 50,
 }  # fmt: skip
 TITLES = [f"Title {n}" for n in range(50)]
 NOW_S = int(time.time())
@@ -22,8 +22,8 @@ NOW_S = int(time.time())
 
 def said(change: dict[str, Any], titles: list[str] | None = None, **data: Any) -> list[str]:
     config = Config.model_validate({"table": data.pop("table", {}), "data": data})
-    items = pa.table({"raw_id": [f"{n:03d}" for n in range(50)], "title": titles or TITLES})
-    return remarks(config, {**SOUND, **change}, items, ["7", "8"])
+    absent = [f"{n:03d}" for n in range(50)]
+    return remarks(config, {**SOUND, **change}, pa.chunked_array([titles or TITLES]), absent, ["7", "8"])
 
 
 def test_nothing_is_said_about_sound_data():
@@ -52,7 +52,8 @@ def test_nothing_is_said_about_sound_data():
         ({"quarantined": {"bad number": 51}}, "51 of 1,000 rows were damaged"),
         ({"filtered": {"repeated events": 501}, "repeated_events": 501}, "501 of 1,000 events are repeated ones of the same user "
          "and item, and were left out"),
-        ({"in_core": 9}, "the k-core leaves 9 of 1,000 events; lower data.user_core = 0"),
+        ({"in_core": 9}, "9 of 1,000 events are left: most users have a single event, which gives no list; is the users' "
+         "column a session, or the wrong column?"),
         ({"users_without_profile": 51}, "51 of 100 users have no profile"),
         ({"users_without_events": 51}, "51 of 100 users of the lists have no event"),
         ({"notes": ["i.csv: fields are separated by tabs"]}, "i.csv: fields are separated by tabs"),
@@ -64,12 +65,29 @@ def test_each_strange_number_is_one_sentence(change: dict[str, Any], words: str)
 
 
 def test_items_without_a_title_are_shown_beside_titles_without_an_event():
-    untitled = [f"item {n:03d}" for n in range(26)]
-    (sentence,) = said({"untitled_items": 26}, untitled + TITLES[26:])
-    assert sentence == (
-        "26 of 50 items have no title and go by their ids: '000' is not in the items' file, and '7' of the items' file has no "
-        "event, which would match without leading zeros"
-    )
+    begin = "26 of 50 items have no title and go by their ids: "
+    end = ", and '7' of the items' file has no event, which would match without leading zeros"
+    for absent, why in (
+        (26, "'000' is not in the items' file"),
+        (3, "the title of 23 is empty in the items' file, and 3 are not in it, such as '000'"),
+    ):
+        assert said({"untitled_items": 26, "items_not_in_files": absent}) == [begin + why + end]
+
+
+def test_titles_that_are_empty_are_not_said_to_be_missing_from_the_file():
+    empty = {"untitled_items": 26, "items_not_in_files": 0}
+    told = "26 of 50 items have no title and go by their ids: their title is empty in the items' file"
+    assert said(empty) == [told]
+    assert said(empty, dataset="table") == [told]
+    assert said(empty, dataset="table", table={"title": ""}) == []  # no titles are set
+
+
+def test_a_k_core_is_blamed_only_where_one_is_set():
+    assert said({"in_core": 9}, user_core=5) == [
+        "the k-core leaves 9 of 1,000 events; lower data.user_core = 5 or data.item_core = 0"
+    ]
+    (sentence,) = said({"in_core": 9}, dataset="table", table={"user": "session"})
+    assert sentence.endswith("is 'session' (table.user) a session, or the wrong column?")
 
 
 def test_titles_that_are_all_the_same():

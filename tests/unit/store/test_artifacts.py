@@ -102,3 +102,9 @@ def test_folder_hash_follows_content(tmp_path: Path) -> None:
     first = folder_hash(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     assert folder_hash(tmp_path) != first
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match=r"runs/demo/data/users/manifest\.json: one of its folders is a file"):
+        RunDir(tmp_path / "runs" / "demo").manifest("users")
