@@ -26,7 +26,7 @@ _EVERYWHERE = {
 }
 # A node that is gone says nothing, so that by default a request to it waits for ever. Its replicas are left out after two missed
 # checks, and what was sent to them is sent to others, up to three times (HAProxy's default; with one, a client that asks twice
-# met a dead replica each time). So a request that takes longer than the five seconds is computed four times: what waits is bounded.
+# met a dead replica each time). So a request that takes longer than five seconds is computed four times: what waits is bounded.
 ON_CLUSTERS = _EVERYWHERE | {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
