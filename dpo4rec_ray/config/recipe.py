@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpo4rec_ray.config.data import DataSection, LoggedSection, SampleSection, TableSection
 from dpo4rec_ray.config.ranking import EvaluateSection, PairSection, RerankerSection, RewardSection
@@ -65,9 +65,13 @@ class RunSection(Section):
     def _one_folder(cls, name: str) -> str:
         if "/" in name or name in (".", ".."):
             raise ValueError("the name of a folder, without a path; the path is run.root")
-        if any(one in name for one in "*?[]"):
-            raise ValueError("* ? [ ] are patterns in object stores; use another name")
         return name
+
+    @model_validator(mode="after")
+    def _no_pattern(self) -> Self:
+        if "://" in self.root and any(one in self.name for one in "*?[]"):
+            raise ValueError(f"name = {self.name!r}: * ? [ ] are patterns in object stores; use another name")
+        return self
 
     @property
     def max_rounds(self) -> int:

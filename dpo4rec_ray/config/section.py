@@ -7,9 +7,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+CONTAINER_FIRST = ("abfs", "abfss", "wasb", "wasbs")  # Azure's CONTAINER@ACCOUNT.dfs.core.windows.net
+
 
 def _without_secrets(path: str) -> str:
-    if "://" in path and "@" in path.partition("://")[2].partition("/")[0]:
+    scheme, _, rest = path.partition("://")
+    user = rest.partition("/")[0].rpartition("@")[0]
+    if user and (":" in user or scheme not in CONTAINER_FIRST):
         raise ValueError(
             "keys do not belong into a URI; set them in the environment (AWS_ACCESS_KEY_ID, ...)"
         )

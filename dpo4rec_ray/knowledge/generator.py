@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo4rec_ray.errors import first_line
+from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.knowledge.catalogue_prompts import max_prompt_tokens
 from dpo4rec_ray.knowledge.completions import Answer
-from dpo4rec_ray.knowledge.engine_loop import EngineDied, EngineLoop, EngineStats, Request
+from dpo4rec_ray.knowledge.engine_loop import EngineLoop, EngineStats, Request
 from dpo4rec_ray.knowledge.engine_spec import EngineSpec, ServedWeights
 from dpo4rec_ray.models.gguf_folder import model_folder
 from dpo4rec_ray.storage.local_copies import local_copy
@@ -76,6 +76,9 @@ class VLLMGenerator:
         """From now on serve other weights of the same shape, without a new start: a whole model, or a base and a LoRA.
 
         A model's weights are read into the running engine; a LoRA is named with each request. Waits for running calls.
+
+        Raises:
+            UserError: the model's weights cannot be read; the engine then serves neither them nor those before.
         """
         wanted = ServedWeights(model, lora)
         if wanted == self._serving:
@@ -91,8 +94,10 @@ class VLLMGenerator:
             if model != before.model:
                 try:
                     self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-                except Exception as error:  # some weights may be of this model, some of the other
-                    raise EngineDied(
+                except (
+                    Exception
+                ) as error:  # some weights may be of the other model now: the next call reads all anew
+                    raise UserError(
                         f"{folder}: these weights could not be read: {first_line(error)}"
                     ) from error
                 if not self._spec.on_gpu:

@@ -61,6 +61,11 @@ class Batcher(Generic[Item, Answer]):
             loop.call_soon(self._next)
         return await future
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is computed or waits."""
+        return self._running
+
     def _next(self) -> None:
         """Start the next batch. It first waits some turns of the loop, so that requests that are being parsed can join."""
         self._quiet = self._quiet + 1 if len(self._waiting) == self._seen else 0

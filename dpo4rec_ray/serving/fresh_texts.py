@@ -7,6 +7,7 @@ string as an id. A file is replaced as a whole. A damaged file counts as missing
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import threading
@@ -30,8 +31,8 @@ MAX_CACHED = 10_000  # users whose text, or lack of one, a process remembers
 MAX_SUBMITTED = 10_000  # users whose last job a replica remembers
 LOOK_AGAIN_S = 0.5  # how long a process believes that a file is missing
 # A store that takes longer than this is not waited for, nor asked again for a while: the list is ranked without a text.
-MAX_READ_S, PAUSE_S = 0.25, 1.0
-READERS = 4  # threads
+MAX_READ_S, PAUSE_S = 0.5, 1.0
+READERS = 32  # threads
 # A sweep that finds too many files leaves this share of the most allowed, so that not every new text needs a sweep.
 KEPT_SHARE = 0.9
 
@@ -102,7 +103,8 @@ class FreshTextStore:
         now = time.time()
         for file, written in written_at(self._root).items():
             if now - written > self._settings.fresh_ttl_s:
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
             elif file.suffix == ".json":
                 ages.append((now - written, file))
         if len(ages) <= self._settings.fresh_max_users:
@@ -110,7 +112,8 @@ class FreshTextStore:
         ages.sort(key=lambda one: one[0])
         stay = max(1, int(self._settings.fresh_max_users * KEPT_SHARE))
         for _, file in ages[stay:]:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
         return stay
 
     def file(self, version: str, user_id: str) -> Place:
@@ -153,13 +156,12 @@ class FreshTextLookup:
             return None
         else:
             # In threads of its own: a store that hangs holds neither the event loop up nor what else runs in threads.
-            reading = asyncio.get_running_loop().run_in_executor(
-                self._readers, self._store.find, name, user_id
-            )
+            reading = self._readers.submit(self._store.find, name, user_id)
             try:
-                text = await asyncio.wait_for(reading, MAX_READ_S)
+                text = await asyncio.wait_for(asyncio.wrap_future(reading), MAX_READ_S)
             except TimeoutError:
-                self._ask_at = time.monotonic() + PAUSE_S
+                if not reading.cancelled():  # the store was asked: it did not only wait for a thread
+                    self._ask_at = time.monotonic() + PAUSE_S
                 return None
         if text is not None and text.vector.shape == (version.vector_dim,):
             return text

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo4rec_ray.knowledge.encoder import TextEncoder
-from dpo4rec_ray.serving.batcher import Batcher
+from dpo4rec_ray.serving.batcher import Batcher, Overloaded
 from dpo4rec_ray.serving.version_files import VersionFiles
 
 # A text takes some 20 times as long as a list: with so many of them, the last one that waits waits for seconds.
@@ -36,6 +36,8 @@ class QueryTexts:
         """
         section = version.encoder
         known = section.model_dump_json(exclude=set(section.placement))
+        if (found := self._encoders.get(known)) is not None:  # never behind one that is being loaded
+            return found
         with self._loading:
             if known not in self._encoders:
                 self._encoders[known] = TextEncoder(section, self._device)
@@ -44,6 +46,12 @@ class QueryTexts:
     async def vector(self, version: VersionFiles, text: str) -> npt.NDArray[np.float32]:
         """[D]. Raises as `encoder`, and Overloaded: too many texts wait."""
         return await self._batcher((version, text))
+
+    async def spare(self, version: VersionFiles, text: str) -> npt.NDArray[np.float32]:
+        """As `vector`, for a shadow: Overloaded as soon as anything else is encoded."""
+        if self._batcher.busy:
+            raise Overloaded
+        return await self.vector(version, text)
 
     def _encoded(self, queued: Sequence[QueuedText]) -> list[npt.NDArray[np.float32] | Exception]:
         """Per text its vector, or why its version has none."""

@@ -224,7 +224,11 @@ class Service:
 
         async def compare() -> None:
             try:
-                vector = None if text is None else await self._query_texts.vector(shadow.files, text)
+                vector = None
+                if text is not None:
+                    encoders = [self._query_texts.encoder(one.files) for one in (shadow, version)]
+                    same = encoders[0] is encoders[1]
+                    vector = task.vector if same else await self._query_texts.spare(shadow.files, text)
                 other = await self._shadow_batcher((shadow, replace(task, vector=vector)))
             except Overloaded:
                 return

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from dpo4rec_ray.config.texts import EncoderSection
 from dpo4rec_ray.core.keys import Keys, string_key
-from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.errors import UserError, first_line
 from dpo4rec_ray.storage.local_copies import local_copy
 from dpo4rec_ray.storage.places import Place, place
 from dpo4rec_ray.store.artifacts import write_json
@@ -169,7 +169,10 @@ class VersionFiles:
             raise UserError(
                 f"version {name} has no {ENCODER_FILE}, which older versions lack; publish its run again"
             )
-        return EncoderSection.model_validate_json(file.read_bytes())
+        try:
+            return EncoderSection.model_validate_json(file.read_bytes())
+        except (OSError, ValueError) as error:  # of a damaged file, or of one that other code wrote
+            raise UserError(f"{file}: cannot be read ({first_line(error)}); publish the run again") from None
 
     @cached_property
     def recorded(self) -> list[dict[str, Any]]:

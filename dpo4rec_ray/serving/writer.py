@@ -109,8 +109,8 @@ class Writer:
             try:
                 self._follow()
                 if time.monotonic() - swept > SWEEP_S:
-                    self._store.sweep()
                     swept = time.monotonic()
+                    self._sweep()
                 with self._changed:
                     keys = list(self._waiting)[:BATCH]
                     batch = [self._waiting.pop(key) for key in keys]
@@ -122,6 +122,13 @@ class Writer:
                 self._metrics.failed("error", len(batch))
             with self._changed:
                 self._in_progress = set()
+
+    def _sweep(self) -> None:
+        """Texts are written all the same where old ones cannot be removed."""
+        try:
+            self._store.sweep()
+        except Exception:
+            log.exception("old texts could not be removed")
 
     def _follow(self) -> None:
         """Change to the current version, if that is another one."""

@@ -199,8 +199,10 @@ class _Store(FsspecStore):
         try:
             await self._create(path, value)
         except AlreadyExistsError as error:
-            if await self._small(path) != value:
-                raise FileExistsError(path) from error
+            with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile: it was another's
+                if await self._small(path) == value:
+                    return
+            raise FileExistsError(path) from error
 
     async def _create(self, path: str, value: Any) -> None:
         bucket, key = self._split_path(path)

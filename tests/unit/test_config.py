@@ -332,3 +332,12 @@ def test_an_empty_name_is_the_recipes(override: str) -> None:
     """As `run.name=$NAME` gives it where the variable is not set; run.root itself would be the run folder."""
     assert load_config("demo", [override]).run.name == "demo"
     assert load_config("demo", ["run.name=mine"]).run.name == "mine"
+
+
+def test_a_container_of_azure_is_no_secret() -> None:
+    uri = "abfs://raw@shop.dfs.core.windows.net/events"
+    assert load_config("own_table", [f"data.raw_dir={uri}"]).data.raw_dir == uri
+    with pytest.raises(
+        UserError, match=r"'abfs://\.\.\.@shop.dfs.core.windows.net/events': keys do not belong"
+    ):
+        load_config("own_table", ["data.raw_dir=abfs://raw:KEY@shop.dfs.core.windows.net/events"])

@@ -16,10 +16,10 @@ import torch
 from dpo4rec_ray.config import default_config
 from dpo4rec_ray.config.texts import GenerateSection
 from dpo4rec_ray.config.training import PolicySection
+from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.knowledge import generator as module
 from dpo4rec_ray.knowledge.catalogue_prompts import TokenizedPrompts
 from dpo4rec_ray.knowledge.completions import Answer
-from dpo4rec_ray.knowledge.engine_loop import EngineDied
 from dpo4rec_ray.knowledge.generator import VLLMGenerator
 from dpo4rec_ray.knowledge.prompts import encode_chat
 from dpo4rec_ray.knowledge.wording import FACTORS
@@ -245,7 +245,7 @@ def test_a_change_that_fails_is_taken_for_neither(
     bundled: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A policy whose files cannot be fetched leaves the old weights; one that breaks off while it is read ends the engine."""
+    """A policy whose files cannot be fetched leaves the old weights; one that breaks off while it is read is read anew."""
 
     def away(_: object) -> Path:
         raise OSError("the store is away")
@@ -260,7 +260,7 @@ def test_a_change_that_fails_is_taken_for_neither(
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(EngineDied, match="could not be read: header too large"),
+        pytest.raises(UserError, match="could not be read: header too large"),
     ):
         patch.setattr(generator._llm, "collective_rpc", breaks_off)
         generator.use(str(perturbed))

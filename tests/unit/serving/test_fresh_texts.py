@@ -291,6 +291,46 @@ def test_a_replica_remembers_a_bounded_number_of_jobs(
     assert [one.user_id for one in jobs] == ["a", "b", "c", "a"]
 
 
+def test_a_burst_of_new_users_is_no_store_that_hangs(
+    version: VersionFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who only waited for a thread says nothing about the store: all get their jobs."""
+    monkeypatch.setattr(fresh_texts, "READERS", 2)
+    monkeypatch.setattr(fresh_texts, "MAX_READ_S", 5.0)
+
+    def read(*_: object) -> None:
+        time.sleep(0.02)
+
+    monkeypatch.setattr(FreshTextStore, "_read", read)
+    jobs = Submitted()
+    texts = jobs.texts(tmp_path)
+    history = events(version, [3], [4.0])
+
+    async def ask() -> None:
+        await asyncio.gather(*(texts.find(version, f"user {number}", history) for number in range(40)))
+
+    asyncio.run(ask())
+    assert len(jobs) == 40
+
+
+def test_what_cannot_be_removed_stops_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(tmp_path, fresh_ttl_s=100)
+    for user in ("old", "older", "new"):
+        store.write("v1", user, written(), "minilm")
+    for user in ("old", "older"):
+        os.utime(store.file("v1", user), (0, time.time() - 150))
+    real, kept = Path.unlink, store.file("v1", "old")
+
+    def unlink(file: Path, missing_ok: bool = False) -> None:
+        if file == kept:
+            raise PermissionError(file)
+        real(file, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    store.sweep()
+    assert sorted(files(tmp_path)) == sorted([kept, store.file("v1", "new")])
+
+
 def test_a_store_that_hangs_is_not_waited_for(
     version: VersionFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,12 @@ def test_versions_that_cannot_read_a_text(registry: Registry) -> None:
     service = Service(registry, settings)
     client = TestClient(build_api(service, frozenset(), MAX_BODY))
     (registry.folder("v2") / ENCODER_FILE).unlink()
-    for name, words in (("v3", "reads no texts"), ("v2", "publish its run again")):
+    (registry.folder("mir") / ENCODER_FILE).write_text('{"path": "x", "of_later_code": 1}')
+    for name, words in (
+        ("v3", "reads no texts"),
+        ("v2", "publish its run again"),
+        ("mir", "encoder.json: cannot be read"),
+    ):
         registry.promote(name)
         assert not service.manager.refresh() and words in service.manager.refused
         answer = client.post(V2, json=BODY)
@@ -77,7 +82,9 @@ def test_texts_that_would_wait_too_long_are_refused(
     assert len(encoded) <= answered / 8
 
 
-def test_a_shadow_reads_the_text_of_a_query_itself(registry: Registry, served_run: RunDir) -> None:
+def test_a_shadow_reads_the_text_of_a_query_itself(
+    registry: Registry, served_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A copy of the version that answers gives the same first items."""
     twin = shutil.copytree(registry.folder("v1"), registry.folder("twin"))
     card = json.loads((twin / VERSION_FILE).read_text()) | {"version": "twin"}
@@ -95,5 +102,44 @@ def test_a_shadow_reads_the_text_of_a_query_itself(registry: Registry, served_ru
             await service.rerank_query(body, V2)
         await asyncio.gather(*service._shadows)
 
+    encoded: list[int] = []
+    real = TextEncoder.encode
+
+    def counted(self: TextEncoder, texts: list[str]) -> np.ndarray:
+        encoded.append(len(texts))
+        return real(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "encode", counted)
     asyncio.run(ask())
     assert len(compared) == 8 and all(sent == other for sent, other in compared)
+    assert sum(encoded) == 8, "the same encoder reads a text once"
+
+
+def test_a_shadow_with_another_encoder_takes_no_place(
+    registry: Registry, served_run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.shadow("v2")
+    file = registry.folder("v2") / ENCODER_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_tokens": 8}))
+    service = Service(registry, ServingSection.model_construct(query="text"))
+    dim = service.manager.version_for("", None).files.vector_dim
+    encoded: list[int] = []
+
+    def encode(_: object, texts: list[str]) -> np.ndarray:
+        encoded.append(len(texts))
+        time.sleep(0.01)
+        return np.ones((len(texts), dim), np.float32)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+
+    async def ask() -> None:
+        bodies = [
+            DocumentsRequest(query=f"text {number}", documents=["i1", "i2"]) for number in range(MAX_WAITING)
+        ]
+        await asyncio.gather(*(service.rerank_query(body, V2) for body in bodies))
+        await asyncio.gather(*service._shadows)
+
+    asyncio.run(ask())
+    assert MAX_WAITING <= sum(encoded) < 2 * MAX_WAITING, (
+        "no answer was refused, and most shadows were left out"
+    )

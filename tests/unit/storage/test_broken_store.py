@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo4rec_ray.config import load_config
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.storage import lease as leases
 from dpo4rec_ray.storage.lease import FOLDER, Held, Holder, lease
@@ -152,6 +153,44 @@ def test_who_created_a_file_knows_it_although_the_answer_was_lost(store: OddStor
         assert not create(folder / FOLDER / "000001.json", b"another's")
 
 
+def test_a_file_that_goes_while_its_creator_looks_was_anothers(store: OddStore) -> None:
+    folder = place("s3://bucket/run")
+    write_text(folder / "1.json", "another's")
+
+    def goes(request: Request) -> bool:
+        if request.command == "GET":
+            store.objects.pop(request.key, None)
+        return False
+
+    store.hook = goes
+    assert not create(folder / "1.json", b"mine")
+
+
+def test_a_lease_of_other_code_is_held_while_it_changes(
+    store: OddStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of the version before is at work on the run."""
+    monkeypatch.setattr(leases, "POLL_S", 0.05)
+    file = place("s3://bucket/run") / FOLDER / "000001.json"
+    stop = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not stop.wait(0.1):
+            beats += 1
+            write_text(file, json.dumps({"host": "far", "started": 1.0, "beats": beats}))
+
+    write_text(file, "{}")
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(Held, match="cannot be told"), lease(place("s3://bucket/run"), lost=lambda: None):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_a_large_object_is_never_in_memory_as_a_whole(store: OddStore, tmp_path: Path) -> None:
     store.objects["bucket/model/weights"] = bytes(300 * 2**20)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -218,6 +257,9 @@ def test_a_pattern_is_no_name(store: OddStore, name: str) -> None:
     with pytest.raises(UserError, match="patterns in object stores"):
         place(f"s3://bucket/{name}/x")
     assert place(f"/tmp/{name}") == Path("/tmp").resolve() / name
+    assert load_config("demo", [f"run.name={name}"]).run.name == name, "on a disk it is a name"
+    with pytest.raises(UserError, match="patterns in object stores"):
+        load_config("demo", [f"run.name={name}", "run.root=s3://bucket"])
 
 
 def test_a_clock_that_is_set_makes_nobody_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

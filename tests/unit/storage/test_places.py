@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.errors import UserError
+from dpo4rec_ray.storage import places
 from dpo4rec_ray.storage.local_copies import local_copy
 from dpo4rec_ray.storage.parquet import (
     dataset,
@@ -24,6 +25,8 @@ from dpo4rec_ray.storage.places import (
     below,
     copy_folder,
     create,
+    download,
+    fetch,
     is_complete,
     is_remote,
     move_into,
@@ -166,3 +169,15 @@ def test_local_copies(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (local_copy(folder) / "config.json").read_text() == "three" and not other.exists()
     with pytest.raises(FileNotFoundError):
         local_copy(place(s3) / "nothing")
+
+
+def test_a_folder_of_a_web_server_that_tells_no_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = place("memory://web/model")
+    write_text(source / "config.json", "{}")
+    monkeypatch.setattr(places, "objects", lambda _: {"config.json": {"size": None}})
+    download(source, tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_text() == "{}"
+    with pytest.raises(OSError, match=r"config.json: changed while it was copied"):
+        fetch(source, {"config.json": {"size": 3}}, tmp_path / "again")
