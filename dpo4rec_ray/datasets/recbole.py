@@ -8,6 +8,7 @@ Other files, such as NAME.kg and NAME.link, are not read.
 from __future__ import annotations
 
 from dpo4rec_ray.config.data import TableSection, TimestampUnit
+from dpo4rec_ray.core.candidates import SPLITS
 from dpo4rec_ray.datasets import table
 from dpo4rec_ray.datasets.files import list_files, read_header
 from dpo4rec_ray.datasets.source import Source
@@ -15,9 +16,6 @@ from dpo4rec_ray.errors import UserError
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
 EVENTS = ".inter"
-# Of a dataset that its publisher has split, NAME.train.inter and so on, in the order in which the parts are read. Other dots
-# belong to the name.
-PARTS = ("train", "valid", "test")
 # In order: the first one that is there.
 RATINGS = ("rating", "label")
 TITLES = (
@@ -35,7 +33,8 @@ MAX_RATING = 1e9
 
 def describe(raw_dir: str, file: str = "", timestamp_unit: TimestampUnit = "s") -> Source:
     """The dataset in a folder; `file` names its .inter file where the folder holds several datasets. Without it a dataset is read
-    from NAME.inter, or else from its PARTS.
+    from NAME.inter, or else from the parts into which its publisher has split it, NAME.train.inter and so on, in this order.
+    Other dots belong to the name.
 
     Raises:
         UserError: no or several datasets, or a column is not there or has no type.
@@ -54,7 +53,7 @@ def describe(raw_dir: str, file: str = "", timestamp_unit: TimestampUnit = "s") 
     if not file:
         # A whole file holds what its parts hold: with both, every event would be read twice.
         whole = [name for name in chosen if name == dataset + EVENTS]
-        chosen = whole or [name for part in PARTS if (name := f"{dataset}.{part}{EVENTS}") in chosen]
+        chosen = whole or [name for part in SPLITS if (name := f"{dataset}.{part}{EVENTS}") in chosen]
     events = _columns(paths[chosen[0]])
     if USER not in events or ITEM not in events:
         raise UserError(
@@ -89,7 +88,7 @@ def _dataset(name: str) -> str:
     """The dataset of an .inter file: its name without the ending and without the part that it holds."""
     stem = name.removesuffix(EVENTS)
     dataset, _, part = stem.rpartition(".")
-    return dataset if dataset and part in PARTS else stem
+    return dataset if dataset and part in SPLITS else stem
 
 
 def _items(file: str, columns: dict[str, str]) -> dict[str, object]:
