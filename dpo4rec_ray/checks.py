@@ -222,10 +222,8 @@ def check_training(config: Config) -> None:
         raise UserError(
             f"grpo.sampler = {config.grpo.sampler!r} reads the engine's log-probabilities: set generate.token_logps=true too"
         )
-    if (
-        section.quantize == "4bit" and not joined_cluster()
-    ):  # there the training's workers look: the driver needs no GPU
-        check_bitsandbytes()
+    if section.quantize == "4bit" and not joined_cluster():
+        check_bitsandbytes()  # on a cluster the training's workers look: the driver needs no GPU
     for where, one in (("policy", section), ("bootstrap", config.bootstrap)):
         read_extra(one, config.llm.dtype, where)
         _check_storage(f"{where}.storage_path", one.storage_path)

@@ -58,27 +58,21 @@ def local_copy(where: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def alone(entry: Path) -> Iterator[None]:
-    """One process of this machine at a time for an entry of the cache; none waits where the file system has no locks."""
+def alone(entry: Path, *, wait: bool = True) -> Iterator[bool]:
+    """One process of this machine at a time for an entry of the cache; none waits where the file system has no locks.
+
+    wait: for another process that has it; else False is what the block is given.
+    """
     entry.parent.mkdir(parents=True, exist_ok=True)
     with entry.with_name(f"{entry.name}.lock").open("w") as handle:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _alone_at_once(entry: Path) -> Iterator[bool]:
-    """As `alone`, but waits for nobody: whether no other process is at the entry."""
-    with entry.with_name(f"{entry.name}.lock").open("w") as handle:
+        free = True
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
-            return
+            free = False
         except OSError:  # no locks here
             pass
-        yield True
+        yield free
 
 
 def _make_room(folder: Path, needed: int, own: Path) -> None:
@@ -103,7 +97,7 @@ def _make_room(folder: Path, needed: int, own: Path) -> None:
         entry = one.with_name(one.name.removesuffix(UNFINISHED))
         if entry == own:
             continue
-        with _alone_at_once(entry) as free:
+        with alone(entry, wait=False) as free:
             # An unfinished one that nobody is at was left by a process that was killed.
             if free and (one != entry or _not_in_use(one)):
                 if one == entry:  # at once, so that nobody is given a part of it

@@ -198,25 +198,19 @@ class _Store(FsspecStore):
             return await super()._pipe_file(path, value, mode=mode, **options)
         try:
             await self._create(path, value)
-        except AlreadyExistsError as error:
+        except FileExistsError:
             with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile: it was another's
                 if await self._small(path) == value:
                     return
-            raise FileExistsError(path) from error
+            raise
 
+    @_repeated
     async def _create(self, path: str, value: Any) -> None:
         bucket, key = self._split_path(path)
-        until = time.monotonic() + RETRIES["retry_timeout"].total_seconds()
-        while True:
-            try:
-                await self._construct_store(bucket).put_async(key, value, mode="create")
-                return
-            except AlreadyExistsError:
-                raise
-            except BaseError as error:
-                if not _NOT_REPEATED.search(str(error)) or time.monotonic() > until:
-                    raise
-            await asyncio.sleep(0.3)
+        try:
+            await self._construct_store(bucket).put_async(key, value, mode="create")
+        except AlreadyExistsError as error:
+            raise FileExistsError(path) from error
 
 
 for _name in ("__init__", "read", "readline", "readlines", "write", "flush", "close"):
