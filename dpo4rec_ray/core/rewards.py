@@ -157,60 +157,86 @@ def list_noise(std_errors: Array, num_lists: Array) -> float:
     return float(np.sqrt((per_list * freedom).sum() / freedom.sum()))
 
 
-def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
-    """Rewards pulled towards their user's mean by how little they can be trusted (empirical Bayes; beyond the paper).
+@dataclass(frozen=True)
+class Shrinkage:
+    """How far rewards are pulled towards their user's mean by how little they can be trusted (empirical Bayes; beyond the paper).
 
     The best of N samples owes part of its lead to luck. With rewards = user's mean + t + e, var(t) = tau2 the same for
     all users and var(e) = std_error^2 of the user, the best guess of t is factor * (reward - user's mean), factor =
-    tau2 / (tau2 + std_error^2) (Efron and Morris, 1975). tau2 is found by moments: the mean over users of
-    var(rewards, ddof=1) - std_error^2, at least 0.
-
-    A user without a standard error (one list only, so luck and worth cannot be separated) gets the error that such users
-    have on average, by the same moments: std_error^2 = mean over them of var(rewards) - tau2, at least 0. The standard
-    errors of the others would be too small for them, since those come from more lists.
+    tau2 / (tau2 + std_error^2) (Efron and Morris, 1975).
 
     The order of a user's samples never changes, so best and worst stay the same. Shrinkage matters only together with
     `pair.min_margin`, which is then compared with the part of the gap that can be expected to hold. If luck alone
     can explain the spread, tau2 is 0 and all samples of a user tie at the mean.
+    """
+
+    tau2: float
+    unmeasured: float  # std_error^2 of a user without a standard error
+
+    def __call__(self, rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
+        """Shrunk rewards [U, N] and factors [U] in 0..1, from what `fit_shrinkage` takes.
+
+        A user with a NaN among the rewards is left as it is, with factor NaN.
+
+        Raises:
+            ValueError: as `fit_shrinkage`.
+        """
+        known = _known_users(rewards, std_errors)
+        shrunk = rewards.astype(np.float64)
+        factors = np.full(len(rewards), np.nan)
+        noise = np.where(np.isnan(std_errors), self.unmeasured, std_errors.astype(np.float64) ** 2)
+        total = self.tau2 + noise[known]
+        # Rewards without error and without spread keep their values.
+        factors[known] = np.divide(self.tau2, total, out=np.ones_like(total), where=total > 0)
+        mean = shrunk[known].mean(axis=1, keepdims=True)
+        shrunk[known] = mean + factors[known, None] * (shrunk[known] - mean)
+        return shrunk, factors
+
+
+def fit_shrinkage(rewards: Array, std_errors: Array) -> Shrinkage:
+    """The shrinkage of these users' rewards, by moments.
+
+    tau2 is the mean over users of var(rewards, ddof=1) - std_error^2, at least 0.
+    A user without a standard error (one list only, so luck and worth cannot be separated) gets the error that such users
+    have on average, by the same moments: std_error^2 = mean over them of var(rewards) - tau2, at least 0. The standard
+    errors of the others would be too small for them, since those come from more lists.
 
     Args:
-        rewards: [U, N]. A user with a NaN is left as it is, with factor NaN, and out of all means.
+        rewards: [U, N]. A user with a NaN is out of all means.
         std_errors: [U] standard error of one sample's reward relative to the user's other samples, from the pooled
             noise of `list_noise`; NaN where it is unknown.
-
-    Returns:
-        Shrunk rewards [U, N] and factors [U] in 0..1.
 
     Raises:
         UserError: there are rewards, but no user with a standard error.
         ValueError: not [U, N] with N >= 2, or not one standard error >= 0 per user.
     """
-    _check_samples(rewards)
-    if std_errors.shape != rewards.shape[:1] or (std_errors < 0).any():
-        raise ValueError(f"std_errors must be [{len(rewards)}] and not negative, got {std_errors.shape}")
-    shrunk = rewards.astype(np.float64)
-    factors = np.full(len(rewards), np.nan)
-    known = ~np.isnan(shrunk).any(axis=1)
+    known = _known_users(rewards, std_errors)
     if not known.any():
-        return shrunk, factors
+        return Shrinkage(0.0, 0.0)
     measured = known & ~np.isnan(std_errors)
     if not measured.any():
         raise UserError(
             f"none of {int(known.sum())} users has a standard error of its rewards (that takes two lists with a positive): "
             "worth and luck cannot be separated; set pair.shrinkage = false"
         )
-    spread = shrunk.var(axis=1, ddof=1)
+    spread = rewards.astype(np.float64).var(axis=1, ddof=1)
     noise = std_errors.astype(np.float64) ** 2
     tau2 = max(0.0, float((spread[measured] - noise[measured]).mean()))
-    unmeasured = known & ~measured
-    if unmeasured.any():
-        noise[unmeasured] = max(0.0, float(spread[unmeasured].mean()) - tau2)
-    total = tau2 + noise[known]
-    # Rewards without error and without spread keep their values.
-    factors[known] = np.divide(tau2, total, out=np.ones_like(total), where=total > 0)
-    mean = shrunk[known].mean(axis=1, keepdims=True)
-    shrunk[known] = mean + factors[known, None] * (shrunk[known] - mean)
-    return shrunk, factors
+    alone = spread[known & ~measured]
+    return Shrinkage(tau2, max(0.0, float(alone.mean()) - tau2) if len(alone) else 0.0)
+
+
+def shrink(rewards: Array, std_errors: Array) -> tuple[FloatArray, FloatArray]:
+    """Rewards [U, N] shrunk by what they tell themselves, and the factors [U]: `fit_shrinkage` and its answer at once."""
+    return fit_shrinkage(rewards, std_errors)(rewards, std_errors)
+
+
+def _known_users(rewards: Array, std_errors: Array) -> npt.NDArray[np.bool_]:
+    """Which users have all their rewards, bool [U]."""
+    _check_samples(rewards)
+    if std_errors.shape != rewards.shape[:1] or (std_errors < 0).any():
+        raise ValueError(f"std_errors must be [{len(rewards)}] and not negative, got {std_errors.shape}")
+    return ~np.asarray(np.isnan(rewards).any(axis=1))
 
 
 @dataclass(frozen=True)

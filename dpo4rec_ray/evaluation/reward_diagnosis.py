@@ -42,7 +42,7 @@ def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray)
     """The stats of `score`'s manifest.
 
     Args:
-        metric_scores: the whole artifact.
+        metric_scores: all rows of the users that count.
         metric: the one that pairs are made of, or the name of the personal reward; its main numbers are repeated at the top.
         held_out: ids of the validation users; their numbers are also given separately.
     """
@@ -64,7 +64,7 @@ def reward_diagnosis(metric_scores: pa.Table, metric: str, held_out: np.ndarray)
 def personal_diagnosis(scores: pa.Table) -> dict[str, Any]:
     """What of the plain reward the personal reward keeps: means over users of Spearman correlations over their samples.
 
-    scores: the whole artifact, with others_reward.
+    scores: all rows of the users that count, with others_reward.
     """
     table = scores.sort_by([("user_id", "ascending"), ("sample_id", "ascending")])
     num_users = len(pc.unique(table["user_id"]))

@@ -17,15 +17,15 @@ from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.keys import seed_of
 from dpo4rec_ray.core.other_users import draw_others, taste_vectors
 from dpo4rec_ray.core.pairing import PAIRINGS, Drop, Kind, Limits, Made, worst_samples
-from dpo4rec_ray.core.rewards import list_noise, shrink
+from dpo4rec_ray.core.rewards import Shrinkage, fit_shrinkage, list_noise
 from dpo4rec_ray.errors import UserError
-from dpo4rec_ray.storage.parquet import read_parquet
+from dpo4rec_ray.storage.parquet import read_files, read_parquet
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import read_vectors
 from dpo4rec_ray.store.schemas import SCHEMAS
-from dpo4rec_ray.store.user_rows import valid_users
+from dpo4rec_ray.store.user_rows import pooled_parts
 from dpo4rec_ray.train.scored_texts import unread_users
 
 SPLITS = ("train", "valid")
@@ -39,14 +39,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `pairs` of the round, part by part: all samples of a user are in one part."""
     section = config.pair
     store.start("pairs", round_id)
-    users = store.read("users", split=SPLITS, columns=["user_id", "split"])
-    split_of = dict(zip(users["user_id"].to_pylist(), users["split"].to_pylist(), strict=True))
-    sampled = store.read("scores", round_id, columns=["user_id"])["user_id"].to_numpy()
-    unread = set(unread_users(config, np.intersect1d(valid_users(store), sampled)).tolist())
+    users = {split: np.sort(_ids(store.read("users", split=split, columns=["user_id"]))) for split in SPLITS}
+    held_out = [("user_id", "in", pa.array(users["valid"]))]
+    sampled = np.unique(_ids(store.read("scores", round_id, where=held_out, columns=["user_id"])))
+    unread = np.sort(unread_users(config, sampled))
     judged = _Judged(config, store, round_id)
     # Held-out users always have a pair with another user's text: it measures whether DPO teaches reading.
     others = {
-        split: OtherTexts(config, store, round_id, [one for one in split_of if split_of[one] == split])
+        split: OtherTexts(config, store, round_id, users[split])
         for split in (SPLITS if section.others_share else ("valid",))
     }
     kept = {split: Counter[str]() for split in SPLITS}
@@ -62,11 +62,13 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         if not samples["user_id"].equals(scores["user_id"]):
             raise ValueError(f"{score_file} and {generation_file} hold different users")
         rows_in += len(samples)
+        scores = scores.append_column("judged", pa.array(judged.rewards(scores)))
         rows: list[PairRow] = []
-        found = np.unique(samples["user_id"].to_numpy(), return_index=True, return_counts=True)
-        for user, start, count in zip(*(column.tolist() for column in found), strict=True):
-            split = split_of[user]
-            if user in unread:
+        found = np.unique(_ids(samples), return_index=True, return_counts=True)
+        columns = (*found, _among(found[0], users["valid"]), _among(found[0], unread))
+        for user, start, count, is_valid, is_unread in zip(*map(np.ndarray.tolist, columns), strict=True):
+            split = SPLITS[is_valid]
+            if is_unread:
                 continue
             own = _Samples(config, user, samples.slice(start, count), scores.slice(start, count), judged)
             if not own.made.pairs:
@@ -96,8 +98,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     )
     earlier = _earlier_pairs(store, round_id) if config.run.keep_pairs else 0
     failed = store.failed("generations", round_id)
-    for user, reason in zip(failed["subject_id"].to_pylist(), failed["reason"].to_pylist(), strict=True):
-        dropped[split_of[user]][reason] += 1
+    is_valid = np.isin(failed["subject_id"].to_numpy(), users["valid"]).tolist()
+    for place, reason in zip(is_valid, failed["reason"].to_pylist(), strict=True):
+        dropped[SPLITS[place]][reason] += 1
     stats = {
         "earlier_pairs": earlier,
         "pairs": kept["train"].total(),
@@ -125,6 +128,16 @@ def _earlier_pairs(store: RunDir, round_id: int) -> int:
     return count
 
 
+def _ids(table: pa.Table) -> np.ndarray:
+    return table["user_id"].to_numpy()
+
+
+def _among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which ids [n] are known, bool [n]; both sorted, so only what lies between the first and the last is compared."""
+    first, end = np.searchsorted(known, [ids[0], ids[-1] + 1]) if len(ids) else (0, 0)
+    return np.isin(ids, known[first:end])
+
+
 def _read_samples(config: Config) -> list[tuple[str, str, int]]:
     """The condition on samples that pairs are made of (pair.first_samples)."""
     first = config.pair.first_samples
@@ -142,7 +155,7 @@ class _Samples:
 
     def __init__(self, config: Config, user: int, samples: pa.Table, scores: pa.Table, judged: _Judged):
         self._config, self._user, self._samples = config, user, samples
-        self._rewards = judged.rewards(user, scores)
+        self._rewards = scores["judged"].to_numpy()
         self._completions = samples["token_ids"].to_pylist()
         self._compared = compared(samples)
         self._limits = judged.limits(user, int(scores["num_lists"][0].as_py()))
@@ -195,12 +208,12 @@ def compared(samples: pa.Table) -> list[Any]:
 class OtherTexts:
     """The best texts of up to MAX_CANDIDATES users of a split, and how alike the users are to others."""
 
-    def __init__(self, config: Config, store: RunDir, round_id: int, users: list[int]):
+    def __init__(self, config: Config, store: RunDir, round_id: int, users: np.ndarray):
         rng = np.random.default_rng([seed_of(config.run.seed, "candidates"), round_id])
         drawn = pa.array(np.sort(rng.permutation(users)[:MAX_CANDIDATES]), pa.int64())
-        columns = ["user_id", "sample_id", "reward"]
-        scores = store.read("scores", round_id, where=_read_samples(config), columns=columns).sort_by(_ORDER)
-        best = _best_samples(scores.filter(pc.is_in(scores["user_id"], drawn)))
+        where = [*_read_samples(config), ("user_id", "in", drawn)]
+        scores = store.read("scores", round_id, where=where, columns=["user_id", "sample_id", "reward"])
+        best = _best_samples(scores.sort_by(_ORDER))
         texts = store.read(
             "generations",
             round_id,
@@ -246,7 +259,7 @@ def _best_samples(scores: pa.Table) -> dict[int, int]:
     return best
 
 
-def _tastes(config: Config, store: RunDir, users: list[int]) -> dict[int, np.ndarray]:
+def _tastes(config: Config, store: RunDir, users: np.ndarray) -> dict[int, np.ndarray]:
     """Unit vectors of what the users like, by what their prompts show."""
     columns = ["user_id", "history_item_ids", "history_ratings"]
     table = store.read("users", split=SPLITS, columns=columns)
@@ -260,22 +273,42 @@ def _tastes(config: Config, store: RunDir, users: list[int]) -> dict[int, np.nda
 
 
 class _Judged:
-    """Rewards as pairs are made from them, and what luck alone makes of a difference: both depend on all users."""
+    """Rewards as pairs are made from them, and what luck alone makes of a difference: both are pooled over users."""
 
     def __init__(self, config: Config, store: RunDir, round_id: int):
         self._section, self._seed = config.pair, seed_of(config.run.seed, "pair", round_id)
+        self._noise, self._shrinkage = 0.0, None
+        if not (config.pair.shrinkage or config.pair.min_std_errors):
+            return
         called = config.run.called(round_id)
-        self._shrunk = _shrunk_rewards(config, store, round_id, called) if config.pair.shrinkage else None
-        self._noise = _pooled_noise(store, round_id, called) if config.pair.min_std_errors else 0.0
+        num_users = store.require("scores", round_id).rows // config.generate.num_samples
+        parts = pooled_parts(store.files("scores", round_id), num_users)
+        scores = read_files(parts, filters=_read_samples(config) or None).sort_by(_ORDER)
+        starts = np.unique(_ids(scores), return_index=True)[1]
+        num_lists = scores["num_lists"].to_numpy()[starts]
+        self._noise = list_noise(scores["std_error"].to_numpy()[starts], num_lists)
+        if config.pair.min_std_errors and np.isnan(self._noise):
+            raise UserError(
+                f"{called}: no user has a standard error of its rewards (that takes two lists with a positive): worth and "
+                "luck cannot be separated; set pair.min_std_errors = 0"
+            )
+        if config.pair.shrinkage:
+            rewards = scores["reward"].to_numpy().reshape(len(starts), -1)  # every user has N samples
+            self._shrinkage = _shrinkage(rewards, _errors(self._noise, num_lists), called)
 
-    def rewards(self, user: int, scores: pa.Table) -> np.ndarray:
-        """[N] of one user's samples. scores: the user's rows."""
-        return scores["reward"].to_numpy() if self._shrunk is None else self._shrunk[user]
+    def rewards(self, scores: pa.Table) -> np.ndarray:
+        """[rows] of `scores`, which has all samples of some users, user by user."""
+        rewards = scores["reward"].to_numpy()
+        if self._shrinkage is None:
+            return rewards
+        starts = np.unique(_ids(scores), return_index=True)[1]
+        errors = _errors(self._noise, scores["num_lists"].to_numpy()[starts])
+        return self._shrinkage(rewards.reshape(len(starts), -1), errors)[0].ravel()
 
     def limits(self, user: int, num_lists: int) -> Limits:
         """For a user, who has so many lists. The difference of two samples has the standard error sqrt(2) times one sample's."""
         section = self._section
-        error = self._noise * np.sqrt(2 / max(1, num_lists))
+        error = self._noise * np.sqrt(2 / max(1, num_lists)) if section.min_std_errors else 0.0
         return Limits(
             section.pairs_per_user,
             section.min_margin,
@@ -284,32 +317,19 @@ class _Judged:
         )
 
 
-def _pooled_noise(store: RunDir, round_id: int, called: str) -> float:
-    """How far chance alone moves a sample's reward on one list, over all users."""
-    table = store.read("scores", round_id, columns=["user_id", "std_error", "num_lists"])
-    starts = np.unique(table["user_id"].to_numpy(), return_index=True)[1]
-    noise = list_noise(table["std_error"].to_numpy()[starts], table["num_lists"].to_numpy()[starts])
-    if np.isnan(noise):
-        raise UserError(
-            f"{called}: no user has a standard error of its rewards (that takes two lists with a positive): worth and "
-            "luck cannot be separated; set pair.min_std_errors = 0"
-        )
-    return noise
+def _errors(noise: float, num_lists: np.ndarray) -> np.ndarray:
+    """Standard error of a sample's reward over so many lists. A user without lists has no reward either."""
+    with np.errstate(divide="ignore"):
+        return noise / np.sqrt(num_lists)
 
 
-def _shrunk_rewards(config: Config, store: RunDir, round_id: int, called: str) -> dict[int, np.ndarray]:
-    """Each user's rewards in sample order, pulled towards the user's mean. How far they are pulled depends on all users."""
-    table = store.read("scores", round_id, where=_read_samples(config)).sort_by(_ORDER)
-    users, starts = np.unique(table["user_id"].to_numpy(), return_index=True)
-    rewards = table["reward"].to_numpy().reshape(len(users), -1)  # every user has N samples
-    num_lists = table["num_lists"].to_numpy()[starts]
-    noise = list_noise(table["std_error"].to_numpy()[starts], num_lists)
-    with np.errstate(divide="ignore"):  # a user without lists has no reward either
-        shrunk, factors = shrink(rewards, noise / np.sqrt(num_lists))
+def _shrinkage(rewards: np.ndarray, errors: np.ndarray, called: str) -> Shrinkage:
+    found = fit_shrinkage(rewards, errors)
+    factors = found(rewards, errors)[1]
     if not np.nansum(factors):
         raise UserError(
             f"{called}: the rewards differ no more than luck alone explains, so shrinkage leaves no pair; use "
             'reward.metric = "log_likelihood", more reward.num_redraws or more users, or set pair.shrinkage = false'
         )
     say(f"  shrinkage: rewards keep {np.nanmean(factors):.0%} of their distance from the user's mean")
-    return dict(zip(users.tolist(), shrunk, strict=True))
+    return found

@@ -20,12 +20,12 @@ from dpo4rec_ray.core.rewards import personal
 from dpo4rec_ray.evaluation.reward_diagnosis import personal_diagnosis, reward_diagnosis
 from dpo4rec_ray.evaluation.turn_figures import lines, turn_figures, user_figures, warnings
 from dpo4rec_ray.rerankers.text_rewards import YARDSTICK, SampleRewards
-from dpo4rec_ray.storage.parquet import dataset, read_folder, read_parquet
+from dpo4rec_ray.storage.parquet import dataset, read_files, read_parquet
 from dpo4rec_ray.store.artifacts import RunDir, part_file
 from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.store.reading import sample_scorer
-from dpo4rec_ray.store.user_rows import turn_users, valid_users
+from dpo4rec_ray.store.user_rows import pooled_parts, turn_users, valid_users
 from dpo4rec_ray.texts.vectors import encoder_pool, open_encoder
 from dpo4rec_ray.workers.phases import READY, phase
 from dpo4rec_ray.workers.run_metrics import Metrics
@@ -44,13 +44,14 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     generated = store.require("generations", round_id)
     encoders = encoder_pool(config, ShardEncoder, folder=str(store.path("generations", round_id)))
     pools = [encoders, scorer_pool(config, store, round_id)]
-    progress = Progress("score", generated.stats["users"], "users")
-    rows = sum(answer["rows"] for answer in run_shards(shards, pools, progress))
-    scores, by_metric = (_parts(store, name, round_id) for name in ("scores", "metric_scores"))
+    num_users = generated.stats["users"]
+    progress = Progress("score", num_users, "users")
+    answers = [(answer["rows"], answer["metric_rows"]) for answer in run_shards(shards, pools, progress)]
+    rows, metric_rows = (sum(column) for column in zip(*answers, strict=True)) if answers else (0, 0)
     valid = valid_users(store)
-    stats = reward_diagnosis(by_metric, reward_name(config), valid)
+    stats = reward_diagnosis(_pooled(store, "metric_scores", round_id, num_users), reward_name(config), valid)
     if config.reward.personal:
-        stats["personal"] = personal_diagnosis(scores)
+        stats["personal"] = personal_diagnosis(_pooled(store, "scores", round_id, num_users))
     _say(stats)
     first = config.run.first_turn(round_id)
     if round_id > first:
@@ -60,7 +61,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         stats["warnings"] = list(warnings(stats["watched"]))
         for line in (*lines(stats["watched"]), *stats["warnings"]):
             say(f"  turn {round_id}: {line}")
-    return Outcome(rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": len(by_metric)})
+    return Outcome(rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": metric_rows})
 
 
 def _of_users(store: RunDir, turn: int, users: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -93,9 +94,9 @@ def scorer_pool(config: Config, store: RunDir, round_id: int) -> Pool:
     )
 
 
-def _parts(store: RunDir, name: str, round_id: int) -> pa.Table:
-    """All parts of an artifact that has no manifest yet."""
-    return read_folder(store.path(name, round_id))
+def _pooled(store: RunDir, name: str, round_id: int, num_users: int) -> pa.Table:
+    """What figures over all users are made from (`pooled_parts`), of an artifact that has no manifest yet."""
+    return read_files(pooled_parts(sorted(store.path(name, round_id).glob("part-*.parquet")), num_users))
 
 
 def metric_names(config: Config) -> tuple[str, ...]:
@@ -207,7 +208,8 @@ class ShardScorer:
         self._store.write("metric_scores", pa.table(by_metric), self._round, part)
         self._store.write("scores", pa.table(scores), self._round, part)
         self._metrics.count("dpo4rec_rewards", len(user_ids))
-        return {"shard": part, "rows": len(user_ids), "users": len(np.unique(user_ids))}
+        users = len(np.unique(user_ids))
+        return {"shard": part, "rows": len(user_ids), "metric_rows": len(user_ids) * count, "users": users}
 
 
 def _with_personal(found: SampleRewards, worth: SampleRewards, name: str) -> SampleRewards:

@@ -37,7 +37,16 @@ def read_parquet(
 
 def read_folder(folder: Place, pattern: str = "*.parquet") -> pa.Table:
     """All Parquet files of a folder in name order."""
-    return pa.concat_tables([read_parquet(file) for file in sorted(folder.glob(pattern))])
+    return read_files(sorted(folder.glob(pattern)))
+
+
+def read_files(
+    files: Sequence[Place],
+    columns: list[str] | None = None,
+    filters: Sequence[tuple[str, str, Any]] | None = None,
+) -> pa.Table:
+    """Parquet files (at least one) as one table, or what of them meets all filters."""
+    return pa.concat_tables([read_parquet(file, columns, filters) for file in files])
 
 
 def parquet_metadata(file: Place) -> pq.FileMetaData:

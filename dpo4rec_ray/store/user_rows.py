@@ -5,7 +5,7 @@ Imports no torch: the actors that write texts need none, and it costs each 1.3 s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ from dpo4rec_ray.store.schemas import SCHEMAS
 # User ids [n], and which of them are validation users, bool [n] -> which take part, bool [n].
 TakesPart = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
+# With more users, what is pooled over users is taken from the users of some parts: more would only cost the driver memory.
+POOLED_USERS = 100_000
+
 
 def turn_users(config: Config, turn: int) -> TurnUsers:
     """Which users a turn of the recipe samples."""
@@ -32,6 +35,11 @@ def turn_users(config: Config, turn: int) -> TurnUsers:
         run.turns_per_round,
         run.watched_users,
     )
+
+
+def pooled_parts(files: Sequence[Place], num_users: int) -> Sequence[Place]:
+    """All of an artifact's parts, or of more than POOLED_USERS users every k-th part, with at most about so many users."""
+    return files[:: max(1, -(-num_users // POOLED_USERS))]
 
 
 def valid_users(store: RunDir) -> np.ndarray:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dpo4rec_ray.config import load_config
-from dpo4rec_ray.core.rewards import list_noise, shrink
+from dpo4rec_ray.core.rewards import fit_shrinkage, list_noise, shrink
 from dpo4rec_ray.errors import UserError
 from dpo4rec_ray.stages import pair
+from dpo4rec_ray.store import user_rows
 from dpo4rec_ray.store.artifacts import Manifest, RunDir
 from tests.conftest import DEMO
 from tests.scored_run import NUM_SAMPLES, NUM_USERS, make_store
@@ -41,6 +42,26 @@ def test_shrunk_rewards_decide_who_gives_a_pair(
         assert row["rejected_token_ids"] == [[user, int(rewards[user].argmin())]]
         assert row["chosen_reward"] == pytest.approx(shrunk[user].max(), rel=1e-6)
     assert outcome.stats["dropped"] == {"below_min_margin": 25 - sum(user < 25 for user in rows)}
+
+
+def test_of_very_many_users_some_parts_tell_how_far_rewards_are_pulled(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two parts the first one, 17 users; pairs are made of all users, whom its shrinkage fits."""
+    store = make_store(tmp_path, *measured)
+    monkeypatch.setattr(user_rows, "POOLED_USERS", 20)
+    rewards, errors, num_lists = measured
+    own = slice(0, 17)
+    noise = list_noise(errors[own], num_lists[own])
+    shrinkage = fit_shrinkage(rewards[own], noise / np.sqrt(num_lists[own]))
+    shrunk, _ = shrinkage(rewards, noise / np.sqrt(num_lists))
+    changes = ["pair.shrinkage=true", "pair.min_margin=0.5", f"generate.num_samples={NUM_SAMPLES}"]
+    rows, _ = pairs_of(store, *changes)
+    rows = [row for row in rows if row["kind"] == "own"]
+    assert {row["user_id"] for row in rows} == set(np.flatnonzero(np.ptp(shrunk, axis=1) >= 0.5).tolist())
+    assert any(row["user_id"] >= 17 for row in rows)
+    for row in rows:
+        assert row["chosen_reward"] == pytest.approx(shrunk[row["user_id"]].max(), rel=1e-6)
 
 
 def test_luck_alone_is_named(tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
