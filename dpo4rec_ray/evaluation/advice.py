@@ -51,14 +51,20 @@ ADVICE = {
         "(pair.min_std_errors)",
         "docs/dpo.md",
     ),
+    # The reward shows reading, or the rung before this one would be the weak one.
+    "reading gain in NDCG@5": (
+        "by the reward, texts say more about their user; the ranking does not show it yet: more users (data.max_users), who "
+        "teach more and show smaller differences, or a stronger LLM (llm.path)",
+        "docs/rewards-and-pairs.md",
+    ),
     "reading gain": (
-        "training taught a manner, not the user: reward what a text is worth to its own user (reward.personal), and pair against "
-        "other users' texts (pair.others_share)",
+        "training taught a manner, not the user: reward what a text is worth to its own user (reward.personal), and, with DPO, "
+        "pair against other users' texts (pair.others_share)",
         "docs/rewards-and-pairs.md",
     ),
     "style gain": (
-        "training taught a manner more than the user: reward what a text is worth to its own user (reward.personal), and pair "
-        "against other users' texts (pair.others_share)",
+        "training taught a manner more than the user: reward what a text is worth to its own user (reward.personal), and, with "
+        "DPO, pair against other users' texts (pair.others_share)",
         "docs/rewards-and-pairs.md",
     ),
     COUNTED: (

@@ -90,6 +90,7 @@ RULES: dict[str, Callable[[Config], Changes]] = {
     "channel": _all_backbones,
     "DPO accuracy": _more_pairs,
     "held-out reward": _more_users,
+    "reading gain in NDCG@5": _more_users,
     "reading gain": _reading,
     "style gain": _reading,
     TEST: _more_test_users,

@@ -38,6 +38,7 @@ def test_the_change_is_a_sound_recipe_that_differs(name: str, recipe: str) -> No
         ("reading gain", "demo", [], ("pair.others_share=0.5",)),
         ("style gain", "demo", ["pair.others_share=0.5"], ("reward.personal=12",)),
         ("style gain", "demo", ["pair.others_share=0.5", "reward.personal=12"], ("sample.num_users=1800",)),
+        ("reading gain in NDCG@5", "ml1m_real_small", [], ("data.max_users=3000",)),
         ("reading gain", "demo", ["policy.objective=grpo"], ("reward.personal=12",)),
         (UNREAD, "demo", ['reward.reader=["llm"]'], ('reward.reader=["statistics"]',)),
         (

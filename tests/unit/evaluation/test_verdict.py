@@ -294,3 +294,13 @@ def test_a_single_user_has_no_interval_and_shows_no_collapse() -> None:
     found = constructed(distinct=0.2)
     found["rounds"][0]["figures"]["distinct_texts"]["change_ci95"] = [None, None]
     assert verdict(found).weak != rule.COLLAPSE
+
+
+def test_reading_that_the_ranking_does_not_show_is_not_called_a_manner() -> None:
+    found = constructed()
+    for rung in found["rounds"][0]["ladder"]:
+        if rung["name"] == "reading gain in NDCG@5":
+            rung["verdict"] = "not shown"
+    said = verdict(found)
+    assert said.weak == said.advised == "reading gain in NDCG@5"
+    assert "manner" not in said.next_step and "data.max_users" in said.next_step
