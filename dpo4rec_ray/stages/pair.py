@@ -25,7 +25,7 @@ from dpo4rec_ray.store.outcome import Outcome
 from dpo4rec_ray.store.progress import say
 from dpo4rec_ray.store.reading import read_vectors
 from dpo4rec_ray.store.schemas import SCHEMAS
-from dpo4rec_ray.store.user_rows import pooled_parts
+from dpo4rec_ray.store.user_rows import held_out, pooled_parts
 from dpo4rec_ray.train.scored_texts import unread_users
 
 SPLITS = ("train", "valid")
@@ -39,14 +39,15 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     """Write `pairs` of the round, part by part: all samples of a user are in one part."""
     section = config.pair
     store.start("pairs", round_id)
-    users = {split: np.sort(_ids(store.read("users", split=split, columns=["user_id"]))) for split in SPLITS}
-    held_out = [("user_id", "in", pa.array(users["valid"]))]
-    sampled = np.unique(_ids(store.read("scores", round_id, where=held_out, columns=["user_id"])))
-    unread = np.sort(unread_users(config, sampled))
+    table = store.read("users", split=SPLITS, columns=["user_id", "split"]).sort_by("user_id")
+    users, is_valid = _ids(table), held_out(table)
+    of_valid = [("user_id", "in", pa.array(users[is_valid]))]
+    sampled = np.unique(_ids(store.read("scores", round_id, where=of_valid, columns=["user_id"])))
+    is_unread = np.isin(users, unread_users(config, sampled))
     judged = _Judged(config, store, round_id)
     # Held-out users always have a pair with another user's text: it measures whether DPO teaches reading.
     others = {
-        split: OtherTexts(config, store, round_id, users[split])
+        split: OtherTexts(config, store, round_id, users[is_valid == (split == "valid")])
         for split in (SPLITS if section.others_share else ("valid",))
     }
     kept = {split: Counter[str]() for split in SPLITS}
@@ -65,10 +66,11 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         scores = scores.append_column("judged", pa.array(judged.rewards(scores)))
         rows: list[PairRow] = []
         found = np.unique(_ids(samples), return_index=True, return_counts=True)
-        columns = (*found, _among(found[0], users["valid"]), _among(found[0], unread))
-        for user, start, count, is_valid, is_unread in zip(*map(np.ndarray.tolist, columns), strict=True):
-            split = SPLITS[is_valid]
-            if is_unread:
+        places = _places(users, found[0])
+        columns = (*found, is_valid[places], is_unread[places])
+        for user, start, count, valid, unread in zip(*map(np.ndarray.tolist, columns), strict=True):
+            split = SPLITS[valid]
+            if unread:
                 continue
             own = _Samples(config, user, samples.slice(start, count), scores.slice(start, count), judged)
             if not own.made.pairs:
@@ -98,9 +100,9 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     )
     earlier = _earlier_pairs(store, round_id) if config.run.keep_pairs else 0
     failed = store.failed("generations", round_id)
-    is_valid = np.isin(failed["subject_id"].to_numpy(), users["valid"]).tolist()
-    for place, reason in zip(is_valid, failed["reason"].to_pylist(), strict=True):
-        dropped[SPLITS[place]][reason] += 1
+    without_texts = is_valid[_places(users, failed["subject_id"].to_numpy())].tolist()
+    for valid, reason in zip(without_texts, failed["reason"].to_pylist(), strict=True):
+        dropped[SPLITS[valid]][reason] += 1
     stats = {
         "earlier_pairs": earlier,
         "pairs": kept["train"].total(),
@@ -132,10 +134,12 @@ def _ids(table: pa.Table) -> np.ndarray:
     return table["user_id"].to_numpy()
 
 
-def _among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which ids [n] are known, bool [n]; both sorted, so only what lies between the first and the last is compared."""
-    first, end = np.searchsorted(known, [ids[0], ids[-1] + 1]) if len(ids) else (0, 0)
-    return np.isin(ids, known[first:end])
+def _places(users: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Where each of `ids` [n] is in `users`, which are sorted: int [n]. Somebody else, such as a test user, is an error."""
+    places = np.searchsorted(users, ids)
+    if (strange := users.take(places, mode="clip") != ids).any():
+        raise ValueError(f"user {ids[strange][0]} has texts and is of none of the splits {SPLITS}")
+    return places
 
 
 def _read_samples(config: Config) -> list[tuple[str, str, int]]:
@@ -308,7 +312,7 @@ class _Judged:
     def limits(self, user: int, num_lists: int) -> Limits:
         """For a user, who has so many lists. The difference of two samples has the standard error sqrt(2) times one sample's."""
         section = self._section
-        error = self._noise * np.sqrt(2 / max(1, num_lists)) if section.min_std_errors else 0.0
+        error = self._noise * np.sqrt(2 / max(1, num_lists))
         return Limits(
             section.pairs_per_user,
             section.min_margin,

@@ -46,8 +46,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
     pools = [encoders, scorer_pool(config, store, round_id)]
     num_users = generated.stats["users"]
     progress = Progress("score", num_users, "users")
-    answers = [(answer["rows"], answer["metric_rows"]) for answer in run_shards(shards, pools, progress)]
-    rows, metric_rows = (sum(column) for column in zip(*answers, strict=True)) if answers else (0, 0)
+    rows = sum(answer["rows"] for answer in run_shards(shards, pools, progress))
     valid = valid_users(store)
     stats = reward_diagnosis(_pooled(store, "metric_scores", round_id, num_users), reward_name(config), valid)
     if config.reward.personal:
@@ -61,6 +60,7 @@ def run(config: Config, store: RunDir, round_id: int) -> Outcome:
         stats["warnings"] = list(warnings(stats["watched"]))
         for line in (*lines(stats["watched"]), *stats["warnings"]):
             say(f"  turn {round_id}: {line}")
+    metric_rows = rows * len(stats["metrics"])
     return Outcome(rows_in=generated.rows, rows_out=rows, stats=stats, rows={"metric_scores": metric_rows})
 
 
@@ -208,8 +208,7 @@ class ShardScorer:
         self._store.write("metric_scores", pa.table(by_metric), self._round, part)
         self._store.write("scores", pa.table(scores), self._round, part)
         self._metrics.count("dpo4rec_rewards", len(user_ids))
-        users = len(np.unique(user_ids))
-        return {"shard": part, "rows": len(user_ids), "metric_rows": len(user_ids) * count, "users": users}
+        return {"shard": part, "rows": len(user_ids), "users": len(np.unique(user_ids))}
 
 
 def _with_personal(found: SampleRewards, worth: SampleRewards, name: str) -> SampleRewards:

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dpo4rec_ray.config import load_config
@@ -248,3 +249,18 @@ def test_random_pairs_are_drawn_by_user_and_seed(
     )
     assert first == again and first != other and len(first) == 30
     assert len(set(first)) > 6, "of 12 ordered pairs of four texts"
+
+
+def test_a_test_user_with_texts_is_an_error(
+    tmp_path: Path, measured: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """Nobody who is tested may be trained on."""
+    store = make_store(tmp_path, *measured)
+    users = store.read("users")
+    splits = users["split"].to_pylist()
+    splits[7] = "test"
+    store.start("users")
+    store.write("users", users.set_column(users.schema.get_field_index("split"), "split", pa.array(splits)))
+    store.finish(Manifest("users", "", NUM_USERS))
+    with pytest.raises(ValueError, match="user 7 has texts"):
+        pair.run(load_config(DEMO, []), store, 1)
