@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -40,6 +41,8 @@ def test_one_engine_for_each_owner(ray_local: None) -> None:
     )
     assert [first, second, again] == [engines[0], engines[1], engines[0]]
     ray.kill(engines[0], no_restart=False)  # it comes back, and knows no owner
+    while ray.get(engines[0].owner.remote()):
+        time.sleep(0.05)  # Ray kills it some time after the call
     other, own = (KeptGenerator(engines, ServedWeights("m"), name)._engine for name in ("b", "a"))
     assert [own, other] == engines, "b still has its own, which lived"
     with pytest.raises(RuntimeError, match="none of 2 engines is free for c"):
