@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,17 @@ os.environ.setdefault(
 # A shell starts background jobs with Ctrl-C ignored, and what the tests start would inherit that; a handler becomes the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if sys.version_info < (3, 11, 8):
+    # There two threads that parse at once can end in a SystemError (gh-106905), and here a server's thread does so when it
+    # imports what pytest rewrites.
+    parse, parsing = ast.parse, threading.RLock()
+
+    def parse_alone(*arguments: Any, **named: Any) -> ast.AST:
+        with parsing:
+            return parse(*arguments, **named)
+
+    ast.parse = parse_alone
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = "jobs/recipes/demo.toml"
