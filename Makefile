@@ -66,8 +66,11 @@ $(STAMP): $(DEPS)
 demo: $(STAMP)
 	$(BIN)/python -m dpo4rec_ray run demo
 
+# Two processes, because a test of Ray is half waiting. Files stay whole and in order: the longest come first.
+TESTS_AT_ONCE ?= 2
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu"

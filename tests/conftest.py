@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # The gate draws the same examples every time; `make fuzz` draws new ones.
@@ -168,12 +170,45 @@ def until(condition: Callable[[], object], timeout_s: float) -> None:
         time.sleep(0.3)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once for all processes of a session (pytest -n). Nobody may change it afterwards."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def finished_once(factory: pytest.TempPathFactory, name: str, *arguments: str) -> Finished:
+    """A run that ended well, made once for all processes of a session."""
+
+    def make(folder: Path) -> None:
+        done = run_job(folder, *arguments)
+        assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        (folder / "output.json").write_text(json.dumps([done.stdout, done.stderr]))
+
+    folder = made_once(factory, name, make)
+    return Finished(folder / "run", 0, *json.loads((folder / "output.json").read_text()))
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The whole method once: vLLM, Ray Data, Ray Train with DeepSpeed, at a size that takes about two minutes."""
-    done = run_job(tmp_path_factory.mktemp("tiny"), DEMO, *TINY)
-    assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
+    """The whole method once: vLLM, Ray Data, Ray Train with DeepSpeed, at a size that takes about two minutes.
+
+    A test that runs its command again takes `tiny_copy`.
+    """
+    return finished_once(tmp_path_factory, "tiny", DEMO, *TINY)
+
+
+@pytest.fixture
+def tiny_copy(tiny_run: Finished, tmp_path: Path) -> Path:
+    """The folder that holds a copy of the tiny run, which a test may change."""
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    return tmp_path
 
 
 SESSION = pytest.StashKey[pytest.Session]()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import DEMO, ROOT, TINY, run_job
+from tests.conftest import DEMO, ROOT, TINY, made_once, run_job
 
 # Every test session loads this file: what imports torch is imported by the fixtures.
 if TYPE_CHECKING:
@@ -62,12 +62,13 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two backbones with and without knowledge, two seeds each."""
     from dpo4rec_ray.store.artifacts import RunDir
 
-    done = run_job(tmp_path_factory.mktemp("served"), DEMO, *SETTINGS)
-    assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    store = RunDir(done.folder)
-    for model in OPENED:
-        open_branch(store, model)
-    return store
+    def make(folder: Path) -> None:
+        done = run_job(folder, DEMO, *SETTINGS)
+        assert done.code == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        for model in OPENED:
+            open_branch(RunDir(done.folder), model)
+
+    return RunDir(made_once(tmp_path_factory, "served", make) / "run")
 
 
 @pytest.fixture(scope="session")

@@ -244,26 +244,26 @@ def test_the_terminal_is_quiet_and_shows_every_stage(tiny_run: Finished) -> None
     assert len(own) <= 2, own[:10]
 
 
-def test_a_second_run_skips_everything_and_a_changed_key_redoes_only_what_follows(tiny_run: Finished) -> None:
+def test_a_second_run_skips_everything_and_a_changed_key_redoes_only_what_follows(tiny_copy: Path) -> None:
     """Also: where the work is placed changes nothing, and a stage asked for by name makes what follows stale."""
-    again = run_job(tiny_run.folder.parent, DEMO, *TINY, "generate.num_engines=1", "reward.num_scorers=2")
+    again = run_job(tiny_copy, DEMO, *TINY, "generate.num_engines=1", "reward.num_scorers=2")
     assert again.code == 0, again.stderr
     assert all(stage["skipped"] for stage in again.summary["stages"])
     assert again.summary["stage_seconds"] > 10
-    foretold = run_job(tiny_run.folder.parent, DEMO, *TINY, "evaluate.num_seeds=1", "--dry-run")
+    foretold = run_job(tiny_copy, DEMO, *TINY, "evaluate.num_seeds=1", "--dry-run")
     assert foretold.code == 0, foretold.stderr
     *kept, evaluated, reported = foretold.stdout.splitlines()
     assert {line.split()[1] for line in kept} == {"kept"} and reported.startswith("report ")
     assert evaluated.split(None, 1)[1] == "would run: changed key evaluate.num_seeds (2 -> 1)"
-    changed = run_job(tiny_run.folder.parent, DEMO, *TINY, "evaluate.num_seeds=1")
+    changed = run_job(tiny_copy, DEMO, *TINY, "evaluate.num_seeds=1")
     assert changed.code == 0, changed.stderr
     assert done_again(changed) == ["evaluate"]
     assert "evaluate(1): started, changed key evaluate.num_seeds (2 -> 1)" in changed.stdout
-    only = run_job(tiny_run.folder.parent, DEMO, *TINY, "--only", "pair", "--round", "1")
+    only = run_job(tiny_copy, DEMO, *TINY, "--only", "pair", "--round", "1")
     assert only.code == 0, only.stderr
     assert "pair(1): started, forced by --only" in only.stdout
     assert "generate(1)" not in only.stdout
-    after = run_job(tiny_run.folder.parent, DEMO, *TINY)
+    after = run_job(tiny_copy, DEMO, *TINY)
     assert done_again(after) == ["dpo", "encode", "validate", "evaluate"]
     assert "dpo(1): started, changed input pairs/1" in after.stdout
 
@@ -282,9 +282,9 @@ def done_again(run: Finished) -> list[str]:
     ],
 )
 def test_a_selection_that_matches_nothing_is_refused(
-    tiny_run: Finished, arguments: list[str], words: str
+    tiny_copy: Path, arguments: list[str], words: str
 ) -> None:
-    done = run_job(tiny_run.folder.parent, DEMO, *TINY, *arguments)
+    done = run_job(tiny_copy, DEMO, *TINY, *arguments)
     assert done.code == 2
     assert words in done.stderr
 
