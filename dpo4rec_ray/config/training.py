@@ -88,8 +88,8 @@ class PolicySection(TrainerSection):
     "base": the base LLM."""
     tuning: Literal["lora", "full"] = "lora"
     """Train a LoRA, or all weights."""
-    lora_rank: int = Field(default=16, ge=1)
-    """Rank of the LoRA."""
+    lora_rank: int = Field(default=16, ge=1, le=512)
+    """Rank of the LoRA; vLLM serves none above 512."""
     lora_alpha: int = Field(default=32, ge=1)
     """Alpha of the LoRA: it is scaled by alpha / rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -278,6 +278,11 @@ def test_placement_that_ray_would_not_take(override: str, words: str) -> None:
         default_config([override])
 
 
+def test_a_lora_that_no_engine_serves() -> None:
+    with pytest.raises(UserError, match="policy.lora_rank.* less than or equal to 512"):
+        default_config(["policy.lora_rank=513"])
+
+
 def test_where_work_runs_is_in_no_fingerprint() -> None:
     changes = ["accelerator_type=A10G", "label_selector.zone=a", "resources.disk=1", "memory_gib=2"]
     for section in ("generate", "encoder", "reward", "policy", "bootstrap", "evaluate"):
