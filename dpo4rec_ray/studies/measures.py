@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.evaluation.heldout_texts import UserTexts, with_derived
@@ -14,7 +16,7 @@ from dpo4rec_ray.evaluation.per_list import PerList
 from dpo4rec_ray.evaluation.run_comparison import ComparedRun, check_same_lists
 from dpo4rec_ray.evaluation.systems import HEADLINE, NO_BACKBONE
 from dpo4rec_ray.stages.evaluate import system_name
-from dpo4rec_ray.stages.validate import open_measure, texts_after, texts_before
+from dpo4rec_ray.stages.validate import open_measure, side_figures, texts_after, texts_before
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.studies.study_parts import NAME, RECIPE, Measured, Part, Row, SeedRuns
 from dpo4rec_ray.studies.variants import last_turn
@@ -141,19 +143,12 @@ def level(lists: PerList, backbone: str, system: str, metric: str = NDCG) -> Par
 
 def own_gain(store: RunDir) -> dict[str, Part]:
     """The columns of FIGURES as `validate` found them by the run's own rerankers, from the base LLM to the last round."""
-    run, last = config_of(store).run, last_turn(store)
-    tables = [
-        store.read("heldout", turn).to_pandas().set_index("user_id") for turn in (run.turns_per_round, last)
-    ]
-    users = tables[0].index.intersection(tables[1].index).sort_values()
-    first, now = (table.loc[users].astype(np.float64) for table in tables)
-    change = {
-        name: (now[f"{name}_after"] - first[f"{name}_before"]).to_numpy()
-        for name in ("reward", "others_reward")
-    }
-    change["reading"] = change["reward"] - change["others_reward"]
-    users = users.to_numpy()
-    return {column: (change[figure], users) for column, figure in FIGURES.items()}
+    run = config_of(store).run
+    first, last = (store.read("heldout", turn) for turn in (run.turns_per_round, last_turn(store)))
+    users = np.intersect1d(first["user_id"], last["user_id"])
+    first, last = (table.filter(pc.is_in(table["user_id"], pa.array(users))) for table in (first, last))
+    before, after = with_derived(side_figures(first, "before")), with_derived(side_figures(last, "after"))
+    return {column: (after[figure] - before[figure], users) for column, figure in FIGURES.items()}
 
 
 def _mean(measured: Measured) -> str:

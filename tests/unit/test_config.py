@@ -279,7 +279,7 @@ def test_placement_that_ray_would_not_take(override: str, words: str) -> None:
 
 
 def test_a_lora_that_no_engine_serves() -> None:
-    with pytest.raises(UserError, match="policy.lora_rank.* less than or equal to 512"):
+    with pytest.raises(UserError, match=r"policy\.lora_rank.* less than or equal to 512"):
         default_config(["policy.lora_rank=513"])
 
 
