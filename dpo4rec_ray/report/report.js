@@ -19,8 +19,11 @@ function theme() {
     circle: { color: colours[0] }, point: { color: colours[0] },
   };
 }
+const places = [...document.querySelectorAll("[data-chart]")];
 async function drawCharts() {
-  for (const place of document.querySelectorAll("[data-chart]")) {
+  for (const place of places) {
+    if ("drawn" in place.dataset || place.closest("details.part:not([open])")) continue; // closed, it has no width
+    place.dataset.drawn = "";
     await vegaEmbed(place, specs[place.dataset.chart], {
       mode: "vega-lite", renderer: "svg", config: theme(), tooltip: { theme: dark.matches ? "dark" : "light" },
       actions: { export: true, source: false, compiled: false, editor: false },
@@ -28,8 +31,25 @@ async function drawCharts() {
   }
   document.body.dataset.charts = "drawn";
 }
+
+// ---- parts: on a phone all but the verdict begin closed
+const parts = [...document.querySelectorAll("details.part")];
+if (matchMedia("(max-width: 600px)").matches) for (const part of parts) part.open = false;
+function openNamed() {
+  const section = document.getElementById(location.hash.slice(1));
+  const part = section?.querySelector(":scope > details.part");
+  if (!part) return;
+  part.open = true;
+  section.scrollIntoView();
+}
+openNamed();
+addEventListener("hashchange", openNamed);
 drawCharts();
-dark.addEventListener("change", drawCharts);
+for (const part of parts) part.addEventListener("toggle", drawCharts);
+dark.addEventListener("change", () => {
+  for (const place of places) delete place.dataset.drawn;
+  drawCharts();
+});
 
 // ---- tables
 const figure = (text) => {

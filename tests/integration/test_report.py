@@ -52,21 +52,30 @@ def open_report(browser: Browser, tiny_run: Finished) -> Iterator[Open]:
 @pytest.mark.parametrize("width", [400, 1400])
 def test_nothing_is_wider_than_the_page(open_report: Open, width: int, scheme: str) -> None:
     page = open_report(width, scheme)
-    page.evaluate(
-        "document.querySelectorAll('details.fold, figcaption details').forEach((one) => (one.open = true))"
-    )
+    page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    charts = page.locator("[data-chart]").count()
+    expect(page.locator("[data-chart] svg.marks")).to_have_count(charts)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     wide = page.evaluate(
         "[...document.querySelectorAll('table, svg, pre, select, dd')].filter((one) => one.getBoundingClientRect().right"
         " > innerWidth + 1).map((one) => one.tagName + one.id)"
     )
     assert not wide
-    drawn = page.locator("[data-chart] svg.marks")
-    assert drawn.count() == page.locator("[data-chart]").count() > 8
+    assert charts > 8
     text = page.locator("#chart-gains-ndcg svg.marks text").first.evaluate(
         "(one) => getComputedStyle(one).fill"
     )
     assert (text == "rgb(230, 233, 238)") == (scheme == "dark")
+
+
+def test_a_phone_shows_the_verdict_and_opens_what_is_asked_for(open_report: Open) -> None:
+    page = open_report(400)
+    assert page.evaluate("document.documentElement.scrollHeight") < 3000
+    expect(page.locator("#verdict .claims")).to_be_visible()
+    expect(page.locator("svg.marks")).to_have_count(0)
+    page.get_by_role("link", name="Test users").click()
+    expect(page.locator("#test svg.marks").first).to_be_visible()
+    expect(page.locator("#rounds details").first).not_to_have_attribute("open", "")
 
 
 def test_a_user_is_found_by_id_and_by_a_text(open_report: Open) -> None:
