@@ -17,9 +17,9 @@ from dpo4rec_ray.config.training import PolicySection
 from dpo4rec_ray.policy.reference_scorer import ReferenceScorer
 from dpo4rec_ray.storage.parquet import read_folder
 from dpo4rec_ray.storage.places import Place, place
-from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of, part_file, write_part
+from dpo4rec_ray.store.artifacts import RunDir, fingerprint_of, part_file, part_notes, write_part
 from dpo4rec_ray.store.policies import model_identity
-from dpo4rec_ray.store.progress import Progress
+from dpo4rec_ray.store.progress import Progress, say
 from dpo4rec_ray.train.policy_task import TextSource
 from dpo4rec_ray.workers.phases import FIRST_WORK, phase
 from dpo4rec_ray.workers.placement import without_sklearn
@@ -85,8 +85,12 @@ def cached_reference(
         )
         done = set[int].intersection(*(parts for _, parts in own.values()))
         shards = [(part, 0, 0) for part in sorted(set(files) - done)]
-        progress = Progress("reference", source.total(manifests), source.unit)
-        for _ in run_shards(shards, [pool], progress):
+        folder = next(folder for folder, _ in own.values())
+        already = sum(part_notes(part_file(folder, part))[0] for part in done)
+        if shards and already:
+            say(f"  reference: {already} {source.unit} kept from an interrupted run")
+        progress = Progress("reference", source.total(manifests), source.unit, already=already)
+        for _ in run_shards(shards, [pool], progress, already=already):
             pass
     return [found[policy][0] for policy in policies]
 

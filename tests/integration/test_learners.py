@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -133,7 +134,11 @@ def test_a_killed_driver_goes_on(tiny_run: Finished, grpo: Finished, tmp_path: P
     file = tmp_path / "run/rounds/01/policy/metrics.jsonl"
     until(lambda: file.exists() and len(file.read_text().splitlines()) >= 5, 240)
     kill_driver(process)
+    first, *others = sorted((tmp_path / "run/rounds/01/scores/reference").glob("*/part-*.parquet"))
+    first.unlink()  # as if it had been killed in the reference's pass, too
     done = train(tiny_run, tmp_path, "grpo", *ONE, "policy.zero_stage=0", "policy.checkpoint_every=2")
+    kept = sum(pq.read_metadata(other).num_rows for other in others)
+    assert kept and f"reference: {kept} users kept from an interrupted run" in done.stdout
     assert json.loads(file.read_text().splitlines()[-1])["step"] == stats(done)["steps"]
     assert stats(done)["continued_after"]
     torch.testing.assert_close(weights(done), weights(grpo), atol=5e-5, rtol=0)
