@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from dpo4rec_ray.core.intervals import proportion_interval
-from dpo4rec_ray.evaluation.heldout_pairs import judged_pairs
+from dpo4rec_ray.evaluation.heldout_pairs import judged_users
 from dpo4rec_ray.evaluation.systems import HEADLINE, label
 from dpo4rec_ray.knowledge.teacher import EVERY_FACET
 
@@ -176,19 +176,19 @@ def _reward(scores: Stats) -> Iterator[Rung]:
 
 def _dpo(policy: Stats) -> Iterator[Rung]:
     """Accuracy on held-out pairs, and by kind of the rejected text where the pairs are of several kinds."""
-    for name, key, count in (
-        ("DPO accuracy", "accuracy", "valid"),
-        ("DPO accuracy, own texts", "heldout_accuracy_own", "valid_own"),
-        ("DPO accuracy, other users' texts", "heldout_accuracy_other", "valid_other"),
+    rows = policy.get("rows") or policy.get("pairs", {})
+    for name, key, kind in (
+        ("DPO accuracy", "accuracy", None),
+        ("DPO accuracy, own texts", "heldout_accuracy_own", "own"),
+        ("DPO accuracy, other users' texts", "heldout_accuracy_other", "other"),
     ):
-        rows = policy.get("rows") or policy.get("pairs", {})
-        accuracy, pairs = policy.get(key), judged_pairs(rows) if count == "valid" else rows.get(count)
-        if accuracy is not None and pairs:
+        accuracy, users = policy.get(key), judged_users(rows, kind)
+        if accuracy is not None and users:
             yield _rung(
                 name,
                 accuracy,
-                proportion_interval(accuracy, pairs),
-                f"of {pairs} held-out pairs; a half is chance",
+                proportion_interval(accuracy, users),
+                f"of the held-out pairs of {users} users; a half is chance",
                 bound=0.5,
             )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo4rec_ray.core.intervals import proportion_interval, signed
 from dpo4rec_ray.core.reading_gain import Verdict
-from dpo4rec_ray.evaluation.heldout_pairs import judged_pairs
+from dpo4rec_ray.evaluation.heldout_pairs import judged_users
 from dpo4rec_ray.evaluation.turn_figures import LESS_VARIED, LONGER
 
 Stats = Mapping[str, Any]
@@ -61,10 +61,10 @@ def _training(policy: Stats, max_kl: float) -> Iterator[str]:
             f"the policy is {kl:.3g} nats per token from its reference, above the bound of {max_kl:g} "
             f"(policy.max_kl_per_token): {pull}lower policy.lr or policy.epochs"
         )
-    accuracy, pairs = policy.get("accuracy"), judged_pairs(policy.get("rows", {}))
-    if accuracy is not None and pairs and proportion_interval(accuracy, pairs)[0] <= 0.5:
+    accuracy, users = policy.get("accuracy"), judged_users(policy.get("rows", {}))
+    if accuracy is not None and users and proportion_interval(accuracy, users)[0] <= 0.5:
         yield (
-            f"held-out pairs are not told apart (accuracy {accuracy:.2f} of {pairs}): nothing that holds for other users was "
+            f"held-out pairs are not told apart (accuracy {accuracy:.2f}, {users} users): nothing that holds for other users was "
             "learned; use more users or clearer pairs (pair.min_std_errors)"
         )
 

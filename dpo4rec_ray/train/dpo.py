@@ -74,7 +74,9 @@ class DPOLearner:
             counts[split] = int(chosen.sum())
             counts |= {f"{split}_{kind}": int((chosen & (kinds == kind)).sum()) for kind in KINDS}
             counts[f"{split}_too_long"] = int(((splits == split) & (longest > max_length)).sum())
-        heldout_kinds = np.asarray(tables["valid"]["kind"])
+        heldout_kinds, heldout_users = (np.asarray(tables["valid"][name]) for name in ("kind", "user_id"))
+        for kind in KINDS:
+            counts[f"valid_{kind}_users"] = len(set(heldout_users[heldout_kinds == kind].tolist()))
         return Material(
             ArrowRows(tables["train"]),
             total[(splits == "train") & (longest <= max_length)],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo4rec_ray.evaluation.heldout_pairs import judged_pairs
+from dpo4rec_ray.evaluation.heldout_pairs import judged_users
 from dpo4rec_ray.evaluation.ladder import FAILS, HOLDS, NOT_SHOWN, first_broken, ladder, printed
 
 
@@ -161,11 +161,22 @@ def test_pairs_that_the_accuracy_is_not_of_do_not_narrow_its_interval() -> None:
         policy={"accuracy": 0.58, "heldout_accuracy_own": 0.58, "heldout_accuracy_other": 0.9, "rows": rows}
     )
     assert found["DPO accuracy"]["ci95"] == found["DPO accuracy, own texts"]["ci95"]
-    assert found["DPO accuracy"]["verdict"] == NOT_SHOWN and "of 100 " in found["DPO accuracy"]["says"]
-    assert judged_pairs(rows | {"train_other": 400}) == 200
-    assert judged_pairs(rows | {"train_other": 200}) == 180  # (2/3, 1/3) of 100 each
-    assert judged_pairs({"valid_own": 5, "valid_other": 5}) == 10 and judged_pairs({"valid": 7}) == 7
-    assert judged_pairs({}) == 0
+    assert found["DPO accuracy"]["verdict"] == NOT_SHOWN and "of 100 users" in found["DPO accuracy"]["says"]
+
+
+def test_a_users_pairs_count_as_one() -> None:
+    """Three pairs of each of 50 users are not 150 answers, and pairs of two kinds of the same users not twice as many."""
+    rows = {"valid": 200, "valid_own": 150, "valid_other": 50, "valid_own_users": 50, "valid_other_users": 50}
+    assert judged_users(rows) == judged_users(rows, "own") == judged_users(rows, "other") == 50
+    found = rungs(policy={"accuracy": 0.6, "heldout_accuracy_own": 0.6, "rows": rows})
+    assert found["DPO accuracy, own texts"]["verdict"] == NOT_SHOWN  # 90 of 150 would be above chance
+    by_kind = {"valid_own_users": 100, "valid_other_users": 25, "train_own": 300, "train_other": 300}
+    assert judged_users(by_kind) == 44  # standard errors of 1/10 and 1/5: the mean, .15, is that of 44.4
+
+
+def test_runs_of_older_versions_know_fewer_counts() -> None:
+    assert judged_users({"valid_own": 5, "valid_other": 5}) == 5 and judged_users({"valid": 7}) == 7
+    assert judged_users({}) == 0 and judged_users({"valid": 7}, "own") == 0
 
 
 def test_the_channel_names_its_metric() -> None:

@@ -62,7 +62,7 @@ def test_what_decided_comes_first_and_no_cause_is_made_up() -> None:
             {},
             "0.8 nats per token from its reference, above the bound of 0.5",
         ),
-        (heldout(), {"accuracy": 0.52}, {}, "not told apart .accuracy 0.52 of 200"),
+        (heldout(), {"accuracy": 0.52}, {}, "not told apart .accuracy 0.52, 200 users"),
         (heldout(words=figure(60, 130)), {}, {}, "much longer: 60 -> 130 words"),
         (heldout(words=figure(60, 20)), {}, {}, "much shorter: 60 -> 20 words"),
         (heldout(common_opening=figure(0.3, 0.9)), {}, {}, "begin alike: 30% -> 90%"),
