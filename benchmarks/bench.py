@@ -19,6 +19,7 @@ STAGES = {
     "grpo": "prompts per second and first steps, against TRL's GRPOTrainer",
     "belief": "how often texts are believed that say nothing, and counted ones, by the metric and by the likelihood",
     "channel": "what texts add to a backbone, by encoder, way and adapter, against the backbone",
+    "beside": "what an LLM's texts bring beside counted ones, in a finished run",
     "ablation": "one round by reader, reward, pairs, learner and turns, judged by the same rerankers",
     "waiting": "how long engines and trainer wait for each other in a run with turns, and on 1:1 to 8:1 GPUs",
     "plan": "times that `dpo4rec plan` reckons from a small run, against a run of ten times the size",
