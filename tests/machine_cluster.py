@@ -88,8 +88,8 @@ class Cluster:
         self.nodes[2].heal()
 
     def line(self, name: str, *arguments: str) -> str:
-        """The command line of a small demo run."""
-        keys = [f"run.root={self.root}", f"run.name={name}"]
+        """The command line of a small demo run, with an engine on each of two machines."""
+        keys = [f"run.root={self.root}", f"run.name={name}", "generate.num_engines=2"]
         return " ".join(["python jobs/run.py", DEMO, *TINY, *keys, *arguments])
 
     def submitted(self, name: str, *arguments: str) -> str:

@@ -100,6 +100,7 @@ def test_the_trained_policy_prefers_the_better_texts(grpo: Finished) -> None:
     assert torch.corrcoef(both)[0, 1] > 0.3
 
 
+@pytest.mark.slow
 def test_two_workers_with_zero_train_the_same_policy(
     tiny_run: Finished, grpo: Finished, tmp_path: Path
 ) -> None:

@@ -246,7 +246,7 @@ def test_the_terminal_is_quiet_and_shows_every_stage(tiny_run: Finished) -> None
 
 def test_a_second_run_skips_everything_and_a_changed_key_redoes_only_what_follows(tiny_copy: Path) -> None:
     """Also: where the work is placed changes nothing, and a stage asked for by name makes what follows stale."""
-    again = run_job(tiny_copy, DEMO, *TINY, "generate.num_engines=1", "reward.num_scorers=2")
+    again = run_job(tiny_copy, DEMO, *TINY, "generate.num_engines=2", "reward.num_scorers=2")
     assert again.code == 0, again.stderr
     assert all(stage["skipped"] for stage in again.summary["stages"])
     assert again.summary["stage_seconds"] > 10

@@ -130,13 +130,17 @@ WHERE = [("shared", fault) for fault in OF_MACHINES] + [("s3", fault) for fault 
 
 @SHARED
 def test_many_faults_in_one_run(cluster: Cluster, tiny_run: Finished) -> None:
-    """A slow node, a dead driver, a stopped job and a lost node, and the run is what it would have been."""
+    """A slow node, a dead driver, a stopped job and a lost node, and the run is what it would have been.
+
+    The run begins with its first stages complete.
+    """
+    before(cluster, tiny_run, "many", "generate(1)")
     job = Job.start(cluster, "many")
-    job.reach("encode(0)", AT["encode(0)"])
+    job.reach("generate(1)", AT["generate(1)"])
     slow_worker(job)
     time.sleep(15)
     cluster.nodes[2].normal_speed()
-    job.reach("generate(1)", AT["generate(1)"])
+    job.reach("score(1)", AT["score(1)"])
     kill_driver(job)
     assert job.end() == -9
     job = Job.start(cluster, "many", submit=True)
