@@ -14,6 +14,7 @@ import harness
 import numpy as np
 import torch
 from harness import Row
+from torch import Tensor
 
 from dpo4rec_ray.config import Config, read_config
 from dpo4rec_ray.core.evidence import evidence_of_texts
@@ -23,7 +24,7 @@ from dpo4rec_ray.rerankers.catalogue import Catalogue
 from dpo4rec_ray.rerankers.fit import ListData, load_reranker
 from dpo4rec_ray.rerankers.fit_knowledge import BELIEVED_AT
 from dpo4rec_ray.rerankers.scorer import ListScorer
-from dpo4rec_ray.stages.evaluate import fit_name
+from dpo4rec_ray.stages.evaluate import STATISTICS, all_texts, fit_name, system_name
 from dpo4rec_ray.store.artifacts import RunDir
 from dpo4rec_ray.store.reading import knowledge_vectors, read_catalogue, read_list_data
 
@@ -42,38 +43,29 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     config = read_config(store.root)
     catalogue = read_catalogue(store)
     lists = {split: read_list_data(store, split) for split in ("valid", "test")}
-    added: tuple[Texts, ...] = (*config.run.round_ends(config.run.num_turns), "random")
+    vectors = {
+        texts: None if texts is None else torch.tensor(knowledge_vectors(config, store, texts))
+        for texts in all_texts(config, store.require("per_list").stats["last_round"])
+    }
+    added = [texts for texts in vectors if texts not in (None, STATISTICS)]
     found: list[Row] = []
     for backbone in config.evaluated_backbones:
-        differences: dict[Texts, list[np.ndarray]] = {texts: [] for texts in added}
-        kept: dict[Texts, int] = dict.fromkeys(added, 0)
-        on_validation: dict[Texts, list[float]] = {texts: [] for texts in added}
-        for seed in range(config.evaluate.num_seeds):
-            scores = {
-                split: {
-                    texts: scored(config, store, catalogue, own, backbone, seed, texts)
-                    for texts in (None, "statistics", *added)
-                }
-                for split, own in lists.items()
-            }
-            for texts in added:
-                weight, gain = chosen(lists["valid"], scores["valid"], texts)
-                kept[texts] += weight > 0
-                on_validation[texts].append(gain)
-                test = scores["test"]
-                both = test["statistics"] + weight * (test[texts] - test[None])
-                differences[texts].append(
-                    metric(lists["test"], both) - metric(lists["test"], test["statistics"])
-                )
+        seeds = [
+            scored(config, store, catalogue, lists, vectors, backbone, seed)
+            for seed in range(config.evaluate.num_seeds)
+        ]
         for texts in added:
-            mean = paired_bootstrap(np.mean(differences[texts], axis=0), lists["test"].user_ids.numpy())
-            row = {
-                "backbone": backbone,
-                "texts": "another user's" if texts == "random" else f"policy {texts}",
-            }
-            row |= {"kept": f"{kept[texts]} of {config.evaluate.num_seeds}"}
-            row |= {"validation": ", ".join(f"{gain:+.4f}" for gain in on_validation[texts])}
-            found.append(row | {"test": signed(mean.mean, (mean.low, mean.high))})
+            weights, gains = zip(*(chosen(lists["valid"], one["valid"], texts) for one in seeds), strict=True)
+            differences = []
+            for weight, one in zip(weights, seeds, strict=True):
+                test = one["test"]
+                both = test[STATISTICS] + weight * (test[texts] - test[None])
+                differences.append(metric(lists["test"], both) - metric(lists["test"], test[STATISTICS]))
+            mean = paired_bootstrap(np.mean(differences, axis=0), lists["test"].user_ids.numpy())
+            row: Row = {"backbone": backbone, "texts": system_name(config, texts)}
+            row |= {"kept": f"{sum(weight > 0 for weight in weights)} of {len(seeds)}"}
+            row |= {"validation": ", ".join(f"{gain:+.4f}" for gain in gains)}
+            found.append(harness.note(row | {"test": signed(mean.mean, (mean.low, mean.high))}))
     harness.print_table(
         found, "backbone {backbone} | texts {texts} | kept {kept} | validation {validation} | test {test}"
     )
@@ -85,16 +77,19 @@ def scored(
     config: Config,
     store: RunDir,
     catalogue: Catalogue,
-    lists: ListData,
+    lists: dict[str, ListData],
+    vectors: dict[Texts, Tensor | None],
     backbone: str,
     seed: int,
-    texts: Texts,
-) -> np.ndarray:
-    """[n, L] scores of one of RUN's rerankers."""
-    folder = store.path("per_list") / "rerankers" / fit_name(config, backbone, texts, seed)
-    vectors = None if texts is None else torch.tensor(knowledge_vectors(config, store, texts))
-    scorer = ListScorer([load_reranker(folder, catalogue)], catalogue)
-    return scorer.score(lists.item_ids, lists.mask, vectors, lists.user_rows, lists.histories)
+) -> dict[str, dict[Texts, np.ndarray]]:
+    """Scores [n, L] of each split's lists by RUN's rerankers of one backbone and seed, by the texts they read."""
+    found: dict[str, dict[Texts, np.ndarray]] = {split: {} for split in lists}
+    for texts, own in vectors.items():
+        folder = store.path("per_list") / "rerankers" / fit_name(config, backbone, texts, seed)
+        scorer = ListScorer([load_reranker(folder, catalogue)], catalogue)
+        for split, some in lists.items():
+            found[split][texts] = scorer.score(some.item_ids, some.mask, own, some.user_rows, some.histories)
+    return found
 
 
 def metric(lists: ListData, scores: np.ndarray) -> np.ndarray:
@@ -103,7 +98,7 @@ def metric(lists: ListData, scores: np.ndarray) -> np.ndarray:
 
 def chosen(valid: ListData, scores: dict[Texts, np.ndarray], texts: Texts) -> tuple[float, float]:
     """The weight of what the texts change, 0 if they are not believed; the best gain on the validation lists."""
-    counted, change = scores["statistics"], scores[texts] - scores[None]
+    counted, change = scores[STATISTICS], scores[texts] - scores[None]
     before = metric(valid, counted)
     gains = {weight: float((metric(valid, counted + weight * change) - before).mean()) for weight in WEIGHTS}
     best = max(gains, key=lambda weight: gains[weight])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo4rec_ray.config import Config
 from dpo4rec_ray.core.pairing import Kind
@@ -74,13 +75,14 @@ class DPOLearner:
             counts[split] = int(chosen.sum())
             counts |= {f"{split}_{kind}": int((chosen & (kinds == kind)).sum()) for kind in KINDS}
             counts[f"{split}_too_long"] = int(((splits == split) & (longest > max_length)).sum())
-        heldout_kinds, heldout_users = (np.asarray(tables["valid"][name]) for name in ("kind", "user_id"))
-        for kind in KINDS:
-            counts[f"valid_{kind}_users"] = len(set(heldout_users[heldout_kinds == kind].tolist()))
+        heldout = {kind: tables["valid"].filter(pc.equal(tables["valid"]["kind"], kind)) for kind in KINDS}
+        counts |= {
+            f"valid_{kind}_users": pc.count_distinct(own["user_id"]).as_py() for kind, own in heldout.items()
+        }
         return Material(
             ArrowRows(tables["train"]),
             total[(splits == "train") & (longest <= max_length)],
-            {kind: ArrowRows(tables["valid"].filter(pa.array(heldout_kinds == kind))) for kind in KINDS},
+            {kind: ArrowRows(own) for kind, own in heldout.items()},
             {kind: counts[f"train_{kind}"] for kind in KINDS},
             counts,
         )

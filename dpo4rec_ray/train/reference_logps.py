@@ -66,6 +66,10 @@ def cached_reference(
     found = {policy: opened(policy) for policy in policies}
     for model in dict.fromkeys(policy.model for policy in policies):
         own = {policy.lora: found[policy] for policy in policies if policy.model == model}
+        done = set[int].intersection(*(parts for _, parts in own.values()))
+        shards = [(part, 0, 0) for part in sorted(set(files) - done)]
+        if not shards:
+            continue
         pool = Pool(
             ShardReference,
             {
@@ -83,11 +87,9 @@ def cached_reference(
             where=section,
             what=f"workers of {section.objective_of(round_id)}",
         )
-        done = set[int].intersection(*(parts for _, parts in own.values()))
-        shards = [(part, 0, 0) for part in sorted(set(files) - done)]
         folder = next(folder for folder, _ in own.values())
         already = sum(part_notes(part_file(folder, part))[0] for part in done)
-        if shards and already:
+        if already:
             say(f"  reference: {already} {source.unit} kept from an interrupted run")
         progress = Progress("reference", source.total(manifests), source.unit, already=already)
         for _ in run_shards(shards, [pool], progress, already=already):
